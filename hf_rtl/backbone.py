@@ -1,0 +1,139 @@
+"""Builds the backbone that `from_backbone` wraps: from a name, a folder, a configuration or a model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
+
+
+_LABEL_ARGUMENTS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+def build_backbone(
+    source: str | Path | PreTrainedConfig | nn.Module,
+    auto_class: type,
+    *,
+    pretrained: bool | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    The task model that a routed model wraps.
+
+    Args:
+        source: a plain timm name (`"resnet18"`); a repo id (`"timm/resnet18.a1_in1k"`, `"bert-base-uncased"`); a
+            folder made by `save_pretrained`; a configuration; a transformers model, taken as it is; or a timm model,
+            whose weights are copied.
+        auto_class (`type`): the transformers Auto class of the task.
+        pretrained (`bool`, *optional*): whether to load weights. Defaults to `True` for repo ids and folders, and to
+            `False` for plain timm names.
+        seed (`int`, *optional*): seed of what is initialised afresh; a timm model then has the weights that
+            `timm.create_model` gives after `torch.manual_seed(seed)`. The global generator is left as it was.
+        **kwargs: to the backbone's configuration; for timm names, what is no label argument goes to
+            `timm.create_model`, as `in_chans=1`.
+
+    Raises:
+        ValueError: an argument that does not go with the kind of `source`.
+        TypeError: `source` is none of these.
+    """
+    with _seeded(seed):
+        if isinstance(source, PreTrainedModel):
+            _refuse("an already built model", pretrained=pretrained, **kwargs)
+            return source
+        if isinstance(source, nn.Module):
+            _refuse("an already built model", pretrained=pretrained)
+            return _wrap_timm_model(source, auto_class, kwargs)
+        if isinstance(source, PreTrainedConfig):
+            _refuse("a configuration", pretrained=pretrained or None)
+            return _from_config(source, auto_class, kwargs)
+        if not isinstance(source, (str, Path)):
+            raise TypeError(
+                "`backbone` must be a timm name, a repo id, a folder, a configuration or a model, got "
+                f"{type(source).__name__}."
+            )
+        name = str(source)
+        if Path(name).is_dir():
+            return _from_repo(name, auto_class, pretrained is not False, kwargs)
+        timm_name = name.removeprefix("timm/")
+        if timm.is_model(timm_name) and (name == timm_name or pretrained is False):
+            return _from_timm(timm_name.split(".")[0] if not pretrained else timm_name, auto_class, pretrained, kwargs)
+        return _from_repo(name, auto_class, pretrained is not False, kwargs)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _refuse(kind: str, **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(f'`{name}`' for name in given)} cannot be set for {kind}: it decides that itself.")
+
+
+def _from_config(config: PreTrainedConfig, auto_class: type, kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    for name, value in kwargs.items():
+        setattr(config, name, value)
+    if isinstance(config, TimmWrapperConfig):
+        labels = {name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}
+        return _from_timm(config.architecture, auto_class, False, {**(config.model_args or {}), **labels})
+    return auto_class.from_config(config)
+
+
+def _from_repo(name: str, auto_class: type, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if pretrained:
+        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
+    return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
+
+
+def _from_timm(name: str, auto_class: type, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    labels = {key: kwargs[key] for key in _LABEL_ARGUMENTS if kwargs.get(key) is not None}
+    model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
+    config = TimmWrapperConfig(architecture=name.split(".")[0], model_args=model_args or None, **labels)
+    num_classes = 0 if auto_class is AutoModel else config.num_labels
+    model = timm.create_model(name, pretrained=bool(pretrained), num_classes=num_classes, **model_args)
+    return _wrapped(model, config, auto_class)
+
+
+def _wrap_timm_model(model: nn.Module, auto_class: type, kwargs: dict[str, Any]) -> PreTrainedModel:
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if architecture is None or not timm.is_model(architecture):
+        raise ValueError(
+            f"`backbone` is a {type(model).__name__}, neither a transformers model nor made by timm.create_model; "
+            "register it with timm or transformers to wrap it."
+        )
+    labels = {key: kwargs.pop(key) for key in _LABEL_ARGUMENTS if key in kwargs}
+    labels.setdefault("num_labels", model.num_classes)
+    config = TimmWrapperConfig(architecture=architecture, model_args=kwargs or None, **labels)
+    if config.num_labels != model.num_classes:
+        raise ValueError(f"`backbone` has {model.num_classes} classes, but {config.num_labels} are asked for.")
+    return _wrapped(model, config, auto_class)
+
+
+def _wrapped(model: nn.Module, config: TimmWrapperConfig, auto_class: type) -> PreTrainedModel:
+    """`model` in a TimmWrapper. The wrapper initialises anew, so timm's own weights are loaded into it."""
+    wrapper = auto_class.from_config(config)
+    own = {name: tensor.shape for name, tensor in wrapper.timm_model.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if own != given:
+        differing = sorted(set(own.items()) ^ set(given.items()))[:3]
+        raise ValueError(
+            f"`backbone` is not what timm.create_model({config.architecture!r}, **{config.model_args or {}}) builds "
+            f"(see {', '.join(name for name, _ in differing)}); pass the arguments that it was made with, as `in_chans=1`."
+        )
+    wrapper.timm_model.load_state_dict(model.state_dict())
+    return wrapper

@@ -1,0 +1,233 @@
+"""Configuration of a routed model, and what a configuration may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import timm
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .mask_bank import check_route_names
+
+
+TICKET_TASKS = ("membership", "labels")
+NORM_STATISTICS = ("per_route", "shared")
+ROUTERS = ("given",)
+
+# Keys by which a configuration could make its backbone fetch weights or code.
+_FORBIDDEN_KEYS = ("auto_map", "backbone", "use_pretrained_backbone", "use_timm_backbone", "quantization_config")
+_FORBIDDEN_MODEL_ARGS = ("checkpoint_path", "cache_dir", "scriptable", "exportable")
+
+
+class RTLConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`RTLModel`].
+
+    It nests the whole configuration of the backbone, so that loading looks nothing up by name. Usually made by
+    `RTLModelFor….from_backbone`.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`): the backbone's configuration, head and labels included.
+        route_names (`list[str]`): one distinct name per route; K = `num_routes` is their number.
+        ticket_task (`str`): `"membership"`, a ticket answers "is this mine?" with one logit; needs two routes or more.
+            `"labels"`, a ticket predicts the task's labels on its own data.
+        norm_statistics (`str`, *optional*, defaults to `"per_route"`): whose running mean and variance normalisation
+            layers use: each ticket its own, or `"shared"` (the paper's).
+        prunable (`list[tuple[str, list[int]]]`): names and shapes of the prunable weights, in the mask bank's order.
+        prune_include (`list[str]`, *optional*), prune_exclude (`list[str]`, *optional*): the patterns that led to
+            `prunable`, kept for the record.
+        router (`str`, *optional*, defaults to `"given"`): what decides an input's route when the caller does not.
+        thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says yes.
+        mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
+        mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory; the active
+            route's are always kept.
+
+    `num_labels`, `id2label` and `label2id` follow from the rest: the route names for `membership`, else the backbone's.
+
+    Raises:
+        ValueError: a field is missing, contradicts another, or names something outside this file: a repo, a path, code.
+    """
+
+    model_type = "rtl"
+    has_no_defaults_at_init = True
+    sub_configs = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "last_hidden_state"]
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    route_names: list[str] | None = None
+    ticket_task: str | None = None
+    norm_statistics: str = "per_route"
+    prunable: list | None = None
+    prune_include: list | None = None
+    prune_exclude: list | None = None
+    router: str = "given"
+    thresholds: list | None = None
+    mask_fingerprint: str | None = None
+    mask_cache_bytes: int = 2**28
+    hf_rtl_version: str | None = None
+
+    def __post_init__(self, **kwargs):
+        for key in _FORBIDDEN_KEYS:
+            if kwargs.get(key):
+                raise ValueError(f"an RTLConfig may not name `{key}`, got {kwargs[key]!r}; use `backbone_config`.")
+        self.backbone_config = _checked_backbone_config(self.backbone_config)
+        self.route_names = check_route_names(self.route_names or [])
+        self._check_choice("ticket_task", TICKET_TASKS)
+        self._check_choice("norm_statistics", NORM_STATISTICS)
+        self._check_choice("router", ROUTERS)
+        self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
+        self.prune_include = list(self.prune_include or [])
+        self.prune_exclude = list(self.prune_exclude or [])
+        given_labels = self._given_labels(kwargs)
+        label_names = self._label_names()
+        if given_labels is not None and given_labels != label_names and given_labels != len(label_names):
+            raise ValueError(self._label_conflict(given_labels, label_names))
+        self.id2label = dict(enumerate(label_names))
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        if self.ticket_task == "membership":
+            self._check_membership()
+        self.problem_type = (
+            "multi_label_classification" if self.ticket_task == "membership" else self.backbone_config.problem_type
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.route_names)
+
+    def check(self) -> None:
+        """Raises `ValueError` if a field that was changed after construction contradicts the rest."""
+        labels = [self.id2label[index] for index in sorted(self.id2label)]
+        if labels != self._label_names():
+            raise ValueError(self._label_conflict(labels, self._label_names()))
+        if self.thresholds is not None and len(self.thresholds) != self.num_routes:
+            raise ValueError(f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["backbone_config"] = self._backbone_dict()
+        output["prunable"] = [[name, list(shape)] for name, shape in self.prunable]
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        output["backbone_config"] = self._backbone_dict()
+        return output
+
+    def _backbone_dict(self) -> dict[str, Any]:
+        """The whole backbone configuration, without the name it was once loaded from."""
+        output = self.backbone_config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "auto_map"):
+            output.pop(key, None)
+        self.dict_dtype_to_str(output)
+        return output
+
+    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    def _check_membership(self) -> None:
+        if self.num_routes < 2:
+            raise ValueError(
+                f"`ticket_task='membership'` needs at least two routes, since a ticket tells its own samples from the "
+                f"others'; `route_names` has {self.num_routes}. Use `ticket_task='labels'` for a single route."
+            )
+        if self.backbone_config.num_labels != 1:
+            raise ValueError(
+                f"`ticket_task='membership'` needs a backbone with one logit, got num_labels="
+                f"{self.backbone_config.num_labels}; build it with `num_labels=1, "
+                f"problem_type='multi_label_classification'`, as `from_backbone` does."
+            )
+        if self.backbone_config.problem_type != "multi_label_classification":
+            raise ValueError(
+                "`ticket_task='membership'` needs a backbone with problem_type='multi_label_classification' (one label "
+                f"alone means regression to transformers), got {self.backbone_config.problem_type!r}."
+            )
+
+    def _label_names(self) -> list[str]:
+        if self.ticket_task == "membership":
+            return list(self.route_names)
+        id2label = self.backbone_config.id2label or {}
+        return [id2label[index] for index in sorted(id2label)]
+
+    def _given_labels(self, kwargs: dict[str, Any]) -> list[str] | int | None:
+        if self.id2label is not None:
+            return [name for _, name in sorted(self.id2label.items(), key=lambda item: int(item[0]))]
+        return kwargs.pop("num_labels", None)
+
+    def _label_conflict(self, given: list[str] | int, expected: list[str]) -> str:
+        owner = "the route names" if self.ticket_task == "membership" else "the backbone's labels"
+        return (
+            f"`num_labels`/`id2label` of an RTLConfig follow {owner}: expected {len(expected)} ({expected}), got "
+            f"{given}. Set them where the backbone is made: `from_backbone(…, num_labels={len(expected)})`."
+        )
+
+
+def _checked_backbone_config(config: Any) -> PreTrainedConfig:
+    """
+    A backbone configuration from a mapping or an instance.
+
+    Nothing is looked up, opened or run: a key that would have to is refused, at any depth.
+    """
+    if isinstance(config, PreTrainedConfig):
+        _refuse_outside_names(config.to_dict())
+        return config
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"`backbone_config` must be a configuration or a dict with a `model_type`, got {type(config).__name__}; "
+            "to start from a model's name use `RTLModelForImageClassification.from_backbone(name, …)`."
+        )
+    _refuse_outside_names(config)
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+
+
+def _refuse_outside_names(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING or model_type == RTLConfig.model_type:
+        raise ValueError(
+            f"`backbone_config` has model_type={model_type!r}, which the installed transformers does not know as a "
+            "backbone. Update transformers, or import the package that registers it."
+        )
+    if model_type == "timm_wrapper":
+        _check_timm(config)
+    _refuse_keys(config, "backbone_config")
+
+
+def _refuse_keys(value: Any, path: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in _FORBIDDEN_KEYS and inner:
+                raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names something outside this file.")
+            if str(key).strip("_").endswith("_implementation") and isinstance(inner, str) and "/" in inner:
+                raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names code on the Hub.")
+            _refuse_keys(inner, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _refuse_keys(inner, f"{path}[{index}]")
+
+
+def _check_timm(config: Mapping[str, Any]) -> None:
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or architecture not in timm.list_models():
+        raise ValueError(
+            f"`backbone_config.architecture` = {architecture!r} must be a plain name of the installed timm, as listed "
+            "by `timm.list_models()`: no ':' and no '/'."
+        )
+    for key, value in (config.get("model_args") or {}).items():
+        if key.startswith("pretrained") or key in _FORBIDDEN_MODEL_ARGS:
+            raise ValueError(f"`backbone_config.model_args.{key}` = {value!r} is not allowed.")
+        if not _is_plain(value):
+            raise ValueError(f"`backbone_config.model_args.{key}` must be a plain JSON value, got {value!r}.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+TicketTask = Literal["membership", "labels"]

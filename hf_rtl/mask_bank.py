@@ -1,0 +1,320 @@
+"""The mask bank: the boolean masks of all routes, packed one bit per weight. Knows tensors, nothing of models."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+# Row b of `_BITS` holds the eight bits of the byte b, lowest first (little bit order, as `np.packbits(bitorder="little")`).
+_BITS = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+
+# A weight's mask is applied as a bitwise AND with an integer of the weight's own size, all bits set where it is kept.
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def integer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The signed integer type with the size of the floating point type `dtype`."""
+    return _INTEGER_OF_SIZE[dtype.itemsize]
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Packs a `bool` tensor `[...]` of n elements into `uint8 [ceil(n/8)]`; the padding bits are zero."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    padded = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The `bool` mask of `shape` that `pack` made into `packed`, `uint8 [ceil(n/8)]`."""
+    num_weights = torch.Size(shape).numel()
+    return _look_up(_BITS.to(packed.device, torch.bool), packed)[:num_weights].view(*shape)
+
+
+def unpack_as_integers(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `unpack`, but integers of the size of `dtype`: -1 (all bits set) where kept, 0 elsewhere."""
+    num_weights = torch.Size(shape).numel()
+    return _look_up(-_BITS.to(packed.device, integer_dtype(dtype)), packed)[:num_weights].view(*shape)
+
+
+def _look_up(table: Tensor, packed: Tensor) -> Tensor:
+    return table.index_select(0, packed.to(torch.int32)).view(-1)
+
+
+def count_bits(packed: Tensor) -> Tensor:
+    """Number of set bits over the last dimension of a `uint8` tensor, as `int64`."""
+    pairs = packed - ((packed >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+class MaskBank(nn.Module):
+    """
+    One binary mask per route over an ordered list of weights.
+
+    The masks are persistent `uint8` buffers `m0000, m0001, …`, one per weight in the given order, of shape
+    `[num_routes, ceil(num_weights / 8)]`: little bit order, 1 = kept, padding bits zero. A new bank keeps everything.
+
+    A mask of one route is passed as a list of `bool` tensors, one per weight, of the weights' shapes.
+
+    Args:
+        weights (`Sequence[tuple[str, Sequence[int]]]`): name and shape of every weight, in order.
+        route_names (`Sequence[str]`): one distinct, non-empty name per route.
+
+    Raises:
+        ValueError: no route, a name twice, or an empty name.
+    """
+
+    def __init__(self, weights: Sequence[tuple[str, Sequence[int]]], route_names: Sequence[str]) -> None:
+        super().__init__()
+        self.weight_names = [name for name, _ in weights]
+        self.shapes = [torch.Size(shape) for _, shape in weights]
+        self.route_names = check_route_names(route_names)
+        for layer, shape in enumerate(self.shapes):
+            row = pack(torch.ones(shape, dtype=torch.bool))
+            self.register_buffer(f"m{layer:04d}", row.repeat(self.num_routes, 1))
+
+    @classmethod
+    def from_masks(cls, weight_names: Sequence[str], masks: dict[str, Sequence[Tensor]]) -> MaskBank:
+        """A bank of the given `masks`: route name -> list of `bool` tensors, one per name in `weight_names`."""
+        if not masks:
+            raise ValueError("`masks` is empty; a bank needs at least one route.")
+        first = next(iter(masks.values()))
+        bank = cls(list(zip(weight_names, [mask.shape for mask in first], strict=True)), list(masks))
+        for route, mask in masks.items():
+            bank[route] = mask
+        return bank
+
+    # Reading
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.route_names)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights that each mask covers."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The buffers `[num_routes, ceil(n/8)]`, in the order of the weights. No copies."""
+        return [self.get_buffer(f"m{layer:04d}") for layer in range(len(self.shapes))]
+
+    def route_index(self, route: int | str) -> int:
+        """Index of a route given by name or index. Raises `ValueError` for an unknown one, listing the known."""
+        if isinstance(route, str):
+            if route not in self.route_names:
+                raise ValueError(f"unknown route {route!r}; the routes are {self._listed()}.")
+            return self.route_names.index(route)
+        if isinstance(route, bool):
+            raise TypeError(f"a route is a name or an index, not {route!r}; the routes are {self._listed()}.")
+        try:
+            index = operator.index(route)
+        except TypeError:
+            raise TypeError(f"a route is a name or an index, not a {type(route).__name__}.") from None
+        if not 0 <= index < self.num_routes:
+            raise ValueError(
+                f"route {index} is out of range; allowed are 0 to {self.num_routes - 1}, that is {self._listed()}."
+            )
+        return index
+
+    def __getitem__(self, route: int | str) -> list[Tensor]:
+        """The mask of one route: a list of `bool` tensors of the weights' shapes."""
+        index = self.route_index(route)
+        return self._unpacked(rows[index] for rows in self.packed)
+
+    def union(self) -> list[Tensor]:
+        """What any ticket keeps: a list of `bool` tensors."""
+        return self._unpacked(self.packed_union())
+
+    def core(self) -> list[Tensor]:
+        """What every ticket keeps: a list of `bool` tensors."""
+        return self._unpacked(_fold(rows, torch.bitwise_and) for rows in self.packed)
+
+    def exclusive(self, route: int | str) -> list[Tensor]:
+        """What this ticket keeps and no other does: a list of `bool` tensors."""
+        index = self.route_index(route)
+        others = [torch.cat([rows[:index], rows[index + 1 :]]) for rows in self.packed]
+        return self._unpacked(
+            rows[index] & ~_fold(rest, torch.bitwise_or) for rows, rest in zip(self.packed, others, strict=True)
+        )
+
+    def packed_union(self, routes: Sequence[int] | None = None) -> list[Tensor]:
+        """The union of the given routes (default all) as packed rows `uint8 [ceil(n/8)]`, one per weight."""
+        rows_of = (rows if routes is None else rows[list(routes)] for rows in self.packed)
+        return [_fold(rows, torch.bitwise_or) for rows in rows_of]
+
+    def count(self, *, per_layer: bool = False) -> Tensor:
+        """Number of kept weights: `int64 [num_routes]`, or `[num_layers, num_routes]` with `per_layer`."""
+        counts = torch.stack([count_bits(rows) for rows in self.packed])
+        return counts if per_layer else counts.sum(0)
+
+    def density(self, *, per_layer: bool = False) -> Tensor:
+        """Kept fraction: `float64 [num_routes]`, or `[num_layers, num_routes]` with `per_layer`."""
+        sizes = self._sizes() if per_layer else self.num_weights
+        return self.count(per_layer=per_layer).double() / sizes
+
+    def union_count(self) -> int:
+        """Number of weights that any ticket keeps: the paper's "#Params" (section 4.1)."""
+        return sum(int(count_bits(row)) for row in self.packed_union())
+
+    def core_count(self) -> int:
+        """Number of weights that every ticket keeps."""
+        return sum(int(count_bits(_fold(rows, torch.bitwise_and))) for rows in self.packed)
+
+    def similarity(self, *, per_layer: bool = False) -> Tensor:
+        """
+        Jaccard similarity of every pair of tickets, |m_i ∩ m_j| / |m_i ∪ m_j| (paper section 4.4).
+
+        Returns:
+            `float64 [num_routes, num_routes]`, or `[num_layers, num_routes, num_routes]` with `per_layer`. NaN where
+            both masks are empty.
+        """
+        intersections = torch.stack([_intersections(rows) for rows in self.packed])
+        kept = self.count(per_layer=True)
+        if not per_layer:
+            intersections, kept = intersections.sum(0), kept.sum(0)
+        unions = kept.unsqueeze(-1) + kept.unsqueeze(-2) - intersections
+        return intersections.double() / unions
+
+    def chance_similarity(self, *, per_layer: bool = False) -> Tensor:
+        """
+        The Jaccard similarity that independent random masks of the same densities have (ratio of expectations), in
+        the shape of `similarity`. The diagonal holds the value for two masks of that density.
+        """
+        density = self.density(per_layer=per_layer)
+        both = density.unsqueeze(-1) * density.unsqueeze(-2)
+        return both / (density.unsqueeze(-1) + density.unsqueeze(-2) - both)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the number of routes and, for each weight in order, its name, its shape and its packed masks."""
+        digest = hashlib.sha256(f"{self.num_routes}".encode())
+        for name, shape, rows in zip(self.weight_names, self.shapes, self.packed, strict=True):
+            digest.update(f"|{name}|{tuple(shape)}|".encode())
+            digest.update(rows.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # Changing
+
+    def __setitem__(self, route: int | str, masks: Sequence[Tensor]) -> None:
+        """Replaces the mask of one route. Nothing is changed unless all of `masks` fit."""
+        index = self.route_index(route)
+        packed = self._packed_checked(masks)
+        for rows, row in zip(self.packed, packed, strict=True):
+            rows[index].copy_(row)
+
+    def add_route(self, name: str, masks: Sequence[Tensor]) -> None:
+        """Appends a route."""
+        names = check_route_names([*self.route_names, name])
+        packed = self._packed_checked(masks)
+        self._replace(
+            names, [torch.cat([rows, row[None].to(rows.device)]) for rows, row in zip(self.packed, packed, strict=True)]
+        )
+
+    def drop_route(self, route: int | str) -> None:
+        """Removes a route; those behind it move up by one. The last route cannot be removed."""
+        index = self.route_index(route)
+        self.reorder([k for k in range(self.num_routes) if k != index], _subset=True)
+
+    def reorder(self, routes: Sequence[int | str], *, _subset: bool = False) -> None:
+        """Puts the routes into the given order, which must name each of them once."""
+        order = [self.route_index(route) for route in routes]
+        if not order:
+            raise ValueError("a bank needs at least one route; this would remove the last.")
+        if not _subset and sorted(order) != list(range(self.num_routes)):
+            raise ValueError(f"`routes` must name each of {self._listed()} once, got {list(routes)}.")
+        self._replace([self.route_names[k] for k in order], [rows[order] for rows in self.packed])
+
+    def rename_route(self, route: int | str, name: str) -> None:
+        index = self.route_index(route)
+        self.route_names = check_route_names([*self.route_names[:index], name, *self.route_names[index + 1 :]])
+
+    def validate(self, fingerprint: str | None = None) -> None:
+        """
+        Checks type, shapes and padding of the stored masks and, if given, their fingerprint.
+
+        Raises:
+            ValueError: naming the buffer and what is wrong.
+        """
+        for layer, (shape, rows) in enumerate(zip(self.shapes, self.packed, strict=True)):
+            expected = (self.num_routes, -(-shape.numel() // 8))
+            if rows.dtype != torch.uint8 or tuple(rows.shape) != expected:
+                raise ValueError(
+                    f"mask buffer m{layer:04d} ({self.weight_names[layer]}) is {rows.dtype} {tuple(rows.shape)}, "
+                    f"expected torch.uint8 {expected}."
+                )
+            if shape.numel() % 8 and int((rows[:, -1] >> (shape.numel() % 8)).max()):
+                raise ValueError(f"mask buffer m{layer:04d} ({self.weight_names[layer]}) has padding bits set.")
+        if fingerprint is not None and fingerprint != self.fingerprint():
+            raise ValueError(
+                f"the masks have the fingerprint {self.fingerprint()[:16]}…, but the configuration says "
+                f"{fingerprint[:16]}…: the masks belong to another model or the file is damaged."
+            )
+
+    def extra_repr(self) -> str:
+        return f"num_routes={self.num_routes}, num_layers={len(self.shapes)}, num_weights={self.num_weights}"
+
+    def _listed(self) -> str:
+        return ", ".join(map(repr, self.route_names))
+
+    def _sizes(self) -> Tensor:
+        return torch.tensor([[shape.numel()] for shape in self.shapes], device=self.packed[0].device)
+
+    def _unpacked(self, packed: Iterable[Tensor]) -> list[Tensor]:
+        return [unpack(row, shape) for row, shape in zip(packed, self.shapes, strict=True)]
+
+    def _packed_checked(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        if len(masks) != len(self.shapes):
+            raise ValueError(f"`masks` has {len(masks)} tensors, expected {len(self.shapes)}, one per weight.")
+        for name, shape, mask in zip(self.weight_names, self.shapes, masks, strict=True):
+            if mask.dtype != torch.bool or mask.shape != shape:
+                raise ValueError(
+                    f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(shape)}."
+                )
+        return [pack(mask) for mask in masks]
+
+    def _replace(self, route_names: list[str], packed: Sequence[Tensor]) -> None:
+        self.route_names = route_names
+        for layer, rows in enumerate(packed):
+            setattr(self, f"m{layer:04d}", rows)
+
+
+def check_route_names(names: Sequence[str]) -> list[str]:
+    """`names` as a list. Raises `ValueError` unless they are at least one, non-empty and distinct."""
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"`route_names` must be a list of non-empty strings, got {names!r}.")
+    if not names:
+        raise ValueError("`route_names` is empty; at least one route is needed.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`route_names` has {', '.join(map(repr, twice))} more than once; names must be distinct.")
+    return list(names)
+
+
+def _fold(rows: Tensor, combine) -> Tensor:
+    """Combines `uint8 [K, bytes]` over its routes; zeros for K = 0."""
+    result = rows[0].clone() if len(rows) else rows.new_zeros(rows.shape[1:])
+    for row in rows[1:]:
+        combine(result, row, out=result)
+    return result
+
+
+def _blocks(num_bytes: int, num_routes: int) -> Iterator[slice]:
+    """Slices over the bytes of a layer, small enough that a block of all routes stays in the processor's cache."""
+    size = max(1, 2**18 // num_routes)
+    return (slice(start, start + size) for start in range(0, num_bytes, size))
+
+
+def _intersections(rows: Tensor) -> Tensor:
+    """`int64 [K, K]`: kept weights that each pair of packed rows shares."""
+    num_routes = len(rows)
+    result = torch.zeros(num_routes, num_routes, dtype=torch.int64, device=rows.device)
+    for block in _blocks(rows.shape[1], num_routes):
+        for route in range(num_routes):
+            result[route] += count_bits(rows[:, block] & rows[route, block])
+    return result

@@ -1,0 +1,165 @@
+"""Puts masked weights in the place of a backbone's prunable parameters, for a while."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .mask_bank import MaskBank, integer_dtype, unpack_as_integers
+from .prunable import parameter_aliases
+
+
+# The route whose ticket is the union of all others.
+UNION = -1
+
+
+class WeightMasker:
+    """
+    Applies masks of a bank to the prunable weights of a backbone.
+
+    While applied, every module that holds a prunable weight sees where(mask, weight, 0) under the weight's attribute,
+    tied places included. The parameters themselves stay registered and untouched, and receive masked gradients.
+
+    Masks are used as integers of the weight's size with all bits set where kept: the bitwise AND equals `where` to the
+    bit (a pruned infinity becomes 0, not NaN) and is several times faster on processors.
+
+    Args:
+        backbone (`nn.Module`): holds the weights that `bank` names.
+        bank (`MaskBank`): the masks.
+        cache_bytes (`int`): bound on unpacked masks kept; those of the latest route are always kept.
+
+    Raises:
+        ValueError: a weight of the bank is missing in the backbone or has another shape.
+    """
+
+    def __init__(self, backbone: nn.Module, bank: MaskBank, *, cache_bytes: int) -> None:
+        aliases = parameter_aliases(backbone)
+        for name, shape in zip(bank.weight_names, bank.shapes, strict=True):
+            found = getattr(*aliases[name][0]).shape if name in aliases else None
+            if found != shape:
+                raise ValueError(
+                    f"the masks are for another backbone: they cover {name} of shape {tuple(shape)}, but "
+                    f"{type(backbone).__name__} has {'no such weight' if found is None else tuple(found)}."
+                )
+        self.bank = bank
+        self.cache_bytes = cache_bytes
+        self.places = [aliases[name] for name in bank.weight_names]
+        self._cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
+        self._cache_key: tuple = ()
+        self._copies: list[Tensor] = []
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The prunable parameters, in the bank's order."""
+        return [module._parameters[attribute] for (module, attribute), *_ in self.places]
+
+    def masks(self, routes: Sequence[int]) -> list[Tensor]:
+        """Unpacked union of the masks of `routes` (`UNION`: of all), as integers of the weights' sizes, on their device."""
+        weights = self.weights
+        cache_key = (
+            *((weight.device, weight.dtype) for weight in weights),
+            *((0 if rows.is_inference() else rows._version, rows.data_ptr()) for rows in self.bank.packed),
+        )
+        if cache_key != self._cache_key:
+            self._cache.clear()
+            self._cache_key = cache_key
+        key = tuple(sorted(set(routes)))
+        if key not in self._cache:
+            self._make_room()
+            # Never inference tensors, even if the first call is in inference mode: training uses them later.
+            with torch.inference_mode(False):
+                self._cache[key] = [
+                    unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
+                    for row, weight in zip(self._packed(key), weights, strict=True)
+                ]
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def apply(self, route: int, *, fresh: bool) -> None:
+        """
+        Puts the masked weights of `route` in place, until `remove`.
+
+        Args:
+            route (`int`): index of a route, or `UNION`.
+            fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
+                than overwrite the persistent copy.
+        """
+        weights = self.weights
+        copies: list[Tensor] = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
+        masked = _MaskWeights.apply(self.masks([route]), copies, *weights)
+        for places, weight in zip(self.places, masked, strict=True):
+            for module, attribute in places:
+                # An entry of the instance hides the registered parameter of the same name from attribute access only.
+                module.__dict__[attribute] = weight
+
+    def remove(self) -> None:
+        for places in self.places:
+            for module, attribute in places:
+                module.__dict__.pop(attribute, None)
+
+    def cached_bytes(self) -> int:
+        return sum(mask.nbytes for masks in self._cache.values() for mask in masks)
+
+    def forget(self) -> None:
+        """Frees the unpacked masks and the masked copy."""
+        self._cache.clear()
+        self._copies = []
+
+    def _packed(self, routes: tuple[int, ...]) -> list[Tensor]:
+        if UNION in routes:
+            return self.bank.packed_union()
+        if len(routes) == 1:
+            return [rows[routes[0]] for rows in self.bank.packed]
+        return self.bank.packed_union(routes)
+
+    def _persistent(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        fits = len(self._copies) == len(weights) and all(
+            copy.dtype == weight.dtype and copy.device == weight.device and copy.stride() == weight.stride()
+            for copy, weight in zip(self._copies, weights, strict=True)
+        )
+        if not fits:
+            with torch.inference_mode(False):
+                self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+        return self._copies
+
+    def _make_room(self) -> None:
+        one = sum(weight.nbytes for weight in self.weights)
+        while self._cache and self.cached_bytes() + one > self.cache_bytes:
+            self._cache.popitem(last=False)
+
+
+class _MaskWeights(torch.autograd.Function):
+    """Masks weights into given tensors, and their gradients in place."""
+
+    @staticmethod
+    def forward(ctx, masks: list[Tensor], copies: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.masks = masks
+        ctx.set_materialize_grads(False)
+        for mask, copy, weight in zip(masks, copies, weights, strict=True):
+            torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
+        # The outputs share storage and version counter with the copies: a backward through a graph whose masked weights
+        # have been overwritten meanwhile raises instead of giving wrong gradients.
+        return tuple(copy.detach() for copy in copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *(
+            None if gradient is None else and_masks(gradient, mask)
+            for gradient, mask in zip(gradients, ctx.masks, strict=True)
+        )
+
+
+def and_masks(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` with zeros where the integer `mask` has none of its bits set; in place where `values` owns its memory."""
+    if mask.dtype != integer_dtype(values.dtype):
+        mask = mask.to(integer_dtype(values.dtype))
+    bits = values.view(mask.dtype)
+    if values.is_contiguous() and values._base is None:
+        bits.bitwise_and_(mask)
+        return values
+    return torch.bitwise_and(bits, mask).view(values.dtype)

@@ -1,0 +1,77 @@
+"""Splitting a batch by route and putting the outputs back together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, Tensor]:
+    """Route -> positions of its samples, `int64`, routes ascending."""
+    positions: dict[int, list[int]] = {}
+    for position, route in enumerate(route_ids):
+        positions.setdefault(route, []).append(position)
+    return {route: torch.tensor(positions[route], device=device) for route in sorted(positions)}
+
+
+def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int) -> dict[str, Any]:
+    """
+    The samples at `positions` of every batch-first tensor; what is no tensor, or has a first dimension of 1, is shared.
+
+    Raises:
+        ValueError: a tensor with another first dimension.
+    """
+
+    def select(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or (len(value) == 1 and batch_size != 1):
+            return value
+        if len(value) != batch_size:
+            raise ValueError(
+                f"`{name}` has {len(value)} rows for a batch of {batch_size}; inputs of a batch with several routes "
+                "must be batch-first."
+            )
+        return value.index_select(0, positions.to(value.device))
+
+    return {name: select(name, value) for name, value in inputs.items()}
+
+
+def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor], sizes: Sequence[Tensor]) -> dict:
+    """
+    Fields of the whole batch from those of its groups.
+
+    Args:
+        outputs: one mapping per group with the same fields.
+        groups: the samples' positions in the batch, per group.
+        sizes: weight of each group's `loss`: its number of samples, or of labelled tokens.
+
+    Raises:
+        ValueError: a field is neither batch-first nor the loss.
+    """
+    order = torch.argsort(torch.cat(list(groups)))
+    merged: dict[str, Any] = {}
+    for name in outputs[0]:
+        values = [output[name] for output in outputs]
+        if name == "loss":
+            weights = torch.stack(list(sizes)).to(values[0].device, values[0].dtype)
+            merged[name] = (torch.stack(values) * weights).sum() / weights.sum()
+        else:
+            merged[name] = _merge(name, values, groups, order)
+    return merged
+
+
+def _merge(name: str, values: Sequence[Any], groups: Sequence[Tensor], order: Tensor) -> Any:
+    if isinstance(values[0], (tuple, list)):
+        return tuple(_merge(name, parts, groups, order) for parts in zip(*values, strict=True))
+    batch_first = all(
+        isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(group)
+        for value, group in zip(values, groups, strict=True)
+    )
+    if not batch_first:
+        raise ValueError(
+            f"the output `{name}` is not batch-first, so a batch with several routes cannot be put back together; turn "
+            f"it off (as with `use_cache=False`) or call the model once per route."
+        )
+    return torch.cat(list(values)).index_select(0, order.to(values[0].device))

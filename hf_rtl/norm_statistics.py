@@ -1,0 +1,107 @@
+"""Running statistics of normalisation layers, one row per route. Knows modules with running statistics, nothing of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def tracked_buffers(backbone: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every (module, buffer name) that holds running statistics, in the order of `backbone.modules()`."""
+    for module in backbone.modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            yield from ((module, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+
+
+class NormStatistics(nn.Module):
+    """
+    Running mean, variance and batch count of every tracking layer, per route.
+
+    Buffers `s0000, s0001, …` of shape `[num_routes + 1, *shape]`, in the order of `tracked_buffers`: means and
+    variances are `float32` and are never cast with the model, counts are `int64`. Row `num_routes`, also reached as
+    -1, belongs to the union of all tickets. A new bank repeats the backbone's own statistics in every row.
+
+    While bound, the layers read and write a route's row in place, through a view; their own buffers stay as they were.
+    """
+
+    def __init__(self, backbone: nn.Module, num_routes: int) -> None:
+        super().__init__()
+        self.num_routes = num_routes
+        for index, (module, name) in enumerate(tracked_buffers(backbone)):
+            values = module.get_buffer(name)
+            values = values.float() if values.is_floating_point() else values
+            self.register_buffer(f"s{index:04d}", values.detach().clone().expand(num_routes + 1, *values.shape).clone())
+
+    @property
+    def rows(self) -> list[Tensor]:
+        return list(self._buffers.values())
+
+    def reset(self, backbone: nn.Module) -> None:
+        """Fills every row with the backbone's own statistics."""
+        for rows, (module, name) in zip(self.rows, tracked_buffers(backbone), strict=True):
+            rows.copy_(module.get_buffer(name).expand_as(rows))
+
+    def bind(self, backbone: nn.Module, route: int) -> BoundStatistics:
+        """Puts the row of `route` (-1: the union's) into the layers. Undo with `BoundStatistics.release`."""
+        return BoundStatistics(list(tracked_buffers(backbone)), [rows[route] for rows in self.rows])
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.rows
+        super()._apply(fn, recurse)
+        for name, old in zip(list(self._buffers), before, strict=True):
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_routes={self.num_routes}, num_buffers={len(self._buffers)}"
+
+
+class BoundStatistics:
+    """
+    Statistics tensors put in place of the running buffers of a backbone's layers, until `release`.
+
+    A layer of another floating point type than its row works on a cast copy, which is written back on release.
+    """
+
+    def __init__(self, locations: list[tuple[nn.Module, str]], rows: list[Tensor]) -> None:
+        self._locations = locations
+        self._originals = [module.get_buffer(name) for module, name in locations]
+        self._rows = rows
+        self._bound = [row.to(own.dtype) for row, own in zip(rows, self._originals, strict=True)]
+        self._put(self._bound)
+
+    @classmethod
+    def own(cls, backbone: nn.Module) -> BoundStatistics:
+        """The layers' own buffers, bound to themselves: for models that share their statistics."""
+        locations = list(tracked_buffers(backbone))
+        return cls(locations, [module.get_buffer(name) for module, name in locations])
+
+    def detach_from_layers(self) -> None:
+        """Lets the layers write into copies: a recomputed forward must not count twice (gradient checkpointing)."""
+        self._put([tensor.clone() for tensor in self._bound])
+
+    def attach_to_layers(self) -> None:
+        self._put(self._bound)
+
+    def release(self) -> None:
+        for (module, _), row, bound in zip(self._locations, self._rows, self._bound, strict=True):
+            if bound.dtype != row.dtype and module.training:
+                row.copy_(bound)
+        self._put(self._originals)
+
+    def _put(self, tensors: list[Tensor]) -> None:
+        for (module, name), tensor in zip(self._locations, tensors, strict=True):
+            module._buffers[name] = tensor
+
+
+def is_checkpointing(backbone: nn.Module) -> bool:
+    """Whether any module of the backbone recomputes activations in backward (transformers and timm name the flag apart)."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
+        for module in backbone.modules()
+    )

@@ -1,0 +1,113 @@
+"""Which weights of a backbone are prunable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    Conv1D,
+)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def parameter_aliases(backbone: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """
+    Every parameter of the backbone under its first name -> all (module, attribute) that hold it, tied ones included.
+
+    A module that is registered twice appears once.
+    """
+    names: dict[int, str] = {}
+    aliases: dict[str, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in backbone.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = names.setdefault(id(parameter), f"{prefix}.{attribute}".lstrip("."))
+                aliases.setdefault(name, []).append((module, attribute))
+    return aliases
+
+
+def select_prunable(
+    backbone: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[tuple[str, tuple[int, ...]]]:
+    """
+    Names and shapes of the prunable weights of `backbone`, in the order of its modules.
+
+    By default: the `weight` (never the bias) of convolutions, linear layers and their relatives (`Conv1D`, the input
+    projections of `nn.MultiheadAttention`), outside embeddings, norms and the head. The head is what lies outside
+    `base_model`, the output embeddings, and a timm model's classifier. A tied tensor counts once, and is left out if
+    any of its places is.
+
+    Args:
+        backbone (`nn.Module`): a transformers model, timm models wrapped as `TimmWrapper…`.
+        include (`Sequence[str]`): `fnmatch` patterns over parameter names (any of a tied tensor's), matrices and
+            larger only: what they match is added.
+        exclude (`Sequence[str]`): as `include`, and stronger: what they match is left out.
+
+    Raises:
+        ValueError: a pattern that matches no weight, or nothing left to prune.
+    """
+    head = {id(module) for part in _heads(backbone) for module in part.modules()}
+    used: set[str] = set()
+    chosen: list[tuple[str, tuple[int, ...]]] = []
+    module_names = {id(module): name for name, module in backbone.named_modules()}
+    for name, places in parameter_aliases(backbone).items():
+        parameter: Tensor = getattr(*places[0])
+        if parameter.ndim < 2 or any(attribute.endswith("bias") for _, attribute in places):
+            continue
+        names = [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in places]
+        included, excluded = _matching(names, include), _matching(names, exclude)
+        used |= included | excluded
+        default = all(_prunable_by_default(module, attribute, head) for module, attribute in places)
+        if (default or included) and not excluded:
+            chosen.append((name, tuple(parameter.shape)))
+    for argument, patterns in (("prune_include", include), ("prune_exclude", exclude)):
+        for pattern in patterns:
+            if pattern not in used:
+                raise ValueError(
+                    f"`{argument}` has the pattern {pattern!r}, which matches no weight of {type(backbone).__name__}; "
+                    f'names look like {", ".join(repr(name) for name, _ in chosen[:3]) or "nothing here"}. '
+                    f"Patterns are those of fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
+                )
+    if not chosen:
+        raise ValueError(f"{type(backbone).__name__} has no prunable weight; name some with `prune_include`.")
+    return chosen
+
+
+def _prunable_by_default(module: nn.Module, attribute: str, head: set[int]) -> bool:
+    if id(module) in head:
+        return False
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute in _ATTENTION_WEIGHTS
+    return isinstance(module, _LAYERS) and attribute == "weight"
+
+
+def _heads(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The modules that make up the head; empty for a model without one."""
+    timm_model = getattr(backbone, "timm_model", None)
+    if timm_model is not None:
+        classifier = timm_model.get_classifier()
+        yield from classifier if isinstance(classifier, tuple) else (classifier,)
+        return
+    base = getattr(backbone, "base_model", backbone)
+    if base is not backbone:
+        inside = {id(module) for module in base.modules()}
+        yield from (child for child in backbone.children() if id(child) not in inside)
+    output_embeddings = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
+    if output_embeddings is not None:
+        yield output_embeddings
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    return {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)}
