@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from .backbone import build_backbone
 from .configuration_rtl import RTLConfig
-from .mask_bank import MaskBank
+from .mask_bank import MaskBank, count_bits
 from .masking import UNION, WeightMasker, and_masks
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
@@ -65,7 +65,6 @@ class RTLModel(PreTrainedModel):
     config: RTLConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
     # Losses are means over a batch: `Trainer` is not to pass `num_items_in_batch`, which timm models do not take.
     accepts_loss_kwargs = False
     _supports_sdpa = True
@@ -92,6 +91,7 @@ class RTLModel(PreTrainedModel):
         self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
+        self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         # Routes that took part in training since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
         self._active = _ActiveRoute()
@@ -339,7 +339,7 @@ class RTLModel(PreTrainedModel):
     def _run(self, inputs: dict[str, Any], labels: Tensor | None) -> ModelOutput:
         """The backbone on one route's samples, inside a context."""
         if labels is not None:
-            inputs = {**inputs, "labels": self._ticket_labels(labels) if self._is_membership else labels}
+            inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
         recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
         if recomputes:
             self._active.statistics.attach_to_layers()
@@ -389,7 +389,8 @@ class RTLModel(PreTrainedModel):
     def _is_membership(self) -> bool:
         return self.config.ticket_task == "membership"
 
-    def _ticket_labels(self, labels: Tensor) -> Tensor:
+    def ticket_labels(self, labels: Tensor) -> Tensor:
+        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone's loss takes them: floats `[batch, 1]`."""
         if labels.ndim == 1:
             labels = labels.unsqueeze(-1)
         if labels.ndim != 2 or labels.shape[1] != 1:
@@ -431,6 +432,32 @@ class RTLModel(PreTrainedModel):
         dense = f"{'dense: embeddings, norms, biases, head, excluded':60} {'':>24} {left_out:>12,}"
         return "\n".join([*lines, total, dense])
 
+    def footprint(self) -> dict[str, int]:
+        """
+        Bytes of this model in its smallest lossless form, and of one pruned model per route.
+
+        Weights that no ticket keeps are left out; masks are raw bits. `dense_bytes` is what no mask covers: the other
+        parameters, buffers, and the statistics of all routes.
+        """
+        weights = self.masker.weights
+        union = sum(int(count_bits(row)) * w.itemsize for row, w in zip(self.mask_bank.packed_union(), weights, strict=True))
+        masks = sum(rows.nbytes for rows in self.mask_bank.packed)
+        prunable = {id(weight) for weight in weights}
+        parameters = sum(parameter.nbytes for parameter in self.backbone.parameters() if id(parameter) not in prunable)
+        buffers = sum(buffer.nbytes for buffer in self.backbone.buffers())
+        tracked = sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(self.backbone))
+        statistics = tracked if self.norm_statistics is None else sum(rows.nbytes for rows in self.norm_statistics.rows)
+        dense = parameters + buffers - tracked + statistics
+        kept = self.mask_bank.count(per_layer=True).sum(1).tolist()
+        independent = sum(count * weight.itemsize for count, weight in zip(kept, weights, strict=True))
+        return {
+            "union_bytes": union,
+            "mask_bytes": masks,
+            "dense_bytes": dense,
+            "total_bytes": union + masks + dense,
+            "independent_bytes": independent + masks + self.num_routes * (parameters + buffers),
+        }
+
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
         counts, densities = self.mask_bank.count().tolist(), self.mask_bank.density().tolist()
@@ -449,14 +476,16 @@ class RTLModel(PreTrainedModel):
 
     # What transformers and torch call
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.backbone.gradient_checkpointing_disable()
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.backbone._set_gradient_checkpointing(enable, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.backbone.get_input_embeddings()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and with them which routes they came from."""
+        super().zero_grad(set_to_none)
+        self.routes_since_update.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any):
         self._refuse_in_context("state_dict()")

@@ -1,0 +1,39 @@
+# VENV is the active virtual environment, or .venv, which is created when it is missing.
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test quality style clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.hf_rtl-dev  ## Install the package in editable mode, with all that development needs
+
+demo: $(VENV)/.hf_rtl-plots  ## Prune and evaluate tickets for scikit-learn's digits, on a CPU and offline
+	$(PYTHON) recipes/prune.py --config recipes/configs/digits.yaml --sanity
+	$(PYTHON) recipes/evaluate.py
+
+test: quality  ## Run the checks, then the tests
+	$(PYTHON) -m pytest
+
+quality: venv  ## Check lint, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+style: venv  ## Fix lint and format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:  ## Remove builds and caches, not the environment
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+# A stamp for every extra: installed again only when pyproject.toml changes.
+$(VENV)/.hf_rtl-%: pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,154 @@
+"""Ticket extraction: train a masked copy of the network on one route, prune it, rewind (paper, Algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.optimizer import Optimizer
+
+from .mask_bank import integer_dtype
+from .masking import and_masks
+from .prunable import parameter_aliases
+
+
+@dataclass
+class TicketTrainer:
+    """
+    Trains a plain copy of a backbone from masked initial weights. No DDP and no collectives: routes are independent.
+
+    Args:
+        network (`nn.Module`): a copy of the backbone that this object may change.
+        theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
+        weight_names (`list[str]`): the prunable weights, in the bank's order.
+        make_optimizer (`Callable`): a fresh optimizer for the network.
+        compute_loss (`Callable`): (network, batch) -> scalar loss.
+        autocast (`Callable`): context in which the loss is computed.
+        max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
+        fp16 (`bool`): whether to scale losses.
+    """
+
+    network: nn.Module
+    theta0: Mapping[str, Tensor]
+    weight_names: Sequence[str]
+    make_optimizer: Callable[[nn.Module], Optimizer]
+    compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    max_grad_norm: float = 0.0
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        aliases = parameter_aliases(self.network)
+        self.weights = [aliases[name][0][0]._parameters[aliases[name][0][1]] for name in self.weight_names]
+
+    @torch.no_grad()
+    def rewind(self, masks: Sequence[Tensor] | None) -> None:
+        """Sets every parameter and buffer to θ0, the prunable weights to where(mask, θ0, 0)."""
+        for name, tensor in named_state(self.network):
+            tensor.copy_(self.theta0[name])
+        if masks is not None:
+            for weight, mask in zip(self.weights, masks, strict=True):
+                weight.masked_fill_(~mask.to(weight.device), 0)
+
+    def train(
+        self,
+        masks: Sequence[Tensor] | None,
+        batches: Iterable[dict[str, Any]],
+        *,
+        seed: Sequence[int],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Tensor]:
+        """
+        Trains from m ⊙ θ0 on `batches`; gradients are masked, so pruned weights stay 0.
+
+        Args:
+            masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
+            batches (`Iterable`): keyword arguments of the network, labels included.
+            seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
+            on_step (`Callable`): called after every step.
+
+        Returns:
+            The trained prunable weights, on the CPU.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite.
+        """
+        with _seeded(seed, next(self.network.parameters()).device):
+            self.rewind(masks)
+            self.network.train()
+            optimizer = self.make_optimizer(self.network)
+            full = masks is None or all(bool(mask.all()) for mask in masks)
+            integers = [] if full else [_as_integers(mask, w) for mask, w in zip(masks or [], self.weights, strict=True)]
+            device = self.weights[0].device
+            scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
+            total_loss = torch.zeros((), device=device)
+            for batch in batches:
+                optimizer.zero_grad()
+                with self.autocast():
+                    loss = self.compute_loss(self.network, batch)
+                scaler.scale(loss).backward()
+                if not full:
+                    for weight, mask in zip(self.weights, integers, strict=True):
+                        if weight.grad is not None:
+                            weight.grad = and_masks(weight.grad, mask)
+                if self.max_grad_norm > 0:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                total_loss += loss.detach()
+                on_step()
+            if not torch.isfinite(total_loss):
+                raise FloatingPointError(f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data.")
+            optimizer.zero_grad()
+        return [weight.detach().cpu().clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
+        """
+        Whether the rewound ticket gives every sample of `batch` the same output, that is, pruning cut it from its input.
+
+        Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
+        """
+        self.rewind(masks)
+        self.network.eval()
+        for module in self.network.modules():
+            if isinstance(module, _NormBase):
+                module.train()
+        with self.autocast():
+            output = self.network(**{name: value for name, value in batch.items() if name != "labels"}, return_dict=True)
+        main = output.logits if "logits" in output else output[0]
+        return bool((main == main[:1]).all())
+
+
+def named_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, tied ones under their first name."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def deal_out(num_routes: int, rank: int, world_size: int) -> list[int]:
+    """The routes whose tickets a process extracts."""
+    return list(range(rank, num_routes, world_size))
+
+
+def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
+    """A `bool` mask as integers with all bits set where kept, of the weight's size and memory layout."""
+    integers = torch.empty_like(weight, dtype=integer_dtype(weight.dtype), requires_grad=False)
+    return integers.copy_(mask).neg_()
+
+
+@contextlib.contextmanager
+def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """A generator state that depends on `seed` alone, put back afterwards."""
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]))
+        yield

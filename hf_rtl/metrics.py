@@ -1,0 +1,255 @@
+"""
+Figures per route and over all routes, from one matrix of scores over the whole evaluation set.
+
+A name is `{route}/{metric}` for one route and `{metric}` for all of them. Samples count as they are: nothing is
+balanced or reweighted, so precision is that of the evaluation set's own prevalence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+
+from .mask_bank import check_route_names
+from .partition import check_route_ids
+
+
+def membership_metrics(
+    scores: np.ndarray,
+    home_routes: np.ndarray,
+    route_names: Sequence[str],
+    *,
+    thresholds: Sequence[float] | None = None,
+) -> dict[str, float]:
+    """
+    One-vs-rest figures of tickets that answer "is this mine?" (PAPER.md section 4.1).
+
+    | key | value |
+    |---|---|
+    | `{route}/balanced_accuracy`, `precision`, `recall`, `f1` | of the decision score > 0 |
+    | `{route}/auroc` | of the scores |
+    | the same without `{route}/` | mean over the routes where it is defined |
+    | `worst_balanced_accuracy` | minimum over the routes where it is defined |
+    | `accuracy` | fraction of samples whose home route has the highest score (the first among equals) |
+
+    With `thresholds`, all but `auroc` come a second time as `{route}/calibrated_{metric}`, `calibrated_{metric}` and
+    `worst_calibrated_balanced_accuracy`: the decision is then score > threshold of the route, and the highest score is
+    that of score − threshold.
+
+    Undefined figures are NaN and left out of means and minimum: every figure of a route without samples, and the
+    balanced accuracy and `auroc` of a route that has all of them. Precision is 0 where nothing is predicted positive.
+
+    Args:
+        scores (`np.ndarray`): floats `[N, K]`, the logit of every ticket for every sample.
+        home_routes (`np.ndarray`): integers `[N]`, the route that each sample belongs to.
+        route_names (`Sequence[str]`): K distinct names.
+        thresholds (`Sequence[float]`, *optional*): K floats, from `calibrate_thresholds` on data held out of training.
+
+    Returns:
+        `dict[str, float]`: the figures, from 0 to 1.
+
+    Raises:
+        TypeError: `scores` are not a float array or `home_routes` not an integer array.
+        ValueError: shapes that do not match, scores or thresholds that are NaN or infinite, routes out of range.
+    """
+    route_names = check_route_names(route_names)
+    home_routes = _check_scores("scores", scores, "home_routes", home_routes, num_columns=len(route_names))
+    metrics = _decision_metrics(scores, home_routes, route_names, prefix="")
+    aurocs = []
+    for route, name in enumerate(route_names):
+        is_home = home_routes == route
+        defined = is_home.any() and not is_home.all()
+        aurocs.append(float(roc_auc_score(is_home, scores[:, route])) if defined else float("nan"))
+        metrics[f"{name}/auroc"] = aurocs[-1]
+    metrics["auroc"] = _over_defined(np.mean, aurocs)
+    if thresholds is not None:
+        shifts = np.asarray(thresholds, dtype=np.float64)
+        if shifts.shape != (len(route_names),) or not np.isfinite(shifts).all():
+            raise ValueError(
+                f"`thresholds` is {thresholds}; one finite float for each of {len(route_names)} routes is needed."
+            )
+        metrics |= _decision_metrics(scores, home_routes, route_names, prefix="calibrated_", thresholds=shifts)
+    return metrics
+
+
+def _decision_metrics(
+    scores: np.ndarray,
+    home_routes: np.ndarray,
+    route_names: list[str],
+    *,
+    prefix: str,
+    thresholds: np.ndarray | float = 0.0,
+) -> dict[str, float]:
+    # Compared, not subtracted: a difference can round to zero.
+    decisions = scores > thresholds
+    columns: dict[str, list[float]] = {"balanced_accuracy": [], "precision": [], "recall": [], "f1": []}
+    for route in range(len(route_names)):
+        is_home, decided = home_routes == route, decisions[:, route]
+        precision = recall = f1 = balanced_accuracy = float("nan")
+        if is_home.any():
+            precision, recall, f1, _ = precision_recall_fscore_support(
+                is_home, decided, average="binary", pos_label=True, zero_division=0.0
+            )
+            if not is_home.all():
+                balanced_accuracy = balanced_accuracy_score(is_home, decided)
+        for metric, value in zip(columns, (balanced_accuracy, precision, recall, f1), strict=True):
+            columns[metric].append(float(value))
+
+    metrics = {
+        f"{name}/{prefix}{metric}": values[route]
+        for route, name in enumerate(route_names)
+        for metric, values in columns.items()
+    }
+    metrics |= {f"{prefix}{metric}": _over_defined(np.mean, values) for metric, values in columns.items()}
+    metrics[f"worst_{prefix}balanced_accuracy"] = _over_defined(np.min, columns["balanced_accuracy"])
+    metrics[f"{prefix}accuracy"] = float(np.mean((scores - thresholds).argmax(axis=1) == home_routes))
+    return metrics
+
+
+def constant_tickets(scores: np.ndarray) -> list[int]:
+    """
+    The routes whose ticket gives every sample the same score: its input no longer reaches its output.
+
+    Args:
+        scores (`np.ndarray`): floats `[N, K]` of at least two samples.
+
+    Raises:
+        TypeError: `scores` are not a float array.
+        ValueError: `scores` are not `[N, K]`, not finite, or of fewer than two samples.
+    """
+    _check_matrix("scores", scores)
+    if len(scores) < 2:
+        raise ValueError(f"`scores` has {len(scores)} sample(s); at least 2 are needed to tell whether they differ.")
+    return np.flatnonzero((scores == scores[0]).all(axis=0)).tolist()
+
+
+def label_metrics(
+    logits: np.ndarray, labels: np.ndarray, route_ids: np.ndarray, route_names: Sequence[str]
+) -> dict[str, float]:
+    """
+    Top-1 accuracies of tickets that predict the task's labels (the first label among equal logits).
+
+    | key | value |
+    |---|---|
+    | `{route}/accuracy` | over the route's samples; NaN if it has none |
+    | `accuracy` | over all samples |
+    | `mean_route_accuracy`, `worst_route_accuracy` | over the routes that have samples |
+
+    Args:
+        logits (`np.ndarray`): floats `[N, C]`.
+        labels (`np.ndarray`): integers `[N]` from 0 to C - 1.
+        route_ids (`np.ndarray`): integers `[N]`, the route of each sample.
+        route_names (`Sequence[str]`): K distinct names.
+
+    Raises:
+        TypeError: `logits` are not a float array, `labels` or `route_ids` not integer arrays.
+        ValueError: shapes that do not match, logits that are NaN or infinite, labels or routes out of range.
+    """
+    route_names = check_route_names(route_names)
+    labels = _check_scores("logits", logits, "labels", labels)
+    route_ids = check_route_ids(route_ids, num_routes=len(route_names))
+    if len(route_ids) != len(labels):
+        raise ValueError(f"`route_ids` has {len(route_ids)} entries and `labels` {len(labels)}; both need the same.")
+    correct = logits.argmax(axis=1) == labels
+    accuracies = []
+    for route in range(len(route_names)):
+        of_route = correct[route_ids == route]
+        accuracies.append(float(of_route.mean()) if of_route.size else float("nan"))
+    return {
+        **{f"{name}/accuracy": accuracy for name, accuracy in zip(route_names, accuracies, strict=True)},
+        "accuracy": float(correct.mean()),
+        "mean_route_accuracy": _over_defined(np.mean, accuracies),
+        "worst_route_accuracy": _over_defined(np.min, accuracies),
+    }
+
+
+def calibrate_thresholds(scores: np.ndarray, home_routes: np.ndarray) -> list[float]:
+    """
+    The threshold of each route that maximises F1 of the decision score > threshold.
+
+    Fit it on training-side data only, a held-out part of the training set or a calibration set: on the evaluation set
+    it would be chosen with the answers in view.
+
+    The threshold is halfway between the lowest score that is accepted and the next lower one, rounded to `float32` so
+    that storing it loses nothing (to the lower score if they are too close for that), or just below the lowest score
+    if all are accepted. Among thresholds of equal F1 the highest is taken, the one with the best precision.
+
+    Args:
+        scores (`np.ndarray`): floats `[N, K]`.
+        home_routes (`np.ndarray`): integers `[N]`; every route needs a sample.
+
+    Returns:
+        `list[float]`: K thresholds.
+
+    Raises:
+        TypeError: `scores` are not a float array or `home_routes` not an integer array.
+        ValueError: shapes that do not match, scores that are NaN or infinite, routes out of range or without a sample.
+    """
+    home_routes = _check_scores("scores", scores, "home_routes", home_routes)
+    thresholds = []
+    for route in range(scores.shape[1]):
+        is_home = home_routes == route
+        num_home = int(is_home.sum())
+        if num_home == 0:
+            raise ValueError(f"`home_routes` has no sample of route {route}, so its threshold cannot be calibrated.")
+        route_scores = scores[:, route].astype(np.float64)
+        # `candidates` rise; a decision is score >= candidate. Its last recall, 0, belongs to no candidate.
+        _, recall, candidates = precision_recall_curve(is_home, route_scores)
+        num_found = np.rint(recall[:-1] * num_home)
+        num_accepted = len(route_scores) - np.searchsorted(np.sort(route_scores), candidates, side="left")
+        # From whole numbers, so that equal F1 are equal floats and the tie is ours to break.
+        f1 = 2 * num_found / (num_accepted + num_home)
+        best = int(np.flatnonzero(f1 == f1.max())[-1])
+        below = route_scores[route_scores < candidates[best]]
+        thresholds.append(_threshold_between(float(below.max()) if below.size else None, float(candidates[best])))
+    return thresholds
+
+
+def _threshold_between(lower: float | None, upper: float) -> float:
+    """A float t with lower <= t < upper."""
+    if lower is None:
+        return float(np.nextafter(np.float32(upper), np.float32(-np.inf)))
+    middle = float(np.float32(lower / 2 + upper / 2))
+    return middle if lower <= middle < upper else lower
+
+
+def _over_defined(reduce: Callable[[list[float]], float], values: Sequence[float]) -> float:
+    defined = [value for value in values if not np.isnan(value)]
+    return float(reduce(defined)) if defined else float("nan")
+
+
+def _check_matrix(name: str, matrix: np.ndarray) -> None:
+    if not isinstance(matrix, np.ndarray) or matrix.dtype.kind != "f":
+        kind = f"a `{matrix.dtype}` array" if isinstance(matrix, np.ndarray) else f"a `{type(matrix).__name__}`"
+        raise TypeError(f"`{name}` is {kind}; a float array is needed: `tensor.float().cpu().numpy()`.")
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"`{name}` has shape {list(matrix.shape)}; [samples, columns], not empty, is needed.")
+    if not np.isfinite(matrix).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
+        raise ValueError(f"`{name}` has {matrix[row, column]} at [{row}, {column}]; all values must be finite.")
+
+
+def _check_scores(
+    name: str, matrix: np.ndarray, ids_name: str, ids: np.ndarray, *, num_columns: int | None = None
+) -> np.ndarray:
+    """Checks a matrix `[N, C]` and ids `[N]` of its columns, both named in errors; returns the ids as `int64`."""
+    _check_matrix(name, matrix)
+    if num_columns is not None and matrix.shape[1] != num_columns:
+        raise ValueError(f"`{name}` has {matrix.shape[1]} columns and `route_names` {num_columns} names.")
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        raise TypeError(f"`{ids_name}` must be an array of integers, got {ids!r}.")
+    if ids.shape != (len(matrix),):
+        raise ValueError(f"`{ids_name}` has shape {list(ids.shape)} and `{name}` {list(matrix.shape)}; [N] is needed.")
+    if ids.min() < 0 or ids.max() >= matrix.shape[1]:
+        raise ValueError(
+            f"`{ids_name}` goes from {ids.min()} to {ids.max()}; allowed are the columns of `{name}`, 0 to "
+            f"{matrix.shape[1] - 1}."
+        )
+    return ids.astype(np.int64)

@@ -1,0 +1,72 @@
+"""What a training run is going to do, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    One extraction over all routes, and the joint retraining that follows it.
+
+    Args:
+        index (`int`): from 0.
+        sparsity (`float`): target that the round ends at.
+        kept (`list[int]`): weights that every ticket keeps after each of the round's prune events.
+        first_event (`int`): number of its first event, counted over the whole run.
+        retrained (`bool`): whether joint retraining follows.
+    """
+
+    index: int
+    sparsity: float
+    kept: list[int]
+    first_event: int
+    retrained: bool
+
+    @property
+    def name(self) -> str:
+        return f"round-{self.index + 1:02d}-sparsity-{self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Args:
+        rounds (`list[Round]`): in order.
+        num_weights (`int`): prunable weights.
+        route_sizes (`dict[str, int]`): training samples of every route.
+        extraction_steps (`list[int]`): steps that each route trains before a prune event.
+        retraining_steps (`int`): optimizer steps of one joint retraining.
+    """
+
+    rounds: list[Round]
+    num_weights: int
+    route_sizes: dict[str, int]
+    extraction_steps: list[int]
+    retraining_steps: int
+
+    @property
+    def num_events(self) -> int:
+        return sum(len(round_.kept) for round_ in self.rounds)
+
+    @property
+    def num_trainings(self) -> int:
+        """Extraction trainings, one per route and event, and joint retrainings."""
+        return self.num_events * len(self.route_sizes) + sum(round_.retrained for round_ in self.rounds)
+
+    @property
+    def num_steps(self) -> int:
+        retrainings = sum(round_.retrained for round_ in self.rounds)
+        return self.num_events * sum(self.extraction_steps) + retrainings * self.retraining_steps
+
+
+def make_rounds(schedule: list[list[int]], target_sparsity: list[float], *, retrain_every_round: bool) -> list[Round]:
+    """Numbers the rounds and events of `pruning.round_schedule`."""
+    rounds: list[Round] = []
+    first_event = 0
+    for index, (sparsity, kept) in enumerate(zip(target_sparsity, schedule, strict=True)):
+        last = index == len(schedule) - 1
+        rounds.append(Round(index, sparsity, kept, first_event, retrained=retrain_every_round or last))
+        first_event += len(kept)
+    return rounds

@@ -1,0 +1,319 @@
+"""
+Magnitude pruning as pure functions on lists of tensors: what is kept, how much per event, and control masks.
+
+Everywhere, `weights` is a list of floating point tensors, one per layer, and `masks` a list of `bool` tensors of the
+same shapes, `True` = kept. The position of a weight is its layer, then its index in the flattened (row-major) layer.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+SCOPES = ("global", "layer", "global_normalised")
+SCHEDULES = ("geometric", "linear", "constant")
+
+
+@torch.no_grad()
+def prune(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    num_kept: int,
+    scope: str = "global",
+    reference: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """
+    Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (PAPER.md section 2, Algorithm 1).
+
+    Among equal magnitudes the earlier position is kept. The arguments are left as they are.
+
+    Args:
+        weights (`Sequence[Tensor]`): the weights after training; what lies outside `masks` is not looked at.
+        masks (`Sequence[Tensor]`): the survivors so far.
+        num_kept (`int`): how many weights are kept over all layers, from 0 to the number of survivors.
+        scope (`str`, defaults to `"global"`): what the magnitudes are ranked against.
+            `"global"`: all survivors together (the paper's).
+            `"layer"`: the survivors of the same layer. A layer keeps its share of `num_kept` in proportion to its full
+            size, in whole numbers by largest remainder (the earlier layer on equal remainders); a layer that has fewer
+            survivors than its share keeps them all, and the others share the rest in the same way.
+            `"global_normalised"`: all survivors together, each magnitude divided by the (population) standard
+            deviation of its layer in `reference`, in `float64`.
+        reference (`Sequence[Tensor]`, *optional*): the initial weights θ0, of the shapes of `weights`, read only by
+            `"global_normalised"`, which needs them.
+
+    Returns:
+        `list[Tensor]`: new `bool` masks, nested in `masks`.
+
+    Raises:
+        TypeError: `weights` are not floating point, `masks` not `bool`, `num_kept` not an integer.
+        ValueError: lists, shapes or devices that do not match, `num_kept` out of range, an unknown `scope`, a survivor
+            that is NaN, a missing `reference` or one with a layer whose standard deviation is zero or not finite.
+    """
+    _check_masks(masks)
+    _check_weights("weights", weights, masks)
+    num_survivors = sum(int(mask.sum()) for mask in masks)
+    num_kept = _whole_number("num_kept", num_kept)
+    if not 0 <= num_kept <= num_survivors:
+        raise ValueError(
+            f"`num_kept` is {num_kept}; allowed is 0 to {num_survivors}, the number of surviving weights."
+        )
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` is {scope!r}; allowed are {', '.join(map(repr, SCOPES))}.")
+
+    magnitudes = []
+    for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+        survivors = weight[mask].abs()
+        if survivors.isnan().any():
+            raise ValueError(f"`weights[{layer}]` has NaN among its surviving weights, so they cannot be ranked.")
+        # Half types are ranked in float32: exact, and supported on every device.
+        magnitudes.append(survivors.to(torch.promote_types(survivors.dtype, torch.float32)))
+
+    if scope == "layer":
+        limits = [layer_magnitudes.numel() for layer_magnitudes in magnitudes]
+        counts = _proportional_counts(num_kept, [mask.numel() for mask in masks], limits)
+        kept = [_largest(values, count) for values, count in zip(magnitudes, counts, strict=True)]
+    else:
+        if scope == "global_normalised":
+            if reference is None:
+                raise ValueError("`reference` is None; scope 'global_normalised' needs the initial weights there.")
+            _check_weights("reference", reference, masks)
+            scales = [_spread(layer, initial) for layer, initial in enumerate(reference)]
+            magnitudes = [values.double() / scale for values, scale in zip(magnitudes, scales, strict=True)]
+        kept = list(_largest(torch.cat(magnitudes), num_kept).split([values.numel() for values in magnitudes]))
+
+    return [
+        torch.zeros_like(mask).masked_scatter_(mask, layer_kept) for mask, layer_kept in zip(masks, kept, strict=True)
+    ]
+
+
+def _largest(magnitudes: Tensor, num_kept: int) -> Tensor:
+    """Booleans `[n]` that are true for the `num_kept` largest of `magnitudes [n]`, the first ones among equals."""
+    if num_kept == 0:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    # Only the threshold's value is used: which of several equal elements a selection names is unspecified.
+    num_removed = magnitudes.numel() - num_kept
+    if magnitudes.device.type == "cpu":
+        threshold = magnitudes.kthvalue(num_removed + 1).values
+    else:  # elsewhere kthvalue may be refused under deterministic algorithms, and sorting is cheap
+        threshold = magnitudes.sort().values[num_removed]
+    kept = magnitudes > threshold
+    tied = (magnitudes == threshold).nonzero().squeeze(1)
+    kept[tied[: num_kept - int(kept.sum())]] = True
+    return kept
+
+
+def _proportional_counts(total: int, sizes: list[int], limits: list[int]) -> list[int]:
+    """
+    Splits `total` in proportion to `sizes` by largest remainder, no part above its limit; integers only, so exact.
+
+    Parts whose share reaches past their limit are set to it and the rest is shared again, until all shares fit.
+    """
+    counts = [0] * len(sizes)
+    open_parts = list(range(len(sizes)))
+    while True:
+        size = sum(sizes[part] for part in open_parts)
+        over = [part for part in open_parts if total * sizes[part] > limits[part] * size]
+        if not over:
+            break
+        for part in over:
+            counts[part] = limits[part]
+            total -= limits[part]
+        open_parts = [part for part in open_parts if part not in over]
+    if total == 0:
+        return counts
+    # Every share is at most its limit, and limits are whole, so rounding a share up stays within the limit.
+    for part in open_parts:
+        counts[part] = total * sizes[part] // size
+    remaining = total - sum(counts[part] for part in open_parts)
+    by_remainder = sorted(open_parts, key=lambda part: (-(total * sizes[part] % size), part))
+    for part in by_remainder[:remaining]:
+        counts[part] += 1
+    return counts
+
+
+def _spread(layer: int, initial: Tensor) -> float:
+    spread = float(initial.double().std(correction=0))
+    if not (math.isfinite(spread) and spread > 0):
+        raise ValueError(
+            f"`reference[{layer}]` has standard deviation {spread}; scope 'global_normalised' divides by it, so it "
+            "must be positive and finite."
+        )
+    return spread
+
+
+def round_schedule(
+    num_weights: int, target_sparsities: Sequence[float], *, schedule: str, amount: float
+) -> list[list[int]]:
+    """
+    The numbers of weights kept after each prune event of each round.
+
+    A round starts from what the previous one kept (the first from `num_weights`), and its last event is cut short to
+    keep exactly `num_weights - round(target * num_weights)`, with Python's rounding (halves to even).
+
+    Args:
+        num_weights (`int`): number of prunable weights.
+        target_sparsities (`Sequence[float]`): one target per round, a fraction of `num_weights`, strictly increasing
+            within `[0, 1)`. A first target of 0 is a round without events: dense tickets.
+        schedule (`str`): what an event removes.
+            `"geometric"`: the fraction `amount` of the surviving weights.
+            `"linear"`: the fraction `amount` of `num_weights`.
+            `"constant"`: `amount` weights (the paper's 4,096).
+            A fraction is rounded to whole weights, and to one weight at least.
+        amount (`float`): strictly between 0 and 1 for the fractions, a positive whole number for `"constant"`.
+
+    Returns:
+        `list[list[int]]`: per round, the strictly decreasing kept counts after its events.
+
+    Raises:
+        TypeError: `num_weights` is not an integer, `amount` or a target not a number.
+        ValueError: a value out of range, an unknown `schedule`, targets that do not increase, or that differ by less
+            than a weight, or that keep nothing.
+
+    Example:
+        >>> round_schedule(100, [0.25, 0.5], schedule="constant", amount=20)
+        [[80, 75], [55, 50]]
+    """
+    num_weights = _whole_number("num_weights", num_weights)
+    if num_weights < 1:
+        raise ValueError(f"`num_weights` is {num_weights}; at least 1 weight is needed.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule` is {schedule!r}; allowed are {', '.join(map(repr, SCHEDULES))}.")
+    _check_amount(schedule, amount)
+    targets = _check_targets(target_sparsities)
+
+    rounds: list[list[int]] = []
+    kept = num_weights
+    for target in targets:
+        goal = num_weights - round(target * num_weights)
+        if goal == 0:
+            raise ValueError(f"`target_sparsities` has {target}, which keeps none of {num_weights} weights.")
+        if target > 0 and goal == kept:
+            raise ValueError(
+                f"`target_sparsities` has {target}, which removes no weight of {num_weights} beyond the "
+                f"{num_weights - kept} removed before it."
+            )
+        events = []
+        while kept > goal:
+            if schedule == "geometric":
+                removed = round(amount * kept)
+            elif schedule == "linear":
+                removed = round(amount * num_weights)
+            else:
+                removed = int(amount)
+            kept = max(goal, kept - max(1, removed))
+            events.append(kept)
+        rounds.append(events)
+    return rounds
+
+
+def random_masks(masks: Sequence[Tensor], *, generator: torch.Generator) -> list[Tensor]:
+    """
+    Masks that keep as many weights in total as `masks`, drawn uniformly over all weights of all layers.
+
+    With a generator in the same state, masks of fewer weights are nested in masks of more.
+
+    Args:
+        masks (`Sequence[Tensor]`): the `bool` masks whose shapes, devices and total count are taken.
+        generator (`torch.Generator`): the only source of randomness; it is advanced.
+
+    Raises:
+        TypeError: `masks` are not `bool` tensors.
+        ValueError: `masks` is empty.
+    """
+    _check_masks(masks)
+    sizes = [mask.numel() for mask in masks]
+    order = torch.randperm(sum(sizes), generator=generator, device=generator.device)
+    drawn = torch.zeros(sum(sizes), dtype=torch.bool, device=generator.device)
+    drawn[order[: sum(int(mask.sum()) for mask in masks)]] = True
+    return [part.view(mask.shape).to(mask.device) for part, mask in zip(drawn.split(sizes), masks, strict=True)]
+
+
+def shuffled_masks(masks: Sequence[Tensor], *, generator: torch.Generator) -> list[Tensor]:
+    """
+    Masks that keep as many weights per layer as `masks`, at shuffled positions within each layer.
+
+    Arguments and errors are those of `random_masks`.
+    """
+    _check_masks(masks)
+    shuffled = []
+    for mask in masks:
+        order = torch.randperm(mask.numel(), generator=generator, device=generator.device).to(mask.device)
+        shuffled.append(mask.flatten()[order].view(mask.shape))
+    return shuffled
+
+
+def emptied_layers(masks: Sequence[Tensor]) -> list[int]:
+    """Indices of the layers of `masks` in which nothing is kept."""
+    _check_masks(masks)
+    return [layer for layer, mask in enumerate(masks) if not mask.any()]
+
+
+def _check_masks(masks: Sequence[Tensor]) -> None:
+    if len(masks) == 0:
+        raise ValueError("`masks` is empty; it needs one `bool` tensor per layer.")
+    for layer, mask in enumerate(masks):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"`masks[{layer}]` is {_kind(mask)}; a `bool` tensor is needed.")
+
+
+def _check_weights(name: str, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    if len(weights) != len(masks):
+        raise ValueError(f"`{name}` has {len(weights)} layers and `masks` {len(masks)}; both need the same number.")
+    for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError(f"`{name}[{layer}]` is {_kind(weight)}; a floating point tensor is needed.")
+        if weight.shape != mask.shape or weight.device != mask.device:
+            raise ValueError(
+                f"`{name}[{layer}]` is {list(weight.shape)} on {weight.device} and `masks[{layer}]` "
+                f"{list(mask.shape)} on {mask.device}; shapes and devices must be equal."
+            )
+
+
+def _kind(value: object) -> str:
+    return f"a `{value.dtype}` tensor" if isinstance(value, Tensor) else f"a `{type(value).__name__}`"
+
+
+def _whole_number(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` is {value!r}, a `{type(value).__name__}`; an `int` is needed.")
+    return int(value)
+
+
+def _check_amount(schedule: str, amount: float) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
+        raise TypeError(f"`amount` is {amount!r}, a `{type(amount).__name__}`; a number is needed.")
+    if schedule == "constant":
+        if not (amount >= 1 and float(amount).is_integer()):
+            raise ValueError(
+                f"`amount` is {amount}; schedule 'constant' removes a positive whole number of weights per event, as "
+                "in `amount=4096`. For a fraction use schedule 'linear' or 'geometric'."
+            )
+    elif not 0 < amount < 1:
+        raise ValueError(
+            f"`amount` is {amount}; schedule {schedule!r} takes a fraction strictly between 0 and 1, as in "
+            "`amount=0.2`. For a number of weights use schedule 'constant'."
+        )
+
+
+def _check_targets(target_sparsities: Sequence[float]) -> list[float]:
+    if isinstance(target_sparsities, numbers.Real):
+        raise TypeError(f"`target_sparsities` is {target_sparsities}; a list is needed: `[{target_sparsities}]`.")
+    targets: list[float] = []
+    for target in target_sparsities:
+        if isinstance(target, bool) or not isinstance(target, numbers.Real):
+            raise TypeError(f"`target_sparsities` has {target!r}, a `{type(target).__name__}`; numbers are needed.")
+        targets.append(float(target))
+    if not targets:
+        raise ValueError("`target_sparsities` is empty; it needs one target per round, as in `[0.25, 0.5, 0.75]`.")
+    for position, target in enumerate(targets):
+        if not 0 <= target < 1:
+            raise ValueError(f"`target_sparsities` has {target}; allowed are fractions from 0 to below 1.")
+        if position > 0 and target <= targets[position - 1]:
+            raise ValueError(f"`target_sparsities` are {targets}; they must increase strictly.")
+    return targets

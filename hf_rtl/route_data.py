@@ -1,0 +1,169 @@
+"""The training data of a run: which samples each route has, and the loaders of both phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .partition import LABEL_COLUMNS, Partition, partition_by_column, partition_by_label
+from .sampling import RouteBatchSampler, RoutedDataset
+
+
+def find_partition(
+    dataset: Any, *, route_column: str | None, route_names: Sequence[str], ticket_task: str, allow_empty: bool = False
+) -> Partition:
+    """
+    The partition of a data set by `route_column`, by default its label column.
+
+    Raises:
+        TypeError, ValueError: what `partition_by_column` refuses; `labels` tickets without a `route_column`.
+    """
+    if route_column is not None:
+        return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
+    if ticket_task == "labels":
+        raise ValueError(
+            "`route_column` is missing: tickets of `ticket_task='labels'` predict the label, so another column must say "
+            "the route, as in `RTLTrainingArguments(route_column='domain', …)`."
+        )
+    return partition_by_label(dataset, route_names=route_names, allow_empty=allow_empty)
+
+
+def label_column(dataset: Any) -> str | None:
+    """The data set's label column, `None` if it has none of the usual names."""
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    return next((name for name in LABEL_COLUMNS if name in columns), None)
+
+
+class RouteData:
+    """
+    A data set with its partition, and the single-route batches made of it.
+
+    Args:
+        dataset (map-style data set of dicts): the samples.
+        partition ([`Partition`]): the route of each.
+        membership (`bool`): whether labels become "is it this route's?".
+        seed (`int`): of all batches.
+        batch_size (`int`): samples of a batch over all processes.
+        seed_transforms (`bool`): see [`RoutedDataset`].
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        partition: Partition,
+        *,
+        membership: bool,
+        seed: int,
+        batch_size: int,
+        seed_transforms: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.partition = partition
+        self.membership = membership
+        self.seed = seed
+        self.batch_size = batch_size
+        self.seed_transforms = seed_transforms
+
+    def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
+        """Batches keyed by `key`; `routes`, `gradient_accumulation_steps`, `rank`, `world_size` as of the sampler."""
+        return RouteBatchSampler(
+            self.partition.route_ids,
+            num_routes=len(self.partition.route_names),
+            batch_size=self.batch_size,
+            membership=self.membership,
+            seed=self.seed,
+            key=key,
+            **kwargs,
+        )
+
+    def loader(self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any) -> DataLoader:
+        """A loader whose batches carry their route as a plain `int` under `route`. `kwargs` go to `DataLoader`."""
+        dataset = RoutedDataset(
+            self.dataset,
+            route_ids=self.partition.route_ids,
+            membership=self.membership,
+            seed=self.seed,
+            label_column=label_column(self.dataset) if self.membership else None,
+            key=sampler.key,
+            seed_transforms=self.seed_transforms,
+        )
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=RouteCollator(collate), **kwargs)
+
+    def hold_out(self, fraction: float, seed: int) -> tuple[RouteData, Subset]:
+        """Splits off `fraction` of every route, drawn by `seed`: the data that is left, and the part held out."""
+        generator = np.random.default_rng(seed)
+        held_out: list[int] = []
+        for route, name in enumerate(self.partition.route_names):
+            own = generator.permutation(np.flatnonzero(self.partition.route_ids == route))
+            count = round(fraction * len(own))
+            if count < 1:
+                raise ValueError(
+                    f"`calibration_fraction` = {fraction} leaves no sample of route {name!r}, which has {len(own)}, to "
+                    "calibrate on; raise it, or pass a `calibration_dataset`."
+                )
+            held_out.extend(own[:count].tolist())
+        kept = np.setdiff1d(np.arange(len(self.dataset)), held_out)
+        rest = RouteData(
+            Rows(self.dataset, kept.tolist()),
+            Partition(self.partition.route_ids[kept], self.partition.route_names),
+            membership=self.membership,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            seed_transforms=self.seed_transforms,
+        )
+        return rest, Rows(self.dataset, sorted(held_out))
+
+
+class Rows(Subset):
+    """Some rows of a data set of dicts."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return getattr(self.dataset, "column_names", None) or list(self.dataset[0])
+
+
+class EvaluationData(Dataset[dict[str, Any]]):
+    """
+    A data set in its own order, each sample with what evaluation needs: for `membership` its home route as `labels`,
+    else its route as `route_ids`.
+    """
+
+    def __init__(self, dataset: Any, partition: Partition, *, membership: bool) -> None:
+        self.dataset = dataset
+        self.partition = partition
+        self.membership = membership
+        self._label_column = label_column(dataset) if membership else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._with_route(self.dataset[index], index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        if hasattr(self.dataset, "__getitems__"):
+            samples = self.dataset.__getitems__(list(indices))
+        else:
+            samples = [self.dataset[index] for index in indices]
+        return [self._with_route(sample, index) for sample, index in zip(samples, indices, strict=True)]
+
+    def _with_route(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:
+        route = int(self.partition.route_ids[index])
+        if not self.membership:
+            return {**sample, "route_ids": route}
+        return {**{name: value for name, value in sample.items() if name != self._label_column}, "labels": route}
+
+
+class RouteCollator:
+    """Collates the samples of one route; the route becomes a plain `int`, which needs no device synchronisation."""
+
+    def __init__(self, collate: Callable[[list], dict]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        (route,) = {sample["route_ids"] for sample in samples}
+        batch = self.collate([{k: v for k, v in sample.items() if k != "route_ids"} for sample in samples])
+        return {**batch, "route": route}

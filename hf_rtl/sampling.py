@@ -1,0 +1,298 @@
+"""Single-route batches in rotation (PAPER.md section 3, Algorithm 2), and the data set that serves them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from .partition import check_route_ids
+
+
+# First word of a spawn key, so that the two uses of one seed never draw from the same stream.
+_BATCHES, _TRANSFORMS = 0, 1
+
+
+class RouteSample(NamedTuple):
+    """
+    One draw of a sample.
+
+    Args:
+        index (`int`): position in the data set.
+        route (`int`): the route whose batch this draw is in; for a negative, not the sample's own.
+        occurrence (`int`): number of the draw in its route's stream, over all epochs. (index, route, occurrence) does
+            not repeat within a run.
+    """
+
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs here
+    route: int
+    occurrence: int
+
+
+class RouteBatchSampler(Sampler[list[RouteSample]]):
+    """
+    Batches of a single route each, the routes in turn, as many of every route.
+
+    An epoch is M updates of every route, M being the most that one of them needs to show each of its samples. For
+    every update and every route in turn, `gradient_accumulation_steps` batches of that route follow each other, so an
+    update never mixes routes. All batches are full: a route's samples come as one random permutation after another, so
+    tails are topped up from the next permutation and smaller routes repeat.
+
+    For membership, a batch holds as many negatives as positives, alternating (positive, negative, positive, …). The
+    negatives of a route are drawn uniformly from all samples of all other routes, anew in each epoch, and without
+    repeating one before all have come.
+
+    Everything is a pure function of `seed`, `key`, epoch and route: nothing needs saving, and the global batches are
+    the same for any number of processes. Rank r yields every `world_size`-th sample of a batch from the r-th on
+    (for membership, every `world_size`-th pair of a positive and a negative), so all ranks work on the same route.
+    It must not be sharded again, which accelerate would do; `batch_size` is that of the global batch.
+
+    Args:
+        route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
+        num_routes (`int`): K.
+        batch_size (`int`): samples in one global batch, before accumulation; a multiple of `world_size`, and for
+            membership of `2 * world_size`.
+        membership (`bool`): whether half of each batch are negatives.
+        seed (`int`): non-negative.
+        routes (`Sequence[int]`, *optional*): the routes that take turns, in this order; defaults to all. Extraction
+            passes one. Negatives come from the whole data set all the same.
+        key (`tuple[int, ...]`, defaults to `()`): further entropy, such as the round and the prune event.
+        gradient_accumulation_steps (`int`, defaults to 1): batches per update.
+        rank (`int`, defaults to 0): this process, below `world_size`.
+        world_size (`int`, defaults to 1): number of processes.
+
+    Raises:
+        TypeError: `route_ids` is not an integer array, a number not an integer, or `membership` not a `bool`.
+        ValueError: a number out of range, a `batch_size` that cannot be dealt out, a route without samples, or one
+            without negatives for membership.
+    """
+
+    def __init__(
+        self,
+        route_ids: np.ndarray,
+        *,
+        num_routes: int,
+        batch_size: int,
+        membership: bool,
+        seed: int,
+        routes: Sequence[int] | None = None,
+        key: tuple[int, ...] = (),
+        gradient_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_routes = _check_integer("num_routes", num_routes, minimum=1)
+        self.route_ids = check_route_ids(route_ids, num_routes=self.num_routes)
+        self.batch_size = _check_integer("batch_size", batch_size, minimum=1)
+        self.membership = _check_flag("membership", membership)
+        self.seed, self.key = _check_entropy(seed, key)
+        self.gradient_accumulation_steps = _check_integer(
+            "gradient_accumulation_steps", gradient_accumulation_steps, minimum=1
+        )
+        self.world_size = _check_integer("world_size", world_size, minimum=1)
+        self.rank = _check_integer("rank", rank, minimum=0)
+        if self.rank >= self.world_size:
+            raise ValueError(f"`rank` is {rank}; allowed are 0 to {self.world_size - 1}, below `world_size`.")
+        # What is never split between ranks: a positive with its negative, so that every rank has half of each.
+        self._unit = 2 if membership else 1
+        if self.batch_size % (self._unit * self.world_size):
+            reason = "a positive and a negative on each rank" if membership else "the same number on each rank"
+            raise ValueError(
+                f"`batch_size` is {batch_size}; with {self.world_size} process(es) it must be a multiple of "
+                f"{self._unit * self.world_size}, for {reason}."
+            )
+        self.routes = self._check_routes(routes)
+        self.epoch = 0
+
+    def _check_routes(self, routes: Sequence[int] | None) -> list[int]:
+        chosen = list(range(self.num_routes)) if routes is None else [_check_integer("routes", r) for r in routes]
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= r < self.num_routes for r in chosen):
+            raise ValueError(f"`routes` is {routes}; distinct ids from 0 to {self.num_routes - 1} are needed.")
+        counts = np.bincount(self.route_ids, minlength=self.num_routes)
+        for route in chosen:
+            if counts[route] == 0:
+                raise ValueError(f"Route {route} has no samples in `route_ids`, so no batch can be made of it.")
+            if self.membership and counts[route] == len(self.route_ids):
+                raise ValueError(f"Route {route} has all {counts[route]} samples: membership has no negatives for it.")
+        return chosen
+
+    @property
+    def num_updates_per_route(self) -> int:
+        """M: updates of each route in an epoch, ceil(samples / positives per update) of the largest route."""
+        positives_per_update = self.batch_size // self._unit * self.gradient_accumulation_steps
+        largest = int(np.bincount(self.route_ids, minlength=self.num_routes)[self.routes].max())
+        return -(-largest // positives_per_update)
+
+    def __len__(self) -> int:
+        """Batches of an epoch: updates times routes times accumulation steps."""
+        return self.num_updates_per_route * len(self.routes) * self.gradient_accumulation_steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch (from 0) that the next iteration yields."""
+        self.epoch = _check_integer("epoch", epoch, minimum=0)
+
+    def __iter__(self) -> Iterator[list[RouteSample]]:
+        num_updates = self.num_updates_per_route
+        stream_length = num_updates * self.gradient_accumulation_steps * self.batch_size
+        first_occurrence = self.epoch * stream_length
+        streams = {route: self._stream(route, stream_length) for route in self.routes}
+        positions = np.arange(self.batch_size).reshape(-1, self._unit)[self.rank :: self.world_size].reshape(-1)
+        for update in range(num_updates):
+            for route in self.routes:
+                for step in range(self.gradient_accumulation_steps):
+                    start = (update * self.gradient_accumulation_steps + step) * self.batch_size
+                    yield [
+                        RouteSample(int(streams[route][position]), route, first_occurrence + int(position))
+                        for position in start + positions
+                    ]
+
+    def _stream(self, route: int, length: int) -> np.ndarray:
+        """The epoch's samples of `route`'s global batches one after the other, `int64 [length]`."""
+        own = self.route_ids == route
+        positives = self._permutations(np.flatnonzero(own), length // self._unit, route, 0)
+        if not self.membership:
+            return positives
+        negatives = self._permutations(np.flatnonzero(~own), length // self._unit, route, 1)
+        return np.stack([positives, negatives], axis=1).reshape(-1)
+
+    def _permutations(self, pool: np.ndarray, length: int, route: int, part: int) -> np.ndarray:
+        generator = np.random.default_rng(
+            np.random.SeedSequence(self.seed, spawn_key=(_BATCHES, *self.key, self.epoch, route, part))
+        )
+        num_permutations = -(-length // len(pool))
+        return np.concatenate([generator.permutation(pool) for _ in range(num_permutations)])[:length]
+
+
+class RoutedDataset(Dataset[dict[str, Any]]):
+    """
+    A map-style data set of dicts, addressed by `RouteSample` instead of by position.
+
+    An item is the base's dict with `route_ids` (`int`) added, the route of the batch. For membership, `label_column`
+    is removed and `labels` (`int`) is 1 if the sample is of that route, 0 if not.
+
+    With `seed_transforms`, each sample is fetched under Python's, NumPy's and torch's (CPU) global generators seeded
+    from (`seed`, `key`, index, route, occurrence), so that random transforms depend on neither the order of fetching,
+    nor the number of workers or processes, nor where a run was resumed; the generators' states are put back after the
+    batch. Transforms that keep a generator of their own are out of reach. Without it, no generator is touched and the
+    batch is fetched in one call if the base has `__getitems__`, as `datasets.Dataset` has: faster, and right where
+    transforms are not random.
+
+    Args:
+        dataset (map-style data set of dicts): the base.
+        route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
+        membership (`bool`): whether labels are replaced as above.
+        seed (`int`): non-negative.
+        label_column (`str`, *optional*): the base's label column; read for membership only.
+        key (`tuple[int, ...]`, defaults to `()`): further entropy, such as the round and the prune event.
+        seed_transforms (`bool`, defaults to `True`): see above.
+
+    Raises:
+        TypeError: an argument of the wrong type, an item asked for by anything but a `RouteSample`, or a base whose
+            items are not dicts.
+        ValueError: `route_ids` and `dataset` differ in length, or `seed` or `key` is negative.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        route_ids: np.ndarray,
+        membership: bool,
+        seed: int,
+        label_column: str | None = None,
+        key: tuple[int, ...] = (),
+        seed_transforms: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.route_ids = check_route_ids(route_ids)
+        if len(self.route_ids) != len(dataset):
+            raise ValueError(
+                f"`route_ids` has {len(self.route_ids)} entries and `dataset` {len(dataset)}; both need as many."
+            )
+        self.membership = _check_flag("membership", membership)
+        self.seed, self.key = _check_entropy(seed, key)
+        self.label_column = label_column
+        self.seed_transforms = _check_flag("seed_transforms", seed_transforms)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: RouteSample) -> dict[str, Any]:
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: Sequence[RouteSample]) -> list[dict[str, Any]]:
+        for sample in samples:
+            if not isinstance(sample, RouteSample):
+                raise TypeError(
+                    f"Items are addressed by `RouteSample`, got {sample!r}: use a `RouteBatchSampler` as the data "
+                    "loader's `batch_sampler`."
+                )
+        return [self._routed(item, sample) for item, sample in zip(self._fetch(samples), samples, strict=True)]
+
+    def _fetch(self, samples: Sequence[RouteSample]) -> Sequence[Any]:
+        if self.seed_transforms:
+            items = []
+            with _generators_put_back():
+                for sample in samples:
+                    self._seed_generators(sample)
+                    items.append(self.dataset[sample.index])
+            return items
+        indices = [sample.index for sample in samples]
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
+
+    def _seed_generators(self, sample: RouteSample) -> None:
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(_TRANSFORMS, *self.key, *sample))
+        for_python, for_numpy, for_torch = (int(word) for word in sequence.generate_state(3, np.uint64))
+        random.seed(for_python)
+        np.random.seed(for_numpy % 2**32)
+        # Not `torch.manual_seed`, which would seed the accelerators too.
+        torch.default_generator.manual_seed(for_torch)
+
+    def _routed(self, item: Any, sample: RouteSample) -> dict[str, Any]:
+        if not isinstance(item, Mapping):
+            raise TypeError(f"`dataset[{sample.index}]` is a `{type(item).__name__}`; samples must be dicts.")
+        routed = {**item, "route_ids": sample.route}
+        if self.membership:
+            if self.label_column is not None:
+                routed.pop(self.label_column, None)
+            routed["labels"] = int(self.route_ids[sample.index] == sample.route)
+        return routed
+
+
+@contextmanager
+def _generators_put_back() -> Iterator[None]:
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def _check_integer(name: str, value: int, *, minimum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` is {value!r}, a `{type(value).__name__}`; an `int` is needed.")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` is {value}; at least {minimum} is needed.")
+    return int(value)
+
+
+def _check_flag(name: str, value: bool) -> bool:
+    # A task's name in place of the flag would count as true, whatever the name.
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}; `True` or `False` is needed.")
+    return value
+
+
+def _check_entropy(seed: int, key: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    if not isinstance(key, tuple):
+        raise TypeError(f"`key` is {key!r}, a `{type(key).__name__}`; a tuple of integers is needed, as in `(2, 0)`.")
+    return _check_integer("seed", seed, minimum=0), tuple(_check_integer("key", word, minimum=0) for word in key)

@@ -1,0 +1,138 @@
+"""Arguments of `RTLTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .pruning import SCHEDULES, SCOPES, round_schedule
+
+
+# What decides the masks that come out of extraction, beside the model and the data.
+EXTRACTION_FIELDS = (
+    "target_sparsity prune_schedule prune_amount prune_scope extraction_epochs extraction_steps extraction_threads "
+    "route_batch_size rewind_to seed_transforms calibration_fraction seed learning_rate weight_decay adam_beta1 "
+    "adam_beta2 adam_epsilon max_grad_norm optim optim_args fp16 bf16"
+).split()
+# What decides the retrained weights as well. A run directory continues only with the same values of all these.
+RETRAINING_FIELDS = (
+    "retrain_every_round lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps "
+    "gradient_accumulation_steps recalibration_batches load_best_model_at_end metric_for_best_model greater_is_better"
+).split()
+
+
+@dataclass
+class RTLTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with what a run of rounds needs. `num_train_epochs`, `max_steps`, `eval_strategy`,
+    `save_strategy` and the learning rate's schedule are those of each round's joint retraining; extraction runs at
+    the constant `learning_rate`.
+
+    Defaults that differ from `TrainingArguments`, because the method's would be changed silently otherwise: a constant
+    learning rate of 1e-4, no clipping, 10 epochs, no filtering of NaN losses.
+
+    Raises:
+        ValueError: a value out of range, or an argument that has no meaning here.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of extraction and joint retraining."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of joint retraining in a round."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of joint retraining."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "adamw_torch and sgd have our own masked step; others are masked from outside, slower."},
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; costs a sync per step."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Trainer checkpoints kept inside a round."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label arguments."})
+
+    target_sparsity: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75],
+        metadata={"help": "Sparsity that each round ends at, ascending in [0, 1). One value makes one round."},
+    )
+    prune_schedule: str = field(
+        default="geometric",
+        metadata={"help": "geometric: a fraction of the surviving weights per event; linear: of all; constant: a count."},
+    )
+    prune_amount: float = field(
+        default=0.2, metadata={"help": "How much a prune event removes, in the unit of prune_schedule."}
+    )
+    prune_scope: str = field(
+        default="global", metadata={"help": "Ranks magnitudes together (global), per layer, or global_normalised."}
+    )
+    extraction_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs over a route's samples before each prune event."}
+    )
+    extraction_steps: int | None = field(
+        default=None, metadata={"help": "Steps before each prune event, instead of extraction_epochs."}
+    )
+    extraction_threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads of extraction; fix it to get the same masks for any number of processes."},
+    )
+    extraction_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of extracted masks, to share between runs that differ in retraining only."},
+    )
+    route_batch_size: int = field(
+        default=64, metadata={"help": "Samples of one route per batch, over all processes, in both phases."}
+    )
+    route_column: str | None = field(
+        default=None, metadata={"help": "Column that names a sample's route. Default: the label column."}
+    )
+    retrain_every_round: bool = field(
+        default=True, metadata={"help": "Retrain, evaluate and save after every round, not only after the last."}
+    )
+    rewind_to: int = field(
+        default=0, metadata={"help": "Rewind to the weights after this many dense steps on all data, not to initial ones."}
+    )
+    allow_disconnected: bool = field(
+        default=False, metadata={"help": "Go on when pruning cuts a ticket's output from its input."}
+    )
+    seed_transforms: bool = field(
+        default=True,
+        metadata={"help": "Seed random transforms per sample. Turn off for data without any: fetches whole batches."},
+    )
+    calibration_fraction: float = field(
+        default=0.0, metadata={"help": "Part of each route's training data held out to calibrate thresholds on."}
+    )
+    recalibration_batches: int = field(
+        default=50, metadata={"help": "Batches from which the statistics of the union of tickets are taken."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_sparsity, (int, float)):
+            self.target_sparsity = [float(self.target_sparsity)]
+        self._check_choice("prune_schedule", SCHEDULES)
+        self._check_choice("prune_scope", SCOPES)
+        # Raises for targets and amounts out of range, whatever the model.
+        round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
+        if self.extraction_steps is not None and self.extraction_steps < 1:
+            raise ValueError(f"`extraction_steps` must be at least 1, got {self.extraction_steps}.")
+        if not self.extraction_epochs > 0:
+            raise ValueError(f"`extraction_epochs` must be positive, got {self.extraction_epochs}.")
+        if self.rewind_to < 0:
+            raise ValueError(f"`rewind_to` is a number of steps, 0 or more, got {self.rewind_to}.")
+        if not 0 <= self.calibration_fraction < 1:
+            raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
+        if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
+            raise ValueError(
+                f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches are of "
+                "one route and shared by all processes. Set `route_batch_size`, their size over all processes."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` is not supported: the backbone's own loss is used.")
+        super().__post_init__()
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
+
+    def values_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """Some arguments as plain JSON values."""
+        values = self.to_dict()
+        return {name: values[name] for name in names}

@@ -1,0 +1,259 @@
+"""Routes read from every kind of column, and everything that is refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_rtl.partition import Partition, check_route_ids, partition_by_column, partition_by_label
+
+
+class DictDataset(torch.utils.data.Dataset):
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index):
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def hf_dataset(columns, **class_names):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict(columns)
+    for name, names in class_names.items():
+        dataset = dataset.cast_column(name, datasets.ClassLabel(names=names))
+    return dataset
+
+
+def make(columns, kind):
+    return hf_dataset(columns) if kind == "datasets" else DictDataset(**columns)
+
+
+both_kinds = pytest.mark.parametrize("kind", ["datasets", "torch"])
+
+
+def test_counts_and_names():
+    partition = Partition(np.array([0, 2, 1, 2, 0, 1, 2], dtype=np.int32), ("a", "b", "c"))
+    assert partition.counts.tolist() == [2, 2, 3]
+    assert partition.route_ids.dtype == np.int64
+    assert partition.route_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("route_ids", "error", "message"),
+    [
+        ([0, 0, 1, 1], TypeError, "`route_ids` is `list`"),
+        (np.array([0.0, 0.0, 1.0, 1.0]), TypeError, "`route_ids` is a `float64` array"),
+        (np.array([[0, 0], [1, 1]]), ValueError, r"`route_ids` has shape \[2, 2\]"),
+        (np.array([], dtype=np.int64), ValueError, r"`route_ids` has shape \[0\]"),
+        (np.array([0, 0, 1, 2]), ValueError, "`route_ids` has 2 at sample 3; allowed are 0 to 1"),
+        (np.array([0, -1, 1, 1]), ValueError, "`route_ids` has -1 at sample 1"),
+        (np.array([0, 0, 0]), ValueError, "Route 'dog' has no samples"),
+        (np.array([0, 1, 1]), ValueError, "Route 'cat' has a single sample"),
+    ],
+)
+def test_partition_refuses_bad_route_ids(route_ids, error, message):
+    with pytest.raises(error, match=message):
+        Partition(route_ids, ["cat", "dog"])
+
+
+def test_partition_refuses_bad_names():
+    for names in (["cat", "cat"], [], ["cat", ""], "ab"):
+        with pytest.raises(ValueError, match="`route_names`"):
+            Partition(np.array([0, 0, 1, 1]), names)
+
+
+def test_evaluation_data_may_leave_routes_empty():
+    partition = Partition(np.array([2]), ["a", "b", "c"], allow_empty=True)
+    assert partition.counts.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="`route_ids` has 3"):
+        Partition(np.array([3]), ["a", "b", "c"], allow_empty=True)
+
+
+def test_route_ids_without_an_upper_bound():
+    assert check_route_ids(np.array([1000, 0])).tolist() == [1000, 0]
+    with pytest.raises(ValueError, match="allowed are ids from 0"):
+        check_route_ids(np.array([0, -1]))
+
+
+def test_check_of_the_ticket_task():
+    pair = Partition(np.array([0, 0, 1, 1]), ["a", "b"])
+    single = Partition(np.array([0, 0, 0, 0]), ["all"])
+    pair.check("membership")
+    pair.check("membership", labels=[5, 5, 5, 5])  # a membership ticket does not read them
+    pair.check("labels", labels=[0, 1, 1, 0])
+    pair.check("labels", labels=np.array(["x", "y", "x", "y"]))
+    pair.check("labels")
+    single.check("labels", labels=[0, 0, 0, 1])
+    with pytest.raises(ValueError, match="'membership' needs at least 2 routes.*'all'"):
+        single.check("membership")
+    with pytest.raises(ValueError, match="Route 'b' has the single label 7.*`ticket_task='membership'`"):
+        pair.check("labels", labels=[0, 1, 7, 7])
+    with pytest.raises(ValueError, match="Route 'a' has the single label 'x'"):
+        pair.check("labels", labels=["x", "x", "x", "y"])
+    with pytest.raises(ValueError, match=r"`labels` has shape \[3\]"):
+        pair.check("labels", labels=[0, 1, 1])
+    with pytest.raises(ValueError, match="`ticket_task` is 'label'; allowed are 'membership', 'labels'"):
+        pair.check("label")
+    Partition(np.array([0, 0]), ["a", "b"], allow_empty=True).check("labels", labels=[0, 1])
+
+
+@both_kinds
+def test_integers_are_route_ids(kind):
+    dataset = make({"scene": [2, 0, 1, 0, 2, 1]}, kind)
+    partition = partition_by_column(dataset, "scene")
+    assert partition.route_ids.tolist() == [2, 0, 1, 0, 2, 1]
+    assert partition.route_names == ["0", "1", "2"]
+    named = partition_by_column(dataset, "scene", route_names=["x", "y", "z"])
+    assert named.route_ids.tolist() == [2, 0, 1, 0, 2, 1]
+    assert named.route_names == ["x", "y", "z"]
+    more = partition_by_column(dataset, "scene", route_names=["x", "y", "z", "unseen"], allow_empty=True)
+    assert more.counts.tolist() == [2, 2, 2, 0]
+    with pytest.raises(ValueError, match="'scene' has 2; allowed are the ids 0 to 1 of the routes 'x', 'y'"):
+        partition_by_column(dataset, "scene", route_names=["x", "y"])
+
+
+@both_kinds
+def test_strings_are_sorted_or_looked_up(kind):
+    dataset = make({"scene": ["street", "park", "street", "park"]}, kind)
+    partition = partition_by_column(dataset, "scene")
+    assert partition.route_ids.tolist() == [1, 0, 1, 0]
+    assert partition.route_names == ["park", "street"]
+    fitted = partition_by_column(dataset, "scene", route_names=["street", "metro", "park"], allow_empty=True)
+    assert fitted.route_ids.tolist() == [0, 2, 0, 2]
+    assert fitted.counts.tolist() == [2, 0, 2]
+    with pytest.raises(ValueError, match="Route 'metro' has no samples"):
+        partition_by_column(dataset, "scene", route_names=["street", "metro", "park"])
+    with pytest.raises(ValueError, match="'scene' has 'park'; `route_names` allows 'street', 'metro'"):
+        partition_by_column(dataset, "scene", route_names=["street", "metro"], allow_empty=True)
+
+
+def test_tensors_and_numpy_scalars_count_as_their_values():
+    assert partition_by_column(DictDataset(r=torch.tensor([1, 0, 1, 0])), "r").route_ids.tolist() == [1, 0, 1, 0]
+    assert partition_by_column(DictDataset(r=np.array(["b", "a", "b", "a"])), "r").route_names == ["a", "b"]
+    assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
+    with pytest.raises(TypeError, match="a `Tensor`, at sample 0"):
+        partition_by_column(DictDataset(r=torch.zeros(4, 2, dtype=torch.long)), "r")
+
+
+def test_class_labels_go_by_name():
+    dataset = hf_dataset({"label": [0, 1, 1, 0]}, label=["zebra", "ant"])
+    partition = partition_by_column(dataset, "label")
+    assert partition.route_ids.tolist() == [0, 1, 1, 0]
+    assert partition.route_names == ["zebra", "ant"]
+    # A fitted model keeps its ids, although this split numbers the classes the other way round.
+    fitted = partition_by_column(dataset, "label", route_names=["ant", "zebra"])
+    assert fitted.route_ids.tolist() == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="'label' has 'zebra'; `route_names` allows 'ant', 'bee'"):
+        partition_by_column(dataset, "label", route_names=["ant", "bee"])
+    with pytest.raises(ValueError, match="Route 'bee' has no samples"):
+        partition_by_column(hf_dataset({"label": [0, 0]}, label=["ant", "bee"]), "label")
+
+
+def test_a_column_is_read_without_the_transform_and_format():
+    def transform(batch):
+        raise AssertionError("the transform ran")
+
+    dataset = hf_dataset({"route": [1, 0, 1, 0], "x": [1, 2, 3, 4]})
+    for formatted in (
+        dataset.with_transform(transform),
+        dataset.with_format("torch"),
+        dataset.with_format("numpy", columns=["x"]),
+        dataset.select([0, 1, 2, 3]),
+    ):
+        assert partition_by_column(formatted, "route").route_ids.tolist() == [1, 0, 1, 0]
+    assert partition_by_column(dataset.select([3, 2, 1, 0]), "route").route_ids.tolist() == [0, 1, 0, 1]
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ([0, 1, None, 1], ValueError, "'r' has None at sample 2"),
+        ([None, 0, 0, 0], ValueError, "'r' has None at sample 0"),
+        (["a", None, "a", "a"], ValueError, "'r' has None at sample 1"),
+        ([0, 1, 1, -1], ValueError, "'r' has -1 at sample 3"),
+        ([0.0, 1.0, 1.0, 0.0], TypeError, "'r' has 0.0, a `float`, at sample 0"),
+        ([True, False, True, False], TypeError, "'r' has True, a `bool`"),
+        ([[0], [1], [0], [1]], TypeError, "a `list`, at sample 0"),
+        ([1, 1, 1, 1], ValueError, "Route '0' has no samples"),
+        ([0, 0, 3, 3], ValueError, "Route '1' has no samples"),
+        ([0, 0, 1, 10**12], ValueError, "'r' has 1000000000000 among 4 samples"),
+    ],
+)
+def test_refused_values(kind, values, error, message):
+    with pytest.raises(error, match=message):
+        partition_by_column(make({"r": values}, kind), "r")
+
+
+def test_missing_class_labels_are_refused():
+    with pytest.raises(ValueError, match="'label' has -1 at sample 1"):
+        partition_by_label(hf_dataset({"label": [0, -1, 0]}, label=["a"]))
+    with pytest.raises(ValueError, match="'label' has None at sample 1"):
+        partition_by_label(hf_dataset({"label": [0, None, 0]}, label=["a"]))
+
+
+def test_mixed_values_are_refused():
+    with pytest.raises(TypeError, match="'r' has '1', a `str`, at sample 1"):
+        partition_by_column(DictDataset(r=[0, "1", 0]), "r")
+
+
+@both_kinds
+def test_unknown_column_lists_the_columns(kind):
+    with pytest.raises(ValueError, match="`column` 'scene' is not in the data set; its columns are 'image', 'label'"):
+        partition_by_column(make({"image": [0, 1], "label": [0, 0]}, kind), "scene")
+
+
+def test_refused_data_sets():
+    datasets = pytest.importorskip("datasets")
+    split = hf_dataset({"label": [0, 0]})
+    with pytest.raises(
+        TypeError, match=r"`DatasetDict` of 'train', 'test'; pass one split, as in `dataset\['train'\]`"
+    ):
+        partition_by_label(datasets.DatasetDict(train=split, test=split))
+    with pytest.raises(TypeError, match="`IterableDataset`; a map-style data set"):
+        partition_by_label(split.to_iterable_dataset())
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(TypeError, match="`Stream`; a map-style data set"):
+        partition_by_label(Stream())
+    with pytest.raises(TypeError, match=r"`dataset\[0\]` is a `tuple`"):
+        partition_by_label(torch.utils.data.TensorDataset(torch.zeros(2)))
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        partition_by_label(hf_dataset({"label": []}))
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["label", "labels", "fine_label"])
+def test_the_label_column_is_found(kind, name):
+    dataset = make({"image": [9, 9, 9, 9], name: [0, 1, 1, 0], "coarse_label": [0, 0, 0, 0]}, kind)
+    assert partition_by_label(dataset).route_ids.tolist() == [0, 1, 1, 0]
+    assert partition_by_label(dataset, "coarse_label").counts.tolist() == [4]
+    assert partition_by_label(dataset, route_names=["a", "b"]).route_names == ["a", "b"]
+
+
+def test_no_label_column_or_two_are_refused():
+    with pytest.raises(ValueError, match="`label_column` must be given: the data set has none .* columns are 'class'"):
+        partition_by_label(DictDataset(**{"class": [0, 0]}))
+    with pytest.raises(ValueError, match="has 'label' and 'labels' of"):
+        partition_by_label(DictDataset(label=[0, 0], labels=[0, 0]))
+
+
+def test_datasets_need_not_be_installed():
+    code = """
+import sys
+sys.modules["datasets"] = None
+from hf_rtl.partition import partition_by_column
+assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
