@@ -1,6 +1,6 @@
 """Routing the Lottery for the Hugging Face stack: one backbone, one sparse ticket per route (arXiv 2601.22141)."""
 
-from . import backbones as _backbones  # registers our own backbones with timm
+from . import backbones
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .modeling_rtl import (
@@ -15,8 +15,35 @@ from .modeling_rtl import (
     RTLModelForTokenClassification,
     register_auto_classes,
 )
+from .optim import MaskedAdamW, MaskedSGD, mask_updates
+from .partition import Partition, partition_by_column, partition_by_label
+from .trainer import RTLTrainer
+from .training_args import RTLTrainingArguments
 
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "MaskBank",
+    "MaskedAdamW",
+    "MaskedSGD",
+    "Partition",
+    "RTLConfig",
+    "RTLModel",
+    "RTLModelForAudioClassification",
+    "RTLModelForCausalLM",
+    "RTLModelForImageClassification",
+    "RTLModelForMaskedLM",
+    "RTLModelForSemanticSegmentation",
+    "RTLModelForSeq2SeqLM",
+    "RTLModelForSequenceClassification",
+    "RTLModelForTokenClassification",
+    "RTLTrainer",
+    "RTLTrainingArguments",
+    "backbones",
+    "mask_updates",
+    "partition_by_column",
+    "partition_by_label",
+]
 
 register_auto_classes()

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from .mask_bank import integer_dtype
 from .masking import and_masks
 from .prunable import parameter_aliases
+from .run_directory import hash_tensors
 
 
 @dataclass
@@ -47,6 +48,8 @@ class TicketTrainer:
     def __post_init__(self) -> None:
         aliases = parameter_aliases(self.network)
         self.weights = [aliases[name][0][0]._parameters[aliases[name][0][1]] for name in self.weight_names]
+        # Hash of every parameter and buffer that the latest training started from.
+        self.started_from = ""
 
     @torch.no_grad()
     def rewind(self, masks: Sequence[Tensor] | None) -> None:
@@ -82,6 +85,7 @@ class TicketTrainer:
         """
         with _seeded(seed, next(self.network.parameters()).device):
             self.rewind(masks)
+            self.started_from = hash_tensors(dict(named_state(self.network)))
             self.network.train()
             optimizer = self.make_optimizer(self.network)
             full = masks is None or all(bool(mask.all()) for mask in masks)

@@ -11,7 +11,8 @@ class Round:
     One extraction over all routes, and the joint retraining that follows it.
 
     Args:
-        index (`int`): from 0.
+        index (`int`): from 0; the random streams of joint retraining depend on it.
+        name (`str`): of its folder.
         sparsity (`float`): target that the round ends at.
         kept (`list[int]`): weights that every ticket keeps after each of the round's prune events.
         first_event (`int`): number of its first event, counted over the whole run.
@@ -19,14 +20,11 @@ class Round:
     """
 
     index: int
+    name: str
     sparsity: float
     kept: list[int]
     first_event: int
     retrained: bool
-
-    @property
-    def name(self) -> str:
-        return f"round-{self.index + 1:02d}-sparsity-{self.sparsity:g}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def make_rounds(schedule: list[list[int]], target_sparsity: list[float], *, retr
     first_event = 0
     for index, (sparsity, kept) in enumerate(zip(target_sparsity, schedule, strict=True)):
         last = index == len(schedule) - 1
-        rounds.append(Round(index, sparsity, kept, first_event, retrained=retrain_every_round or last))
+        name = f"round-{index + 1:02d}-sparsity-{sparsity:g}"
+        rounds.append(Round(index, name, sparsity, kept, first_event, retrained=retrain_every_round or last))
         first_event += len(kept)
     return rounds

@@ -66,10 +66,10 @@ class RunDirectory:
             if not file.exists():
                 write_json(file, content)
 
-    def save_masks(self, event: int, route: int, masks: Sequence[Tensor]) -> None:
-        write_tensors(
-            self.mask_file(event, route), {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
-        )
+    def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
+        """Writes a route's mask after an event, with the hash of what its training started from."""
+        tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
+        write_tensors(self.mask_file(event, route), tensors, started_from=started_from)
 
     def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
         """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
@@ -100,12 +100,12 @@ def write_json(file: Path, value: Any) -> None:
     os.replace(beside, file)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors with a hash of their content, so that `file` is either as it was or whole."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     beside = _beside(file)
-    save_file(contiguous, beside, metadata={"sha256": hash_tensors(contiguous)})
+    save_file(contiguous, beside, metadata={**metadata, "sha256": hash_tensors(contiguous)})
     os.replace(beside, file)
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,8 @@ class RTLTrainer(Trainer):
                 self._round = round_
                 self.progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
                 masks = self._extract(round_, masks, theta0, plan)
-                self._put_masks(masks)
                 if round_.retrained:
+                    self._put_masks(masks)
                     output = self._finish_round(round_, theta0, plan)
         finally:
             self._round = None
@@ -221,6 +222,37 @@ class RTLTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
+
+    def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
+        """
+        Joint retraining alone, of given masks, after `train()`: for controls such as random or shuffled masks.
+
+        Args:
+            masks (`Sequence[Sequence[Tensor]]`): one mask per route, as of `MaskBank`.
+            like (`str`): folder of the round whose batches are used again, as `"round-01-sparsity-0.25"`.
+            name (`str`): folder inside `output_dir` that the model is saved in.
+
+        Returns:
+            A report as those in `rounds`, which it is not added to. Afterwards the model holds the given masks.
+        """
+        plan = self.plan()
+        original = next((round_ for round_ in plan.rounds if round_.name == like), None)
+        theta0 = read_tensors(self.run_directory.theta0_file)
+        if original is None or theta0 is None:
+            raise ValueError(f"`like` = {like!r} is no round of the run in {self.args.output_dir!r}; run `train()` first.")
+        before = self.rounds, self._steps_before, self._log_before
+        self.rounds, self._steps_before, self._log_before = [], 0, []
+        self.progress.start(plan.retraining_steps)
+        self.progress.begin_round(name)
+        try:
+            self._round = replace(original, name=name)
+            self._put_masks(masks)
+            self._finish_round(self._round, theta0, plan)
+            return self.rounds[0]
+        finally:
+            self.rounds, self._steps_before, self._log_before = before
+            self._round = None
+            self.progress.finish()
 
     def _open_run(self, initial: dict[str, Tensor]) -> None:
         data = self._require_data()
@@ -279,7 +311,7 @@ class RTLTrainer(Trainer):
                     if pruned is None:
                         trainer = trainer or self._ticket_trainer(theta0)
                         pruned = self._extract_one(trainer, route, event, mask, num_kept, reference)
-                        self.run_directory.save_masks(event, route, pruned)
+                        self.run_directory.save_masks(event, route, pruned, started_from=trainer.started_from)
                     else:
                         self.progress.step(plan.extraction_steps[route])
                     mask = pruned
@@ -381,7 +413,7 @@ class RTLTrainer(Trainer):
         finally:
             torch.set_num_threads(before)
 
-    def _put_masks(self, masks: list[list[Tensor]]) -> None:
+    def _put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
         for route, mask in enumerate(masks):
             self.model.mask_bank[route] = mask
         fingerprints = gather_object([self.model.mask_bank.fingerprint()])
@@ -415,12 +447,14 @@ class RTLTrainer(Trainer):
         else:
             start = time.perf_counter()
             self._start_from(theta0)
+            started_from = hash_tensors(dict(named_state(self.model.backbone)))
             output = self._retrain(folder)
             self._recalibrate_union()
             self.model.config.thresholds = self._calibrated_thresholds()
             metrics = {} if self.eval_dataset is None else self.evaluate()
             self.save_model(str(folder))
             report = self._report(round_, metrics, output, time.perf_counter() - start)
+            report["started_from"] = started_from
             if self.args.process_index == 0:
                 write_json(file, report)
             self.accelerator.wait_for_everyone()
@@ -664,7 +698,7 @@ class RTLTrainer(Trainer):
     def _loader_arguments(self) -> dict[str, Any]:
         return {
             "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
+            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "prefetch_factor": self.args.dataloader_prefetch_factor,
         }
 
