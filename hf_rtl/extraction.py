@@ -90,7 +90,7 @@ class TicketTrainer:
             optimizer = self.make_optimizer(self.network)
             full = masks is None or all(bool(mask.all()) for mask in masks)
             integers = [] if full else [_as_integers(mask, w) for mask, w in zip(masks or [], self.weights, strict=True)]
-            device = self.weights[0].device
+            device = next(self.network.parameters()).device
             scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
             total_loss = torch.zeros((), device=device)
             for batch in batches:

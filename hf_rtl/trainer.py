@@ -39,6 +39,7 @@ from .progress import RunProgress
 from .pruning import emptied_layers, prune, round_schedule
 from .route_data import EvaluationData, RouteData, Rows, find_partition, label_column
 from .run_directory import RunDirectory, hash_tensors, read_tensors, write_json, write_tensors
+from .sampling import RouteBatchSampler
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 
 
@@ -388,7 +389,7 @@ class RTLTrainer(Trainer):
         data.partition = Partition(np.zeros_like(data.partition.route_ids), ["all"])
         return islice(self._endless(data, data.sampler((_REWINDING,))), self.args.rewind_to)
 
-    def _endless(self, data: RouteData, sampler: Any) -> Iterator[dict[str, Any]]:
+    def _endless(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
         loader = data.loader(sampler, self._collate(), **self._loader_arguments())
         epoch = 0
         while True:
@@ -484,16 +485,24 @@ class RTLTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         data = self._require_data()
-        sampler = data.sampler(
-            (_RETRAINING, self._current_round.index),
+        sampler = self._retraining_sampler(self._current_round.index)
+        loader = data.loader(sampler, self._collate(), **self._loader_arguments())
+        # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
+        return prepare_data_loader(loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
+        """The batches of a round's joint retraining, on the device, for controls that are to see the same data."""
+        sampler = self._retraining_sampler(round_index)
+        batches = self._endless(self._require_data(), sampler)
+        num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
+        return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
+
+    def _retraining_sampler(self, round_index: int) -> RouteBatchSampler:
+        return self._require_data().sampler(
+            (_RETRAINING, round_index),
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-        )
-        loader = data.loader(sampler, self._collate(), **self._loader_arguments())
-        # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -1,0 +1,83 @@
+"""
+Evaluate a saved model in a fresh process, from its folder and the data alone.
+
+    python recipes/evaluate.py runs/digits/final
+    python recipes/evaluate.py runs/digits/round-0* --compare runs/digits/results.json
+
+With --compare, exits with 1 unless every metric equals the one in that file to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from image_data import DataArguments, load_images
+from report import row, table
+
+from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
+
+
+_TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, help="folders of saved models, with a data.json each")
+    parser.add_argument("--dataset", help="another place of the same data")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="results.json to compare with")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    evaluated = {folder.name: evaluate(folder, arguments.dataset) for folder in arguments.models}
+    print(table([row(name, 1 - report["density"], report) for name, report in evaluated.items()]))
+    if arguments.compare is not None:
+        differing = compare(evaluated, json.loads(arguments.compare.read_text()))
+        print(f"{len(differing)} of the recorded metrics differ{': ' + ', '.join(differing[:5]) if differing else ''}")
+        sys.exit(bool(differing))
+
+
+def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
+    """The metrics of the model in `folder` on its test data, with what the table wants to know."""
+    model = RTLModel.from_pretrained(folder)
+    data = DataArguments.load(folder)
+    data.dataset = dataset or data.dataset
+    saved = json.loads((folder / "training_args.json").read_text())
+    _, test = load_images(data, seed=saved["seed"])
+    with tempfile.TemporaryDirectory() as output_dir:
+        args = RTLTrainingArguments(
+            output_dir=output_dir,
+            per_device_eval_batch_size=saved["per_device_eval_batch_size"],
+            bf16=saved["bf16"],
+            fp16=saved["fp16"],
+            seed=saved["seed"],
+        )
+        metrics = RTLTrainer(model, args, eval_dataset=test).evaluate()
+    return {
+        "metrics": metrics,
+        "density": float(model.mask_bank.density().mean()),
+        "union": model.mask_bank.union_count(),
+        "footprint": model.footprint(),
+    }
+
+
+def compare(evaluated: dict[str, dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    """Names of the metrics that are not equal to the recorded ones."""
+    recorded = {report["folder"]: report["metrics"] for report in results["rounds"]}
+    recorded["final"] = results["rounds"][-1]["metrics"]
+    return [
+        f"{folder}/{name}"
+        for folder, report in evaluated.items()
+        for name, value in recorded[folder].items()
+        if not name.endswith(_TIMINGS) and report["metrics"].get(name) != value
+    ]
+
+
+if __name__ == "__main__":
+    main()

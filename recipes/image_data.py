@@ -1,0 +1,160 @@
+"""Image classification data as tensors in memory, from scikit-learn's digits, local files or the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they become tensors."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": "'digits' (scikit-learn's, nothing to download), a folder of idx.gz files as of Debian's "
+            "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
+        },
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set, if it has several."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes, which are the routes."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, never trained or calibrated on."})
+    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; by default they stay."})
+    num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
+    mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
+    std: float = field(default=0.5, metadata={"help": "Divided by after that."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take this many training images, drawn by data_seed."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Take this many test images, drawn by data_seed."})
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DataArguments:
+        return cls(**json.loads((Path(folder) / "data.json").read_text()))
+
+
+class ImageTensors(Dataset):
+    """
+    Images held as `uint8 [N, channels, side, side]`, served as normalised `pixel_values` with their `label`.
+
+    `column_names` and `label_names` say what is in it.
+    """
+
+    column_names = ["pixel_values", "label"]
+
+    def __init__(self, images: Tensor, labels: Tensor, label_names: Sequence[str], *, mean: float, std: float) -> None:
+        self.images, self.labels, self.label_names = images, labels, list(label_names)
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        pixel_values = (self.images[list(indices)].float().div_(255) - self.mean) / self.std
+        labels = self.labels[list(indices)].tolist()
+        return [{"pixel_values": image, "label": label} for image, label in zip(pixel_values, labels, strict=True)]
+
+
+def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, ImageTensors]:
+    """The training and the test images."""
+    loaders = {"digits": _digits}
+    folder = Path(arguments.dataset).expanduser()
+    if arguments.dataset in loaders:
+        splits = _digits()
+    elif folder.is_dir() and list(folder.glob("*-ubyte.gz")):
+        splits = _idx(folder)
+    else:
+        splits = _datasets(arguments, folder)
+    limits = (arguments.max_train_samples, arguments.max_test_samples)
+    return tuple(_tensors(arguments, *split, limit, seed) for split, limit in zip(splits, limits, strict=True))
+
+
+def _digits() -> list[tuple[Any, np.ndarray, list[str]]]:
+    """scikit-learn's 1,797 digits, every fifth held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    test = np.arange(len(images)) % 5 == 4
+    names = [str(name) for name in digits.target_names]
+    return [(images[~test], digits.target[~test], names), (images[test], digits.target[test], names)]
+
+
+_FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
+
+
+def _idx(folder: Path) -> list[tuple[Any, np.ndarray, list[str]]]:
+    """MNIST-like idx files, with the class names of Fashion-MNIST if the folder is named after it."""
+
+    def read(name: str, header: int) -> np.ndarray:
+        with gzip.open(folder / f"{name}-ubyte.gz") as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+
+    splits = []
+    for prefix in ("train", "t10k"):
+        labels = read(f"{prefix}-labels-idx1", 8)
+        images = read(f"{prefix}-images-idx3", 16).reshape(len(labels), 28, 28)
+        names = _FASHION if "fashion" in str(folder) else [str(label) for label in range(int(labels.max()) + 1)]
+        splits.append((images, labels.astype(np.int64), names))
+    return splits
+
+
+def _datasets(arguments: DataArguments, folder: Path) -> list[tuple[Any, np.ndarray, list[str]]]:
+    from datasets import load_dataset
+
+    if folder.is_dir():
+        splits = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}
+        loaded = load_dataset("parquet", data_dir=str(folder), data_files=splits)
+    else:
+        loaded = load_dataset(arguments.dataset, arguments.config_name)
+    result = []
+    for split in (arguments.train_split, arguments.test_split):
+        data = loaded[split]
+        for column in (arguments.image_column, arguments.label_column):
+            if column not in data.column_names:
+                raise ValueError(
+                    f"the data set {arguments.dataset!r} has no column {column!r}; it has {', '.join(data.column_names)}. "
+                    "Name them with --image_column and --label_column."
+                )
+        labels = np.asarray(data[arguments.label_column])
+        names = getattr(data.features[arguments.label_column], "names", None) or [str(i) for i in range(labels.max() + 1)]
+        result.append((data.select_columns(arguments.image_column), labels, names))
+    return result
+
+
+def _tensors(
+    arguments: DataArguments, images: Any, labels: np.ndarray, names: list[str], limit: int | None, seed: int
+) -> ImageTensors:
+    chosen = np.arange(len(labels))
+    if limit is not None and limit < len(chosen):
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:limit])
+    pictures = images[chosen] if isinstance(images, np.ndarray) else images.select(chosen)[arguments.image_column]
+    pixels = torch.stack([_pixels(picture, arguments) for picture in pictures])
+    return ImageTensors(pixels, torch.from_numpy(labels[chosen]), names, mean=arguments.mean, std=arguments.std)
+
+
+def _pixels(picture: Any, arguments: DataArguments) -> Tensor:
+    """One image as `uint8 [channels, side, side]`."""
+    from PIL import Image
+
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image = image.convert("L" if arguments.num_channels == 1 else "RGB")
+    if arguments.image_size is not None and image.size != (arguments.image_size, arguments.image_size):
+        image = image.resize((arguments.image_size, arguments.image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1)

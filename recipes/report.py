@@ -1,0 +1,116 @@
+"""Tables, the results file and the plot of a pruning run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from hf_rtl.run_directory import write_json
+
+
+# Column title -> key in the metrics.
+_MEMBERSHIP_COLUMNS = {
+    "bal. acc.": "balanced_accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "F1": "f1",
+    "AUROC": "auroc",
+    "K-way acc.": "accuracy",
+    "worst b.a.": "worst_balanced_accuracy",
+    "cal. b.a.": "calibrated_balanced_accuracy",
+    "cal. prec.": "calibrated_precision",
+    "cal. F1": "calibrated_f1",
+}
+
+
+def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table from a report of `RTLTrainer.rounds`, or any dict with `metrics`."""
+    metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
+    line: dict[str, Any] = {"method": method, "sparsity": sparsity}
+    line.update({title: metrics[key] for title, key in _MEMBERSHIP_COLUMNS.items() if key in metrics})
+    emptied = report.get("emptied_layers")
+    line["union"] = report.get("union")
+    line["bytes"] = report["footprint"]["total_bytes"] if "footprint" in report else None
+    line["emptied layers"] = None if emptied is None else max(map(len, emptied.values()), default=0)
+    line["constant tickets"] = None if "constant_tickets" not in metrics else int(metrics["constant_tickets"])
+    return line
+
+
+def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
+    """The rows as text; columns that no row fills are left out. `style` as of `tabulate`, as `"github"`."""
+    titles = [title for title in rows[0] if any(line.get(title) is not None for line in rows)]
+    titles += [title for line in rows for title in line if title not in titles and line[title] is not None]
+    cells = [[_cell(title, line.get(title)) for title in titles] for line in rows]
+    return tabulate(cells, headers=titles, tablefmt=style, disable_numparse=True)
+
+
+def _cell(title: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if title == "sparsity":
+        return f"{value:.0%}"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plan_text(plan: Any, *, batch_size: int) -> str:
+    """What a run is going to do, for people."""
+    sizes = ", ".join(f"{name} {size:,}" for name, size in plan.route_sizes.items())
+    events = "; ".join(f"{round_.sparsity:.0%} after {len(round_.kept)} prune events" for round_ in plan.rounds)
+    return "\n".join(
+        (
+            f"routes      {len(plan.route_sizes)}: {sizes} training samples",
+            f"prunable    {plan.num_weights:,} weights",
+            f"rounds      {len(plan.rounds)}: {events}",
+            f"extraction  {max(plan.extraction_steps)} steps of {batch_size} samples per route and event, at most",
+            f"retraining  {plan.retraining_steps:,} steps of {batch_size} samples, routes in turn",
+            f"trainings   {plan.num_trainings:,}, of {plan.num_steps:,} steps in all",
+        )
+    )
+
+
+def write_results(file: Path, **content: Any) -> None:
+    """`content` with the command and the versions that made it."""
+    packages = ("torch", "transformers", "accelerate", "timm", "hf_rtl")
+    environment = {
+        "command": shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    write_json(file, {**environment, **content})
+
+
+def plot(file: Path, rows: list[dict[str, Any]], similarities: dict[float, float]) -> None:
+    """Balanced accuracy of every method, and the mean similarity of the tickets, against sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=(3, 2))
+    methods = list(dict.fromkeys(line["method"] for line in rows))
+    for method, marker in zip(methods, "osD^vX*", strict=False):
+        points = [(line["sparsity"], line["bal. acc."]) for line in rows if line["method"] == method]
+        known = [(100 * sparsity, value) for sparsity, value in points if sparsity is not None]
+        if known:
+            upper.plot(*zip(*known, strict=True), marker=marker, label=method)
+        for sparsity, value in points:
+            if sparsity is None:
+                upper.axhline(value, linestyle="--", color="grey", label=method)
+    upper.set_ylabel("balanced accuracy")
+    upper.legend(fontsize="small")
+    lower.plot([100 * sparsity for sparsity in similarities], list(similarities.values()), marker="o", color="black")
+    lower.set_ylabel("mean Jaccard similarity")
+    lower.set_xlabel("sparsity of a ticket (%)")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
