@@ -10,9 +10,12 @@ help:  ## List the targets
 
 venv: $(VENV)/.hf_rtl-dev  ## Install the package in editable mode, with all that development needs
 
-demo: $(VENV)/.hf_rtl-plots  ## Prune and evaluate tickets for scikit-learn's digits, on a CPU and offline
+demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline on a CPU, and check what came out
 	$(PYTHON) recipes/prune.py --config recipes/configs/digits.yaml --sanity
-	$(PYTHON) recipes/evaluate.py
+	mv runs/digits/results.json runs/digits-results.json
+	$(PYTHON) recipes/evaluate.py runs/digits/round-* runs/digits/final --compare runs/digits-results.json
+	$(PYTHON) recipes/verify.py runs/digits --results runs/digits-results.json
+	mv runs/digits-results.json runs/digits/results.json
 
 test: quality  ## Run the checks, then the tests
 	$(PYTHON) -m pytest

@@ -73,7 +73,7 @@ class TicketTrainer:
 
         Args:
             masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
-            batches (`Iterable`): keyword arguments of the network, labels included.
+            batches (`Iterable`): what `compute_loss` takes.
             seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
             on_step (`Callable`): called after every step.
 
@@ -83,36 +83,47 @@ class TicketTrainer:
         Raises:
             FloatingPointError: the loss became NaN or infinite.
         """
-        with _seeded(seed, next(self.network.parameters()).device):
-            self.rewind(masks)
-            self.started_from = hash_tensors(dict(named_state(self.network)))
-            self.network.train()
-            optimizer = self.make_optimizer(self.network)
-            full = masks is None or all(bool(mask.all()) for mask in masks)
-            integers = [] if full else [_as_integers(mask, w) for mask, w in zip(masks or [], self.weights, strict=True)]
-            device = next(self.network.parameters()).device
-            scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
+        device = next(self.network.parameters()).device
+        with _seeded(seed, device):
+            self.begin(masks)
             total_loss = torch.zeros((), device=device)
             for batch in batches:
-                optimizer.zero_grad()
-                with self.autocast():
-                    loss = self.compute_loss(self.network, batch)
-                scaler.scale(loss).backward()
-                if not full:
-                    for weight, mask in zip(self.weights, integers, strict=True):
-                        if weight.grad is not None:
-                            weight.grad = and_masks(weight.grad, mask)
-                if self.max_grad_norm > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                total_loss += loss.detach()
+                total_loss += self.step(batch)
                 on_step()
+            # Looked at once, since a look at every step would wait for the device.
             if not torch.isfinite(total_loss):
-                raise FloatingPointError(f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data.")
-            optimizer.zero_grad()
+                raise FloatingPointError(
+                    f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data."
+                )
+            self._optimizer.zero_grad()
         return [weight.detach().cpu().clone() for weight in self.weights]
+
+    def begin(self, masks: Sequence[Tensor] | None) -> None:
+        """Rewinds to m ⊙ θ0 and makes a fresh optimizer and scaler."""
+        self.rewind(masks)
+        self.started_from = hash_tensors(dict(named_state(self.network)))
+        self.network.train()
+        self._optimizer = self.make_optimizer(self.network)
+        device = next(self.network.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
+        prunes = masks is not None and not all(bool(mask.all()) for mask in masks)
+        self._masks = [_as_integers(mask, w) for mask, w in zip(masks, self.weights, strict=True)] if prunes else []
+
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        """One optimizer step on `batch` with masked gradients. Returns the loss, still on its device."""
+        self._optimizer.zero_grad()
+        with self.autocast():
+            loss = self.compute_loss(self.network, batch)
+        self._scaler.scale(loss).backward()
+        for weight, mask in zip(self.weights, self._masks, strict=False):
+            if weight.grad is not None:
+                weight.grad = and_masks(weight.grad, mask)
+        if self.max_grad_norm > 0:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss.detach()
 
     @torch.no_grad()
     def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
@@ -127,7 +138,9 @@ class TicketTrainer:
             if isinstance(module, _NormBase):
                 module.train()
         with self.autocast():
-            output = self.network(**{name: value for name, value in batch.items() if name != "labels"}, return_dict=True)
+            output = self.network(
+                **{name: value for name, value in batch.items() if name != "labels"}, return_dict=True
+            )
         main = output.logits if "logits" in output else output[0]
         return bool((main == main[:1]).all())
 

@@ -168,7 +168,7 @@ class RTLModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         if cls is RTLModel:
             cls = _saved_class(pretrained_model_name_or_path, kwargs)
-        model, info = super(RTLModel, cls).from_pretrained(
+        model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         own = ("mask_bank.", "norm_statistics.")

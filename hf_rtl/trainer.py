@@ -30,8 +30,12 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput, get_last_che
 from .extraction import TicketTrainer, deal_out, named_state
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
-from .modeling_rtl import RTLModel, RTLModelForAudioClassification, RTLModelForImageClassification
-from .modeling_rtl import RTLModelForSequenceClassification
+from .modeling_rtl import (
+    RTLModel,
+    RTLModelForAudioClassification,
+    RTLModelForImageClassification,
+    RTLModelForSequenceClassification,
+)
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .partition import Partition
 from .plan import Plan, Round, make_rounds

@@ -12,16 +12,9 @@ from .pruning import SCHEDULES, SCOPES, round_schedule
 
 
 # What decides the masks that come out of extraction, beside the model and the data.
-EXTRACTION_FIELDS = (
-    "target_sparsity prune_schedule prune_amount prune_scope extraction_epochs extraction_steps extraction_threads "
-    "route_batch_size rewind_to seed_transforms calibration_fraction seed learning_rate weight_decay adam_beta1 "
-    "adam_beta2 adam_epsilon max_grad_norm optim optim_args fp16 bf16"
-).split()
+EXTRACTION_FIELDS = ["target_sparsity", "prune_schedule", "prune_amount", "prune_scope", "extraction_epochs", "extraction_steps", "extraction_threads", "route_batch_size", "rewind_to", "seed_transforms", "calibration_fraction", "seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "fp16", "bf16"]
 # What decides the retrained weights as well. A run directory continues only with the same values of all these.
-RETRAINING_FIELDS = (
-    "retrain_every_round lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps "
-    "gradient_accumulation_steps recalibration_batches load_best_model_at_end metric_for_best_model greater_is_better"
-).split()
+RETRAINING_FIELDS = ["retrain_every_round", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "recalibration_batches", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"]
 
 
 @dataclass

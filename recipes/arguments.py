@@ -34,7 +34,9 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                parser.error(f"{config} has the unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+                parser.error(
+                    f"{config} has the unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else ''}"
+                )
         parser.set_defaults(**values)
     arguments = vars(parser.parse_args())
     return tuple(

@@ -26,7 +26,9 @@ class DataArguments:
             "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
         },
     )
-    config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set, if it has several."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub data set, if it has several."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, which are the routes."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -35,8 +37,12 @@ class DataArguments:
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
     mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
     std: float = field(default=0.5, metadata={"help": "Divided by after that."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take this many training images, drawn by data_seed."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Take this many test images, drawn by data_seed."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Take this many training images, drawn by data_seed."}
+    )
+    max_test_samples: int | None = field(
+        default=None, metadata={"help": "Take this many test images, drawn by data_seed."}
+    )
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -96,7 +102,7 @@ def _digits() -> list[tuple[Any, np.ndarray, list[str]]]:
     return [(images[~test], digits.target[~test], names), (images[test], digits.target[test], names)]
 
 
-_FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
+_FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
 
 
 def _idx(folder: Path) -> list[tuple[Any, np.ndarray, list[str]]]:
@@ -133,7 +139,9 @@ def _datasets(arguments: DataArguments, folder: Path) -> list[tuple[Any, np.ndar
                     "Name them with --image_column and --label_column."
                 )
         labels = np.asarray(data[arguments.label_column])
-        names = getattr(data.features[arguments.label_column], "names", None) or [str(i) for i in range(labels.max() + 1)]
+        names = getattr(data.features[arguments.label_column], "names", None) or [
+            str(i) for i in range(labels.max() + 1)
+        ]
         result.append((data.select_columns(arguments.image_column), labels, names))
     return result
 

@@ -31,14 +31,17 @@ class ModelArguments:
 
     backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
     norm_statistics: str = field(
-        default="per_route", metadata={"help": "Running statistics of normalisation: per_route, or shared (the paper's)."}
+        default="per_route",
+        metadata={"help": "Running statistics of normalisation: per_route, or shared (the paper's)."},
     )
     prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of further weights to prune."})
     prune_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of weights never to prune."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
     sanity: bool = field(
         default=False,
-        metadata={"help": "Also random and layer-shuffled masks, routes shifted by one, and a dense one-vs-rest model."},
+        metadata={
+            "help": "Also random and layer-shuffled masks, routes shifted by one, and a dense one-vs-rest model."
+        },
     )
 
 

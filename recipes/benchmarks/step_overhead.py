@@ -1,0 +1,143 @@
+"""
+What a step of joint retraining and a step of extraction cost, as ratios to a plain dense PyTorch step.
+
+    python recipes/benchmarks/step_overhead.py
+
+The floor is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take turns, so
+that all see the same machine; the figure is the ratio of the medians, with the quartiles of the ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hf_rtl import MaskedAdamW, RTLModelForImageClassification
+from hf_rtl.extraction import TicketTrainer, named_state
+from hf_rtl.run_directory import write_json
+
+
+# (backbone, batch size, image side)
+CASES = (("ghostnet_rtl", 320, 32), ("resnet18", 64, 64))
+NUM_ROUTES = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=20, help="measured steps of every kind (default: 20)")
+    parser.add_argument("--density", type=float, default=0.5, help="density of the random masks (default: 0.5)")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON here")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = [measure(*case, device, arguments.turns, arguments.density) for case in CASES]
+    print(tabulate(figures, headers="keys", floatfmt=".3f"))
+    if arguments.output is not None:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        write_json(arguments.output, {"device": name, "torch": torch.__version__, "figures": figures})
+
+
+def measure(backbone: str, batch_size: int, side: int, device: torch.device, turns: int, density: float) -> dict:
+    """Medians in milliseconds and ratios of one case."""
+    model = RTLModelForImageClassification.from_backbone(
+        backbone, route_names=[f"route {k}" for k in range(NUM_ROUTES)], ticket_task="membership", seed=0
+    )
+    generator = torch.Generator().manual_seed(0)
+    for route in range(NUM_ROUTES):
+        masks = [torch.rand(shape, generator=generator) < density for shape in model.mask_bank.shapes]
+        model.mask_bank[route] = masks
+    dense = copy.deepcopy(model.backbone).to(device).train()
+    network = copy.deepcopy(model.backbone).to(device)
+    model.to(device).train()
+    pixels = torch.randn(batch_size, 3, side, side, device=device)
+    labels = torch.arange(batch_size, device=device) % 2
+    steps = {
+        "dense": dense_step(dense, pixels, labels),
+        "joint retraining": retraining_step(model, pixels, labels),
+        "extraction": extraction_step(network, model.mask_bank.weight_names, masks, pixels, labels),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 3):
+        for name, step in steps.items():
+            elapsed = timed(step, device)
+            if turn >= 3:
+                times[name].append(elapsed)
+    figures: dict = {"backbone": backbone, "batch": batch_size, "image": side}
+    figures.update({f"{name} (ms)": 1e3 * statistics.median(values) for name, values in times.items()})
+    for name in ("joint retraining", "extraction"):
+        ratios = [value / floor for value, floor in zip(times[name], times["dense"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        figures[f"{name} ratio"] = statistics.median(times[name]) / statistics.median(times["dense"])
+        figures[f"{name} quartiles"] = f"{quartiles[0]:.3f}-{quartiles[2]:.3f}"
+    return figures
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def dense_step(network: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """The floor: plain PyTorch."""
+    timm_model = network.timm_model
+    optimizer = torch.optim.AdamW(timm_model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    targets = labels.float().unsqueeze(-1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        binary_cross_entropy_with_logits(timm_model(pixels), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def retraining_step(
+    model: RTLModelForImageClassification, pixels: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], None]:
+    """A step of Algorithm 2, the next route at each call."""
+    optimizer = MaskedAdamW(model.parameters(), model, lr=1e-4)
+    routes = iter(range(10**9))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with model.route_context(next(routes) % NUM_ROUTES):
+            model(pixel_values=pixels, labels=labels).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def extraction_step(
+    network: torch.nn.Module, names: list[str], masks: list, pixels: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], object]:
+    """A step of Algorithm 1 on a physically masked copy."""
+    theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
+    batch = {"pixel_values": pixels, "labels": labels.float().unsqueeze(-1)}
+    trainer = TicketTrainer(
+        network,
+        theta0,
+        names,
+        lambda net: torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0, fused=True),
+        lambda net, inputs: net(**inputs).loss,
+    )
+    trainer.begin(masks)
+    return lambda: trainer.step(batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""
+Check from the files of a finished run, with NumPy and safetensors alone, what its table cannot be believed without.
+
+    python recipes/verify.py runs/digits
+
+Every route's density is exact to the weight; masks are nested over all prune events; no two tickets are the same; every
+extraction and every joint retraining started from the initial weights, masked, to the bit; tickets asked about the
+wrong route fail. Prints one line per check and exits with 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of recipes/prune.py")
+    parser.add_argument("--results", type=Path, help="results file, if it was moved out of the folder")
+    run = parser.parse_args().run
+    results = json.loads((parser.parse_args().results or run / "results.json").read_text())
+    theta0 = load_file(run / "theta0.safetensors")
+    config = json.loads((run / "final" / "config.json").read_text())
+    weights = [(name, tuple(shape)) for name, shape in config["prunable"]]
+    checks = {
+        "densities exact to the weight": densities(run, results, weights),
+        "masks nested over all events": nested(run, weights),
+        "pairwise Jaccard below 1": distinct(run, results),
+        "every training started from the masked initial weights": rewound(run, results, theta0, weights),
+        "tickets of the wrong route below .60 balanced accuracy": shifted(results),
+    }
+    for name, problems in checks.items():
+        print(f"{'FAILED' if problems else 'ok':7} {name}{': ' + '; '.join(problems[:3]) if problems else ''}")
+    sys.exit(any(checks.values()))
+
+
+def densities(run: Path, results: dict, weights: list) -> list[str]:
+    """Routes of the saved models that do not keep exactly n - round(s n) of n weights."""
+    num_weights = sum(int(np.prod(shape)) for _, shape in weights)
+    problems = []
+    for report in results["rounds"]:
+        expected = num_weights - round(report["sparsity"] * num_weights)
+        bank = load_file(run / report["folder"] / "model.safetensors")
+        rows = [tensor for name, tensor in sorted(bank.items()) if name.startswith("mask_bank.")]
+        for route in range(len(rows[0])):
+            kept = sum(int(np.unpackbits(row[route]).sum()) for row in rows)
+            if kept != expected:
+                problems.append(f"{report['folder']} route {route} keeps {kept} of {expected}")
+    return problems
+
+
+def nested(run: Path, weights: list) -> list[str]:
+    """Prune events that brought a pruned weight back."""
+    problems = []
+    for route in routes(run):
+        before = None
+        for file in events(run, route):
+            masks = [bits for _, bits in sorted(load_file(file).items())]
+            if before is not None and any((new & ~old).any() for new, old in zip(masks, before, strict=True)):
+                problems.append(str(file.relative_to(run)))
+            before = masks
+    return problems
+
+
+def distinct(run: Path, results: dict) -> list[str]:
+    """Pairs of routes of a saved model with the same mask."""
+    problems = []
+    for report in results["rounds"]:
+        bank = load_file(run / report["folder"] / "model.safetensors")
+        rows = np.concatenate([bank[name] for name in sorted(bank) if name.startswith("mask_bank.")], axis=1)
+        for first in range(len(rows)):
+            for second in range(first):
+                if (rows[first] == rows[second]).all():
+                    problems.append(f"{report['folder']} routes {second} and {first}")
+    return problems
+
+
+def rewound(run: Path, results: dict, theta0: dict, weights: list) -> list[str]:
+    """Trainings whose recorded start is not where(mask, θ0, 0), or θ0 for joint retraining."""
+    problems = [report["folder"] for report in results["rounds"] if report["started_from"] != digest(theta0)]
+    for route in routes(run):
+        masks = {name: np.ones(shape, dtype=bool) for name, shape in weights}
+        for file in events(run, route):
+            expected = digest(
+                {name: np.where(masks[name], v, v.dtype.type(0)) if name in masks else v for name, v in theta0.items()}
+            )
+            with safe_open(file, framework="numpy") as opened:
+                if opened.metadata()["started_from"] != expected:
+                    problems.append(str(file.relative_to(run)))
+            packed = load_file(file)
+            for (name, shape), row in zip(weights, (packed[key] for key in sorted(packed)), strict=True):
+                bits = np.unpackbits(row, bitorder="little")[: int(np.prod(shape))]
+                masks[name] = bits.reshape(shape).astype(bool)
+    return problems
+
+
+def shifted(results: dict) -> list[str]:
+    """Rounds in which tickets asked about their neighbour's samples do better than chance."""
+    return [
+        f"sparsity {report['sparsity']}: {report['metrics']['balanced_accuracy']:.3f}"
+        for report in results["controls"]
+        if report["method"] == "routes shifted by one" and report["metrics"]["balanced_accuracy"] >= 0.6
+    ]
+
+
+def routes(run: Path) -> list[str]:
+    return sorted({file.name for file in (run / "extraction").glob("event-*/route-*.safetensors")})
+
+
+def events(run: Path, route: str) -> list[Path]:
+    return sorted((run / "extraction").glob(f"event-*/{route}"))
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names; types as torch names them."""
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
+        result.update(f"{name}|torch.{tensor.dtype}|{tensor.shape}|".encode())
+        result.update(tensor.tobytes())
+    return result.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
