@@ -19,7 +19,7 @@ _LABEL_ARGUMENTS = ("num_labels", "id2label", "label2id", "problem_type")
 
 def build_backbone(
     source: str | Path | PreTrainedConfig | nn.Module,
-    auto_class: type,
+    auto_class: Any,
     *,
     pretrained: bool | None = None,
     seed: int | None = None,
@@ -81,35 +81,46 @@ def _seeded(seed: int | None) -> Iterator[None]:
 def _refuse(kind: str, **arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(f'`{name}`' for name in given)} cannot be set for {kind}: it decides that itself.")
+        names = ", ".join(f"`{name}`" for name in given)
+        raise ValueError(f"{names} cannot be set for {kind}: it decides that itself.")
 
 
-def _from_config(config: PreTrainedConfig, auto_class: type, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = copy.deepcopy(config)
     for name, value in kwargs.items():
+        if not hasattr(config, name):
+            hint = "; give what goes to timm.create_model as its `model_args`" if _is_timm(config) else ""
+            raise ValueError(f"`{name}` is no field of {type(config).__name__}{hint}.")
         setattr(config, name, value)
-    if isinstance(config, TimmWrapperConfig):
-        labels = {name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}
-        return _from_timm(config.architecture, auto_class, False, {**(config.model_args or {}), **labels})
+    if _is_timm(config):
+        return _created(config.architecture, config, auto_class, pretrained=False)
     return auto_class.from_config(config)
 
 
-def _from_repo(name: str, auto_class: type, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _is_timm(config: PreTrainedConfig) -> bool:
+    return isinstance(config, TimmWrapperConfig)
+
+
+def _from_repo(name: str, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
     if pretrained:
         return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
     return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
 
 
-def _from_timm(name: str, auto_class: type, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _from_timm(name: str, auto_class: Any, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
     labels = {key: kwargs[key] for key in _LABEL_ARGUMENTS if kwargs.get(key) is not None}
     model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
     config = TimmWrapperConfig(architecture=name.split(".")[0], model_args=model_args or None, **labels)
+    return _created(name, config, auto_class, pretrained=bool(pretrained))
+
+
+def _created(name: str, config: PreTrainedConfig, auto_class: Any, *, pretrained: bool) -> PreTrainedModel:
     num_classes = 0 if auto_class is AutoModel else config.num_labels
-    model = timm.create_model(name, pretrained=bool(pretrained), num_classes=num_classes, **model_args)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **(config.model_args or {}))
     return _wrapped(model, config, auto_class)
 
 
-def _wrap_timm_model(model: nn.Module, auto_class: type, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _wrap_timm_model(model: nn.Module, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if architecture is None or not timm.is_model(architecture):
         raise ValueError(
@@ -124,7 +135,7 @@ def _wrap_timm_model(model: nn.Module, auto_class: type, kwargs: dict[str, Any])
     return _wrapped(model, config, auto_class)
 
 
-def _wrapped(model: nn.Module, config: TimmWrapperConfig, auto_class: type) -> PreTrainedModel:
+def _wrapped(model: nn.Module, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
     """`model` in a TimmWrapper. The wrapper initialises anew, so timm's own weights are loaded into it."""
     wrapper = auto_class.from_config(config)
     own = {name: tensor.shape for name, tensor in wrapper.timm_model.state_dict().items()}
@@ -133,7 +144,8 @@ def _wrapped(model: nn.Module, config: TimmWrapperConfig, auto_class: type) -> P
         differing = sorted(set(own.items()) ^ set(given.items()))[:3]
         raise ValueError(
             f"`backbone` is not what timm.create_model({config.architecture!r}, **{config.model_args or {}}) builds "
-            f"(see {', '.join(name for name, _ in differing)}); pass the arguments that it was made with, as `in_chans=1`."
+            f"(see {', '.join(name for name, _ in differing)}); pass the arguments that it was made with, as "
+            "`in_chans=1`."
         )
     wrapper.timm_model.load_state_dict(model.state_dict())
     return wrapper

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, Literal
 
 import timm
@@ -38,15 +39,17 @@ class RTLConfig(PreTrainedConfig):
         prune_include (`list[str]`, *optional*), prune_exclude (`list[str]`, *optional*): the patterns that led to
             `prunable`, kept for the record.
         router (`str`, *optional*, defaults to `"given"`): what decides an input's route when the caller does not.
-        thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says yes.
+        thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says
+            yes.
         mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
-        mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory; the active
-            route's are always kept.
+        mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory; the
+            active route's are always kept.
 
-    `num_labels`, `id2label` and `label2id` follow from the rest: the route names for `membership`, else the backbone's.
+    `num_labels`, `id2label`, `label2id` follow from the rest: the route names for `membership`, else the backbone's.
 
     Raises:
-        ValueError: a field is missing, contradicts another, or names something outside this file: a repo, a path, code.
+        ValueError: a field is missing, contradicts another, or names something outside this file: a repo, a path,
+            code.
     """
 
     model_type = "rtl"
@@ -54,13 +57,13 @@ class RTLConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "last_hidden_state"]
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    route_names: list[str] | None = None
+    backbone_config: Any = None
+    route_names: list[str] = field(default_factory=list)
     ticket_task: str | None = None
     norm_statistics: str = "per_route"
-    prunable: list | None = None
-    prune_include: list | None = None
-    prune_exclude: list | None = None
+    prunable: list[tuple[str, list[int]]] = field(default_factory=list)
+    prune_include: list[str] = field(default_factory=list)
+    prune_exclude: list[str] = field(default_factory=list)
     router: str = "given"
     thresholds: list | None = None
     mask_fingerprint: str | None = None
@@ -68,9 +71,7 @@ class RTLConfig(PreTrainedConfig):
     hf_rtl_version: str | None = None
 
     def __post_init__(self, **kwargs):
-        for key in _FORBIDDEN_KEYS:
-            if kwargs.get(key):
-                raise ValueError(f"an RTLConfig may not name `{key}`, got {kwargs[key]!r}; use `backbone_config`.")
+        _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
         self.backbone_config = _checked_backbone_config(self.backbone_config)
         self.route_names = check_route_names(self.route_names or [])
         self._check_choice("ticket_task", TICKET_TASKS)
@@ -90,7 +91,13 @@ class RTLConfig(PreTrainedConfig):
         self.problem_type = (
             "multi_label_classification" if self.ticket_task == "membership" else self.backbone_config.problem_type
         )
+        # Out of sight meanwhile: without a choice of its own, it would reset the backbone's attention implementation.
+        backbone_config, self.backbone_config = self.backbone_config, None
         super().__post_init__(**kwargs)
+        self.backbone_config = backbone_config
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name))
 
     @property
     def num_routes(self) -> int:
@@ -102,7 +109,9 @@ class RTLConfig(PreTrainedConfig):
         if labels != self._label_names():
             raise ValueError(self._label_conflict(labels, self._label_names()))
         if self.thresholds is not None and len(self.thresholds) != self.num_routes:
-            raise ValueError(f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}.")
+            raise ValueError(
+                f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -142,8 +151,8 @@ class RTLConfig(PreTrainedConfig):
             )
         if self.backbone_config.problem_type != "multi_label_classification":
             raise ValueError(
-                "`ticket_task='membership'` needs a backbone with problem_type='multi_label_classification' (one label "
-                f"alone means regression to transformers), got {self.backbone_config.problem_type!r}."
+                "`ticket_task='membership'` needs a backbone with problem_type='multi_label_classification' (one "
+                f"label alone means regression to transformers), got {self.backbone_config.problem_type!r}."
             )
 
     def _label_names(self) -> list[str]:
@@ -184,23 +193,22 @@ def _checked_backbone_config(config: Any) -> PreTrainedConfig:
 
 
 def _refuse_outside_names(config: Mapping[str, Any]) -> None:
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING or model_type == RTLConfig.model_type:
-        raise ValueError(
-            f"`backbone_config` has model_type={model_type!r}, which the installed transformers does not know as a "
-            "backbone. Update transformers, or import the package that registers it."
-        )
-    if model_type == "timm_wrapper":
-        _check_timm(config)
+    _check_model_type(config.get("model_type"), "backbone_config")
     _refuse_keys(config, "backbone_config")
 
 
 def _refuse_keys(value: Any, path: str) -> None:
+    if isinstance(value, PreTrainedConfig):
+        value = value.to_dict()
     if isinstance(value, Mapping):
+        if value.get("model_type"):
+            _check_model_type(value["model_type"], path)
+        if value.get("model_type") == "timm_wrapper" or "architecture" in value or "model_args" in value:
+            _check_timm(value, path)
         for key, inner in value.items():
             if key in _FORBIDDEN_KEYS and inner:
                 raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names something outside this file.")
-            if str(key).strip("_").endswith("_implementation") and isinstance(inner, str) and "/" in inner:
+            if "_implementation" in str(key) and _names_a_repo(inner):
                 raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names code on the Hub.")
             _refuse_keys(inner, f"{path}.{key}")
     elif isinstance(value, (list, tuple)):
@@ -208,18 +216,35 @@ def _refuse_keys(value: Any, path: str) -> None:
             _refuse_keys(inner, f"{path}[{index}]")
 
 
-def _check_timm(config: Mapping[str, Any]) -> None:
+def _check_model_type(model_type: Any, path: str) -> None:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == RTLConfig.model_type:
+        raise ValueError(
+            f"`{path}` has model_type={model_type!r}, which the installed transformers does not know as a backbone. "
+            "Update transformers, or import the package that registers it."
+        )
+
+
+def _check_timm(config: Mapping[str, Any], path: str) -> None:
     architecture = config.get("architecture")
     if not isinstance(architecture, str) or architecture not in timm.list_models():
         raise ValueError(
-            f"`backbone_config.architecture` = {architecture!r} must be a plain name of the installed timm, as listed "
-            "by `timm.list_models()`: no ':' and no '/'."
+            f"`{path}.architecture` = {architecture!r} must be a plain name of the installed timm, as listed by "
+            "`timm.list_models()`: no ':' and no '/'."
         )
-    for key, value in (config.get("model_args") or {}).items():
-        if key.startswith("pretrained") or key in _FORBIDDEN_MODEL_ARGS:
-            raise ValueError(f"`backbone_config.model_args.{key}` = {value!r} is not allowed.")
+    model_args = config.get("model_args") or {}
+    if not isinstance(model_args, Mapping):
+        raise ValueError(f"`{path}.model_args` must be a dict of arguments, got {model_args!r}.")
+    for key, value in model_args.items():
+        if str(key).startswith("pretrained") or key in _FORBIDDEN_MODEL_ARGS:
+            raise ValueError(f"`{path}.model_args.{key}` = {value!r} is not allowed.")
         if not _is_plain(value):
-            raise ValueError(f"`backbone_config.model_args.{key}` must be a plain JSON value, got {value!r}.")
+            raise ValueError(f"`{path}.model_args.{key}` must be a plain JSON value, got {value!r}.")
+
+
+def _names_a_repo(implementation: Any) -> bool:
+    if isinstance(implementation, Mapping):
+        return any(map(_names_a_repo, implementation.values()))
+    return isinstance(implementation, str) and "/" in implementation
 
 
 def _is_plain(value: Any) -> bool:

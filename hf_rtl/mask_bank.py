@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-# Row b of `_BITS` holds the eight bits of the byte b, lowest first (little bit order, as `np.packbits(bitorder="little")`).
+# Row b of `_BITS` holds the eight bits of the byte b, lowest first (as `np.packbits(bitorder="little")`).
 _BITS = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
 
 # A weight's mask is applied as a bitwise AND with an integer of the weight's own size, all bits set where it is kept.
@@ -74,6 +74,8 @@ class MaskBank(nn.Module):
         self.weight_names = [name for name, _ in weights]
         self.shapes = [torch.Size(shape) for _, shape in weights]
         self.route_names = check_route_names(route_names)
+        # How often masks were changed through this class. A tensor's own version misses writes in inference mode.
+        self.num_changes = 0
         for layer, shape in enumerate(self.shapes):
             row = pack(torch.ones(shape, dtype=torch.bool))
             self.register_buffer(f"m{layer:04d}", row.repeat(self.num_routes, 1))
@@ -111,7 +113,7 @@ class MaskBank(nn.Module):
             if route not in self.route_names:
                 raise ValueError(f"unknown route {route!r}; the routes are {self._listed()}.")
             return self.route_names.index(route)
-        if isinstance(route, bool):
+        if isinstance(route, bool) or (isinstance(route, Tensor) and route.dtype == torch.bool):
             raise TypeError(f"a route is a name or an index, not {route!r}; the routes are {self._listed()}.")
         try:
             index = operator.index(route)
@@ -192,7 +194,7 @@ class MaskBank(nn.Module):
         return both / (density.unsqueeze(-1) + density.unsqueeze(-2) - both)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the number of routes and, for each weight in order, its name, its shape and its packed masks."""
+        """SHA-256 over the number of routes and, for each weight in order, its name, shape and packed masks."""
         digest = hashlib.sha256(f"{self.num_routes}".encode())
         for name, shape, rows in zip(self.weight_names, self.shapes, self.packed, strict=True):
             digest.update(f"|{name}|{tuple(shape)}|".encode())
@@ -207,13 +209,15 @@ class MaskBank(nn.Module):
         packed = self._packed_checked(masks)
         for rows, row in zip(self.packed, packed, strict=True):
             rows[index].copy_(row)
+        self.num_changes += 1
 
     def add_route(self, name: str, masks: Sequence[Tensor]) -> None:
         """Appends a route."""
         names = check_route_names([*self.route_names, name])
         packed = self._packed_checked(masks)
         self._replace(
-            names, [torch.cat([rows, row[None].to(rows.device)]) for rows, row in zip(self.packed, packed, strict=True)]
+            names,
+            [torch.cat([rows, row[None].to(rows.device)]) for rows, row in zip(self.packed, packed, strict=True)],
         )
 
     def drop_route(self, route: int | str) -> None:
@@ -282,6 +286,7 @@ class MaskBank(nn.Module):
         self.route_names = route_names
         for layer, rows in enumerate(packed):
             setattr(self, f"m{layer:04d}", rows)
+        self.num_changes += 1
 
 
 def check_route_names(names: Sequence[str]) -> list[str]:

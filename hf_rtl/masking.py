@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .mask_bank import MaskBank, integer_dtype, unpack_as_integers
-from .prunable import parameter_aliases
+from .prunable import parameter_aliases, parameter_at
 
 
 # The route whose ticket is the union of all others.
@@ -37,17 +37,10 @@ class WeightMasker:
     """
 
     def __init__(self, backbone: nn.Module, bank: MaskBank, *, cache_bytes: int) -> None:
-        aliases = parameter_aliases(backbone)
-        for name, shape in zip(bank.weight_names, bank.shapes, strict=True):
-            found = getattr(*aliases[name][0]).shape if name in aliases else None
-            if found != shape:
-                raise ValueError(
-                    f"the masks are for another backbone: they cover {name} of shape {tuple(shape)}, but "
-                    f"{type(backbone).__name__} has {'no such weight' if found is None else tuple(found)}."
-                )
+        self.backbone = backbone
         self.bank = bank
         self.cache_bytes = cache_bytes
-        self.places = [aliases[name] for name in bank.weight_names]
+        self.places = self._locate()
         self._cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
         self._cache_key: tuple = ()
         self._copies: list[Tensor] = []
@@ -55,12 +48,13 @@ class WeightMasker:
     @property
     def weights(self) -> list[nn.Parameter]:
         """The prunable parameters, in the bank's order."""
-        return [module._parameters[attribute] for (module, attribute), *_ in self.places]
+        return [parameter_at(places[0]) for places in self.places]
 
     def masks(self, routes: Sequence[int]) -> list[Tensor]:
-        """Unpacked union of the masks of `routes` (`UNION`: of all), as integers of the weights' sizes, on their device."""
+        """Union of the masks of `routes` (`UNION`: of all), as integers of the weights' sizes, on their device."""
         weights = self.weights
         cache_key = (
+            self.bank.num_changes,
             *((weight.device, weight.dtype) for weight in weights),
             *((0 if rows.is_inference() else rows._version, rows.data_ptr()) for rows in self.bank.packed),
         )
@@ -88,9 +82,17 @@ class WeightMasker:
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
         """
+        # Anew each time: weights are tied after this object is made, when a model is loaded.
+        self.places = self._locate()
         weights = self.weights
-        copies: list[Tensor] = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-        masked = _MaskWeights.apply(self.masks([route]), copies, *weights)
+        masks = self.masks([route])
+        if torch.is_inference_mode_enabled():
+            # A write in inference mode would not raise in a backward that still needs what it overwrites.
+            with torch.inference_mode(False), torch.no_grad():
+                masked = _MaskWeights.apply(masks, self._persistent(weights), *weights)
+        else:
+            copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
+            masked = _MaskWeights.apply(masks, copies, *weights)
         for places, weight in zip(self.places, masked, strict=True):
             for module, attribute in places:
                 # An entry of the instance hides the registered parameter of the same name from attribute access only.
@@ -108,6 +110,18 @@ class WeightMasker:
         """Frees the unpacked masks and the masked copy."""
         self._cache.clear()
         self._copies = []
+
+    def _locate(self) -> list[list[tuple[nn.Module, str]]]:
+        """Every (module, attribute) that holds a weight of the bank, in the bank's order."""
+        aliases = parameter_aliases(self.backbone)
+        for name, shape in zip(self.bank.weight_names, self.bank.shapes, strict=True):
+            found = parameter_at(aliases[name][0]).shape if name in aliases else None
+            if found != shape:
+                raise ValueError(
+                    f"the masks are for another backbone: they cover {name} of shape {tuple(shape)}, but "
+                    f"{type(self.backbone).__name__} has {'no such weight' if found is None else tuple(found)}."
+                )
+        return [aliases[name] for name in self.bank.weight_names]
 
     def _packed(self, routes: tuple[int, ...]) -> list[Tensor]:
         if UNION in routes:
@@ -141,21 +155,29 @@ class _MaskWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         for mask, copy, weight in zip(masks, copies, weights, strict=True):
             torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
-        # The outputs share storage and version counter with the copies: a backward through a graph whose masked weights
-        # have been overwritten meanwhile raises instead of giving wrong gradients.
+        # The outputs share storage and version counter with the copies: a backward through a graph whose masked
+        # weights have been overwritten meanwhile raises instead of giving wrong gradients.
         return tuple(copy.detach() for copy in copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *(
-            None if gradient is None else and_masks(gradient, mask)
+        # Two weights that are added have one gradient tensor in common.
+        shared = Counter(gradient.data_ptr() for gradient in gradients if gradient is not None)
+        masked = (
+            None
+            if gradient is None
+            else and_masks(gradient.clone() if shared[gradient.data_ptr()] > 1 else gradient, mask)
             for gradient, mask in zip(gradients, ctx.masks, strict=True)
         )
+        return None, None, *masked
 
 
 def and_masks(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` with zeros where the integer `mask` has none of its bits set; in place where `values` owns its memory."""
+    """
+    `values` with zeros where the integer `mask` has none of its bits set. The memory of `values` is used if it is
+    contiguous and no view; only the returned tensor is sure to be masked.
+    """
     if mask.dtype != integer_dtype(values.dtype):
         mask = mask.to(integer_dtype(values.dtype))
     bits = values.view(mask.dtype)

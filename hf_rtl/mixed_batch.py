@@ -19,7 +19,7 @@ def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, 
 
 def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int) -> dict[str, Any]:
     """
-    The samples at `positions` of every batch-first tensor; what is no tensor, or has a first dimension of 1, is shared.
+    The samples at `positions` of batch-first tensors. What is no tensor, or has a first dimension of 1, is shared.
 
     Raises:
         ValueError: a tensor with another first dimension.
@@ -55,8 +55,11 @@ def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor]
     for name in outputs[0]:
         values = [output[name] for output in outputs]
         if name == "loss":
-            weights = torch.stack(list(sizes)).to(values[0].device, values[0].dtype)
-            merged[name] = (torch.stack(values) * weights).sum() / weights.sum()
+            losses = torch.stack(values)
+            weights = torch.stack([size.to(losses.device) for size in sizes]).to(losses.dtype)
+            # The mean loss of a group without a labelled token is NaN, and is none of the batch's.
+            losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
+            merged[name] = (losses * weights).sum() / weights.sum()
         else:
             merged[name] = _merge(name, values, groups, order)
     return merged
@@ -71,7 +74,7 @@ def _merge(name: str, values: Sequence[Any], groups: Sequence[Tensor], order: Te
     )
     if not batch_first:
         raise ValueError(
-            f"the output `{name}` is not batch-first, so a batch with several routes cannot be put back together; turn "
-            f"it off (as with `use_cache=False`) or call the model once per route."
+            f"the output `{name}` is not batch-first, so a batch with several routes cannot be put back together; "
+            "turn it off (as with `use_cache=False`) or call the model once per route."
         )
     return torch.cat(list(values)).index_select(0, order.to(values[0].device))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import operator
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .mask_bank import MaskBank, count_bits
 from .masking import UNION, WeightMasker, and_masks
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
-from .prunable import parameter_aliases, select_prunable
+from .prunable import parameter_aliases, parameter_at, select_prunable
 
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -44,7 +45,7 @@ _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "
 
 class RTLModel(PreTrainedModel):
     r"""
-    A backbone with a bank of masks, one per route. This class wraps a backbone without a head; `RTLModelFor…` one with.
+    A backbone with a bank of masks, one per route. This class wraps a backbone without a head, `RTLModelFor…` with.
 
     `from_pretrained` of this class returns the class that the model was saved as.
 
@@ -55,8 +56,8 @@ class RTLModel(PreTrainedModel):
 
     Which ticket answers is an argument of the call, `route_ids`:
         - an `int` or a name: every sample through that route; -1 is the union of all tickets;
-        - a `LongTensor [batch]` or a list of indices and names: each sample through its own, the batch being grouped by
-          route once;
+        - a `LongTensor [batch]` or a list of indices and names: each sample through its own, the batch being grouped
+          by route once;
         - `None`: inside `route_context`, its route; else, for `ticket_task="membership"`, every ticket scores every
           sample (K forwards), else a `ValueError`, since the router is `"given"`.
     """
@@ -71,8 +72,10 @@ class RTLModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    backbone_class: type = AutoModel
+    backbone_class: Any = AutoModel
     supports_membership = False
+    # Whether the loss compares the output at a position with the label at the next, so that the first one is left out.
+    _shifts_labels = False
 
     def __init__(self, config: RTLConfig, backbone: PreTrainedModel | None = None) -> None:
         config.check()
@@ -120,14 +123,14 @@ class RTLModel(PreTrainedModel):
         Args:
             backbone: a timm name, a repo id, a folder, a configuration or a model; see `backbone.build_backbone`.
             route_names (`Sequence[str]`): one distinct name per route.
-            ticket_task (`str`): `"membership"` or `"labels"`, see [`RTLConfig`]. With `membership` the backbone gets one
-                logit.
+            ticket_task (`str`): `"membership"` or `"labels"`, see [`RTLConfig`]. With `membership` the backbone gets
+                one logit.
             pretrained (`bool`, *optional*): whether to load weights; by default for repo ids and folders.
             seed (`int`, *optional*): seed of what is initialised afresh.
             norm_statistics (`str`, *optional*, defaults to `"per_route"`): or `"shared"`.
             prune_include (`Sequence[str]`, *optional*): `fnmatch` patterns of weights to add to the default choice.
-            prune_exclude (`Sequence[str]`, *optional*): patterns of weights to leave out. Defaults to the backbone's own
-                `rtl_prune_exclude`, if it has one.
+            prune_exclude (`Sequence[str]`, *optional*): patterns of weights to leave out. Defaults to the backbone's
+                own `rtl_prune_exclude`, if it has one.
             **backbone_kwargs: to the backbone, as `num_labels=3` or `in_chans=1`.
 
         Raises:
@@ -137,8 +140,8 @@ class RTLModel(PreTrainedModel):
         if ticket_task == "membership" and not built:
             if backbone_kwargs.get("num_labels", 1) != 1:
                 raise ValueError(
-                    f"`num_labels` = {backbone_kwargs['num_labels']} contradicts `ticket_task='membership'`, whose tickets "
-                    "have one logit: leave it out, or use `ticket_task='labels'`."
+                    f"`num_labels` = {backbone_kwargs['num_labels']} contradicts `ticket_task='membership'`, whose "
+                    "tickets have one logit: leave it out, or use `ticket_task='labels'`."
                 )
             backbone_kwargs.update(num_labels=1, problem_type="multi_label_classification")
         model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
@@ -165,18 +168,29 @@ class RTLModel(PreTrainedModel):
             ValueError: the checkpoint lacks a tensor, its masks are cut short, foreign or damaged, or it was saved as
                 another class.
         """
-        with_info = kwargs.pop("output_loading_info", False)
         if cls is RTLModel:
-            cls = _saved_class(pretrained_model_name_or_path, kwargs)
+            saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
+            if saved_class is not RTLModel:
+                return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        # Tensors of other sizes are reported below, by name.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        saved_as = (model.config.architectures or [cls.__name__])[0]
+        if saved_as not in [known.__name__ for known in cls.__mro__]:
+            raise ValueError(
+                f"the checkpoint {str(pretrained_model_name_or_path)!r} was saved as {saved_as}, which {cls.__name__} "
+                "is not; RTLModel.from_pretrained opens it as what it is."
+            )
         own = ("mask_bank.", "norm_statistics.")
         foreign = [name for name in info["unexpected_keys"] if name.startswith(own)]
-        mismatched = [entry for entry in info["mismatched_keys"] if str(entry[0]).startswith(own)]
-        for problem, names in (("lacks", info["missing_keys"]), ("has unknown", foreign), ("has wrong sizes of", mismatched)):
+        mismatched = [entry[0] for entry in info["mismatched_keys"]]
+        problems = {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign}
+        for problem, names in problems.items():
             if names:
-                listed = ", ".join(sorted(map(str, names))[:5])
+                listed = ", ".join(sorted(names)[:5])
                 raise ValueError(
                     f"the checkpoint {str(pretrained_model_name_or_path)!r} {problem} {len(names)} tensor(s) of this "
                     f"model ({listed}): it is cut short, or saved from another model."
@@ -194,6 +208,12 @@ class RTLModel(PreTrainedModel):
         if self._fixed_route is not None:
             raise ValueError(
                 "this is a view with a fixed route; save the model itself, or `extract_ticket(route)` for a plain one."
+            )
+        self.config.check()
+        if self.config.route_names != self.route_names:
+            raise ValueError(
+                f"`config.route_names` is {self.config.route_names}, but the mask bank has the routes "
+                f"{self.route_names}; change both, or neither."
             )
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -219,14 +239,15 @@ class RTLModel(PreTrainedModel):
 
     def route_index(self, route: int | str) -> int:
         """Index of a route given by name or index; -1, the union of all tickets, is its own index."""
-        if not isinstance(route, (str, bool)) and route == UNION:
-            return UNION
+        with contextlib.suppress(TypeError):
+            if operator.index(route) == UNION:  # type: ignore[arg-type]
+                return UNION
         return self.mask_bank.route_index(route)
 
-    @contextmanager
+    @contextlib.contextmanager
     def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RTLModel]:
         """
-        Within the context the backbone is the ticket of `route`: masked weights, and with per-route statistics its rows.
+        Within the context the backbone is the ticket of `route`: masked weights, and its row of per-route statistics.
 
         Spans forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that entered
         it: another one waits for its end if the model is in evaluation mode.
@@ -287,8 +308,8 @@ class RTLModel(PreTrainedModel):
         ticket = copy.deepcopy(self.backbone)
         aliases = parameter_aliases(ticket)
         for name, mask in zip(self.mask_bank.weight_names, self.masker.masks([index]), strict=True):
-            module, attribute = aliases[name][0]
-            and_masks(module._parameters[attribute].data, mask)
+            weight = parameter_at(aliases[name][0])
+            weight.copy_(and_masks(weight.detach(), mask))
         if self.norm_statistics is not None:
             for (module, name), rows in zip(tracked_buffers(ticket), self.norm_statistics.rows, strict=True):
                 module.get_buffer(name).copy_(rows[index])
@@ -298,16 +319,20 @@ class RTLModel(PreTrainedModel):
 
     def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
         """The backbone's output under the masks of `route_ids` (see the class). Positional: the main input."""
+        if len(args) > 1:
+            raise TypeError(f"forward takes one positional argument, `{self.main_input_name}`, got {len(args)}.")
         if args:
             kwargs[self.main_input_name] = args[0]
         return self._forward_routed(labels, route_ids, **kwargs)
 
-    def _forward_routed(self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any):
+    def _forward_routed(
+        self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any
+    ):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if self._fixed_route is not None:
             if route_ids is not None:
                 raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route}.")
-            route_ids = None if self._active.route is not None else self._fixed_route
+            route_ids = self._fixed_route
         output = self._dispatch(inputs, labels, route_ids)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -315,8 +340,12 @@ class RTLModel(PreTrainedModel):
     def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
         active = self._active.route
         if active is not None:
-            if route_ids is not None and self._routes_of(route_ids, inputs) not in (active, {active}):
-                raise ValueError(f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there.")
+            if route_ids is not None:
+                routes = self._routes_of(route_ids, inputs)
+                if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
+                    raise ValueError(
+                        f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there."
+                    )
             return self._run(inputs, labels)
         if route_ids is None:
             if self.config.ticket_task == "membership":
@@ -361,9 +390,15 @@ class RTLModel(PreTrainedModel):
             group_labels = samples.pop("labels", None)
             with self.route_context(route, fresh=torch.is_grad_enabled()):
                 outputs.append(self._run(samples, group_labels))
-            has_tokens = group_labels is not None and group_labels.ndim > 1 and not self._is_membership
-            sizes.append((group_labels != -100).sum() if has_tokens else torch.tensor(len(positions)))
+            sizes.append(self._loss_size(group_labels, len(positions)))
         return type(outputs[0])(**merge_outputs(outputs, list(groups.values()), sizes))
+
+    def _loss_size(self, labels: Tensor | None, num_samples: int) -> Tensor:
+        """Terms in the mean loss of a group, up to a factor: its samples, or its labelled tokens or pixels."""
+        if labels is None or labels.ndim < 2 or labels.is_floating_point() or self._is_membership:
+            return torch.tensor(num_samples)
+        counted = labels[:, 1:] if self._shifts_labels else labels
+        return (counted != getattr(self.backbone.config, "semantic_loss_ignore_index", -100)).sum()
 
     def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
         """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""
@@ -382,6 +417,11 @@ class RTLModel(PreTrainedModel):
                     "without `route_ids` the `labels` of membership tickets are home routes, integers [batch], got "
                     f"{home_routes.dtype} {tuple(home_routes.shape)}."
                 )
+            if ((home_routes < 0) | (home_routes >= self.num_routes)).any():
+                raise ValueError(
+                    "without `route_ids` the `labels` of membership tickets are home routes, allowed are 0 to "
+                    f"{self.num_routes - 1}, got {home_routes.tolist()}."
+                )
             loss = binary_cross_entropy_with_logits(logits, one_hot(home_routes, self.num_routes).to(logits.dtype))
         return type(output)(loss=loss, logits=logits)
 
@@ -390,12 +430,13 @@ class RTLModel(PreTrainedModel):
         return self.config.ticket_task == "membership"
 
     def ticket_labels(self, labels: Tensor) -> Tensor:
-        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone's loss takes them: floats `[batch, 1]`."""
+        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
         if labels.ndim == 1:
             labels = labels.unsqueeze(-1)
         if labels.ndim != 2 or labels.shape[1] != 1:
             raise ValueError(
-                f"`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1], got {tuple(labels.shape)}."
+                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1], got "
+                f"{tuple(labels.shape)}."
             )
         return labels.to(self.dtype)
 
@@ -412,8 +453,12 @@ class RTLModel(PreTrainedModel):
                 return self.route_index(int(route_ids))
             route_ids = route_ids.tolist()
         main = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+        if not route_ids:
+            raise ValueError("`route_ids` is empty; give one route per sample.")
         if main is not None and len(route_ids) != len(main):
-            raise ValueError(f"`route_ids` has {len(route_ids)} entries for a batch of {len(main)}; give one per sample.")
+            raise ValueError(
+                f"`route_ids` has {len(route_ids)} entries for a batch of {len(main)}; give one per sample."
+            )
         return [self.route_index(route) for route in route_ids]
 
     # What is here
@@ -423,7 +468,7 @@ class RTLModel(PreTrainedModel):
         covered = set(self.mask_bank.weight_names)
         lines, left_out = [], 0
         for name, places in parameter_aliases(self.backbone).items():
-            parameter = places[0][0]._parameters[places[0][1]]
+            parameter = parameter_at(places[0])
             if name in covered:
                 lines.append(f"{name:60} {str(tuple(parameter.shape)):>24} {parameter.numel():>12,}")
             else:
@@ -440,13 +485,15 @@ class RTLModel(PreTrainedModel):
         parameters, buffers, and the statistics of all routes.
         """
         weights = self.masker.weights
-        union = sum(int(count_bits(row)) * w.itemsize for row, w in zip(self.mask_bank.packed_union(), weights, strict=True))
+        rows = zip(self.mask_bank.packed_union(), weights, strict=True)
+        union = sum(int(count_bits(row)) * weight.itemsize for row, weight in rows)
         masks = sum(rows.nbytes for rows in self.mask_bank.packed)
         prunable = {id(weight) for weight in weights}
         parameters = sum(parameter.nbytes for parameter in self.backbone.parameters() if id(parameter) not in prunable)
         buffers = sum(buffer.nbytes for buffer in self.backbone.buffers())
         tracked = sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(self.backbone))
-        statistics = tracked if self.norm_statistics is None else sum(rows.nbytes for rows in self.norm_statistics.rows)
+        per_route = self.norm_statistics
+        statistics = tracked if per_route is None else sum(rows.nbytes for rows in per_route.rows)
         dense = parameters + buffers - tracked + statistics
         kept = self.mask_bank.count(per_layer=True).sum(1).tolist()
         independent = sum(count * weight.itemsize for count, weight in zip(kept, weights, strict=True))
@@ -490,6 +537,10 @@ class RTLModel(PreTrainedModel):
     def state_dict(self, *args: Any, **kwargs: Any):
         self._refuse_in_context("state_dict()")
         return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any):
+        self._refuse_in_context("load_state_dict()")
+        return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         self._refuse_in_context("moving or casting the model")
@@ -565,6 +616,7 @@ class RTLModelForMaskedLM(_RTLTextModel):
 
 class RTLModelForCausalLM(_RTLTextModel):
     backbone_class = AutoModelForCausalLM
+    _shifts_labels = True
 
 
 class RTLModelForSeq2SeqLM(_RTLTextModel):
@@ -610,10 +662,12 @@ class _ActiveRoute:
         """The route of this thread's context."""
         return self._route if self._owner == threading.get_ident() else None
 
-    @contextmanager
+    @contextlib.contextmanager
     def hold(self, route: int, *, wait: bool) -> Iterator[None]:
         if self.route is not None:
-            raise RuntimeError(f"route_context({route}) inside the active route_context({self.route}); leave that first.")
+            raise RuntimeError(
+                f"route_context({route}) inside the active route_context({self.route}); leave that first."
+            )
         if not self._lock.acquire(blocking=wait):
             raise RuntimeError(f"another thread is training route {self._route} of this model; train in one thread.")
         self._owner, self._route = threading.get_ident(), route
@@ -647,7 +701,7 @@ def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> typ
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Moves the files of `source` into `target`, `config.json` last; checkpoint files of an earlier save are removed."""
+    """Moves the files of `source` into `target`, `config.json` last; weight files of an earlier save are removed."""
     target.mkdir(exist_ok=True)
     files = sorted(source.iterdir(), key=lambda file: file.name == "config.json")
     written = {file.name for file in files}

@@ -1,4 +1,4 @@
-"""Running statistics of normalisation layers, one row per route. Knows modules with running statistics, nothing of masks."""
+"""Running statistics of normalisation layers, a row per route. Knows modules that track them, nothing of masks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class NormStatistics(nn.Module):
         for index, (module, name) in enumerate(tracked_buffers(backbone)):
             values = module.get_buffer(name)
             values = values.float() if values.is_floating_point() else values
-            self.register_buffer(f"s{index:04d}", values.detach().clone().expand(num_routes + 1, *values.shape).clone())
+            rows = values.detach().expand(num_routes + 1, *values.shape).clone()
+            self.register_buffer(f"s{index:04d}", rows)
 
     @property
     def rows(self) -> list[Tensor]:
-        return list(self._buffers.values())
+        return [self.get_buffer(name) for name in self._buffers]
 
     def reset(self, backbone: nn.Module) -> None:
         """Fills every row with the backbone's own statistics."""
@@ -51,7 +52,7 @@ class NormStatistics(nn.Module):
         before = self.rows
         super()._apply(fn, recurse)
         for name, old in zip(list(self._buffers), before, strict=True):
-            new = self._buffers[name]
+            new = self.get_buffer(name)
             if new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
@@ -99,7 +100,8 @@ class BoundStatistics:
 
 
 def is_checkpointing(backbone: nn.Module) -> bool:
-    """Whether any module of the backbone recomputes activations in backward (transformers and timm name the flag apart)."""
+    """Whether any module of the backbone recomputes activations in backward."""
+    # Named so by transformers and by timm.
     return any(
         getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
         for module in backbone.modules()

@@ -1,4 +1,4 @@
-"""The masked optimizer step: a step on one route moves the weights of its ticket and no others (paper, Algorithm 2)."""
+"""The masked optimizer step: a step on a route moves the weights of its ticket and no others (paper, Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ class _MaskedOptimizer(Optimizer):
 
     def __init__(self, params: Iterable, model: RTLModel, defaults: dict[str, Any]) -> None:
         self._model = model
-        super().__init__(params, defaults)
+        # `fused` makes `load_state_dict` put counts of steps onto their parameter's device, where the fused update
+        # of the other parameters needs them.
+        super().__init__(params, {**defaults, "fused": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """
         One update for the routes trained since the last one; several are masked by their union.
 
@@ -107,7 +109,7 @@ class MaskedAdamW(_MaskedOptimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, model, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._ones_memory: Tensor | None = None
+        self._ones_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _update_masked(self, group, params, grads, masks, exp_avgs, exp_avg_sqs, corrections1, corrections2):
         beta1, beta2 = group["betas"]
@@ -120,7 +122,8 @@ class MaskedAdamW(_MaskedOptimizer):
         torch._foreach_lerp_(corrections2, ones, weights)
         # An element that was never updated gives 0/0 here; `_move` masks it to 0.
         denominators = torch._foreach_div(exp_avg_sqs, corrections2)
-        # The square root as 1 / rsqrt: on processors torch's sqrt is ten times slower on zeros, which masked state is full of.
+        # The square root as 1 / rsqrt: on processors torch's sqrt is ten times slower on zeros, of which masked state
+        # is full.
         torch._foreach_rsqrt_(denominators)
         torch._foreach_reciprocal_(denominators)
         torch._foreach_add_(denominators, group["eps"])
@@ -131,11 +134,12 @@ class MaskedAdamW(_MaskedOptimizer):
         _move(params, updates, masks, group["lr"])
 
     def _ones(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Ones of the shapes in `like`, all in one small memory, which processors read faster than an expanded scalar."""
+        """Ones of the shapes in `like`, in one small memory, which processors read faster than an expanded scalar."""
         largest = max(tensor.numel() for tensor in like)
-        if self._ones_memory is None or self._ones_memory.numel() < largest or self._ones_memory.dtype != like[0].dtype:
-            self._ones_memory = like[0].new_ones(largest)
-        return [self._ones_memory[: tensor.numel()].view(tensor.shape) for tensor in like]
+        key = like[0].device, like[0].dtype
+        if key not in self._ones_memory or self._ones_memory[key].numel() < largest:
+            self._ones_memory[key] = like[0].new_ones(largest)
+        return [self._ones_memory[key][: tensor.numel()].view(tensor.shape) for tensor in like]
 
     def _update_dense(self, group, parameters):
         states = [self.state[parameter] for parameter in parameters]
@@ -252,32 +256,42 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
                     _restore(value, old.get(name, torch.zeros_like(value)), mask)
         model.routes_since_update.clear()
 
+    zero_grad = optimizer.zero_grad
+
+    def forget(set_to_none: bool = True) -> None:
+        zero_grad(set_to_none)
+        model.routes_since_update.clear()
+
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(put_back)
+    # With the gradients goes which routes they came from, as when a gradient scaler has skipped the step.
+    optimizer.zero_grad = forget  # type: ignore[method-assign]
     return optimizer
 
 
 def _is_per_element(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == parameter.dtype
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _restore(new: Tensor, old: Tensor, mask: Tensor) -> None:
     """Puts the bits of `old` into `new` where `mask` has none set."""
-    bits, old_bits = new.detach().view(mask.dtype), old.view(mask.dtype)
-    bits.copy_((bits & mask) | (old_bits & ~mask))
+    new.copy_(torch.where(mask != 0, new, old))
 
 
 def _batches(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
     """
-    Groups of corresponding tensors to update at once, each a list per kind.
+    Groups of corresponding tensors of one device and type to update at once, each a list per kind.
 
     On processors a cache-sized group after another, large tensors being cut; on accelerators everything, since there
     the number of launches counts.
     """
-    limit = _CHUNK if tensors and tensors[0][0].device.type == "cpu" else 2**62
     group: list[tuple[Tensor, ...]] = []
     size = 0
     for parts in tensors:
+        if group and (parts[0].device, parts[0].dtype) != (group[0][0].device, group[0][0].dtype):
+            yield [list(kind) for kind in zip(*group, strict=True)]
+            group, size = [], 0
+        limit = _CHUNK if parts[0].device.type == "cpu" else 2**62
         pieces = [parts]
         if parts[0].numel() > limit and all(part.is_contiguous() for part in parts):
             pieces = list(zip(*(part.view(-1).split(limit) for part in parts), strict=True))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -38,6 +39,14 @@ def parameter_aliases(backbone: nn.Module) -> dict[str, list[tuple[nn.Module, st
     return aliases
 
 
+def parameter_at(place: tuple[nn.Module, str]) -> nn.Parameter:
+    """The parameter registered at (module, attribute), whatever hides it meanwhile."""
+    module, attribute = place
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return parameter
+
+
 def select_prunable(
     backbone: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[tuple[str, tuple[int, ...]]]:
@@ -63,7 +72,7 @@ def select_prunable(
     chosen: list[tuple[str, tuple[int, ...]]] = []
     module_names = {id(module): name for name, module in backbone.named_modules()}
     for name, places in parameter_aliases(backbone).items():
-        parameter: Tensor = getattr(*places[0])
+        parameter = parameter_at(places[0])
         if parameter.ndim < 2 or any(attribute.endswith("bias") for _, attribute in places):
             continue
         names = [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in places]
@@ -77,7 +86,7 @@ def select_prunable(
             if pattern not in used:
                 raise ValueError(
                     f"`{argument}` has the pattern {pattern!r}, which matches no weight of {type(backbone).__name__}; "
-                    f'names look like {", ".join(repr(name) for name, _ in chosen[:3]) or "nothing here"}. '
+                    f"names look like {', '.join(repr(name) for name, _ in chosen[:3]) or 'nothing here'}. "
                     f"Patterns are those of fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
                 )
     if not chosen:
@@ -95,7 +104,7 @@ def _prunable_by_default(module: nn.Module, attribute: str, head: set[int]) -> b
 
 def _heads(backbone: nn.Module) -> Iterator[nn.Module]:
     """The modules that make up the head; empty for a model without one."""
-    timm_model = getattr(backbone, "timm_model", None)
+    timm_model: Any = getattr(backbone, "timm_model", None)
     if timm_model is not None:
         classifier = timm_model.get_classifier()
         yield from classifier if isinstance(classifier, tuple) else (classifier,)
@@ -104,7 +113,8 @@ def _heads(backbone: nn.Module) -> Iterator[nn.Module]:
     if base is not backbone:
         inside = {id(module) for module in base.modules()}
         yield from (child for child in backbone.children() if id(child) not in inside)
-    output_embeddings = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
+    get_output_embeddings: Any = getattr(backbone, "get_output_embeddings", None)
+    output_embeddings = get_output_embeddings() if get_output_embeddings is not None else None
     if output_embeddings is not None:
         yield output_embeddings
 

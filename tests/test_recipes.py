@@ -1,0 +1,108 @@
+"""The recipes as users run them: in processes of their own, on small budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the printed output of a small run on the digits, with controls."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    result = run(
+        "prune.py",
+        *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder),
+        *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
+    )
+    return folder, result.stdout
+
+
+def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, str]) -> None:
+    folder, printed = digits_run
+    results = json.loads((folder / "results.json").read_text())
+    assert "370,320 weights" in printed and "30% after 1 prune events; 60% after 2 prune events" in printed
+    assert [report["sparsity"] for report in results["rounds"]] == [0.3, 0.6]
+    assert {control["method"] for control in results["controls"]} == {
+        "random masks",
+        "layer-shuffled masks",
+        "routes shifted by one",
+        "dense one-vs-rest",
+    }
+    for report in results["rounds"]:
+        assert f"{report['metrics']['eval_balanced_accuracy']:.3f}" in printed
+        assert set(report["kept"].values()) == {370320 - round(report["sparsity"] * 370320)}
+    assert (folder / "curve.png").stat().st_size > 10_000
+
+
+def test_a_fresh_process_recomputes_every_number(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = digits_run
+    moved = tmp_path / "results.json"
+    moved.write_text((folder / "results.json").read_text())
+    models = [*sorted(folder.glob("round-*")), folder / "final"]
+    result = run("evaluate.py", *models, "--compare", moved)
+    assert "0 of the recorded metrics differ" in result.stdout
+
+    altered = json.loads(moved.read_text())
+    altered["rounds"][0]["metrics"]["eval_recall"] += 1e-12
+    moved.write_text(json.dumps(altered))
+    result = run("evaluate.py", *models, "--compare", moved, check=False)
+    assert result.returncode == 1 and "eval_recall" in result.stdout
+
+
+def test_verify_accepts_a_run_and_finds_a_lie(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = digits_run
+    # One epoch is too short for tickets that fail on the wrong route; the other four checks must hold.
+    lines = run("verify.py", folder, check=False).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["ok"] * 4
+
+    results = json.loads((folder / "results.json").read_text())
+    results["rounds"][0]["sparsity"] = 0.31
+    results["rounds"][1]["started_from"] = "0" * 64
+    lie = tmp_path / "results.json"
+    lie.write_text(json.dumps(results))
+    lines = run("verify.py", folder, "--results", lie, check=False).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["FAILED", "ok", "ok", "FAILED"]
+
+
+def test_an_unknown_key_is_refused_with_the_closest_name(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("target_sparsities: [0.5]\n")
+    result = run("prune.py", "--config", config, check=False)
+    assert result.returncode == 2 and "did you mean 'target_sparsity'" in result.stderr
+
+
+def test_help_lists_what_can_be_set() -> None:
+    printed = run("prune.py", "--help").stdout
+    for name in ("--target_sparsity", "--norm_statistics", "--dataset", "--sanity"):
+        assert name in printed
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
+def test_configurations_name_existing_arguments(config: str) -> None:
+    from image_data import DataArguments
+    from prune import ModelArguments
+
+    from hf_rtl import RTLTrainingArguments
+
+    classes = (ModelArguments, DataArguments, RTLTrainingArguments)
+    known = {name for cls in classes for name in cls.__dataclass_fields__}
+    values = yaml.safe_load((RECIPES / "configs" / config).read_text())
+    assert set(values) <= known
