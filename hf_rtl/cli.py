@@ -37,28 +37,16 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def load_model(path: Path) -> Any:
-    """The RTL model in the folder `path`, of the class that its config names."""
+    """The routed model in the folder `path`."""
     # Imported here, so that `hf-rtl --help` does not wait for torch.
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers.utils import logging
 
-    import hf_rtl
-    from hf_rtl import modeling_rtl
+    from hf_rtl import RTLModel
 
     if not (path / "config.json").is_file():
         raise ValueError(f"PATH must be a folder with a config.json, as save_pretrained writes it, got {str(path)!r}.")
-    config = AutoConfig.from_pretrained(path)
-    # A config is data: it picks among the public model classes and reaches nothing else.
-    models: dict[str, Any] = {
-        name: cls
-        for name in hf_rtl.__all__
-        if isinstance(cls := getattr(modeling_rtl, name, None), type) and issubclass(cls, PreTrainedModel)
-    }
-    architectures = config.architectures or []
-    if len(architectures) != 1 or architectures[0] not in models:
-        raise ValueError(
-            f"`architectures` in {str(path / 'config.json')!r} must be one of {sorted(models)}, got {architectures}."
-        )
-    return models[architectures[0]].from_pretrained(path)
+    logging.disable_progress_bar()
+    return RTLModel.from_pretrained(path)
 
 
 def format_status(status: dict[str, Any]) -> str:

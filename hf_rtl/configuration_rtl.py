@@ -59,7 +59,7 @@ class RTLConfig(PreTrainedConfig):
 
     backbone_config: Any = None
     route_names: list[str] = field(default_factory=list)
-    ticket_task: str | None = None
+    ticket_task: str = ""
     norm_statistics: str = "per_route"
     prunable: list[tuple[str, list[int]]] = field(default_factory=list)
     prune_include: list[str] = field(default_factory=list)

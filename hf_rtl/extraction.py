@@ -47,7 +47,7 @@ class TicketTrainer:
 
     def __post_init__(self) -> None:
         aliases = parameter_aliases(self.network)
-        self.weights = [aliases[name][0][0]._parameters[aliases[name][0][1]] for name in self.weight_names]
+        self.weights: list[Tensor] = [getattr(*aliases[name][0]) for name in self.weight_names]
         # Hash of every parameter and buffer that the latest training started from.
         self.started_from = ""
 
@@ -106,8 +106,9 @@ class TicketTrainer:
         self._optimizer = self.make_optimizer(self.network)
         device = next(self.network.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
-        prunes = masks is not None and not all(bool(mask.all()) for mask in masks)
-        self._masks = [_as_integers(mask, w) for mask, w in zip(masks, self.weights, strict=True)] if prunes else []
+        self._masks: list[Tensor] = []
+        if masks is not None and not all(bool(mask.all()) for mask in masks):
+            self._masks = [_as_integers(mask, weight) for mask, weight in zip(masks, self.weights, strict=True)]
 
     def step(self, batch: dict[str, Any]) -> Tensor:
         """One optimizer step on `batch` with masked gradients. Returns the loss, still on its device."""
@@ -128,7 +129,7 @@ class TicketTrainer:
     @torch.no_grad()
     def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
         """
-        Whether the rewound ticket gives every sample of `batch` the same output, that is, pruning cut it from its input.
+        Whether the rewound ticket gives every sample of `batch` the same output: pruning has cut it from its input.
 
         Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
         """

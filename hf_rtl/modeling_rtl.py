@@ -696,8 +696,14 @@ def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> typ
     if config is None:
         names = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
         config = RTLConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
-    saved = (config.architectures or ["RTLModel"])[0]
-    return next((task_class for task_class in TASK_CLASSES if task_class.__name__ == saved), RTLModel)
+    classes = {task_class.__name__: task_class for task_class in TASK_CLASSES}
+    saved = (config.architectures or [None])[0]
+    if saved not in classes:
+        raise ValueError(
+            f"`architectures` in the configuration of {str(name_or_path)!r} must be one of {', '.join(classes)}, got "
+            f"{saved!r}."
+        )
+    return classes[saved]
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -25,8 +25,8 @@ def find_partition(
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
     if ticket_task == "labels":
         raise ValueError(
-            "`route_column` is missing: tickets of `ticket_task='labels'` predict the label, so another column must say "
-            "the route, as in `RTLTrainingArguments(route_column='domain', …)`."
+            "`route_column` is missing: tickets of `ticket_task='labels'` predict the label, so another column must "
+            "say the route, as in `RTLTrainingArguments(route_column='domain', …)`."
         )
     return partition_by_label(dataset, route_names=route_names, allow_empty=allow_empty)
 
@@ -101,8 +101,8 @@ class RouteData:
             count = round(fraction * len(own))
             if count < 1:
                 raise ValueError(
-                    f"`calibration_fraction` = {fraction} leaves no sample of route {name!r}, which has {len(own)}, to "
-                    "calibrate on; raise it, or pass a `calibration_dataset`."
+                    f"`calibration_fraction` = {fraction} leaves no sample of route {name!r}, which has {len(own)}, "
+                    "to calibrate on; raise it, or pass a `calibration_dataset`."
                 )
             held_out.extend(own[:count].tolist())
         kept = np.setdiff1d(np.arange(len(self.dataset)), held_out)

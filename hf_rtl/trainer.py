@@ -71,14 +71,14 @@ class RTLTrainer(Trainer):
     Args:
         model ([`RTLModel`]): its backbone's weights are θ0.
         args ([`RTLTrainingArguments`]): see there.
-        train_dataset (map-style data set of dicts, *optional*): its `args.route_column`, by default the label, says the
-            route of a sample.
+        train_dataset (map-style data set of dicts, *optional*): its `args.route_column`, by default the label, says
+            the route of a sample.
         eval_dataset (map-style data set, or a dict of them, *optional*): evaluated whole, at its own prevalence.
         calibration_dataset (map-style data set, *optional*): thresholds of membership tickets are calibrated on it;
             alternatively on `args.calibration_fraction` of the training data, which is then not trained on.
         compute_metrics (`Callable`, *optional*): instead of `hf_rtl.metrics`. For `membership` the predictions are the
             score matrix `[N, K]` and the labels the home routes `[N]`.
-        **kwargs: as of `Trainer`. Not `optimizers` or `model_init`: every round makes a fresh optimizer on the same θ0.
+        **kwargs: as of `Trainer`. Not `optimizers` or `model_init`: every round starts from θ0 with a fresh optimizer.
 
     Raises:
         TypeError, ValueError: data, arguments and model do not fit each other. Nothing has been written then.
@@ -86,6 +86,7 @@ class RTLTrainer(Trainer):
 
     model: RTLModel
     args: RTLTrainingArguments
+    optimizer: Any
 
     def __init__(
         self,
@@ -157,7 +158,8 @@ class RTLTrainer(Trainer):
         self._log_before: list[dict[str, Any]] = []
         self._warned_of_emptied_layers = False
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        self._evaluated: Partition | None = None
+        # Of the data set that is being evaluated.
+        self._evaluated: Partition
 
     # The run
 
@@ -185,13 +187,13 @@ class RTLTrainer(Trainer):
             retraining_steps=retraining_steps,
         )
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: bool | None = None, **kwargs: Any) -> TrainOutput:
         """
         Runs all rounds, starting or continuing the run in `args.output_dir`.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*): `True` insists that there is a run to continue; otherwise one is
-                continued if it is there.
+            resume_from_checkpoint (`bool`, *optional*): `True` insists that there is a run to continue; otherwise one
+                is continued if it is there.
 
         Returns:
             `TrainOutput`: steps of all rounds, the last round's training loss, and its metrics.
@@ -201,7 +203,10 @@ class RTLTrainer(Trainer):
             FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
-            raise ValueError("`resume_from_checkpoint` is True or None: a run is continued as a whole, in `output_dir`.")
+            raise ValueError(
+                f"`resume_from_checkpoint` = {str(resume_from_checkpoint)!r} must be True or None: a run is continued "
+                "as a whole, in `output_dir`."
+            )
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
@@ -212,7 +217,8 @@ class RTLTrainer(Trainer):
         output = TrainOutput(0, 0.0, {})
         try:
             theta0 = self._theta0(initial)
-            masks = [[torch.ones(shape, dtype=torch.bool) for shape in self.model.mask_bank.shapes]] * len(plan.route_sizes)
+            full = [torch.ones(shape, dtype=torch.bool) for shape in self.model.mask_bank.shapes]
+            masks = [full] * self.model.num_routes
             for round_ in plan.rounds:
                 self._round = round_
                 self.progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
@@ -244,7 +250,9 @@ class RTLTrainer(Trainer):
         original = next((round_ for round_ in plan.rounds if round_.name == like), None)
         theta0 = read_tensors(self.run_directory.theta0_file)
         if original is None or theta0 is None:
-            raise ValueError(f"`like` = {like!r} is no round of the run in {self.args.output_dir!r}; run `train()` first.")
+            raise ValueError(
+                f"`like` = {like!r} is no round of the run in {self.args.output_dir!r}; run `train()` first."
+            )
         before = self.rounds, self._steps_before, self._log_before
         self.rounds, self._steps_before, self._log_before = [], 0, []
         self.progress.start(plan.retraining_steps)
@@ -261,11 +269,9 @@ class RTLTrainer(Trainer):
 
     def _open_run(self, initial: dict[str, Tensor]) -> None:
         data = self._require_data()
-        model = {
-            name: value
-            for name, value in self.model.config.to_dict().items()
-            if name not in ("mask_fingerprint", "thresholds", "transformers_version", "hf_rtl_version", "architectures")
-        }
+        model = self.model.config.to_dict()
+        for name in ("mask_fingerprint", "thresholds", "transformers_version", "hf_rtl_version", "architectures"):
+            model.pop(name, None)
         routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
         inputs = {"initial_weights": hash_tensors(initial), "route_ids": routes, "seed": data.seed}
         extraction = {**self.args.values_of(EXTRACTION_FIELDS), **inputs, "ticket_task": self.model.config.ticket_task}
@@ -492,7 +498,9 @@ class RTLTrainer(Trainer):
         sampler = self._retraining_sampler(self._current_round.index)
         loader = data.loader(sampler, self._collate(), **self._loader_arguments())
         # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
-        return prepare_data_loader(loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
         """The batches of a round's joint retraining, on the device, for controls that are to see the same data."""
@@ -564,7 +572,10 @@ class RTLTrainer(Trainer):
         norms = [module for module in self.model.backbone.modules() if isinstance(module, _NormBase)]
         if not norms:
             return
-        size, generator = data.batch_size, np.random.default_rng([data.seed, _RECALIBRATION, self._current_round.index])
+        size, generator = (
+            data.batch_size,
+            np.random.default_rng([data.seed, _RECALIBRATION, self._current_round.index]),
+        )
         order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * size]
         samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
         rows = Rows(samples, order.tolist())
@@ -613,8 +624,7 @@ class RTLTrainer(Trainer):
                 scores, prediction.label_ids, self.model.route_names, thresholds=self.model.config.thresholds
             )
             return {**metrics, "constant_tickets": float(len(constant_tickets(scores)))}
-        route_ids = self._evaluated.route_ids
-        return label_metrics(scores, prediction.label_ids, route_ids, self.model.route_names)
+        return label_metrics(scores, prediction.label_ids, self._evaluated.route_ids, self.model.route_names)
 
     def _calibrated_thresholds(self) -> list[float] | None:
         if self.calibration_dataset is None or self.model.config.ticket_task != "membership":

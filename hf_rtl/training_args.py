@@ -12,9 +12,44 @@ from .pruning import SCHEDULES, SCOPES, round_schedule
 
 
 # What decides the masks that come out of extraction, beside the model and the data.
-EXTRACTION_FIELDS = ["target_sparsity", "prune_schedule", "prune_amount", "prune_scope", "extraction_epochs", "extraction_steps", "extraction_threads", "route_batch_size", "rewind_to", "seed_transforms", "calibration_fraction", "seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "fp16", "bf16"]
+EXTRACTION_FIELDS = [
+    "target_sparsity",
+    "prune_schedule",
+    "prune_amount",
+    "prune_scope",
+    "extraction_epochs",
+    "extraction_steps",
+    "extraction_threads",
+    "route_batch_size",
+    "rewind_to",
+    "seed_transforms",
+    "calibration_fraction",
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "fp16",
+    "bf16",
+]
 # What decides the retrained weights as well. A run directory continues only with the same values of all these.
-RETRAINING_FIELDS = ["retrain_every_round", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "recalibration_batches", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"]
+RETRAINING_FIELDS = [
+    "retrain_every_round",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "recalibration_batches",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+]
 
 
 @dataclass
@@ -49,7 +84,9 @@ class RTLTrainingArguments(TrainingArguments):
     )
     prune_schedule: str = field(
         default="geometric",
-        metadata={"help": "geometric: a fraction of the surviving weights per event; linear: of all; constant: a count."},
+        metadata={
+            "help": "An event removes a fraction of the survivors (geometric), of all (linear), or a count (constant)."
+        },
     )
     prune_amount: float = field(
         default=0.2, metadata={"help": "How much a prune event removes, in the unit of prune_schedule."}
@@ -81,7 +118,8 @@ class RTLTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Retrain, evaluate and save after every round, not only after the last."}
     )
     rewind_to: int = field(
-        default=0, metadata={"help": "Rewind to the weights after this many dense steps on all data, not to initial ones."}
+        default=0,
+        metadata={"help": "Rewind to the weights after this many dense steps on all data; 0: to the initial ones."},
     )
     allow_disconnected: bool = field(
         default=False, metadata={"help": "Go on when pruning cuts a ticket's output from its input."}
@@ -114,8 +152,8 @@ class RTLTrainingArguments(TrainingArguments):
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
             raise ValueError(
-                f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches are of "
-                "one route and shared by all processes. Set `route_batch_size`, their size over all processes."
+                f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches "
+                "are of one route and shared by all processes. Set `route_batch_size`, their size over all processes."
             )
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` is not supported: the backbone's own loss is used.")

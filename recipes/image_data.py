@@ -135,7 +135,8 @@ def _datasets(arguments: DataArguments, folder: Path) -> list[tuple[Any, np.ndar
         for column in (arguments.image_column, arguments.label_column):
             if column not in data.column_names:
                 raise ValueError(
-                    f"the data set {arguments.dataset!r} has no column {column!r}; it has {', '.join(data.column_names)}. "
+                    f"the data set {arguments.dataset!r} has no column {column!r}; it has "
+                    f"{', '.join(data.column_names)}. "
                     "Name them with --image_column and --label_column."
                 )
         labels = np.asarray(data[arguments.label_column])

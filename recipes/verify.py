@@ -3,9 +3,9 @@ Check from the files of a finished run, with NumPy and safetensors alone, what i
 
     python recipes/verify.py runs/digits
 
-Every route's density is exact to the weight; masks are nested over all prune events; no two tickets are the same; every
-extraction and every joint retraining started from the initial weights, masked, to the bit; tickets asked about the
-wrong route fail. Prints one line per check and exits with 1 if one fails.
+Every route's density is exact to the weight; masks are nested over all prune events; no two tickets are the same;
+every extraction and every joint retraining started from the initial weights, masked, to the bit; tickets asked about
+the wrong route fail. Prints one line per check and exits with 1 if one fails.
 """
 
 from __future__ import annotations

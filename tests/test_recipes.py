@@ -106,3 +106,10 @@ def test_configurations_name_existing_arguments(config: str) -> None:
     known = {name for cls in classes for name in cls.__dataclass_fields__}
     values = yaml.safe_load((RECIPES / "configs" / config).read_text())
     assert set(values) <= known
+
+
+@pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards/templates").glob("*.md")))
+def test_cards_are_what_their_results_say(card: str) -> None:
+    from card import MODEL_CARDS, render
+
+    assert (MODEL_CARDS / f"{card}.md").read_text() == render(card)

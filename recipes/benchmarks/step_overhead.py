@@ -3,8 +3,9 @@ What a step of joint retraining and a step of extraction cost, as ratios to a pl
 
     python recipes/benchmarks/step_overhead.py
 
-The floor is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take turns, so
-that all see the same machine; the figure is the ratio of the medians, with the quartiles of the ratios within a turn.
+The floor is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take
+turns, so that all see the same machine; the figure is the ratio of the medians, with the quartiles of the ratios
+within a turn.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""
+Render a card in model_cards/ from the results of runs, with a copy of what it was made of beside it.
+
+    python recipes/card.py digits runs/digits
+    python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
+
+Every number of the card comes from the results.json of a run; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from report import table
+
+from hf_rtl.run_directory import write_json
+
+
+MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("card", help="name of the card; its text before the table is model_cards/templates/NAME.md")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of recipes/prune.py")
+    parser.add_argument("--names", nargs="+", help="a name for each run, added to its methods")
+    arguments = parser.parse_args()
+    names = arguments.names or [""] * len(arguments.runs)
+    results = {
+        name: json.loads((run / "results.json").read_text()) for name, run in zip(names, arguments.runs, strict=True)
+    }
+    write_json(MODEL_CARDS / f"{arguments.card}-results.json", results)
+    for name, run in zip(names, arguments.runs, strict=True):
+        suffix = f"-{name.replace(' ', '-')}" if name else ""
+        shutil.copy(run / "curve.png", MODEL_CARDS / f"{arguments.card}{suffix}-curve.png")
+    (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
+
+
+def render(card: str) -> str:
+    """The text of a card, from its template and its kept results."""
+    results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
+    template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
+    first = next(iter(results.values()))
+    routes = first["rounds"][0]["kept"]
+    return template.format(
+        commands="\n".join(result["command"] for result in results.values()),
+        environment=", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+        python=first["python"],
+        num_test=f"{first['num_test']:,}",
+        num_routes=len(routes),
+        seed=first["training"]["seed"],
+        table=table([line for name, result in results.items() for line in rows(name, result)], style="github"),
+        per_route=per_route_table(results),
+        masks=masks_table(first),
+    )
+
+
+def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a run's own table, with the run's name."""
+    return [{**line, "method": f"{line['method']}, {name}" if name else line["method"]} for line in result["table"]]
+
+
+def per_route_table(results: dict[str, dict[str, Any]]) -> str:
+    """Balanced accuracy of every ticket in every round."""
+    lines = []
+    for name, result in results.items():
+        for report in result["rounds"]:
+            line: dict[str, Any] = {"statistics": name, "sparsity": report["sparsity"]}
+            for route in report["kept"]:
+                line[route] = report["metrics"][f"eval_{route}/balanced_accuracy"]
+            lines.append(line)
+    return table(lines, style="github")
+
+
+def masks_table(result: dict[str, Any]) -> str:
+    """What the masks of every round are."""
+    lines = [
+        {
+            "sparsity": report["sparsity"],
+            "kept per ticket": next(iter(report["kept"].values())),
+            "union": report["union"],
+            "core": report["core"],
+            "mean Jaccard": report["mean_similarity"],
+            "bytes": report["footprint"]["total_bytes"],
+            "bytes of independent models": report["footprint"]["independent_bytes"],
+            "emptied layers (worst ticket)": max(map(len, report["emptied_layers"].values()), default=0),
+        }
+        for report in result["rounds"]
+    ]
+    return table(lines, style="github")
+
+
+if __name__ == "__main__":
+    main()

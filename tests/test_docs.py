@@ -1,0 +1,82 @@
+"""The documentation runs: every Python block, every relative link; and the reference is complete."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+import hf_rtl
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+RUN = [page for page in PAGES if page.name == "README.md" or page.parent.name == "docs"]
+REFERENCE = ROOT / "docs" / "reference.md"
+
+_FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def _python_blocks(text: str) -> list[tuple[str, str]]:
+    """(info string, code) of every fence that says Python, with lines numbered as on the page."""
+    return [
+        (fence[1].strip(), "\n" * text[: fence.start(2)].count("\n") + fence[2])
+        for fence in _FENCE.finditer(text)
+        if fence[1].strip().startswith("python")
+    ]
+
+
+def _prose(text: str) -> str:
+    return _FENCE.sub("", text)
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of headings."""
+    headings = re.findall(r"^#+ +(.*)$", _prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", RUN, ids=_id)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for info, code in _python_blocks(page.read_text()):
+        assert info in ("python", "python no-run"), f"{_id(page)} has a block fenced as {info!r}"
+        compiled = compile(code, str(page), "exec")
+        if info == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compiled, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_relative_links_lead_somewhere(page):
+    broken = []
+    for target in _LINK.findall(_prose(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file.read_text())):
+            broken.append(target)
+    assert not broken
+
+
+def test_reference_names_everything_public():
+    text = REFERENCE.read_text()
+    assert [name for name in hf_rtl.__all__ if f"`{name}`" not in text] == []
+
+
+def test_reference_names_every_training_argument():
+    text = REFERENCE.read_text()
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [field.name for field in dataclasses.fields(hf_rtl.RTLTrainingArguments) if field.name not in known]
+    assert own
+    assert [name for name in own if f"`{name}`" not in text] == []
