@@ -80,10 +80,14 @@ class RTLConfig(PreTrainedConfig):
         self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
         self.prune_include = list(self.prune_include or [])
         self.prune_exclude = list(self.prune_exclude or [])
-        given_labels = self._given_labels(kwargs)
         label_names = self._label_names()
-        if given_labels is not None and given_labels != label_names and given_labels != len(label_names):
-            raise ValueError(self._label_conflict(given_labels, label_names))
+        num_labels = kwargs.pop("num_labels", None)
+        if num_labels is not None and num_labels != len(label_names):
+            raise ValueError(self._label_conflict(num_labels, label_names))
+        if self.id2label is not None:
+            given = [name for _, name in sorted(self.id2label.items(), key=lambda item: int(item[0]))]
+            if given != label_names:
+                raise ValueError(self._label_conflict(given, label_names))
         self.id2label = dict(enumerate(label_names))
         self.label2id = {name: index for index, name in self.id2label.items()}
         if self.ticket_task == "membership":
@@ -98,6 +102,7 @@ class RTLConfig(PreTrainedConfig):
         for name in ("_attn_implementation", "_experts_implementation"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name))
+        self.check()
 
     @property
     def num_routes(self) -> int:
@@ -160,11 +165,6 @@ class RTLConfig(PreTrainedConfig):
             return list(self.route_names)
         id2label = self.backbone_config.id2label or {}
         return [id2label[index] for index in sorted(id2label)]
-
-    def _given_labels(self, kwargs: dict[str, Any]) -> list[str] | int | None:
-        if self.id2label is not None:
-            return [name for _, name in sorted(self.id2label.items(), key=lambda item: int(item[0]))]
-        return kwargs.pop("num_labels", None)
 
     def _label_conflict(self, given: list[str] | int, expected: list[str]) -> str:
         owner = "the route names" if self.ticket_task == "membership" else "the backbone's labels"

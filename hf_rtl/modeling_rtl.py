@@ -7,7 +7,6 @@ import copy
 import operator
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,15 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .active_route import ActiveRoute
 from .backbone import build_backbone
 from .configuration_rtl import RTLConfig
-from .mask_bank import MaskBank, count_bits
+from .footprint import footprint
+from .mask_bank import MaskBank
 from .masking import UNION, WeightMasker, and_masks
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
-from .prunable import parameter_aliases, parameter_at, select_prunable
+from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
 
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -97,7 +98,7 @@ class RTLModel(PreTrainedModel):
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         # Routes that took part in training since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
-        self._active = _ActiveRoute()
+        self._active = ActiveRoute()
         self._fixed_route: int | None = None
         self.post_init()
 
@@ -464,46 +465,12 @@ class RTLModel(PreTrainedModel):
     # What is here
 
     def prunable_report(self) -> str:
-        """A table of the backbone's weight matrices and which of them the masks cover."""
-        covered = set(self.mask_bank.weight_names)
-        lines, left_out = [], 0
-        for name, places in parameter_aliases(self.backbone).items():
-            parameter = parameter_at(places[0])
-            if name in covered:
-                lines.append(f"{name:60} {str(tuple(parameter.shape)):>24} {parameter.numel():>12,}")
-            else:
-                left_out += parameter.numel()
-        total = f"{'prunable, of all the backbone parameters':60} {'':>24} {self.mask_bank.num_weights:>12,}"
-        dense = f"{'dense: embeddings, norms, biases, head, excluded':60} {'':>24} {left_out:>12,}"
-        return "\n".join([*lines, total, dense])
+        """A table of the weights that the masks cover, and how many parameters they do not."""
+        return coverage_table(self.backbone, self.mask_bank.weight_names)
 
     def footprint(self) -> dict[str, int]:
-        """
-        Bytes of this model in its smallest lossless form, and of one pruned model per route.
-
-        Weights that no ticket keeps are left out; masks are raw bits. `dense_bytes` is what no mask covers: the other
-        parameters, buffers, and the statistics of all routes.
-        """
-        weights = self.masker.weights
-        rows = zip(self.mask_bank.packed_union(), weights, strict=True)
-        union = sum(int(count_bits(row)) * weight.itemsize for row, weight in rows)
-        masks = sum(rows.nbytes for rows in self.mask_bank.packed)
-        prunable = {id(weight) for weight in weights}
-        parameters = sum(parameter.nbytes for parameter in self.backbone.parameters() if id(parameter) not in prunable)
-        buffers = sum(buffer.nbytes for buffer in self.backbone.buffers())
-        tracked = sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(self.backbone))
-        per_route = self.norm_statistics
-        statistics = tracked if per_route is None else sum(rows.nbytes for rows in per_route.rows)
-        dense = parameters + buffers - tracked + statistics
-        kept = self.mask_bank.count(per_layer=True).sum(1).tolist()
-        independent = sum(count * weight.itemsize for count, weight in zip(kept, weights, strict=True))
-        return {
-            "union_bytes": union,
-            "mask_bytes": masks,
-            "dense_bytes": dense,
-            "total_bytes": union + masks + dense,
-            "independent_bytes": independent + masks + self.num_routes * (parameters + buffers),
-        }
+        """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
+        return footprint(self.backbone, self.mask_bank, self.norm_statistics)
 
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
@@ -641,47 +608,6 @@ def register_auto_classes() -> None:
     AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
     for task_class in TASK_CLASSES:
         task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
-
-
-class _ActiveRoute:
-    """Which route a model's context has in place, and the lock that guards it. Copies start free."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._route: int | None = None
-        self.statistics: BoundStatistics
-
-    @property
-    def held(self) -> bool:
-        """Whether any thread is inside a context."""
-        return self._route is not None
-
-    @property
-    def route(self) -> int | None:
-        """The route of this thread's context."""
-        return self._route if self._owner == threading.get_ident() else None
-
-    @contextlib.contextmanager
-    def hold(self, route: int, *, wait: bool) -> Iterator[None]:
-        if self.route is not None:
-            raise RuntimeError(
-                f"route_context({route}) inside the active route_context({self.route}); leave that first."
-            )
-        if not self._lock.acquire(blocking=wait):
-            raise RuntimeError(f"another thread is training route {self._route} of this model; train in one thread.")
-        self._owner, self._route = threading.get_ident(), route
-        try:
-            yield
-        finally:
-            self._owner = self._route = None
-            self._lock.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ActiveRoute:
-        return _ActiveRoute()
-
-    def __reduce__(self):
-        return _ActiveRoute, ()
 
 
 def _default_exclude(backbone: PreTrainedModel) -> tuple[str, ...]:

@@ -94,6 +94,18 @@ def select_prunable(
     return chosen
 
 
+def coverage_table(backbone: nn.Module, covered: Sequence[str]) -> str:
+    """The parameters named in `covered` with shapes and sizes, their total, and the size of all others."""
+    parameters = {name: parameter_at(places[0]) for name, places in parameter_aliases(backbone).items()}
+    rows = [(name, str(tuple(parameters[name].shape)), parameters[name].numel()) for name in covered]
+    inside = sum(size for *_, size in rows)
+    rows.append(("prunable", "", inside))
+    rows.append(
+        ("dense: embeddings, norms, biases, head, excluded", "", sum(p.numel() for p in sizes.values()) - inside)
+    )
+    return "\n".join(f"{name:60} {shape:>24} {size:>12,}" for name, shape, size in rows)
+
+
 def _prunable_by_default(module: nn.Module, attribute: str, head: set[int]) -> bool:
     if id(module) in head:
         return False
