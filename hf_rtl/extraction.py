@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -132,7 +133,12 @@ class TicketTrainer:
         Whether the rewound ticket gives every sample of `batch` the same output: pruning has cut it from its input.
 
         Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
+        False where that cannot be told: for a single sample, or if nothing were pruned the output would be the same
+        too, as with a head that starts at zero.
         """
+        return self._is_constant(masks, batch) and not self._is_constant(None, batch)
+
+    def _is_constant(self, masks: Sequence[Tensor] | None, batch: dict[str, Any]) -> bool:
         self.rewind(masks)
         self.network.eval()
         for module in self.network.modules():
@@ -165,8 +171,17 @@ def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """A generator state that depends on `seed` alone, put back afterwards."""
+    """States of torch's, NumPy's and Python's generators that depend on `seed` alone, put back afterwards."""
+    for_torch, for_numpy, for_python = np.random.SeedSequence(list(seed)).generate_state(3, np.uint64).tolist()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [] if device.type == "cpu" else [device.index or 0]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]))
-        yield
+        torch.manual_seed(for_torch)
+        # Some models mask their input with NumPy's, as Wav2Vec2 does.
+        np.random.seed(for_numpy % 2**32)
+        random.seed(for_python)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

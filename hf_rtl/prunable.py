@@ -101,7 +101,7 @@ def coverage_table(backbone: nn.Module, covered: Sequence[str]) -> str:
     inside = sum(size for *_, size in rows)
     rows.append(("prunable", "", inside))
     rows.append(
-        ("dense: embeddings, norms, biases, head, excluded", "", sum(p.numel() for p in sizes.values()) - inside)
+        ("dense: embeddings, norms, biases, head, excluded", "", sum(p.numel() for p in parameters.values()) - inside)
     )
     return "\n".join(f"{name:60} {shape:>24} {size:>12,}" for name, shape, size in rows)
 

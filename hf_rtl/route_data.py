@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ class RouteData:
         )
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=RouteCollator(collate), **kwargs)
 
-    def hold_out(self, fraction: float, seed: int) -> tuple[RouteData, Subset]:
+    def hold_out(self, fraction: float, seed: int) -> tuple[RouteData, RouteData]:
         """Splits off `fraction` of every route, drawn by `seed`: the data that is left, and the part held out."""
         generator = np.random.default_rng(seed)
         held_out: list[int] = []
@@ -106,15 +107,13 @@ class RouteData:
                 )
             held_out.extend(own[:count].tolist())
         kept = np.setdiff1d(np.arange(len(self.dataset)), held_out)
-        rest = RouteData(
-            Rows(self.dataset, kept.tolist()),
-            Partition(self.partition.route_ids[kept], self.partition.route_names),
-            membership=self.membership,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            seed_transforms=self.seed_transforms,
-        )
-        return rest, Rows(self.dataset, sorted(held_out))
+        return self._rows(kept), self._rows(np.sort(held_out), allow_empty=True)
+
+    def _rows(self, indices: np.ndarray, *, allow_empty: bool = False) -> RouteData:
+        part = copy.copy(self)
+        part.dataset = Rows(self.dataset, indices.tolist())
+        part.partition = Partition(self.partition.route_ids[indices], self.partition.route_names, allow_empty)
+        return part
 
 
 class Rows(Subset):

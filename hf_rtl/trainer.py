@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
-from transformers.trainer_utils import EvalPrediction, TrainOutput, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .extraction import TicketTrainer, deal_out, named_state
 from .masking import UNION
@@ -112,8 +114,16 @@ class RTLTrainer(Trainer):
                 f"`rewind_to` = {args.rewind_to} trains one dense network on all data, but the head of membership "
                 "tickets asks 'is this mine?', which is no question to all data; leave it at 0."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, and `Trainer` would spread `nn.DataParallel` over them, whose "
+                f"replicas know no masks. Launch a process per GPU with `torchrun --nproc_per_node={args.n_gpu}`, or set "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         self.route_data: RouteData | None = None
         self.calibration_dataset = calibration_dataset
+        # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
+        self._partitions: list[tuple[Any, Partition]] = []
         if train_dataset is not None:
             partition = find_partition(
                 train_dataset,
@@ -133,10 +143,22 @@ class RTLTrainer(Trainer):
             if args.calibration_fraction:
                 if calibration_dataset is not None:
                     raise ValueError("`calibration_dataset` and `calibration_fraction` are both given; choose one.")
-                self.route_data, self.calibration_dataset = self.route_data.hold_out(
-                    args.calibration_fraction, args.seed
+                self.route_data, held_out = self.route_data.hold_out(args.calibration_fraction, args.seed)
+                self.calibration_dataset = held_out.dataset
+                self._partitions.append((held_out.dataset, held_out.partition))
+            unit = (2 if membership else 1) * args.world_size
+            if args.route_batch_size % unit:
+                each = "a positive and a negative" if membership else "a sample"
+                raise ValueError(
+                    f"`route_batch_size` = {args.route_batch_size} must be a multiple of {unit}: {each} for each of "
+                    f"{args.world_size} process(es)."
                 )
             self.route_data.sampler((), world_size=args.world_size)
+        # Now rather than after hours of training: whether evaluation and calibration can find their routes.
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (*evaluated, calibration_dataset):
+            if dataset is not None:
+                self._partitions.append((dataset, self._find_partition(model, args, dataset)))
         if compute_metrics is None and isinstance(model, _ONE_LABEL_PER_SAMPLE):
             compute_metrics = self._compute_metrics
         super().__init__(
@@ -157,6 +179,8 @@ class RTLTrainer(Trainer):
         self._steps_before = 0
         self._log_before: list[dict[str, Any]] = []
         self._warned_of_emptied_layers = False
+        # What `train()` first found in the model: called again, also after it broke off, it starts from the same.
+        self._initial: dict[str, Tensor] | None = None
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         # Of the data set that is being evaluated.
         self._evaluated: Partition
@@ -177,7 +201,7 @@ class RTLTrainer(Trainer):
         sampler = data.sampler((), gradient_accumulation_steps=accumulation, world_size=self.args.world_size)
         retraining_steps = self.args.max_steps
         if retraining_steps < 0:
-            retraining_steps = int(np.ceil(self.args.num_train_epochs * len(sampler) // accumulation))
+            retraining_steps = math.ceil(self.args.num_train_epochs * (len(sampler) // accumulation))
         sizes = data.partition.counts.tolist()
         return Plan(
             make_rounds(schedule, self.args.target_sparsity, retrain_every_round=self.args.retrain_every_round),
@@ -210,7 +234,10 @@ class RTLTrainer(Trainer):
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
-        initial = {name: tensor.detach().cpu().clone() for name, tensor in named_state(self.model.backbone)}
+        if self._initial is None:
+            state = named_state(self.model.backbone)
+            self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
+        initial = self._initial
         self._open_run(initial)
         self.rounds, self._steps_before, self._log_before = [], 0, []
         self.progress.start(plan.num_steps)
@@ -229,7 +256,7 @@ class RTLTrainer(Trainer):
         finally:
             self._round = None
             self.progress.finish()
-        self.save_model(str(self.run_directory.final_folder))
+        self.save_model(str(self.run_directory.final_folder), _internal_call=True)
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
@@ -275,7 +302,7 @@ class RTLTrainer(Trainer):
         routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
         inputs = {"initial_weights": hash_tensors(initial), "route_ids": routes, "seed": data.seed}
         extraction = {**self.args.values_of(EXTRACTION_FIELDS), **inputs, "ticket_task": self.model.config.ticket_task}
-        extraction["prunable"] = model["prunable"]
+        extraction |= {"prunable": model["prunable"], "backbone_config": model["backbone_config"]}
         modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
         if self.args.process_index == 0:
             self.run_directory.open(
@@ -293,11 +320,15 @@ class RTLTrainer(Trainer):
             theta0 = initial
             if self.args.rewind_to:
                 trainer = self._ticket_trainer(initial)
-                trainer.train(None, self._dense_batches(), seed=(self.args.seed, _REWINDING))
+                with self._extraction_threads():
+                    trainer.train(None, self._dense_batches(), seed=(self.args.seed, _REWINDING))
                 theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(trainer.network)}
             if self.args.process_index == 0:
                 write_tensors(file, theta0)
             self.accelerator.wait_for_everyone()
+            if self.args.rewind_to:
+                # The same on all processes, also where they round differently.
+                theta0 = read_tensors(file) or theta0
         return theta0
 
     # Extraction
@@ -452,6 +483,11 @@ class RTLTrainer(Trainer):
         file = folder / "round.json"
         if file.exists():
             report = json.loads(file.read_text())
+            if report["mask_fingerprint"] != self.model.mask_bank.fingerprint():
+                raise ValueError(
+                    f"{str(folder)!r} holds a model that was retrained with other masks; move it away, or choose "
+                    "another `name`."
+                )
             self._load_from_checkpoint(str(folder))
             self.model.config.thresholds = report["thresholds"]
             self.progress.step(plan.retraining_steps)
@@ -460,10 +496,15 @@ class RTLTrainer(Trainer):
             self._start_from(theta0)
             started_from = hash_tensors(dict(named_state(self.model.backbone)))
             output = self._retrain(folder)
+            if not math.isfinite(output.training_loss):
+                raise FloatingPointError(
+                    f"joint retraining of {round_.name}: the loss became {output.training_loss}; lower "
+                    "`learning_rate`, or check the data."
+                )
             self._recalibrate_union()
             self.model.config.thresholds = self._calibrated_thresholds()
             metrics = {} if self.eval_dataset is None else self.evaluate()
-            self.save_model(str(folder))
+            self.save_model(str(folder), _internal_call=True)
             report = self._report(round_, metrics, output, time.perf_counter() - start)
             report["started_from"] = started_from
             if self.args.process_index == 0:
@@ -476,7 +517,8 @@ class RTLTrainer(Trainer):
 
     @torch.no_grad()
     def _start_from(self, theta0: dict[str, Tensor]) -> None:
-        """Sets every parameter, buffer and statistics row to θ0."""
+        """Sets every parameter, buffer and statistics row to θ0; forgets thresholds, which fitted other weights."""
+        self.model.config.thresholds = None
         for name, tensor in named_state(self.model.backbone):
             tensor.copy_(theta0[name])
         if self.model.norm_statistics is not None:
@@ -489,9 +531,8 @@ class RTLTrainer(Trainer):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(_seed_of(self.args.seed, _RETRAINING, self._current_round.index))
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         with self._output_dir(folder):
-            return super().train(resume_from_checkpoint=checkpoint)
+            return super().train(resume_from_checkpoint=_last_whole_checkpoint(folder))
 
     def get_train_dataloader(self) -> DataLoader:
         data = self._require_data()
@@ -582,18 +623,20 @@ class RTLTrainer(Trainer):
         loader = DataLoader(rows, batch_size=size, collate_fn=self._collate(), drop_last=len(order) > size)
         momenta = [module.momentum for module in norms]
         self.model.eval()
-        with self.model.route_context(UNION):
-            for module in norms:
-                module.reset_running_stats()
-                module.train()
-                module.momentum = None  # torch's word for a cumulative average
-            for batch in loader:
-                inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
-                with self.compute_loss_context_manager():
-                    self.model(**self._prepare_inputs(inputs))
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.momentum = momentum
-        self.model.eval()
+        try:
+            with self.model.route_context(UNION):
+                for module in norms:
+                    module.reset_running_stats()
+                    module.train()
+                    module.momentum = None  # torch's word for a cumulative average
+                for batch in loader:
+                    inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
+                    with self.compute_loss_context_manager():
+                        self.model(**self._prepare_inputs(inputs))
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
+            self.model.eval()
 
     # Evaluation
 
@@ -603,19 +646,28 @@ class RTLTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluation needs an `eval_dataset`.")
-        self._evaluated = find_partition(
-            dataset,
-            route_column=self.args.route_column,
-            route_names=self.model.route_names,
-            ticket_task=self.model.config.ticket_task,
-            allow_empty=True,
-        )
+        known = (partition for other, partition in self._partitions if other is dataset)
+        self._evaluated = next(known, None) or self._find_partition(self.model, self.args, dataset)
         membership = self.model.config.ticket_task == "membership"
         samples = EvaluationData(dataset, self._evaluated, membership=membership)
         loader = DataLoader(
             samples, batch_size=self.args.eval_batch_size, collate_fn=self._collate(), **self._loader_arguments()
         )
         return self.accelerator.prepare(loader)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    @staticmethod
+    def _find_partition(model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
+        """The partition of a data set to evaluate on, which need not have samples of all routes."""
+        return find_partition(
+            dataset,
+            route_column=args.route_column,
+            route_names=model.route_names,
+            ticket_task=str(model.config.ticket_task),
+            allow_empty=True,
+        )
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         scores = prediction.predictions
@@ -657,6 +709,10 @@ class RTLTrainer(Trainer):
         }
 
     # What Trainer calls
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """As accelerate autocasts the model: extraction and recalibration compute in the same types."""
+        return self.accelerator.autocast()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; steps count over all rounds, and the round is logged along."""
@@ -731,9 +787,25 @@ def _labels(model: RTLModel, dataset: Any) -> Sequence[Any] | None:
     column = label_column(dataset)
     if not isinstance(model, _ONE_LABEL_PER_SAMPLE) or column is None:
         return None
-    if hasattr(dataset, "column_names"):
-        return list(dataset.with_format(None)[column])
-    return [int(dataset[index][column]) for index in range(len(dataset))]
+    if hasattr(dataset, "with_format"):
+        values = list(dataset.with_format(None)[column])
+    else:
+        values = [dataset[index][column] for index in range(len(dataset))]
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    # Of numbers to regress, or several labels a sample, there is nothing to check.
+    return values if all(isinstance(value, (int, str)) for value in values) else None
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The latest of a folder's Trainer checkpoints that was written to its end."""
+    checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in checkpoints:
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # Trainer writes it last
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{str(checkpoint)!r} is cut short and left out: the run broke off while writing it.")
+    return None
 
 
 def _seed_of(*words: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +52,16 @@ RETRAINING_FIELDS = [
     "metric_for_best_model",
     "greater_is_better",
 ]
+
+# The least that whole numbers may be.
+_MINIMA = {
+    "extraction_steps": 1,
+    "extraction_threads": 1,
+    "route_batch_size": 1,
+    "rewind_to": 0,
+    "recalibration_batches": 1,
+}
+_OPTIONAL = ("extraction_steps", "extraction_threads")
 
 
 @dataclass
@@ -142,12 +154,12 @@ class RTLTrainingArguments(TrainingArguments):
         self._check_choice("prune_scope", SCOPES)
         # Raises for targets and amounts out of range, whatever the model.
         round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
-        if self.extraction_steps is not None and self.extraction_steps < 1:
-            raise ValueError(f"`extraction_steps` must be at least 1, got {self.extraction_steps}.")
-        if not self.extraction_epochs > 0:
+        for name, minimum in _MINIMA.items():
+            self._check_whole(name, minimum)
+        self._check_real("extraction_epochs")
+        if not 0 < self.extraction_epochs < math.inf:
             raise ValueError(f"`extraction_epochs` must be positive, got {self.extraction_epochs}.")
-        if self.rewind_to < 0:
-            raise ValueError(f"`rewind_to` is a number of steps, 0 or more, got {self.rewind_to}.")
+        self._check_real("calibration_fraction")
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
@@ -162,6 +174,20 @@ class RTLTrainingArguments(TrainingArguments):
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
+
+    def _check_whole(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"`{name}` must be an int, got {value!r}, a {type(value).__name__}.")
+        if value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+    def _check_real(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"`{name}` must be a number, got {value!r}, a {type(value).__name__}.")
 
     def values_of(self, names: Sequence[str]) -> dict[str, Any]:
         """Some arguments as plain JSON values."""
