@@ -84,8 +84,9 @@ class RTLConfig(PreTrainedConfig):
         num_labels = kwargs.pop("num_labels", None)
         if num_labels is not None and num_labels != len(label_names):
             raise ValueError(self._label_conflict(num_labels, label_names))
-        if self.id2label is not None:
-            given = [name for _, name in sorted(self.id2label.items(), key=lambda item: int(item[0]))]
+        given_labels: dict | None = self.__dict__["id2label"]
+        if given_labels is not None:
+            given = [name for _, name in sorted(given_labels.items(), key=lambda item: int(item[0]))]
             if given != label_names:
                 raise ValueError(self._label_conflict(given, label_names))
         self.id2label = dict(enumerate(label_names))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class WeightMasker:
         self.bank = bank
         self.cache_bytes = cache_bytes
         self.places = self._locate()
+        # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
+        self.routes_since_update: set[int] = set()
         self._cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
         self._cache_key: tuple = ()
         self._copies: list[Tensor] = []
@@ -85,14 +88,14 @@ class WeightMasker:
         # Anew each time: weights are tied after this object is made, when a model is loaded.
         self.places = self._locate()
         weights = self.weights
-        masks = self.masks([route])
+        masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
         if torch.is_inference_mode_enabled():
             # A write in inference mode would not raise in a backward that still needs what it overwrites.
             with torch.inference_mode(False), torch.no_grad():
-                masked = _MaskWeights.apply(masks, self._persistent(weights), *weights)
+                masked = _MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
         else:
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-            masked = _MaskWeights.apply(masks, copies, *weights)
+            masked = _MaskWeights.apply(masks, copies, on_backward, *weights)
         for places, weight in zip(self.places, masked, strict=True):
             for module, attribute in places:
                 # An entry of the instance hides the registered parameter of the same name from attribute access only.
@@ -150,8 +153,11 @@ class _MaskWeights(torch.autograd.Function):
     """Masks weights into given tensors, and their gradients in place."""
 
     @staticmethod
-    def forward(ctx, masks: list[Tensor], copies: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, masks: list[Tensor], copies: list[Tensor], on_backward: Callable[[], None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.masks = masks
+        ctx.on_backward = on_backward
         ctx.set_materialize_grads(False)
         for mask, copy, weight in zip(masks, copies, weights, strict=True):
             torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
@@ -162,6 +168,7 @@ class _MaskWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.on_backward()
         # Two weights that are added have one gradient tensor in common.
         shared = Counter(gradient.data_ptr() for gradient in gradients if gradient is not None)
         masked = (
@@ -170,7 +177,7 @@ class _MaskWeights(torch.autograd.Function):
             else and_masks(gradient.clone() if shared[gradient.data_ptr()] > 1 else gradient, mask)
             for gradient, mask in zip(gradients, ctx.masks, strict=True)
         )
-        return None, None, *masked
+        return None, None, None, *masked
 
 
 def and_masks(values: Tensor, mask: Tensor) -> Tensor:

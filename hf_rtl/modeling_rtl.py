@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -96,8 +97,6 @@ class RTLModel(PreTrainedModel):
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
-        # Routes that took part in training since the last optimizer step, for the masked update (`optim.py`).
-        self.routes_since_update: set[int] = set()
         self._active = ActiveRoute()
         self._fixed_route: int | None = None
         self.post_init()
@@ -176,6 +175,7 @@ class RTLModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         # Tensors of other sizes are reported below, by name.
         kwargs["ignore_mismatched_sizes"] = True
+        kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -197,6 +197,7 @@ class RTLModel(PreTrainedModel):
                     f"model ({listed}): it is cut short, or saved from another model."
                 )
         model.mask_bank.validate(model.config.mask_fingerprint)
+        _align(model)
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -271,12 +272,15 @@ class RTLModel(PreTrainedModel):
             try:
                 self.masker.apply(index, fresh=fresh)
                 self._active.statistics = bound
-                if self.training and torch.is_grad_enabled():
-                    self.routes_since_update.add(index)
                 yield self
             finally:
                 self.masker.remove()
                 bound.release()
+
+    @property
+    def routes_since_update(self) -> set[int]:
+        """Routes that a gradient has flowed through since the last optimizer step or `zero_grad`."""
+        return self.masker.routes_since_update
 
     def update_masks(self) -> list[Tensor]:
         """
@@ -284,7 +288,10 @@ class RTLModel(PreTrainedModel):
         bits set where kept, in the order of `masker.weights`. Raises `RuntimeError` if no route was trained.
         """
         if not self.routes_since_update:
-            raise RuntimeError("no route has been trained since the last optimizer step, so no weight may move.")
+            raise RuntimeError(
+                "no gradient has flowed through a route since the last optimizer step, so no weight may move: call "
+                "`model(…, route_ids=route).loss.backward()`, or the same inside `route_context`, before the step."
+            )
         return self.masker.masks(sorted(self.routes_since_update))
 
     def with_route(self, route: int | str) -> RTLModel:
@@ -385,6 +392,11 @@ class RTLModel(PreTrainedModel):
         if labels is not None:
             inputs = {**inputs, "labels": labels}
         groups = group_by_route(routes, self.device)
+        if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
+            raise ValueError(
+                "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
+                "samples of a route together, or call `model.eval()`."
+            )
         outputs, sizes = [], []
         for route, positions in groups.items():
             samples = select_samples(inputs, positions, len(routes))
@@ -427,6 +439,10 @@ class RTLModel(PreTrainedModel):
         return type(output)(loss=loss, logits=logits)
 
     @property
+    def _has_batch_statistics(self) -> bool:
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
+
+    @property
     def _is_membership(self) -> bool:
         return self.config.ticket_task == "membership"
 
@@ -434,10 +450,12 @@ class RTLModel(PreTrainedModel):
         """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
         if labels.ndim == 1:
             labels = labels.unsqueeze(-1)
-        if labels.ndim != 2 or labels.shape[1] != 1:
+        # Values are looked at on the CPU only: elsewhere that would wait for the device.
+        if labels.ndim != 2 or labels.shape[1] != 1 or (labels.is_cpu and bool(((labels != 0) & (labels != 1)).any())):
             raise ValueError(
-                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1], got "
-                f"{tuple(labels.shape)}."
+                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1] (1: of the route), "
+                f"got {tuple(labels.shape)} with values up to {labels.max().item()}. Home routes are the labels of a "
+                "call without `route_ids`."
             )
         return labels.to(self.dtype)
 
@@ -630,6 +648,17 @@ def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> typ
             f"{saved!r}."
         )
     return classes[saved]
+
+
+def _align(model: nn.Module) -> None:
+    """
+    Copies the tensors that lie at odd addresses of a mapped file to memory of their own.
+
+    Kernels round differently on memory that is not aligned, and a saved model is to give the outputs that it gave.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_cpu and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -47,7 +47,8 @@ class _MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        masks = dict(zip(self._model.masker.weights, self._model.update_masks(), strict=True))
+        weights = self._model.masker.weights
+        masks = dict(zip(weights, self._model.update_masks(), strict=True)) if _has_gradient(self._model) else {}
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             masked = [parameter for parameter in parameters if parameter in masks]
@@ -239,6 +240,8 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     before: dict[Tensor, list[tuple[str | None, Tensor]]] = {}
 
     def keep(*_: Any) -> None:
+        if not _has_gradient(model):
+            return
         model.update_masks()
         for parameter in model.masker.weights:
             state = optimizer.state.get(parameter, {})
@@ -247,6 +250,8 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
 
     @torch.no_grad()
     def put_back(*_: Any) -> None:
+        if not before:
+            return
         for parameter, mask in zip(model.masker.weights, model.update_masks(), strict=True):
             state = optimizer.state.get(parameter, {})
             old = dict(before.pop(parameter))
@@ -267,6 +272,11 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     # With the gradients goes which routes they came from, as when a gradient scaler has skipped the step.
     optimizer.zero_grad = forget  # type: ignore[method-assign]
     return optimizer
+
+
+def _has_gradient(model: RTLModel) -> bool:
+    """Whether any prunable weight has one: if not, none moves, and no route need have been trained."""
+    return any(weight.grad is not None for weight in model.masker.weights)
 
 
 def _is_per_element(value: Any, parameter: Tensor) -> bool:

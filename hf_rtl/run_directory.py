@@ -23,7 +23,7 @@ class RunDirectory:
     run.json                                    configuration, versions, hashes
     theta0.safetensors                          what every event and every joint retraining starts from
     extraction/extraction.json                  the part of the configuration that decides the masks
-    extraction/event-NN/route-KK.safetensors    the mask of a route after a prune event
+    extraction/event-NNN/route-KKK.safetensors  the mask of a route after a prune event
     round-NN-sparsity-S/                        a complete model, with that round's Trainer checkpoints inside
     final/                                      the last round's model
     ```

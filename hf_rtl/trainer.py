@@ -117,7 +117,7 @@ class RTLTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs, and `Trainer` would spread `nn.DataParallel` over them, whose "
-                f"replicas know no masks. Launch a process per GPU with `torchrun --nproc_per_node={args.n_gpu}`, or set "
+                f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.route_data: RouteData | None = None

@@ -251,6 +251,7 @@ def test_one_full_ticket_is_torch(masked, plain, arguments):
     for step in range(20):
         before = [parameter.detach().clone() for parameter in reference.parameters()]
         with model.route_context(0):
+            model.routes_since_update.add(0)
             for own, *rest in zip(model.parameters(), reference.parameters(), exact.parameters(), strict=True):
                 own.grad = torch.randn(own.shape, generator=generator)
                 for other in rest:
@@ -350,17 +351,28 @@ def test_frozen_parameters_and_those_without_gradient_stay(name):
 def test_a_step_needs_a_trained_route(name):
     model = small_model()
     optimizer = OPTIMIZERS[name](model)
-    with pytest.raises(RuntimeError, match="no route has been trained"):
+    for weight in model.masker.weights:
+        weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match="no gradient has flowed through a route"):
         optimizer.step()
     for forget in (optimizer, model):
         backward(model, 0, seed=0)
-        forget.zero_grad()
-        with pytest.raises(RuntimeError, match="no route has been trained"):
+        forget.zero_grad(set_to_none=False)
+        with pytest.raises(RuntimeError, match="no gradient has flowed through a route"):
             optimizer.step()
-    model.eval()
-    backward(model, 0, seed=0)  # gradients in evaluation mode are for looking at
-    with pytest.raises(RuntimeError, match="no route has been trained"):
-        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_forward_alone_lets_no_weight_move(name):
+    """A look at another route between backward and step, without `no_grad`, does not widen the step's mask."""
+    model = small_model()
+    optimizer = OPTIMIZERS[name](model)
+    before = snapshot(model, optimizer)
+    backward(model, 0, seed=0)
+    with model.route_context(1):
+        model(**batch(seed=1))
+    optimizer.step()
+    assert_moved_only_inside(model, optimizer, before, masks_of(model, 0))
 
 
 def test_the_route_of_a_step_is_forgotten_after_it():
@@ -432,6 +444,7 @@ def test_the_memory_layout_of_weights_does_not_matter(monkeypatch, name):
         generator = torch.Generator().manual_seed(0)
         for step in range(4):
             with model.route_context(step % 3):
+                model.routes_since_update.add(step % 3)
                 for weight, mask in zip(model.masker.weights, model.mask_bank[step % 3], strict=True):
                     # Like autograd's, of the weight's own layout.
                     weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator) * mask)
@@ -454,6 +467,7 @@ def test_weights_of_several_types(name):
         for each in (model, alone):
             generator = torch.Generator().manual_seed(step)
             with each.route_context(step):
+                each.routes_since_update.add(step)
                 for weight, mask in zip(each.masker.weights, each.mask_bank[step], strict=True):
                     weight.grad = (torch.randn(weight.shape, generator=generator) * mask).to(weight.dtype)
         optimizer.step()
