@@ -34,8 +34,12 @@ def find_partition(
 
 def label_column(dataset: Any) -> str | None:
     """The data set's label column, `None` if it has none of the usual names."""
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    columns = columns_of(dataset)
     return next((name for name in LABEL_COLUMNS if name in columns), None)
+
+
+def columns_of(dataset: Any) -> list[str]:
+    return list(getattr(dataset, "column_names", None) or dataset[0])
 
 
 class RouteData:
@@ -100,10 +104,11 @@ class RouteData:
         for route, name in enumerate(self.partition.route_names):
             own = generator.permutation(np.flatnonzero(self.partition.route_ids == route))
             count = round(fraction * len(own))
-            if count < 1:
+            if count < 1 or len(own) - count < 2:
                 raise ValueError(
-                    f"`calibration_fraction` = {fraction} leaves no sample of route {name!r}, which has {len(own)}, "
-                    "to calibrate on; raise it, or pass a `calibration_dataset`."
+                    f"`calibration_fraction` = {fraction} leaves {count} of the {len(own)} samples of route {name!r} to "
+                    f"calibrate on and {len(own) - count} to train on; at least 1 and 2 are needed. Change it, or pass a "
+                    "`calibration_dataset`."
                 )
             held_out.extend(own[:count].tolist())
         kept = np.setdiff1d(np.arange(len(self.dataset)), held_out)
@@ -121,7 +126,7 @@ class Rows(Subset):
 
     @property
     def column_names(self) -> list[str]:
-        return getattr(self.dataset, "column_names", None) or list(self.dataset[0])
+        return columns_of(self.dataset)
 
 
 class EvaluationData(Dataset[dict[str, Any]]):

@@ -43,7 +43,7 @@ from .partition import Partition
 from .plan import Plan, Round, make_rounds
 from .progress import RunProgress
 from .pruning import emptied_layers, prune, round_schedule
-from .route_data import EvaluationData, RouteData, Rows, find_partition, label_column
+from .route_data import EvaluationData, RouteData, Rows, columns_of, find_partition, label_column
 from .run_directory import RunDirectory, hash_tensors, read_tensors, write_json, write_tensors
 from .sampling import RouteBatchSampler
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
@@ -131,6 +131,8 @@ class RTLTrainer(Trainer):
                 route_names=model.route_names,
                 ticket_task=model.config.ticket_task,
             )
+            if not membership and isinstance(model, _ONE_LABEL_PER_SAMPLE) and kwargs.get("data_collator") is None:
+                _check_label_column(columns_of(train_dataset))
             partition.check(model.config.ticket_task, None if membership else _labels(model, train_dataset))
             self.route_data = RouteData(
                 train_dataset,
@@ -780,6 +782,17 @@ class RTLTrainer(Trainer):
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "prefetch_factor": self.args.dataloader_prefetch_factor,
         }
+
+
+def _check_label_column(columns: Sequence[str]) -> None:
+    # What transformers' own collators make `labels` of.
+    allowed = ("label", "labels", "label_ids")
+    if not set(allowed) & set(columns):
+        raise ValueError(
+            f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` to "
+            f"predict; its columns are {', '.join(map(repr, columns))}. Rename one, or pass a `data_collator` that makes "
+            "`labels`."
+        )
 
 
 def _labels(model: RTLModel, dataset: Any) -> Sequence[Any] | None:

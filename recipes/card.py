@@ -2,6 +2,7 @@
 Render a card in model_cards/ from the results of runs, with a copy of what it was made of beside it.
 
     python recipes/card.py digits runs/digits
+    python recipes/card.py step_overhead
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
 
 Every number of the card comes from the results.json of a run; nothing is typed in.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from report import table
+from tabulate import tabulate
 
 from hf_rtl.run_directory import write_json
 
@@ -26,14 +28,15 @@ MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("card", help="name of the card; its text before the table is model_cards/templates/NAME.md")
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of recipes/prune.py")
+    parser.add_argument("runs", nargs="*", type=Path, help="output folders of recipes/prune.py; none: render anew")
     parser.add_argument("--names", nargs="+", help="a name for each run, added to its methods")
     arguments = parser.parse_args()
     names = arguments.names or [""] * len(arguments.runs)
     results = {
         name: json.loads((run / "results.json").read_text()) for name, run in zip(names, arguments.runs, strict=True)
     }
-    write_json(MODEL_CARDS / f"{arguments.card}-results.json", results)
+    if results:
+        write_json(MODEL_CARDS / f"{arguments.card}-results.json", results)
     for name, run in zip(names, arguments.runs, strict=True):
         suffix = f"-{name.replace(' ', '-')}" if name else ""
         shutil.copy(run / "curve.png", MODEL_CARDS / f"{arguments.card}{suffix}-curve.png")
@@ -44,6 +47,9 @@ def render(card: str) -> str:
     """The text of a card, from its template and its kept results."""
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
+    if "figures" in results:
+        figures = tabulate(results["figures"], headers="keys", tablefmt="github", floatfmt=".3f")
+        return template.format(table=figures, **{name: value for name, value in results.items() if name != "figures"})
     first = next(iter(results.values()))
     routes = first["rounds"][0]["kept"]
     return template.format(

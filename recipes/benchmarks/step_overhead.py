@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +47,9 @@ def main() -> None:
     print(tabulate(figures, headers="keys", floatfmt=".3f"))
     if arguments.output is not None:
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        write_json(arguments.output, {"device": name, "torch": torch.__version__, "figures": figures})
+        command = shlex.join(["python", *sys.argv])
+        content = {"device": name, "torch": torch.__version__, "turns": arguments.turns, "command": command}
+        write_json(arguments.output, {**content, "figures": figures})
 
 
 def measure(backbone: str, batch_size: int, side: int, device: torch.device, turns: int, density: float) -> dict:
