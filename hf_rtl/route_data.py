@@ -106,9 +106,9 @@ class RouteData:
             count = round(fraction * len(own))
             if count < 1 or len(own) - count < 2:
                 raise ValueError(
-                    f"`calibration_fraction` = {fraction} leaves {count} of the {len(own)} samples of route {name!r} to "
-                    f"calibrate on and {len(own) - count} to train on; at least 1 and 2 are needed. Change it, or pass a "
-                    "`calibration_dataset`."
+                    f"`calibration_fraction` = {fraction} leaves {count} of the {len(own)} samples of route {name!r} "
+                    f"to calibrate on and {len(own) - count} to train on; at least 1 and 2 are needed. Change it, or "
+                    "pass a `calibration_dataset`."
                 )
             held_out.extend(own[:count].tolist())
         kept = np.setdiff1d(np.arange(len(self.dataset)), held_out)

@@ -789,9 +789,9 @@ def _check_label_column(columns: Sequence[str]) -> None:
     allowed = ("label", "labels", "label_ids")
     if not set(allowed) & set(columns):
         raise ValueError(
-            f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` to "
-            f"predict; its columns are {', '.join(map(repr, columns))}. Rename one, or pass a `data_collator` that makes "
-            "`labels`."
+            f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` "
+            f"to predict; its columns are {', '.join(map(repr, columns))}. Rename one, or pass a `data_collator` that "
+            "makes `labels`."
         )
 
 
