@@ -435,7 +435,8 @@ class RTLModel(PreTrainedModel):
                     "without `route_ids` the `labels` of membership tickets are home routes, allowed are 0 to "
                     f"{self.num_routes - 1}, got {home_routes.tolist()}."
                 )
-            loss = binary_cross_entropy_with_logits(logits, one_hot(home_routes, self.num_routes).to(logits.dtype))
+            targets = one_hot(home_routes.long(), self.num_routes).to(logits.dtype)
+            loss = binary_cross_entropy_with_logits(logits, targets)
         return type(output)(loss=loss, logits=logits)
 
     @property

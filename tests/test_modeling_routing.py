@@ -7,6 +7,7 @@ import copy
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import ASTConfig, AutoModelForImageClassification, SegformerConfig
 
 from hf_rtl import (
+    RTLModel,
     RTLModelForAudioClassification,
     RTLModelForCausalLM,
     RTLModelForImageClassification,
@@ -58,6 +60,7 @@ def zoo(request, fill_masks):
             config = request.getfixturevalue("tiny_t5_config")
             model = RTLModelForSeq2SeqLM.from_backbone(config, prune_include=["shared.weight"], **routes)
             inputs = {"input_ids": ids, "attention_mask": padding(ids), "labels": some_labels(ids)}
+            inputs["decoder_input_ids"] = torch.randint(2, 20, (BATCH, 7))
         elif kind == "gpt2":
             model = RTLModelForCausalLM.from_backbone(request.getfixturevalue("tiny_gpt2_config"), **routes)
             inputs = {"input_ids": ids, "attention_mask": padding(ids), "labels": some_labels(ids)}
@@ -205,9 +208,9 @@ def test_gradients_are_the_same_with_gradient_checkpointing(zoo, kind):
             assert is_checkpointing(model.backbone) == (checkpointing is not None)
             other = copy.deepcopy(model)
             other.train()
-            calls = Counter()
+            calls: Counter = Counter()
             for name, module in other.backbone.named_modules():
-                module.register_forward_hook(lambda *_, n=name: calls.update([n]))
+                module.register_forward_hook(lambda *_, n=name, c=calls: c.update([n]))
             with other.route_context(route):
                 loss = other(**inputs).loss
                 once = calls.copy()
@@ -218,10 +221,12 @@ def test_gradients_are_the_same_with_gradient_checkpointing(zoo, kind):
             model.gradient_checkpointing_disable()
         assert not is_checkpointing(model.backbone)
         for loss, gradients, statistics in results[1:]:
-            assert torch.equal(loss, results[0][0])
+            # A plain T5 goes another way under checkpointing, without a cache, and differs in the last bit as well.
+            equal = partial(torch.allclose, rtol=1e-4, atol=1e-7) if kind == "t5" else torch.equal
+            assert equal(loss, results[0][0])
             for name, gradient in results[0][1].items():
                 found = gradients[name]
-                assert found is None if gradient is None else torch.equal(found, gradient), name
+                assert found is None if gradient is None else equal(found, gradient), name
             for name, rows in results[0][2].items():
                 assert torch.equal(statistics[name], rows), name
 
@@ -254,8 +259,6 @@ def test_checkpointing_needs_the_context(zoo, tiny_membership_model):
 def test_an_infinite_pruned_weight_counts_as_zero(zoo):
     for kind in ("resnet", "bert"):
         model, masks, inputs = zoo(kind)
-        with torch.no_grad():
-            expected, gradients = model(**inputs, route_ids=1), None
         expected, gradients = naive_gradients(model, masks[1], inputs, 1)
         with torch.no_grad():
             for parameter, mask in zip(model.masker.weights, masks[1], strict=True):
@@ -268,7 +271,8 @@ def test_an_infinite_pruned_weight_counts_as_zero(zoo):
         assert_gradients_close(model, gradients, [masks[1]])
         for position, (parameter, mask) in enumerate(zip(model.masker.weights, masks[1], strict=True)):
             assert not torch.isfinite(parameter[~mask]).any(), position  # and stays what it was
-        assert torch.equal(model.extract_ticket(1)(**inputs).logits, model.eval()(**inputs, route_ids=1).logits)
+        model.eval()
+        assert torch.equal(model.extract_ticket(1)(**inputs).logits, model(**inputs, route_ids=1).logits)
 
 
 def test_an_infinite_gradient_of_a_pruned_weight_is_zero(zoo):
@@ -418,7 +422,7 @@ def test_every_field_of_the_output_is_put_back_together(zoo):
     for kind, names in (
         ("vit", {"hidden_states"}),
         ("bert", {"hidden_states"}),
-        ("t5", {"encoder_last_hidden_state"}),
+        ("t5", {"decoder_hidden_states"}),
     ):
         model, _, inputs = zoo(kind)
         inputs = without_labels(inputs)
@@ -459,12 +463,17 @@ def test_in_training_each_group_of_a_mixed_batch_is_as_if_alone(zoo, kind):
                 statistics[route] = [rows[route] for rows in alone.norm_statistics.rows]
     mixed = model(**inputs, route_ids=routes)
     mixed.loss.backward()
-    close(mixed.loss, loss)
-    assert_gradients_close(model, expected, [masks[0], masks[2]])
+    tolerance = LOSS_TOLERANCE.get(kind, 1e-12)
+    close(mixed.loss, loss, tolerance)
+    assert_gradients_close(model, expected, [masks[0], masks[2]], rtol=max(tolerance, 1e-9), atol=tolerance)
     assert model.routes_since_update == {0, 2}
     for route, rows in statistics.items():
         for one, other in zip(model.norm_statistics.rows, rows, strict=True):
             assert torch.equal(one[route], other)
+
+
+# transformers computes the loss of causal language models in float32.
+LOSS_TOLERANCE = {"gpt2": 1e-6}
 
 
 def number_of_terms(kind, labels):
@@ -482,7 +491,8 @@ def test_the_loss_of_a_mixed_batch_is_the_mean_over_all_its_samples_or_tokens(zo
     logits, labels = output.logits, inputs["labels"]
     if kind == "gpt2":
         logits, labels = logits[:, :-1], labels[:, 1:]
-    close(output.loss, F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100))
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+    close(output.loss.double(), loss, LOSS_TOLERANCE.get(kind, 1e-12))
 
 
 def test_a_group_without_labelled_tokens_has_no_part_in_the_loss(zoo):
@@ -762,13 +772,15 @@ def test_route_ids_against_the_active_context(zoo):
         pass
 
 
-def test_positional_and_unknown_arguments(zoo):
+def test_positional_arguments(zoo):
     model, _, inputs = zoo("vit")
     x = inputs["pixel_values"]
     assert torch.equal(model(x, route_ids=1).logits, model(pixel_values=x, route_ids=1).logits)
     assert torch.equal(model(x, inputs["labels"], 1).loss, model(**inputs, route_ids=1).loss)
-    with pytest.raises(TypeError):
-        model(x, route_ids=1, colour="red")
+    base = RTLModel.from_backbone(model.extract_ticket(1).vit, route_names=["x"], ticket_task="labels")
+    assert torch.equal(base(x, route_ids=0)[0], base(pixel_values=x, route_ids=0).last_hidden_state)
+    with pytest.raises(TypeError, match="one positional argument, `pixel_values`, got 2"):
+        base(x, None, route_ids=0)
 
 
 # Normalisation statistics
@@ -822,7 +834,7 @@ def test_evaluation_moves_no_statistics(zoo):
 def test_evaluation_uses_the_row_of_its_route(zoo):
     model, masks, inputs = zoo("resnet")
     model.eval()
-    for name, rows in model.norm_statistics.named_buffers():
+    for rows in model.norm_statistics.buffers():
         if rows.is_floating_point():
             rows.copy_(torch.rand_like(rows) + 0.5)
     for route, mask in ((0, masks[0]), (2, masks[2]), (UNION, union_of(masks))):
@@ -842,11 +854,14 @@ def test_statistics_move_once_under_gradient_checkpointing(zoo, norm_statistics,
             sum(losses).backward()
         with one.route_context(1):
             one(**inputs).loss.backward()
-    assert all(
-        torch.equal(tensor, other) for tensor, other in zip(plain.buffers(), checkpointed.buffers(), strict=True)
-    )
-    counts = [buffer for name, buffer in plain.named_buffers() if buffer.dtype == torch.int64]
-    assert all(buffer.view(-1)[1 if norm_statistics == "per_route" else 0] == 3 for buffer in counts)
+    for tensor, other in zip(plain.buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(tensor, other)
+    counts = [
+        buffer.tolist()
+        for name, buffer in plain.named_buffers()
+        if buffer.dtype == torch.int64 and ("norm_statistics" in name) == (norm_statistics == "per_route")
+    ]
+    assert counts == [[0, 3, 0, 0] if norm_statistics == "per_route" else 3] * 15
 
 
 def test_shared_statistics(zoo):
@@ -857,8 +872,8 @@ def test_shared_statistics(zoo):
     ticket = naive_ticket(model, masks[1])
     model(**inputs, route_ids=1)
     ticket(**inputs)
-    for (name, buffer), other in zip(model.backbone.named_buffers(), ticket.buffers(), strict=True):
-        close(buffer, other) if buffer.is_floating_point() else torch.equal(buffer, other)
+    for buffer, other in zip(model.backbone.buffers(), ticket.buffers(), strict=True):
+        close(buffer, other)
     model.eval()
     close(model(**inputs, route_ids=0).logits, naive_ticket(model, masks[0])(**inputs).logits)
 
@@ -883,7 +898,7 @@ def test_new_statistics_repeat_the_backbones():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_statistics_are_never_cast(zoo, dtype):
     model, _, inputs = zoo("resnet", torch.float32)
-    for name, rows in model.norm_statistics.named_buffers():
+    for rows in model.norm_statistics.buffers():
         if rows.is_floating_point():
             rows.copy_(torch.rand_like(rows) + 0.5)  # none of these values is exact in half precision
     before = statistics_of(model)
@@ -905,9 +920,8 @@ def test_a_model_in_half_precision_updates_its_statistics(zoo):
     with full.route_context(1), half.route_context(1):
         full(x.float())
         half(x)
-    for one, other, before in zip(
-        full.norm_statistics.rows, half.norm_statistics.rows, model.norm_statistics.rows, strict=True
-    ):
+    all_rows = [each.norm_statistics.rows for each in (full, half, model)]
+    for one, other, before in zip(*all_rows, strict=True):
         assert other.dtype == before.dtype and not torch.equal(other[1], before[1])
         assert torch.equal(other[[0, 2, 3]], before[[0, 2, 3]])
         torch.testing.assert_close(other[1], one[1], rtol=0.1, atol=0.02)
@@ -1102,9 +1116,11 @@ def test_many_threads_get_their_own_tickets(zoo):
     model, _, inputs = zoo("vit")
     model.eval()
     expected = [model(**inputs, route_ids=route).logits for route in range(3)]
-    jobs = [
-        in_thread(lambda r=route: [model(**inputs, route_ids=r).logits for _ in range(5)]) for route in [0, 1, 2] * 2
-    ]
+
+    def ask(route):
+        return [model(**inputs, route_ids=route).logits for _ in range(5)]
+
+    jobs = [in_thread(partial(ask, route)) for route in [0, 1, 2] * 2]
     for index, (thread, results) in enumerate(jobs):
         thread.join(30)
         assert all(torch.equal(logits, expected[index % 3]) for logits in results[0])
