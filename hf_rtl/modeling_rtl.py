@@ -100,6 +100,8 @@ class RTLModel(PreTrainedModel):
         self._active = ActiveRoute()
         self._fixed_route: int | None = None
         self.post_init()
+        # A timm backbone ignores every unexpected tensor; foreign masks and statistics must be seen.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     # Building, saving, loading
 

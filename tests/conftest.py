@@ -24,6 +24,7 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
     T5Config,
     ViTConfig,
+    initialization,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
@@ -137,7 +138,7 @@ class TinyAttentionForSequenceClassification(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
-            transformers.initialization.normal_(parameter, std=0.3)
+            initialization.normal_(parameter, std=0.3)
 
     def forward(self, input_ids, labels=None, return_dict=True):
         x = self.embedding(input_ids)

@@ -21,6 +21,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -69,11 +71,38 @@ class Images(Dataset):
         return self.samples[index]
 
 
+class SmallNet(nn.Module):
+    """Three convolutions with batch norm, and a head; some thousand weights."""
+
+    def __init__(self, *, num_classes=2, in_chans=3, drop_rate=0.0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12)
+        self.conv3, self.bn3 = nn.Conv2d(12, 12, 3, bias=False), nn.BatchNorm2d(12)
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(12, num_classes)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        for convolution, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = norm(convolution(x)).relu()
+        return self.fc(self.drop(x.mean((2, 3))))
+
+
+default_cfgs = generate_default_cfgs({"small_net_for_tests.untrained": {"num_classes": 2, "classifier": "fc"}})
+
+
+@register_model
+def small_net_for_tests(pretrained=False, **arguments):
+    return build_model_with_cfg(SmallNet, "small_net_for_tests", pretrained, **arguments)
+
+
 def image_model(seed=0, routes=ROUTES, ticket_task="membership", **arguments):
-    """A residual network with batch norm and a few thousand weights."""
-    small = {"layers": (1, 1, 1, 1), "channels": (8, 8, 12, 12), "stem_width": 4}
     return RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=routes, ticket_task=ticket_task, seed=seed, **{**small, **arguments}
+        "small_net_for_tests", route_names=routes, ticket_task=ticket_task, seed=seed, **arguments
     )
 
 
@@ -345,7 +374,7 @@ def test_callbacks_are_called(finished):
 
 
 def test_the_plan_is_what_happens(tmp_path):
-    for epochs, steps in ((0.5, 3), (0.4, 3), (1.5, 9), (1.7, 11)):
+    for epochs, steps in ((0.4, 3), (1.5, 9)):
         made = make_trainer(tmp_path / str(epochs), num_train_epochs=epochs, target_sparsity=[0.3])
         output = made.train()
         assert made.plan().retraining_steps == steps
@@ -499,10 +528,9 @@ def test_an_interruption_of_recalibration_leaves_the_layers_as_they_were(tmp_pat
     assert not made.model.training
 
 
-@pytest.mark.parametrize("damage", ["altered", "cut", "missing"])
-def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch, damage):
+def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch):
     interrupt(monkeypatch, tmp_path / "run", ("step", 9))
-    for event, route in ((0, 1), (1, 0), (2, 2)):
+    for event, route, damage in ((0, 1, "altered"), (1, 0, "cut"), (2, 2, "missing")):
         file = RunDirectory(tmp_path / "run").mask_file(event, route)
         content = bytearray(file.read_bytes())
         if damage == "missing":
@@ -668,7 +696,7 @@ def test_rewinding_to_weights_after_dense_steps(tmp_path):
         theta0 = read_tensors(tmp_path / str(steps) / "theta0.safetensors")
         backbone, rows = recorded.starts[0]
         assert all(same(backbone[name], theta0[name]) for name in theta0)
-        assert same(rows[0][1], theta0["timm_model.conv1.1.running_mean"])
+        assert same(rows[0][1], theta0["timm_model.bn1.running_mean"])
         assert int(theta0["timm_model.bn1.num_batches_tracked"]) == steps
         thetas.append(hash_tensors(theta0))
         initial = dict(named_state(image_model(ticket_task="labels", num_labels=2).backbone))
@@ -838,7 +866,7 @@ def test_accumulated_batches_weigh_as_one(tmp_path):
 
 def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
     computed = set()
-    original = torch.nn.Conv2d.forward
+    original = nn.Conv2d.forward
 
     def forward(self, x):
         y = original(self, x)
@@ -852,7 +880,7 @@ def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
             nonlocal phase
             phase = "retraining"
 
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
     made = run(tmp_path / "run", callbacks=[Phase()], bf16=True, target_sparsity=[0.3])
     assert computed == {("extraction", torch.bfloat16), ("retraining", torch.bfloat16)}
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
@@ -1078,7 +1106,7 @@ DOMAINS = ("pixel_values", "labels", "domain")
             },
             "single label",
         ),
-        ({"model": torch.nn.Linear(2, 2)}, "RTLModel.*Linear"),
+        ({"model": nn.Linear(2, 2)}, "RTLModel.*Linear"),
         ({"model": "test_resnet"}, "RTLModel.*str"),
         ({"args": transformers.TrainingArguments}, "RTLTrainingArguments.*TrainingArguments"),
     ],
