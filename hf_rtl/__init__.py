@@ -1,7 +1,7 @@
 """Routing the Lottery for the Hugging Face stack: one backbone, one sparse ticket per route (arXiv 2601.22141)."""
 
 from . import backbones
-from .configuration_rtl import RTLConfig
+from .configuration_rtl import VERSION, RTLConfig
 from .mask_bank import MaskBank
 from .modeling_rtl import (
     RTLModel,
@@ -21,7 +21,7 @@ from .trainer import RTLTrainer
 from .training_args import RTLTrainingArguments
 
 
-__version__ = "0.1.0.dev0"
+__version__ = VERSION
 
 __all__ = [
     "MaskBank",

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .mask_bank import check_route_names
 
 
+VERSION = "0.1.0.dev0"
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
 ROUTERS = ("given",)
@@ -68,7 +69,7 @@ class RTLConfig(PreTrainedConfig):
     thresholds: list | None = None
     mask_fingerprint: str | None = None
     mask_cache_bytes: int = 2**28
-    hf_rtl_version: str | None = None
+    hf_rtl_version: str = VERSION
 
     def __post_init__(self, **kwargs):
         _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")

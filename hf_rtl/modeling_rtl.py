@@ -100,8 +100,6 @@ class RTLModel(PreTrainedModel):
         self._active = ActiveRoute()
         self._fixed_route: int | None = None
         self.post_init()
-        # A timm backbone ignores every unexpected tensor; foreign masks and statistics must be seen.
-        self._keys_to_ignore_on_load_unexpected = set()
 
     # Building, saving, loading
 
@@ -187,8 +185,9 @@ class RTLModel(PreTrainedModel):
                 f"the checkpoint {str(pretrained_model_name_or_path)!r} was saved as {saved_as}, which {cls.__name__} "
                 "is not; RTLModel.from_pretrained opens it as what it is."
             )
-        own = ("mask_bank.", "norm_statistics.")
-        foreign = [name for name in info["unexpected_keys"] if name.startswith(own)]
+        # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
+        own = {"mask_bank", "norm_statistics"}
+        foreign = [name for name in info["unexpected_keys"] if own & set(name.split("."))]
         mismatched = [entry[0] for entry in info["mismatched_keys"]]
         problems = {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign}
         for problem, names in problems.items():
@@ -198,6 +197,11 @@ class RTLModel(PreTrainedModel):
                     f"the checkpoint {str(pretrained_model_name_or_path)!r} {problem} {len(names)} tensor(s) of this "
                     f"model ({listed}): it is cut short, or saved from another model."
                 )
+        if model.config.mask_fingerprint is None:
+            raise ValueError(
+                f"the configuration of {str(pretrained_model_name_or_path)!r} has no `mask_fingerprint`, so its masks "
+                "cannot be checked: it was not written by `save_pretrained`."
+            )
         model.mask_bank.validate(model.config.mask_fingerprint)
         _align(model)
         return (model, info) if with_info else model
