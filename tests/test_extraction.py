@@ -153,9 +153,10 @@ def test_a_full_mask_is_plain_training(optimizer):
     assert torch.equal(ours[1], plain.second.weight)
 
 
-def test_gradients_are_clipped_after_masking():
-    """The norm that clipping divides by is that of the masked gradients."""
-    trainer = ticket_trainer(max_grad_norm=1e-3)
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_are_clipped_after_masking(fp16):
+    """The norm that clipping divides by is that of the masked gradients, without the scaler's factor."""
+    trainer = ticket_trainer(max_grad_norm=1e-3, fp16=fp16)
     trainer.make_optimizer = lambda network: torch.optim.SGD(network.parameters(), lr=1.0)
     trainer.train(MASKS, batches(1), seed=(0,))
     after = [parameter.detach().clone() for parameter in trainer.network.parameters()]
@@ -307,6 +308,7 @@ def test_of_a_single_sample_nobody_can_tell():
 def test_disconnection_is_told_by_batch_statistics_in_evaluation_mode():
     network = Toy(dropout=0.5)
     network.norm.running_var.fill_(1e30)  # would shrink all differences to nothing
+    nn.init.constant_(network.norm.bias, 0.5)  # else what dropout sets to zero is zero already
     assert not disconnected([1, 1, 1, 1], [1] * 6, network)
     assert disconnected([0, 0, 1, 1], [1, 0, 1, 0, 1, 0], network)  # dropout would make them differ
 
