@@ -85,7 +85,7 @@ class TicketTrainer:
             FloatingPointError: the loss became NaN or infinite.
         """
         device = next(self.network.parameters()).device
-        with _seeded(seed, device):
+        with seeded(seed, device):
             self.begin(masks)
             total_loss = torch.zeros((), device=device)
             for batch in batches:
@@ -170,7 +170,7 @@ def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """States of torch's, NumPy's and Python's generators that depend on `seed` alone, put back afterwards."""
     for_torch, for_numpy, for_python = np.random.SeedSequence(list(seed)).generate_state(3, np.uint64).tolist()
     numpy_state, python_state = np.random.get_state(), random.getstate()

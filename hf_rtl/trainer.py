@@ -29,7 +29,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-from .extraction import TicketTrainer, deal_out, named_state
+from .extraction import TicketTrainer, deal_out, named_state, seeded
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
 from .modeling_rtl import (
@@ -503,8 +503,10 @@ class RTLTrainer(Trainer):
                     f"joint retraining of {round_.name}: the loss became {output.training_loss}; lower "
                     "`learning_rate`, or check the data."
                 )
-            self._recalibrate_union()
-            self.model.config.thresholds = self._calibrated_thresholds()
+            # Training data may have random transforms: they are the same wherever the run was continued.
+            with seeded((self.args.seed, _RECALIBRATION, round_.index), self.args.device):
+                self._recalibrate_union()
+                self.model.config.thresholds = self._calibrated_thresholds()
             metrics = {} if self.eval_dataset is None else self.evaluate()
             self.save_model(str(folder), _internal_call=True)
             report = self._report(round_, metrics, output, time.perf_counter() - start)

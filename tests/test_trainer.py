@@ -41,13 +41,14 @@ from hf_rtl.run_directory import RunDirectory, hash_tensors, read_tensors
 
 
 ROUTES = ["ant", "bee", "cat"]
+DOMAINS = ("pixel_values", "labels", "domain")
 ROUNDS = ["round-01-sparsity-0.3", "round-02-sparsity-0.6"]
 
 
 class Images(Dataset):
-    """Noise, brighter in the channel of the label. With `domain`, labels are those of another question."""
+    """Noise, brighter in the channel of the route. Fetched samples have more of it, as from random transforms."""
 
-    def __init__(self, number, seed=0, columns=("pixel_values", "label"), num_routes=3, size=16):
+    def __init__(self, number, seed=0, columns=("pixel_values", "label"), num_routes=3, size=16, noise=0.0):
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(number, 3, size, size, generator=generator)
         self.samples = []
@@ -61,6 +62,7 @@ class Images(Dataset):
                 "labels": index // num_routes % 2,
             }
             self.samples.append({name: everything[name] for name in columns})
+        self.noise = noise
         self.fetched = []
 
     def __len__(self):
@@ -68,7 +70,10 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         self.fetched.append(index)
-        return self.samples[index]
+        if not self.noise:
+            return self.samples[index]
+        pixels = self.samples[index]["pixel_values"]
+        return {**self.samples[index], "pixel_values": pixels + self.noise * torch.randn(pixels.shape)}
 
 
 class SmallNet(nn.Module):
@@ -100,9 +105,14 @@ def small_net_for_tests(pretrained=False, **arguments):
     return build_model_with_cfg(SmallNet, "small_net_for_tests", pretrained, **arguments)
 
 
-def image_model(seed=0, routes=ROUTES, ticket_task="membership", **arguments):
+def image_model(seed=0, routes=ROUTES, ticket_task="membership", drop_rate=0.2, **arguments):
     return RTLModelForImageClassification.from_backbone(
-        "small_net_for_tests", route_names=routes, ticket_task=ticket_task, seed=seed, **arguments
+        "small_net_for_tests",
+        route_names=routes,
+        ticket_task=ticket_task,
+        seed=seed,
+        drop_rate=drop_rate,
+        **arguments,
     )
 
 
@@ -127,7 +137,7 @@ def make_trainer(folder, model=None, callbacks=(), train=None, evaluate=None, op
     return RTLTrainer(
         image_model() if model is None else model,
         arguments(folder, **values),
-        train_dataset=Images(24) if train is None else train,
+        train_dataset=Images(24, noise=0.1) if train is None else train,
         eval_dataset=Images(12, seed=1) if evaluate is None else evaluate,
         callbacks=list(callbacks),
         **(options or {}),
@@ -318,6 +328,25 @@ def figures(metrics):
     return {key: value for key, value in metrics.items() if not key.endswith(("_second", "time", "round", "epoch"))}
 
 
+def test_the_statistics_of_the_union_are_averages_over_all_samples(tmp_path):
+    data = Images(24)
+    for batches in (50, 1):
+        made = run(tmp_path / str(batches), train=data, target_sparsity=[0.3], recalibration_batches=batches)
+        statistics = dict(made.model.norm_statistics.named_buffers())
+        mean, variance, count = (statistics[name][-1] for name in ("s0000", "s0001", "s0002"))
+        backbone = made.model.extract_ticket(-1)
+        x = backbone.timm_model.conv1(torch.stack([sample["pixel_values"] for sample in data.samples]))
+        if batches == 50:
+            assert count == 3  # batches of 8
+            assert torch.allclose(mean, x.mean((0, 2, 3)), atol=1e-5)
+            assert torch.allclose(variance, x.var((0, 2, 3)), rtol=0.2)
+        else:
+            assert count == 1
+            assert not torch.allclose(mean, x.mean((0, 2, 3)), atol=1e-5)
+        rows = [row for name, row in statistics.items() if row.dtype == torch.int64]
+        assert all(row.tolist() == [2, 2, 2, int(count)] for row in rows)  # batches that each route trained on
+
+
 def test_the_end_is_the_last_round(finished):
     last, final = finished.folder / ROUNDS[-1], finished.folder / "final"
     names = {path.name for path in final.iterdir()}
@@ -386,6 +415,43 @@ def test_the_output_of_train(finished, tmp_path):
     assert output.global_step == 12
     assert output.training_loss == finished.rounds[-1]["train_loss"]
     assert output.metrics == finished.rounds[-1]["metrics"]
+
+
+def test_every_event_of_every_route_draws_its_own_noise_and_batches(tmp_path, monkeypatch):
+    seeds, drawn = [], []
+    train = trainer.TicketTrainer.train
+
+    def watched(self, masks, batches, *, seed, on_step):
+        batches = list(batches)
+        seeds.append(seed)
+        drawn.append(tuple(float(batch["pixel_values"].sum()) for batch in batches))
+        return train(self, masks, batches, seed=seed, on_step=on_step)
+
+    monkeypatch.setattr(trainer.TicketTrainer, "train", watched)
+    run(tmp_path / "run", target_sparsity=[0.3, 0.6], retrain_every_round=False)
+    assert len(seeds) == len(set(seeds)) == len(set(drawn)) == 9
+
+
+def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
+    steps = Counter()
+    begin_route, step = trainer.RunProgress.begin_route, trainer.TicketTrainer.step
+
+    def watched_begin(self, name, *positional):
+        steps["route"] = name
+        begin_route(self, name, *positional)
+
+    def watched_step(self, batch):
+        steps[steps["route"]] += 1
+        return step(self, batch)
+
+    monkeypatch.setattr(trainer.RunProgress, "begin_route", watched_begin)
+    monkeypatch.setattr(trainer.TicketTrainer, "step", watched_step)
+    data = Broken(24, lambda index, sample: {**sample, "label": min(index // 4, 2)})  # 4, 4 and 16 samples
+    for epochs, expected in ((1.0, [1, 1, 4]), (1.5, [2, 2, 6]), (0.1, [1, 1, 1])):
+        steps.clear()
+        options = {"extraction_steps": None, "extraction_epochs": epochs, "num_train_epochs": 0.01}
+        made = run(tmp_path / str(epochs), train=data, target_sparsity=[0.3], **options)
+        assert made.plan().extraction_steps == [steps[name] for name in ROUTES] == expected
 
 
 def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):
@@ -668,7 +734,7 @@ def test_a_labels_run_with_a_route_column(tmp_path):
 
 
 def test_shared_statistics_of_a_labels_run(tmp_path):
-    columns = ("pixel_values", "labels", "domain")
+    columns = DOMAINS
     model = image_model(ticket_task="labels", num_labels=2, norm_statistics="shared")
     values = {"train": Images(24, columns=columns), "evaluate": Images(12, 1, columns), "route_column": "domain"}
     made = run(tmp_path / "run", model, target_sparsity=[0.3], **values)
@@ -681,7 +747,7 @@ def test_shared_statistics_of_a_labels_run(tmp_path):
 
 
 def test_rewinding_to_weights_after_dense_steps(tmp_path):
-    columns = ("pixel_values", "labels", "domain")
+    columns = DOMAINS
 
     def make(folder, **values):
         model = image_model(ticket_task="labels", num_labels=2)
@@ -713,7 +779,7 @@ def test_rewinding_to_weights_after_dense_steps(tmp_path):
 
 
 def test_rewinding_uses_the_threads_of_extraction(tmp_path, monkeypatch):
-    columns = ("pixel_values", "labels", "domain")
+    columns = DOMAINS
     model = image_model(ticket_task="labels", num_labels=2)
     threads, used = 5, []
     original = trainer.TicketTrainer.step
@@ -746,6 +812,47 @@ def test_only_the_last_round_is_retrained_if_asked(finished, tmp_path):
     assert recorded.calls["train_begin"] == 1
     ours, theirs = contents(tmp_path / "run"), contents(finished.folder)
     assert all(ours[path] == theirs[path] for path in ours)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global_normalised"])
+def test_scopes_of_pruning(finished, tmp_path, scope):
+    bank = run(tmp_path / "run", prune_scope=scope, target_sparsity=[0.3]).model.mask_bank
+    assert bank.count().tolist() == [bank.num_weights - round(0.3 * bank.num_weights)] * 3
+    shares = bank.density(per_layer=True)
+    if scope == "layer":
+        assert torch.allclose(shares, torch.tensor(0.7, dtype=torch.float64), atol=0.01)
+    assert bank.fingerprint() != finished.rounds[0]["mask_fingerprint"]
+
+
+def test_a_single_route_is_plain_iterative_pruning(tmp_path):
+    data = Images(24, columns=DOMAINS, num_routes=1)
+    model = image_model(routes=["all"], ticket_task="labels", num_labels=2)
+    made = run(tmp_path / "run", model, train=data, evaluate=data, route_column="domain")
+    assert [report["mean_similarity"] for report in made.rounds] == [None, None]
+    assert made.rounds[-1]["union"] == made.rounds[-1]["core"] == made.rounds[-1]["kept"]["all"]
+
+
+def test_membership_of_a_column_that_is_no_label(tmp_path):
+    """The data's own labels play no part."""
+    columns = DOMAINS
+    made = [
+        run(
+            tmp_path / str(index),
+            train=Images(24, columns=names),
+            evaluate=Images(12, 1, names),
+            route_column="domain",
+        )
+        for index, names in enumerate((columns, columns[::2]))
+    ]
+    assert figures(made[0].rounds[-1]["metrics"]) == figures(made[1].rounds[-1]["metrics"])
+    assert "eval_ant/auroc" in made[0].rounds[-1]["metrics"]
+
+
+def test_workers_that_fetch_data_change_nothing(finished, tmp_path):
+    run(tmp_path / "run", dataloader_num_workers=1, target_sparsity=[0.3])
+    ours, theirs = contents(tmp_path / "run"), contents(finished.folder)
+    name = f"{ROUNDS[0]}/model.safetensors"
+    assert ours[name] == theirs[name]
 
 
 def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):
@@ -787,6 +894,9 @@ def test_every_round_has_a_fresh_optimizer(tmp_path, monkeypatch):
 def test_updates_are_masked_whatever_the_optimizer(tmp_path, optim, optimizer_class):
     class Watch(TrainerCallback):
         steps = 0
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.routes_since_update.update(range(3))  # as a step that a scaler skipped leaves behind
 
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.weights = [bits(weight).clone() for weight in model.masker.weights]
@@ -830,7 +940,7 @@ def test_one_update_is_one_route_with_accumulation(tmp_path, monkeypatch):
 
 def test_accumulated_batches_weigh_as_one(tmp_path):
     """Without batch norm, two batches of 4 are one of 8: the loss and its gradient are means over all of them."""
-    columns = ("pixel_values", "labels", "domain")
+    columns = DOMAINS
     config = transformers.ViTConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -1057,9 +1167,6 @@ class Broken(Images):
 
 def without(name):
     return lambda index, sample: {key: value for key, value in sample.items() if key != name}
-
-
-DOMAINS = ("pixel_values", "labels", "domain")
 
 
 @pytest.mark.parametrize(
