@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from image_data import DataArguments, load_images
 from report import row, table
 
@@ -35,6 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
     evaluated = {folder.name: evaluate(folder, arguments.dataset) for folder in arguments.models}
     print(table([row(name, 1 - report["density"], report) for name, report in evaluated.items()]))
     if arguments.compare is not None:

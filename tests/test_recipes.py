@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result

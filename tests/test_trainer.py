@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.utils.data import Dataset
@@ -644,6 +644,20 @@ def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path,
     assert files(tmp_path / "run" / ROUNDS[0]) == first
 
 
+def test_a_model_that_lacks_tensors_is_not_continued_from(finished, tmp_path):
+    for change in ("missing", "unknown"):
+        folder = tmp_path / change
+        shutil.copytree(finished.folder, folder)
+        tensors = load_file(folder / ROUNDS[0] / "model.safetensors")
+        if change == "missing":
+            tensors.pop("norm_statistics.s0000")
+        else:
+            tensors["more"] = torch.ones(1)
+        save_file(tensors, folder / ROUNDS[0] / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"does not fit the model.*1 (tensors )?{change}"):
+            make_trainer(folder).train()
+
+
 def test_another_configuration_is_refused_and_nothing_is_touched(finished, tmp_path):
     before = files(finished.folder)
     changes = [
@@ -834,16 +848,10 @@ def test_a_single_route_is_plain_iterative_pruning(tmp_path):
 
 def test_membership_of_a_column_that_is_no_label(tmp_path):
     """The data's own labels play no part."""
-    columns = DOMAINS
-    made = [
-        run(
-            tmp_path / str(index),
-            train=Images(24, columns=names),
-            evaluate=Images(12, 1, names),
-            route_column="domain",
-        )
-        for index, names in enumerate((columns, columns[::2]))
-    ]
+    made = []
+    for columns in (DOMAINS, DOMAINS[::2]):
+        data = {"train": Images(24, columns=columns), "evaluate": Images(12, 1, columns), "route_column": "domain"}
+        made.append(run(tmp_path / str(len(columns)), **data))
     assert figures(made[0].rounds[-1]["metrics"]) == figures(made[1].rounds[-1]["metrics"])
     assert "eval_ant/auroc" in made[0].rounds[-1]["metrics"]
 
