@@ -1,187 +1,217 @@
-"""Ticket extraction: train a masked copy of the network on one route, prune it, rewind (paper, Algorithm 1)."""
+"""Algorithm 1 for all routes: which process searches for which ticket, what is on disk already, whether all agree."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import hashlib
+import heapq
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.optimizer import Optimizer
+from torch import Tensor
 
-from .mask_bank import integer_dtype
-from .masking import and_masks
-from .prunable import parameter_aliases
-from .run_directory import hash_tensors
+from .lifeline import Lifeline
+from .mask_bank import MaskBank, pack, unpack
+from .plan import Round
+from .processes import Processes
+from .progress import RunProgress
+from .pruning import prune
+from .randomness import Stream, reproducible
+from .run_directory import RunDirectory
+from .ticket_trainer import TicketTrainer
+from .training_args import RTLTrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TicketTrainer:
+class Extraction:
     """
-    Trains a plain copy of a backbone from masked initial weights. No DDP and no collectives: routes are independent.
+    The search for tickets (paper, Algorithm 1), dealt out by route over the processes of a run.
+
+    A route's prune events follow each other on one process, in a plain local loop: no DDP, and no collectives until
+    all are done. Each finished mask is on disk at once, so that an interrupted run goes on from there, on any number
+    of processes: masks depend neither on that number nor on the order of the routes.
 
     Args:
-        network (`nn.Module`): a copy of the backbone that this object may change.
-        theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
-        weight_names (`list[str]`): the prunable weights, in the bank's order.
-        make_optimizer (`Callable`): a fresh optimizer for the network.
-        compute_loss (`Callable`): (network, batch) -> scalar loss.
-        autocast (`Callable`): context in which the loss is computed.
-        max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
-        fp16 (`bool`): whether to scale losses.
+        run_directory ([`RunDirectory`]): where masks are.
+        processes ([`Processes`]): who works with us.
+        lifeline ([`Lifeline`]): entered.
+        bank ([`MaskBank`]): names and shapes; not changed.
+        theta0 (`Mapping[str, Tensor]`): what every training starts from.
+        make_ticket_trainer (`Callable`): gives a [`TicketTrainer`] on θ0.
+        batches (`Callable`): (route, event) -> the batches of that training.
+        inputs_of (`Callable`): a batch -> the backbone's inputs.
+        num_steps (`Sequence[int]`): length of a training, per route.
+        args ([`RTLTrainingArguments`]): see there.
+        progress ([`RunProgress`]): is told of every step.
     """
 
-    network: nn.Module
+    run_directory: RunDirectory
+    processes: Processes
+    lifeline: Lifeline
+    bank: MaskBank
     theta0: Mapping[str, Tensor]
-    weight_names: Sequence[str]
-    make_optimizer: Callable[[nn.Module], Optimizer]
-    compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
-    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    max_grad_norm: float = 0.0
-    fp16: bool = False
+    make_ticket_trainer: Callable[[], TicketTrainer]
+    batches: Callable[[int, int], Iterator[dict[str, Any]]]
+    inputs_of: Callable[[dict[str, Any]], dict[str, Any]]
+    num_steps: Sequence[int]
+    args: RTLTrainingArguments
+    progress: RunProgress
 
     def __post_init__(self) -> None:
-        aliases = parameter_aliases(self.network)
-        self.weights: list[Tensor] = [getattr(*aliases[name][0]) for name in self.weight_names]
-        # Hash of every parameter and buffer that the latest training started from.
-        self.started_from = ""
+        self._ticket_trainer: TicketTrainer | None = None
 
-    @torch.no_grad()
-    def rewind(self, masks: Sequence[Tensor] | None) -> None:
-        """Sets every parameter and buffer to θ0, the prunable weights to where(mask, θ0, 0)."""
-        for name, tensor in named_state(self.network):
-            tensor.copy_(self.theta0[name])
-        if masks is not None:
-            for weight, mask in zip(self.weights, masks, strict=True):
-                weight.masked_fill_(~mask.to(weight.device), 0)
-
-    def train(
-        self,
-        masks: Sequence[Tensor] | None,
-        batches: Iterable[dict[str, Any]],
-        *,
-        seed: Sequence[int],
-        on_step: Callable[[], None] = lambda: None,
-    ) -> list[Tensor]:
+    def run(self, round_: Round, masks: Sequence[list[Tensor]]) -> list[list[Tensor]]:
         """
-        Trains from m ⊙ θ0 on `batches`; gradients are masked, so pruned weights stay 0.
-
-        Args:
-            masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
-            batches (`Iterable`): what `compute_loss` takes.
-            seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
-            on_step (`Callable`): called after every step.
-
-        Returns:
-            The trained prunable weights, on the CPU.
+        The masks of all routes at the end of a round, from those at its beginning. What is on disk is not done again.
 
         Raises:
-            FloatingPointError: the loss became NaN or infinite.
+            FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
+            RuntimeError: the processes do not hold the same masks, or `debug_determinism` found other ones.
         """
-        device = next(self.network.parameters()).device
-        with seeded(seed, device):
-            self.begin(masks)
-            total_loss = torch.zeros((), device=device)
-            for batch in batches:
-                total_loss += self.step(batch)
-                on_step()
-            # Looked at once, since a look at every step would wait for the device.
-            if not torch.isfinite(total_loss):
-                raise FloatingPointError(
-                    f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data."
-                )
-            self._optimizer.zero_grad()
-        return [weight.detach().cpu().clone() for weight in self.weights]
+        if not round_.kept:
+            return list(masks)
+        dealt = self.processes.of_first(self._deal_out(round_))
+        own: dict[int, list[Tensor]] = {}
+        with reproducible(self.args.extraction_threads):
+            for route in dealt[self.processes.rank]:
+                own[route] = self._search(route, round_, masks[route])
+        self.lifeline.meet()
+        found = self._exchange(own)
+        if self.args.debug_determinism:
+            self._search_again(round_, masks, found, dealt)
+        self._ticket_trainer = None
+        return found
 
-    def begin(self, masks: Sequence[Tensor] | None) -> None:
-        """Rewinds to m ⊙ θ0 and makes a fresh optimizer and scaler."""
-        self.rewind(masks)
-        self.started_from = hash_tensors(dict(named_state(self.network)))
-        self.network.train()
-        self._optimizer = self.make_optimizer(self.network)
-        device = next(self.network.parameters()).device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
-        self._masks: list[Tensor] = []
-        if masks is not None and not all(bool(mask.all()) for mask in masks):
-            self._masks = [_as_integers(mask, weight) for mask, weight in zip(masks, self.weights, strict=True)]
+    def _deal_out(self, round_: Round) -> list[list[int]]:
+        """The routes of every process, so that all have about as many steps left to do."""
+        shapes = self.bank.shapes
+        missing = [
+            sum(self.run_directory.load_masks(event, route, shapes) is None for event in round_.events)
+            for route in range(self.bank.num_routes)
+        ]
+        steps = [number * steps for number, steps in zip(missing, self.num_steps, strict=True)]
+        return deal_out(steps, self.processes.world_size)
 
-    def step(self, batch: dict[str, Any]) -> Tensor:
-        """One optimizer step on `batch` with masked gradients. Returns the loss, still on its device."""
-        self._optimizer.zero_grad()
-        with self.autocast():
-            loss = self.compute_loss(self.network, batch)
-        self._scaler.scale(loss).backward()
-        for weight, mask in zip(self.weights, self._masks, strict=False):
-            if weight.grad is not None:
-                weight.grad = and_masks(weight.grad, mask)
-        if self.max_grad_norm > 0:
-            self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return loss.detach()
+    def _search(self, route: int, round_: Round, mask: list[Tensor]) -> list[Tensor]:
+        """All prune events of one route in a round."""
+        name = self.bank.route_names[route]
+        for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
+            self.progress.begin_route(name, number, len(round_.kept))
+            pruned = self.run_directory.load_masks(event, route, self.bank.shapes)
+            if pruned is None:
+                pruned, started_from = self._train_and_prune(route, event, mask, num_kept, self.progress.step)
+                self.run_directory.save_masks(event, route, pruned, started_from=started_from)
+            else:
+                self.progress.step(self.num_steps[route])
+            mask = pruned
+        return mask
 
-    @torch.no_grad()
-    def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
-        """
-        Whether the rewound ticket gives every sample of `batch` the same output: pruning has cut it from its input.
+    def _train_and_prune(
+        self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
+    ) -> tuple[list[Tensor], str]:
+        """One prune event: train from m ⊙ θ0, remove the smallest weights. Also a hash of what training began with."""
+        name = self.bank.route_names[route]
+        if self._ticket_trainer is None:
+            self._ticket_trainer = self.make_ticket_trainer()
+        trainer = self._ticket_trainer
+        last_batch: dict[str, Any] = {}
 
-        Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
-        False where that cannot be told: for a single sample, or if nothing were pruned the output would be the same
-        too, as with a head that starts at zero.
-        """
-        return self._is_constant(masks, batch) and not self._is_constant(None, batch)
+        def batches() -> Iterator[dict[str, Any]]:
+            for batch in self.batches(route, event):
+                last_batch.update(batch)
+                yield batch
 
-    def _is_constant(self, masks: Sequence[Tensor] | None, batch: dict[str, Any]) -> bool:
-        self.rewind(masks)
-        self.network.eval()
-        for module in self.network.modules():
-            if isinstance(module, _NormBase):
-                module.train()
-        with self.autocast():
-            output = self.network(
-                **{name: value for name, value in batch.items() if name != "labels"}, return_dict=True
-            )
-        main = output.logits if "logits" in output else output[0]
-        return bool((main == main[:1]).all())
-
-
-def named_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer once, tied ones under their first name."""
-    yield from network.named_parameters()
-    yield from network.named_buffers()
-
-
-def deal_out(num_routes: int, rank: int, world_size: int) -> list[int]:
-    """The routes whose tickets a process extracts."""
-    return list(range(rank, num_routes, world_size))
-
-
-def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
-    """A `bool` mask as integers with all bits set where kept, of the weight's size and memory layout."""
-    integers = torch.empty_like(weight, dtype=integer_dtype(weight.dtype), requires_grad=False)
-    return integers.copy_(mask).neg_()
-
-
-@contextlib.contextmanager
-def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """States of torch's, NumPy's and Python's generators that depend on `seed` alone, put back afterwards."""
-    for_torch, for_numpy, for_python = np.random.SeedSequence(list(seed)).generate_state(3, np.uint64).tolist()
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(for_torch)
-        # Some models mask their input with NumPy's, as Wav2Vec2 does.
-        np.random.seed(for_numpy % 2**32)
-        random.seed(for_python)
+        seed = (self.args.seed, Stream.EXTRACTION, event, route)
         try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+            weights = trainer.train(mask, batches(), seed=seed, on_step=on_step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
+        started_from = trainer.started_from
+        reference = [self.theta0[weight] for weight in self.bank.weight_names]
+        pruned = prune(weights, mask, num_kept=num_kept, scope=self.args.prune_scope, reference=reference)
+        if not self.args.allow_disconnected and trainer.is_disconnected(pruned, self.inputs_of(last_batch)):
+            raise FloatingPointError(
+                f"pruning to {num_kept:,} weights has cut the output of ticket {name!r} from its input. Lower "
+                "`target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
+            )
+        return pruned, started_from
+
+    def _exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
+        """The masks of all routes, from those of each process; the same everywhere, or an error."""
+        packed = {route: torch.cat([pack(mask) for mask in masks]) for route, masks in own.items()}
+        sizes = [-(-shape.numel() // 8) for shape in self.bank.shapes]
+        rows = self.processes.merge_routes(packed, self.bank.num_routes, sum(sizes))
+        self._check_same(packed, rows)
+        return [
+            [unpack(part, shape) for part, shape in zip(row.split(sizes), self.bank.shapes, strict=True)]
+            for row in rows
+        ]
+
+    def _check_same(self, own: Mapping[int, Tensor], rows: Tensor) -> None:
+        made = {route: _fingerprint(packed) for route, packed in own.items()}
+        received = [_fingerprint(row) for row in rows]
+        everyone = self.processes.gather((made, received))
+        for maker, (theirs, _) in enumerate(everyone):
+            for route, fingerprint in theirs.items():
+                for rank, (_, got) in enumerate(everyone):
+                    if got[route] != fingerprint:
+                        raise RuntimeError(
+                            f"process {rank} has other masks of route {self.bank.route_names[route]!r} "
+                            f"({got[route][:16]}…) than process {maker}, which found them ({fingerprint[:16]}…)."
+                        )
+
+    def _search_again(
+        self, round_: Round, masks: Sequence[list[Tensor]], found: Sequence[list[Tensor]], dealt: list[list[int]]
+    ) -> None:
+        """Recomputes a round's last prune event of one route on another process than the one that did it first."""
+        route = round_.index % self.bank.num_routes
+        finder = next(rank for rank, routes in enumerate(dealt) if route in routes)
+        rank = (finder + 1) % self.processes.world_size
+        name, event = self.bank.route_names[route], round_.events[-1]
+        differing = 0
+        if self.processes.rank == rank:
+            before = masks[route]
+            if len(round_.events) > 1:
+                before = self.run_directory.load_masks(event - 1, route, self.bank.shapes) or before
+            with reproducible(self.args.extraction_threads):
+                again, _ = self._train_and_prune(route, event, before, round_.kept[-1], lambda: None)
+            differing = sum(int((one != two).sum()) for one, two in zip(again, found[route], strict=True))
+        self.lifeline.meet()
+        differing = sum(self.processes.gather(differing))
+        if differing:
+            raise RuntimeError(
+                f"`debug_determinism`: process {rank} finds another mask of route {name!r} after prune event {event} "
+                f"than process {finder} did: {differing:,} weights differ. Data or computation differ between them."
+            )
+        if self.processes.rank == 0:
+            logger.info(f"Process {rank} finds the same mask of route {name!r} after event {event} as {finder} did.")
+
+
+def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """
+    Deals out routes over processes: the dearest that is left to the process with the least to do.
+
+    Args:
+        costs (`Sequence[float]`): of every route.
+        world_size (`int`): number of processes.
+
+    Returns:
+        Per process, the indices of its routes in ascending order; none if there are fewer routes than processes.
+    """
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0.0, 0, rank) for rank in range(world_size)]
+    for route in sorted(range(len(costs)), key=lambda route: -costs[route]):
+        # By number of routes where costs are equal, as when all is done already.
+        load, num_routes, rank = heapq.heappop(loads)
+        dealt[rank].append(route)
+        heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))
+    return [sorted(routes) for routes in dealt]
+
+
+def _fingerprint(packed: Tensor) -> str:
+    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()

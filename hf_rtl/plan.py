@@ -26,6 +26,11 @@ class Round:
     first_event: int
     retrained: bool
 
+    @property
+    def events(self) -> range:
+        """Numbers of its prune events."""
+        return range(self.first_event, self.first_event + len(self.kept))
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,31 @@ def label_column(dataset: Any) -> str | None:
 
 def columns_of(dataset: Any) -> list[str]:
     return list(getattr(dataset, "column_names", None) or dataset[0])
+
+
+def check_label_column(columns: Sequence[str]) -> None:
+    # What transformers' own collators make `labels` of.
+    allowed = ("label", "labels", "label_ids")
+    if not set(allowed) & set(columns):
+        raise ValueError(
+            f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` "
+            f"to predict; its columns are {', '.join(map(repr, columns))}. Rename one, or pass a `data_collator` that "
+            "makes `labels`."
+        )
+
+
+def single_labels(dataset: Any) -> Sequence[Any] | None:
+    """The labels of a data set whose samples have one number or name each, else `None`."""
+    column = label_column(dataset)
+    if column is None:
+        return None
+    if hasattr(dataset, "with_format"):
+        values = list(dataset.with_format(None)[column])
+    else:
+        values = [dataset[index][column] for index in range(len(dataset))]
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    # Of numbers to regress, or several labels a sample, there is nothing to check.
+    return values if all(isinstance(value, (int, str)) for value in values) else None
 
 
 class RouteData:
@@ -96,6 +122,21 @@ class RouteData:
             seed_transforms=self.seed_transforms,
         )
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=RouteCollator(collate), **kwargs)
+
+    def endless_batches(
+        self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
+    ) -> Iterator[dict[str, Any]]:
+        """The batches of one epoch after the other."""
+        loader = self.loader(sampler, collate, **kwargs)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            yield from loader
+
+    def as_one_route(self) -> RouteData:
+        """The same samples, all of one route and with their own labels."""
+        joined = copy.copy(self)
+        joined.partition = Partition(np.zeros_like(self.partition.route_ids), ["all"])
+        return joined
 
     def hold_out(self, fraction: float, seed: int) -> tuple[RouteData, RouteData]:
         """Splits off `fraction` of every route, drawn by `seed`: the data that is left, and the part held out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .mask_bank import pack, unpack
+
+
+logger = logging.getLogger(__name__)
+
+REPORT = "round.json"
 
 
 class RunDirectory:
@@ -47,24 +53,59 @@ class RunDirectory:
         return self.path / "final"
 
     def open(
-        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any], versions: Mapping[str, str]
+        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any], surroundings: Mapping[str, str]
     ) -> None:
         """
         Starts a run in this directory, or continues the one that is there.
 
+        Args:
+            configuration (`Mapping[str, Any]`): what decides the result; must be the same to continue.
+            extraction (`Mapping[str, Any]`): the part of it that decides the masks.
+            surroundings (`Mapping[str, str]`): versions and devices, which decide rounding; others are warned of.
+
         Raises:
-            ValueError: a run, or extracted masks, of another configuration are there; says which values differ.
+            ValueError: a run, or extracted masks, of another configuration are there; says which values differ. Or
+                the file that says so is damaged.
         """
         files = {
-            self.path / "run.json": {"configuration": configuration, "versions": versions},
-            self.extraction_path / "extraction.json": {"configuration": extraction},
+            self.path / "run.json": {"configuration": configuration, "surroundings": surroundings},
+            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": surroundings},
         }
         for file, content in files.items():
             if file.exists():
-                _check_same(file, json.loads(json.dumps(content["configuration"])))
+                saved = _read_settings(file)
+                current = json.loads(json.dumps(content))
+                _check_same(file, saved["configuration"], current["configuration"])
+                _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
+        for file in self.path.rglob(".*.tmp"):
+            file.unlink()  # of a run that was killed while writing
         for file, content in files.items():
             if not file.exists():
                 write_json(file, content)
+
+    def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT}
+        written = {**report, "files": hashes}
+        write_json(folder / REPORT, written)
+        return written
+
+    def read_report(self, folder: Path) -> dict[str, Any] | None:
+        """The report of a finished round; `None` if it is not finished, or its report or model is damaged."""
+        try:
+            report = json.loads((folder / REPORT).read_text())
+            damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
+        except FileNotFoundError as error:
+            if not (folder / REPORT).exists():
+                return None
+            damaged = [Path(error.filename).name]
+        except (KeyError, ValueError):
+            damaged = [REPORT]
+        if damaged:
+            logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
+            return None
+        return report
 
     def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
         """Writes a route's mask after an event, with the hash of what its training started from."""
@@ -79,16 +120,37 @@ class RunDirectory:
         return [unpack(tensors[f"m{layer:04d}"], shape) for layer, shape in enumerate(shapes)]
 
 
-def _check_same(file: Path, current: dict[str, Any]) -> None:
-    saved = json.loads(file.read_text())["configuration"]
-    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if differing:
-        listed = "; ".join(
-            f"{name}: {_short(saved.get(name))} there, {_short(current.get(name))} now" for name in differing
-        )
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text())
+        return {"configuration": saved["configuration"], "surroundings": saved["surroundings"]}
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{str(file.parent)!r} holds a run of another configuration ({listed}). Choose another `output_dir` or "
-            "`extraction_dir`, or give the same arguments to continue that run."
+            f"{str(file)!r} is damaged: what the run in this folder was made with is not known. Delete the folder, or "
+            "choose another one."
+        ) from None
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    return "; ".join(f"{name}: {_short(saved.get(name))} there, {_short(current.get(name))} now" for name in differing)
+
+
+def _warn_of_other_surroundings(file: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    differences = _differences(saved, current)
+    if differences:
+        logger.warning(
+            f"{str(file.parent)!r} was begun in other surroundings ({differences}): what is added now may differ in "
+            "rounding, and so in masks, from what an uninterrupted run would have given."
+        )
+
+
+def _check_same(file: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differences = _differences(saved, current)
+    if differences:
+        raise ValueError(
+            f"{str(file.parent)!r} holds a run of another configuration ({differences}). Choose another `output_dir` "
+            "or `extraction_dir`, or give the same arguments to continue that run."
         )
 
 
@@ -96,8 +158,12 @@ def write_json(file: Path, value: Any) -> None:
     """Writes JSON so that `file` is either as it was or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(file)
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, file)
+    try:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -105,8 +171,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     beside = _beside(file)
-    save_file(contiguous, beside, metadata={**metadata, "sha256": hash_tensors(contiguous)})
-    os.replace(beside, file)
+    try:
+        save_file(contiguous, beside, metadata={**metadata, "sha256": hash_tensors(contiguous)})
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(file: Path) -> dict[str, Tensor] | None:
@@ -127,6 +197,15 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -61,7 +61,7 @@ _MINIMA = {
     "rewind_to": 0,
     "recalibration_batches": 1,
 }
-_OPTIONAL = ("extraction_steps", "extraction_threads")
+_OPTIONAL = ("extraction_steps",)
 
 
 @dataclass
@@ -88,6 +88,10 @@ class RTLTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; costs a sync per step."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Trainer checkpoints kept inside a round."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Search the graph for parameters that a step leaves out; slow."},
+    )
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label arguments."})
 
     target_sparsity: list[float] = field(
@@ -112,9 +116,12 @@ class RTLTrainingArguments(TrainingArguments):
     extraction_steps: int | None = field(
         default=None, metadata={"help": "Steps before each prune event, instead of extraction_epochs."}
     )
-    extraction_threads: int | None = field(
-        default=None,
-        metadata={"help": "CPU threads of extraction; fix it to get the same masks for any number of processes."},
+    extraction_threads: int = field(
+        default=1,
+        metadata={
+            "help": "CPU threads of extraction in each process; masks depend on it in rounding. For speed, start a "
+            "process per core instead."
+        },
     )
     extraction_dir: str | None = field(
         default=None,
@@ -142,6 +149,10 @@ class RTLTrainingArguments(TrainingArguments):
     )
     calibration_fraction: float = field(
         default=0.0, metadata={"help": "Part of each route's training data held out to calibrate thresholds on."}
+    )
+    debug_determinism: bool = field(
+        default=False,
+        metadata={"help": "Recompute one ticket a round on another process, and stop if it comes out different."},
     )
     recalibration_batches: int = field(
         default=50, metadata={"help": "Batches from which the statistics of the union of tickets are taken."}

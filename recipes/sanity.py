@@ -12,9 +12,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLTrainer
 from hf_rtl.backbone import build_backbone
-from hf_rtl.extraction import TicketTrainer, named_state
 from hf_rtl.metrics import membership_metrics
 from hf_rtl.pruning import random_masks, shuffled_masks
+from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
 def controls(

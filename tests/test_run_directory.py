@@ -166,7 +166,7 @@ def test_a_run_is_continued_with_the_same_configuration(tmp_path):
     before = files(tmp_path)
     assert {path.name for path in before} == {"run.json", "extraction.json"}
     written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written == {"configuration": CONFIGURATION, "versions": VERSIONS}
+    assert written == {"configuration": CONFIGURATION, "surroundings": VERSIONS}
     # Tuples become lists in JSON; other versions do not stop a run.
     RunDirectory(tmp_path / "run").open({**CONFIGURATION, "sparsity": (0.5,)}, EXTRACTION, {"torch": "3"})
     assert files(tmp_path) == before

@@ -32,12 +32,14 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
     RTLTrainer,
     RTLTrainingArguments,
-    trainer,
+    extraction,
 )
-from hf_rtl.extraction import named_state
+from hf_rtl.extraction import Extraction
 from hf_rtl.metrics import calibrate_thresholds
 from hf_rtl.optim import MaskedAdamW, MaskedSGD
-from hf_rtl.run_directory import RunDirectory, hash_tensors, read_tensors
+from hf_rtl.progress import RunProgress
+from hf_rtl.run_directory import RunDirectory, hash_file, hash_tensors, read_tensors, write_json
+from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
 ROUTES = ["ant", "bee", "cat"]
@@ -424,7 +426,7 @@ def test_the_output_of_train(finished, tmp_path):
 
 def test_every_event_of_every_route_draws_its_own_noise_and_batches(tmp_path, monkeypatch):
     seeds, drawn = [], []
-    train = trainer.TicketTrainer.train
+    train = TicketTrainer.train
 
     def watched(self, masks, batches, *, seed, on_step):
         batches = list(batches)
@@ -432,14 +434,14 @@ def test_every_event_of_every_route_draws_its_own_noise_and_batches(tmp_path, mo
         drawn.append(tuple(float(batch["pixel_values"].sum()) for batch in batches))
         return train(self, masks, batches, seed=seed, on_step=on_step)
 
-    monkeypatch.setattr(trainer.TicketTrainer, "train", watched)
+    monkeypatch.setattr(TicketTrainer, "train", watched)
     run(tmp_path / "run", target_sparsity=[0.3, 0.6], retrain_every_round=False)
     assert len(seeds) == len(set(seeds)) == len(set(drawn)) == 9
 
 
 def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
     steps = Counter()
-    begin_route, step = trainer.RunProgress.begin_route, trainer.TicketTrainer.step
+    begin_route, step = RunProgress.begin_route, TicketTrainer.step
 
     def watched_begin(self, name, *positional):
         steps["route"] = name
@@ -449,8 +451,8 @@ def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
         steps[steps["route"]] += 1
         return step(self, batch)
 
-    monkeypatch.setattr(trainer.RunProgress, "begin_route", watched_begin)
-    monkeypatch.setattr(trainer.TicketTrainer, "step", watched_step)
+    monkeypatch.setattr(RunProgress, "begin_route", watched_begin)
+    monkeypatch.setattr(TicketTrainer, "step", watched_step)
     data = Broken(24, lambda index, sample: {**sample, "label": min(index // 4, 2)})  # 4, 4 and 16 samples
     for epochs, expected in ((1.0, [1, 1, 4]), (1.5, [2, 2, 6]), (0.1, [1, 1, 1])):
         steps.clear()
@@ -474,7 +476,7 @@ def test_extraction_takes_the_options_of_training(tmp_path):
 
 
 def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "deal_out", lambda num_routes, rank, world_size: [2, 0, 1])
+    monkeypatch.setattr(extraction, "deal_out", lambda costs, world_size: [[2, 0, 1]])
     made = run(tmp_path / "run")
     assert made.model.mask_bank.fingerprint() == finished.trainer.model.mask_bank.fingerprint()
     assert contents(tmp_path / "run") == contents(finished.folder)
@@ -517,8 +519,8 @@ class StopAtEvaluation(TrainerCallback):
 
 
 def stop_in(monkeypatch, name, number):
-    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function that it uses."""
-    owner = RTLTrainer if hasattr(RTLTrainer, name) else trainer
+    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function that extraction uses."""
+    owner = RTLTrainer if hasattr(RTLTrainer, name) else extraction
     original, calls = getattr(owner, name), Counter()
 
     def stopping(*positional, **keywords):
@@ -672,7 +674,11 @@ def test_a_model_that_lacks_tensors_is_not_continued_from(finished, tmp_path):
             tensors.pop("norm_statistics.s0000")
         else:
             tensors["more"] = torch.ones(1)
-        save_file(tensors, folder / ROUNDS[0] / "model.safetensors", metadata={"format": "pt"})
+        file = folder / ROUNDS[0] / "model.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        report = json.loads((folder / ROUNDS[0] / "round.json").read_text())
+        report["files"]["model.safetensors"] = hash_file(file)
+        write_json(folder / ROUNDS[0] / "round.json", report)
         with pytest.raises(ValueError, match=f"does not fit the model.*1 (tensors )?{change}"):
             make_trainer(folder).train()
 
@@ -701,7 +707,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished, tmp_p
 def test_runs_that_differ_in_statistics_share_one_extraction(tmp_path, monkeypatch):
     shared = str(tmp_path / "masks")
     first = run(tmp_path / "per_route", extraction_dir=shared)
-    monkeypatch.setattr(RTLTrainer, "_extract_one", None)  # not called: all masks are there
+    monkeypatch.setattr(Extraction, "_train_and_prune", None)  # not called: all masks are there
     second = run(tmp_path / "shared", image_model(norm_statistics="shared"), extraction_dir=shared)
     assert [r["mask_fingerprint"] for r in first.rounds] == [r["mask_fingerprint"] for r in second.rounds]
     assert not (tmp_path / "shared" / "extraction").exists()
@@ -815,7 +821,7 @@ def test_rewinding_uses_the_threads_of_extraction(tmp_path, monkeypatch):
     columns = DOMAINS
     model = image_model(ticket_task="labels", num_labels=2)
     threads, used = 5, []
-    original = trainer.TicketTrainer.step
+    original = TicketTrainer.step
 
     def set_num_threads(number):
         nonlocal threads
@@ -827,7 +833,7 @@ def test_rewinding_uses_the_threads_of_extraction(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
-    monkeypatch.setattr(trainer.TicketTrainer, "step", step)
+    monkeypatch.setattr(TicketTrainer, "step", step)
     data = {"train": Images(24, columns=columns), "evaluate": Images(12, 1, columns), "route_column": "domain"}
     run(tmp_path / "run", model, target_sparsity=[0.3], rewind_to=1, extraction_threads=3, **data)
     assert used == [3] * (1 + 3 * 2)

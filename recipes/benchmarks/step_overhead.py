@@ -24,8 +24,8 @@ from tabulate import tabulate
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
-from hf_rtl.extraction import TicketTrainer, named_state
 from hf_rtl.run_directory import write_json
+from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
 # (backbone, batch size, image side)

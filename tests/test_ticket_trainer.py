@@ -1,7 +1,6 @@
 """Training one ticket: what it starts from, what pruning leaves, and what it does not depend on."""
 
 import contextlib
-import itertools
 import random
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_rtl.extraction import TicketTrainer, deal_out, named_state
 from hf_rtl.pruning import prune
+from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
 class Toy(nn.Module):
@@ -317,10 +316,3 @@ def test_a_head_that_starts_at_zero_is_no_disconnection():
     network = Toy()
     nn.init.zeros_(network.head.weight)
     assert not disconnected([1, 1, 1, 1], [1] * 6, network)
-
-
-def test_routes_are_dealt_out_once_each():
-    for num_routes, world_size in itertools.product((1, 2, 5, 8), (1, 2, 3, 8)):
-        dealt = [deal_out(num_routes, rank, world_size) for rank in range(world_size)]
-        assert sorted(itertools.chain(*dealt)) == list(range(num_routes))
-        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

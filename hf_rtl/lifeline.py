@@ -1,0 +1,155 @@
+"""Ends every process of a run when one of them fails or vanishes, so that none waits for it in vain."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two heartbeats, and without one after which a process counts as gone. A machine under load, or a long
+# call into a library that holds Python's lock, must not look like death.
+INTERVAL = 1.0
+PATIENCE = 30.0
+
+_HOST_IS_GONE = "process 0 is gone, which holds the connections."
+_LEFT = -(2**40)  # what is added to the heartbeats of a process that has left in good order
+
+
+class Lifeline:
+    """
+    A context for work that all processes do side by side, such as a run.
+
+    Each process sends heartbeats and listens for those of the next one, through the key-value store that
+    `torch.distributed` was started with: no collectives, so that the work inside may differ between processes. If an
+    exception leaves the context on one process, or one is killed, all others end too, within `PATIENCE` seconds and a
+    few. The cause is shown once: by the process that failed first, or by the first to notice that another is gone. The
+    others log a line that says whose message to read, and exit with status 1.
+
+    With one process it does nothing.
+
+    Args:
+        rank (`int`): this process.
+        world_size (`int`): number of processes. All must enter.
+    """
+
+    _entered = itertools.count()
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._meetings = itertools.count()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Lifeline:
+        if self.world_size > 1:
+            # A connection of its own: the main thread may wait on the other one for long.
+            store = _get_default_store().clone()
+            self._store = dist.PrefixStore(f"hf_rtl/{next(self._entered)}", store)
+            self._store.set(f"host/{self.rank}", socket.gethostname())
+            self._store.add(f"beat/{self.rank}", 1)
+            self._thread = threading.Thread(target=self._watch, name="hf_rtl-lifeline", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        if error is None:
+            self._leave()
+            return
+        try:
+            # What a broken connection raises is the effect of another's failure, which is to be shown instead.
+            gone = self._silent() if isinstance(error, RuntimeError) else []
+            self._stop()
+            cause = self._claim(f"{self._name(gone[0])} is gone: killed, or out of memory." if gone else "")
+        except dist.DistError:
+            cause = _HOST_IS_GONE
+        if cause:
+            logger.error(f"process {self.rank} ends: {cause}")
+            raise SystemExit(1) from None
+
+    def meet(self) -> None:
+        """Waits until all processes have come here, for as long as it takes: no collective, whose time is limited."""
+        if self._thread is not None:
+            self._wait_for(f"meeting/{next(self._meetings)}", self.world_size)
+
+    def _wait_for(self, key: str, number: int, patience: float = math.inf) -> None:
+        self._store.add(key, 1)
+        pause, start = 0.001, time.monotonic()
+        while self._store.add(key, 0) < number and time.monotonic() - start < patience:
+            time.sleep(pause)
+            pause = min(2 * pause, INTERVAL / 4)
+
+    def _leave(self) -> None:
+        self.meet()
+        if self.rank == 0:
+            # Last, since the store may live in this process.
+            self._wait_for("left", self.world_size, PATIENCE)
+        self._stop()
+        self._store.add(f"beat/{self.rank}", _LEFT)
+        if self.rank > 0:
+            self._store.add("left", 1)
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        neighbour = (self.rank + 1) % self.world_size
+        latest, since = 0, time.monotonic()
+        while not self._stopping.wait(INTERVAL):
+            try:
+                self._store.add(f"beat/{self.rank}", 1)
+                beats = self._store.add(f"beat/{neighbour}", 0)
+                if self._store.check(["failure"]):
+                    self._end(self._claim(""))
+                if beats != latest or beats <= 0:  # not yet here, or gone in good order
+                    latest, since = beats, time.monotonic()
+                elif time.monotonic() - since > PATIENCE:
+                    self._end(self._claim(f"{self._name(neighbour)} has given no sign of life for {PATIENCE:g} s."))
+            except dist.DistError:
+                self._end(_HOST_IS_GONE)
+
+    def _end(self, cause: str) -> None:
+        if self._stopping.is_set():
+            return
+        logger.error(f"process {self.rank} ends: {cause}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The main thread may hang in a collective for ever: no exception reaches it there.
+        os._exit(1)
+
+    def _claim(self, cause: str) -> str:
+        """
+        Says that the run has failed. Gives what is to be shown: `cause` if this process is the first to say so ("" for
+        its own exception), else who was.
+        """
+        own = f"process {self.rank}"
+        first = self._store.compare_set("failure", "", own).decode()
+        return cause if first == own else f"{first} has ended the run."
+
+    def _silent(self) -> list[int]:
+        """Processes whose hearts have stopped."""
+        before = [self._store.add(f"beat/{rank}", 0) for rank in range(self.world_size)]
+        time.sleep(3 * INTERVAL)
+        after = [self._store.add(f"beat/{rank}", 0) for rank in range(self.world_size)]
+        return [rank for rank, (one, two) in enumerate(zip(before, after, strict=True)) if one == two > 0]
+
+    def _name(self, rank: int) -> str:
+        return f"process {rank} on {self._store.get(f'host/{rank}').decode()}"

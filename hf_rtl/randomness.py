@@ -1,0 +1,82 @@
+"""Where random numbers come from, and what else decides the last bit of a result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """First word of the keys that random streams are made of, so that no two uses share a stream."""
+
+    EXTRACTION = 0
+    RETRAINING = 1
+    REWINDING = 2
+    RECALIBRATION = 3
+
+
+def seed_of(*words: int) -> int:
+    """A seed below 2**32 that depends on all `words`."""
+    return int(np.random.SeedSequence(list(words)).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """States of torch's, NumPy's and Python's generators that depend on `seed` alone, put back afterwards."""
+    for_torch, for_numpy, for_python = np.random.SeedSequence(list(seed)).generate_state(3, np.uint64).tolist()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(for_torch)
+        # Some models mask their input with NumPy's, as Wav2Vec2 does.
+        np.random.seed(for_numpy % 2**32)
+        random.seed(for_python)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def reproducible(num_threads: int) -> Iterator[None]:
+    """
+    Rounding that depends on inputs, versions and kind of device alone: a fixed number of CPU threads, and
+    deterministic algorithms where there are any; torch warns of operations that have none. Put back afterwards.
+    """
+    threads = torch.get_num_threads()
+    deterministic_settings: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, benchmark = deterministic_settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    # What cuBLAS needs to be deterministic; read when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic_settings.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        deterministic_settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_num_threads(threads)
+
+
+def surroundings() -> dict[str, str]:
+    """What rounding depends on beside inputs and versions: processor or device, and how it is set to compute."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "default_dtype": str(torch.get_default_dtype()),
+    }
