@@ -1,0 +1,123 @@
+"""Starts functions in several processes that find each other as those of `torchrun` do, and kills them where asked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+# A server that has imported everything once: a process is forked from it in milliseconds.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["distributed.runs"])
+
+
+class Team:
+    """
+    `world_size` processes that run `function(*arguments)`, connected by gloo over the loopback address.
+
+    Args:
+        function (`Callable`): of a module; what it returns is pickled.
+        arguments (`tuple`): for it.
+        world_size (`int`): number of processes.
+        logs (`Path`): folder for what they print, `rank-N.log`.
+        environment (`dict[str, str]`, *optional*): more variables.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        arguments: tuple,
+        *,
+        world_size: int,
+        logs: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log_files = [logs / f"rank-{rank}.log" for rank in range(world_size)]
+        with pytest.MonkeyPatch.context() as patched:
+            # Before Python 3.13, the server looks for what it is to import in this path alone.
+            patched.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+            forkserver.ensure_running()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._connections: list[Connection] = []
+        self.processes = []
+        for rank, log in enumerate(self.log_files):
+            variables = {"OMP_NUM_THREADS": "1", **(environment or {})}
+            if world_size > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+                variables |= {"LOCAL_WORLD_SIZE": str(world_size), **address}
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_run, args=(theirs, variables, str(log), function, arguments))
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self.processes.append(process)
+
+    def kill(self, ranks: list[int] | None = None) -> None:
+        """SIGKILL to `ranks`, by default to all."""
+        for rank, process in enumerate(self.processes):
+            if ranks is None or rank in ranks:
+                process.kill()
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        """Exit codes. Raises `TimeoutError`, and kills all, if one has not ended by then."""
+        for process in self.processes:
+            process.join(timeout)
+        if any(process.exitcode is None for process in self.processes):
+            self.kill()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.output()}")
+        return [process.exitcode for process in self.processes]
+
+    def results(self, timeout: float = 300) -> list[Any]:
+        """What `function` returned in every process. Raises `RuntimeError` with all output if one failed."""
+        received = []
+        for connection, process in zip(self._connections, self.processes, strict=True):
+            while not connection.poll(0.05) and process.is_alive():
+                pass
+            try:
+                received.append(connection.recv())
+            except EOFError:  # it failed, see below
+                break
+        codes = self.wait(timeout)
+        if any(codes):
+            raise RuntimeError(f"exit codes {codes}:\n{self.output()}")
+        return received
+
+    def output(self) -> str:
+        return "\n".join(f"--- rank {r}\n{file.read_text()}" for r, file in enumerate(self.log_files) if file.exists())
+
+
+def launch(function: Callable, *arguments: Any, world_size: int, logs: Path) -> list[Any]:
+    """What `function(*arguments)` returns in each of `world_size` processes."""
+    return Team(function, arguments, world_size=world_size, logs=logs).results()
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _run(connection: Connection, variables: dict[str, str], log: str, function: Callable, arguments: tuple) -> None:
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # As `torchrun` runs a script: an exception ends the process with its traceback and status 1.
+    try:
+        connection.send(function(*arguments))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
