@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .norm_statistics import BoundStatistics
 
 
@@ -25,6 +27,7 @@ class ActiveRoute:
         return self._route is not None
 
     @property
+    @torch.compiler.disable
     def route(self) -> int | None:
         """The route of this thread's context."""
         return self._route if self._owner == threading.get_ident() else None

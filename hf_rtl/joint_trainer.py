@@ -191,7 +191,12 @@ class JointTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(seed_of(self.args.seed, Stream.RETRAINING, self._current_round.index))
         # Masks never change here, and statistics are averaged: DDP need not send process 0's in every step.
-        kept_in_step = [name for name, _ in self.model.named_buffers() if name.startswith(("mask_bank.", "norm_stat"))]
+        statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
+        kept_in_step = [
+            name
+            for name, buffer in self.model.named_buffers()
+            if id(buffer) in statistics or name.startswith(("mask_bank.", "norm_statistics."))
+        ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, kept_in_step)
         checkpoint = self.processes.of_first(last_whole_checkpoint(folder) if self.processes.rank == 0 else None)
         with self._output_dir(folder):

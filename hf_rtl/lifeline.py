@@ -74,7 +74,8 @@ class Lifeline:
             return
         try:
             # What a broken connection raises is the effect of another's failure, which is to be shown instead.
-            gone = self._silent() if isinstance(error, RuntimeError) else []
+            broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+            gone = self._silent() if broken else []
             self._stop()
             cause = self._claim(f"{self._name(gone[0])} is gone: killed, or out of memory." if gone else "")
         except dist.DistError:
@@ -82,6 +83,9 @@ class Lifeline:
         if cause:
             logger.error(f"process {self.rank} ends: {cause}")
             raise SystemExit(1) from None
+        if self.rank == 0:
+            # The store may live in this process: lets the others read why they are to end.
+            time.sleep(2 * INTERVAL)
 
     def meet(self) -> None:
         """Waits until all processes have come here, for as long as it takes: no collective, whose time is limited."""

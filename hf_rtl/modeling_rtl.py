@@ -457,8 +457,9 @@ class RTLModel(PreTrainedModel):
         """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
         if labels.ndim == 1:
             labels = labels.unsqueeze(-1)
-        # Values are looked at on the CPU only: elsewhere that would wait for the device.
-        if labels.ndim != 2 or labels.shape[1] != 1 or (labels.is_cpu and bool(((labels != 0) & (labels != 1)).any())):
+        # Values are looked at on the CPU only: elsewhere that would wait for the device, and break a compiled graph.
+        look = labels.is_cpu and not torch.compiler.is_compiling()
+        if labels.ndim != 2 or labels.shape[1] != 1 or (look and bool(((labels != 0) & (labels != 1)).any())):
             raise ValueError(
                 "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1] (1: of the route), "
                 f"got {tuple(labels.shape)} with values up to {labels.max().item()}. Home routes are the labels of a "

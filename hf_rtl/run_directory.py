@@ -21,6 +21,7 @@ from .mask_bank import pack, unpack
 logger = logging.getLogger(__name__)
 
 REPORT = "round.json"
+METADATA = "hf_rtl"  # the entry in the header of tensor files: JSON
 
 
 class RunDirectory:
@@ -167,12 +168,17 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole."""
+    """
+    Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
+    arguments give equal bytes.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry, since safetensors writes several in any order.
+    described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
     beside = _beside(file)
     try:
-        save_file(contiguous, beside, metadata={**metadata, "sha256": hash_tensors(contiguous)})
+        save_file(contiguous, beside, metadata={METADATA: described})
         os.replace(beside, file)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -184,8 +190,8 @@ def read_tensors(file: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            expected = (opened.metadata() or {}).get("sha256")
-    except (FileNotFoundError, SafetensorError):
+            expected = json.loads(opened.metadata()[METADATA])["sha256"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tensors if expected == hash_tensors(tensors) else None
 

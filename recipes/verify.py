@@ -93,7 +93,7 @@ def rewound(run: Path, results: dict, theta0: dict, weights: list) -> list[str]:
                 {name: np.where(masks[name], v, v.dtype.type(0)) if name in masks else v for name, v in theta0.items()}
             )
             with safe_open(file, framework="numpy") as opened:
-                if opened.metadata()["started_from"] != expected:
+                if json.loads(opened.metadata()["hf_rtl"])["started_from"] != expected:
                     problems.append(str(file.relative_to(run)))
             packed = load_file(file)
             for (name, shape), row in zip(weights, (packed[key] for key in sorted(packed)), strict=True):

@@ -73,7 +73,7 @@ def test_an_altered_file_is_none(tmp_path):
     tensors = load_file(file)
     save_file(tensors, file)  # without a hash
     assert read_tensors(file) is None
-    save_file({**tensors, "more": torch.ones(1)}, file, metadata={"sha256": hash_tensors(tensors)})
+    save_file({**tensors, "more": torch.ones(1)}, file, metadata={"hf_rtl": json.dumps({"sha256": hash_tensors(tensors)})})
     assert read_tensors(file) is None
 
 

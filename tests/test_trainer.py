@@ -284,7 +284,7 @@ def test_every_event_started_from_masked_initial_weights(finished):
         for name, mask in zip(model.mask_bank.weight_names, masks, strict=True):
             start[name] = torch.where(mask, theta0[name], 0.0)
         with safe_open(RunDirectory(finished.folder).mask_file(event, route), "pt") as file:
-            assert file.metadata()["started_from"] == hash_tensors(start)
+            assert json.loads(file.metadata()["hf_rtl"])["started_from"] == hash_tensors(start)
 
 
 def test_every_joint_retraining_starts_from_the_initial_weights(finished):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +18,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from timm.models import create_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
-from transformers import ViTConfig  # noqa: E402
+from transformers import TrainerCallback, ViTConfig  # noqa: E402
 
+import hf_rtl.lifeline  # noqa: E402
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
+from hf_rtl.extraction import Extraction  # noqa: E402
+from hf_rtl.processes import Processes  # noqa: E402
+from hf_rtl.ticket_trainer import TicketTrainer  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -83,7 +90,13 @@ def make_model(kind: str, **options: Any) -> RTLModelForImageClassification:
 
 
 def make_trainer(
-    folder: str | Path, kind: str = "timm", *, data: Dataset | None = None, model: Any = None, **options: Any
+    folder: str | Path,
+    kind: str = "timm",
+    *,
+    data: Dataset | None = None,
+    model: Any = None,
+    model_options: dict[str, Any] | None = None,
+    **options: Any,
 ) -> RTLTrainer:
     settings = {
         "target_sparsity": [0.3, 0.6],
@@ -101,7 +114,7 @@ def make_trainer(
     }
     args = RTLTrainingArguments(output_dir=str(folder), **{**settings, **options})
     return RTLTrainer(
-        make_model(kind) if model is None else model,
+        make_model(kind, **(model_options or {})) if model is None else model,
         args,
         train_dataset=Images() if data is None else data,
         eval_dataset=Images(12, noise=0.0),
@@ -123,3 +136,205 @@ def train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(folder, kind, **options)
     trainer.train()
     return summary(trainer)
+
+
+def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`; also what every update of joint retraining saw and did, and how DDP was set up."""
+    trainer = make_trainer(folder, kind, **options)
+    original_step, original_average = trainer.training_step, trainer._average_statistics
+    batches: list[dict[str, Any]] = []
+    moved_outside: list[int] = []
+    statistics: list[tuple[list, list, list]] = []
+    wrapped: dict[str, Any] = {}
+    weights: list[torch.Tensor] = []
+
+    def training_step(model, inputs, num_items_in_batch=None):
+        batches.append(
+            {
+                "route": inputs["route"],
+                "labels": inputs["labels"].tolist(),
+                "sums": [round(float(image.double().sum()), 4) for image in inputs["pixel_values"]],
+            }
+        )
+        model_in_ddp = getattr(model, "_orig_mod", model)
+        if isinstance(model_in_ddp, torch.nn.parallel.DistributedDataParallel):
+            names = {id(buffer): name for name, buffer in trainer.model.named_buffers()}
+            wrapped["find_unused"] = model_in_ddp.find_unused_parameters
+            wrapped["broadcast"] = [names[id(buffer)] for buffer in model_in_ddp.modules_buffers]
+        return original_step(model, inputs, num_items_in_batch)
+
+    def average(route):
+        rows = trainer._statistics(route)
+        other_routes = [other for other in range(trainer.model.num_routes) if other != route]
+        others = [row for other in other_routes for row in trainer._statistics(other)]
+        before = [row.numpy().copy() for row in rows]
+        before_others = [row.numpy().copy() for row in others]
+        original_average(route)
+        after = [row.numpy().copy() for row in rows]
+        unchanged = [bool((a == b.numpy()).all()) for a, b in zip(before_others, others, strict=True)]
+        statistics.append((before, after, unchanged))
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            weights[:] = [weight.detach().clone() for weight in trainer.model.masker.weights]
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            masks = trainer.model.mask_bank[batches[-1]["route"]]
+            for mask, before, after in zip(masks, weights, trainer.model.masker.weights, strict=True):
+                moved_outside.append(int(((before != after) & ~mask).sum()))
+
+    trainer.training_step, trainer._average_statistics = training_step, average
+    trainer.add_callback(Watch())
+    trainer.train()
+    watched = {"batches": batches, "moved_outside": moved_outside, "statistics": statistics, "wrapped": wrapped}
+    return {**summary(trainer), **watched}
+
+
+def train_in(folder: str, kind: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, with weights and images of `dtype`."""
+    model = make_model(kind).to(getattr(torch, dtype))
+    return train(folder, kind, {"model": model, "data": Images(dtype=getattr(torch, dtype)), **options})
+
+
+def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, on 24, 8 and 12 images; also how many steps of extraction this process did for each route."""
+    steps: dict[str, int] = {}
+    search, step = Extraction._search, TicketTrainer.step
+    current = []
+
+    def watched_search(self, route, round_, mask):
+        current[:] = [ROUTES[route]]
+        return search(self, route, round_, mask)
+
+    def watched_step(self, batch):
+        steps[current[0]] = steps.get(current[0], 0) + 1
+        return step(self, batch)
+
+    with patch.object(Extraction, "_search", watched_search), patch.object(TicketTrainer, "step", watched_step):
+        return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
+
+
+def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, with a process 1 whose gradients are off."""
+    step = TicketTrainer.step
+
+    def altered(self, batch):
+        if dist.get_rank() == 1:
+            batch = {**batch, "pixel_values": batch["pixel_values"] + 0.5}
+        return step(self, batch)
+
+    with patch.object(TicketTrainer, "step", altered):
+        return train(folder, "timm", options)
+
+
+def receive_other_masks(folder: str) -> dict[str, Any]:
+    """As `train`, but process 1 receives one wrong bit of route 0."""
+    merge = Processes.merge_routes
+
+    def altered(self, *arguments):
+        rows = merge(self, *arguments)
+        if self.rank == 1:
+            rows[0, 0] ^= 1
+        return rows
+
+    with patch.object(Processes, "merge_routes", altered):
+        return train(folder, "timm", {})
+
+
+def disagree(folder: str, change: str) -> dict[str, Any]:
+    """As `train`, but process 1 would compute something else."""
+    other = os.environ["RANK"] == "1"
+    options: dict[str, Any] = {}
+    if other and change == "seed":
+        options["seed"] = 7
+    if other and change == "threads":
+        options["extraction_threads"] = 2
+    if other and change == "weights":
+        options["model"] = make_model("timm")
+        with torch.no_grad():
+            next(options["model"].parameters())[0] += 1
+    if other and change == "data":
+        options["data"] = Images()
+        options["data"].images += 1
+    if other and change == "version":
+        torch.__version__ = "1.0"
+    if other and change == "precision":
+        torch.set_float32_matmul_precision("medium")
+    return train(folder, "timm", options)
+
+
+def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, but process `rank` raises in the middle of extraction or of joint retraining."""
+    calls = []
+
+    def counting(original):
+        def called(*arguments, **keywords):
+            calls.append(None)
+            if len(calls) == 5 and int(os.environ.get("RANK", 0)) == rank:
+                raise ValueError("something is wrong with sample 17")
+            return original(*arguments, **keywords)
+
+        return called
+
+    owner, name = {"extraction": (TicketTrainer, "step"), "retraining": (RTLTrainer, "training_step")}[place]
+    with patch.object(owner, name, counting(getattr(owner, name))):
+        return train(folder, "timm", options)
+
+
+def train_for_long(folder: str, place: str) -> None:
+    """Trains until it is killed: in extraction once its first mask is there, or in joint retraining."""
+    hf_rtl.lifeline.PATIENCE = 5
+    steps = 10**9
+    if place == "retraining":
+        train(folder, "timm", {"max_steps": steps, "save_strategy": "steps", "save_steps": 2})
+    step = TicketTrainer.step
+
+    def endless(self, batch):
+        while list(Path(folder).glob("extraction/event-000/*")):
+            time.sleep(0.1)
+        return step(self, batch)
+
+    with patch.object(TicketTrainer, "step", endless):
+        train(folder, "timm", {})
+
+
+def dawdle(folder: str, seconds: float, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, but process 1 needs long for its ticket."""
+    search = Extraction._search
+
+    def slow(self, *arguments):
+        if dist.get_rank() == 1:
+            time.sleep(seconds)
+        return search(self, *arguments)
+
+    with patch.object(Extraction, "_search", slow):
+        return train(folder, "timm", options)
+
+
+def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, but from some point on files may not grow beyond a size."""
+
+    def limited(original, size):
+        def called(*arguments, **keywords):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            return original(*arguments, **keywords)
+
+        return called
+
+    owner, name, size = {
+        "extraction": (TicketTrainer, "train", 2**12),
+        "checkpoint": (RTLTrainer, "_save_optimizer_and_scheduler", 2**16),
+        "model": (RTLTrainer, "_recalibrate_union", 2**16),
+    }[place]
+    with patch.object(owner, name, limited(getattr(owner, name), size)):
+        return train(folder, "timm", options)
+
+
+def exhaust_memory(folder: str) -> dict[str, Any]:
+    """As `train`, but a step needs more memory than any machine has."""
+
+    def step(self, batch):
+        return torch.empty(2**50)
+
+    with patch.object(TicketTrainer, "step", step):
+        return train(folder, "timm", {})

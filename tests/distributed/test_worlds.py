@@ -1,0 +1,201 @@
+"""The same run on 1, 2 and 3 processes: what must be equal is, and each process is shown to be one of so many."""
+
+import numpy as np
+import pytest
+from distributed import runs
+from distributed.processes import Team, launch
+
+
+WORLDS = [1, 2, 3]
+
+
+def run_in_worlds(function, tmp_path, worlds, *arguments):
+    """World size -> what each process returned; asserts and prints the number of processes that there really were."""
+    made = {}
+    for world_size in worlds:
+        folder = tmp_path / f"world-{world_size}"
+        results = launch(
+            function, str(folder), *arguments, world_size=world_size, logs=tmp_path / f"logs-{world_size}"
+        )
+        assert [result["world_size"] for result in results] == [world_size] * world_size
+        assert [result["rank"] for result in results] == list(range(world_size))
+        print(f"{function.__name__}{arguments}: {world_size} process(es), as {results[0]['world_size']} says")
+        made[world_size] = results
+    return made
+
+
+def distance(one, two, start):
+    """Of two ends of training, relative to how far the first has come from its start."""
+    names = [name for name in start if np.issubdtype(one[name].dtype, np.floating)]
+    apart = sum(float(((one[name].astype(float) - two[name]) ** 2).sum()) for name in names)
+    moved = sum(float(((one[name].astype(float) - start[name]) ** 2).sum()) for name in names)
+    return (apart / moved) ** 0.5
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def initial_weights(kind, **options):
+    model = runs.make_model(kind, **options)
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+# Extraction
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit"])
+def test_masks_are_the_same_for_any_number_of_processes(tmp_path, kind):
+    made = run_in_worlds(runs.train, tmp_path, WORLDS, kind, {})
+    assert len({result["fingerprint"] for results in made.values() for result in results}) == 1
+    files = [contents(tmp_path / f"world-{world}" / "extraction") for world in WORLDS]
+    assert len(files[0]) == 1 + 3 * 3 and files[0] == files[1] == files[2]
+    for results in made.values():
+        for name, tensor in results[0]["state"].items():
+            assert all(np.array_equal(tensor, other["state"][name]) for other in results), name
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(tmp_path, world_size):
+    """Of 3 routes, with 4 processes one has nothing to do; with 2, the largest is alone."""
+    options = {"extraction_steps": None, "extraction_epochs": 1.0, "target_sparsity": [0.3], "route_batch_size": 8}
+    made = run_in_worlds(runs.search_unequal_routes, tmp_path, [1, world_size], options)
+    results = made[world_size]
+    assert {result["fingerprint"] for result in results} == {made[1][0]["fingerprint"]}
+    assert made[1][0]["steps"] == {"ant": 6, "bee": 2, "cat": 3}
+    expected = {2: [{"ant": 6}, {"bee": 2, "cat": 3}], 4: [{"ant": 6}, {"cat": 3}, {"bee": 2}, {}]}
+    assert [result["steps"] for result in results] == expected[world_size]
+
+
+def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
+    whole = launch(runs.train, str(tmp_path / "whole"), "timm", {}, world_size=1, logs=tmp_path / "logs")
+    for first, then in ((2, 1), (1, 3)):
+        folder, logs = str(tmp_path / f"{first}-{then}"), tmp_path / f"logs-{first}-{then}"
+        broken = Team(runs.fail, (folder, "extraction", 0, {}), world_size=first, logs=logs)
+        assert any(broken.wait(60))
+        done = len(list((tmp_path / f"{first}-{then}").glob("extraction/event-*/*")))
+        assert 0 < done < 9
+        results = launch(runs.train, folder, "timm", {}, world_size=then, logs=logs)
+        assert [result["world_size"] for result in results] == [then] * then
+        assert {result["fingerprint"] for result in results} == {whole[0]["fingerprint"]}
+
+
+def test_a_ticket_can_be_checked_on_another_process(tmp_path):
+    options = {"debug_determinism": True, "target_sparsity": [0.3]}
+    made = run_in_worlds(runs.train, tmp_path, [1, 2], "timm", options)
+    assert made[1][0]["fingerprint"] == made[2][0]["fingerprint"]
+    team = Team(runs.compute_differently, (str(tmp_path / "other"), options), world_size=2, logs=tmp_path / "logs")
+    assert any(team.wait(60))
+    assert "`debug_determinism`: process 1 finds another mask of route 'ant'" in team.output()
+    # Without it, nobody notices that process 1 computes differently.
+    unchecked = {**options, "debug_determinism": False}
+    launch(runs.compute_differently, str(tmp_path / "unchecked"), unchecked, world_size=2, logs=tmp_path / "logs")
+
+
+def test_other_masks_than_those_found_are_noticed_and_named(tmp_path):
+    team = Team(runs.receive_other_masks, (str(tmp_path / "run"),), world_size=2, logs=tmp_path / "logs")
+    assert any(team.wait(60))
+    assert "process 1 has other masks of route 'ant'" in team.output()
+    assert "than process 0, which found them" in team.output()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed", "seed: 42 and 7"),
+        ("weights", "initial_weights: "),
+        ("data", "first_batch: "),
+        ("threads", "extraction_threads: 1 and 2"),
+        ("version", "torch: "),
+        ("precision", "matmul_precision: "),
+    ],
+)
+def test_processes_that_would_find_other_tickets_are_refused_before_the_work(tmp_path, change, named):
+    team = Team(runs.disagree, (str(tmp_path / "run"), change), world_size=2, logs=tmp_path / "logs")
+    assert any(team.wait(60))
+    assert f"processes 0 and 1 would not find the same tickets: they differ in {named}" in team.output()
+    assert team.output().count("Traceback") == 1
+    assert list((tmp_path / "run").iterdir()) == []  # `Trainer` makes the folder
+
+
+# Joint retraining
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "options"),
+    [
+        ("float32", 1e-3, {}),
+        ("float64", 1e-9, {}),
+        ("float64", 1e-9, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
+    ],
+)
+def test_joint_weights_of_a_transformer_agree_over_worlds(tmp_path, dtype, tolerance, options):
+    made = run_in_worlds(runs.train_in, tmp_path, WORLDS, "vit", dtype, options)
+    start = initial_weights("vit")
+    ends = {world: results[0]["state"] for world, results in made.items()}
+    assert all(str(end["backbone.classifier.weight"].dtype) == dtype for end in ends.values())
+    for world in (2, 3):
+        apart = distance(ends[1], ends[world], start)
+        print(f"vit, {dtype}, {options}: worlds 1 and {world} end {apart:.1e} of the movement apart")
+        assert apart < tolerance
+        assert made[world][0]["fingerprint"] == made[1][0]["fingerprint"]
+
+
+def test_with_batch_norm_worlds_differ(tmp_path):
+    """Not promised, only shown: each process normalises with the statistics of its own part of a batch."""
+    made = run_in_worlds(runs.train, tmp_path, [1, 2], "timm", {})
+    apart = distance(made[1][0]["state"], made[2][0]["state"], initial_weights("timm"))
+    print(f"batch norm: worlds 1 and 2 end {apart:.1e} of the movement apart")
+    assert 1e-3 < apart < 2
+
+
+def test_every_process_has_its_part_of_the_same_batches(tmp_path):
+    made = run_in_worlds(runs.train_watched, tmp_path, WORLDS, "vit", {"target_sparsity": [0.3], "max_steps": 9})
+    alone = made[1][0]["batches"]
+    assert [batch["route"] for batch in alone] == [0, 1, 2] * 3
+    for world in (2, 3):
+        for number, whole in enumerate(alone):
+            parts = [result["batches"][number] for result in made[world]]
+            assert {part["route"] for part in parts} == {whole["route"]}
+            assert {len(part["sums"]) for part in parts} == {12 // world}
+            assert all(sum(part["labels"]) * 2 == len(part["labels"]) for part in parts)
+            assert sorted(value for part in parts for value in part["sums"]) == sorted(whole["sums"])
+
+
+@pytest.mark.parametrize(
+    ("norm_statistics", "options"),
+    [
+        ("per_route", {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
+        ("shared", {}),
+        ("per_route", {"torch_compile": True, "torch_compile_backend": "aot_eager", "target_sparsity": [0.3]}),
+    ],
+    ids=["accumulation", "shared", "compiled"],
+)
+def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(tmp_path, norm_statistics, options):
+    options = {"model_options": {"norm_statistics": norm_statistics}, **options}
+    made = run_in_worlds(runs.train_watched, tmp_path, [2], "timm", options)[2]
+    assert made[0]["moved_outside"] and not any(any(result["moved_outside"]) for result in made)
+    for name, tensor in made[0]["state"].items():
+        assert np.array_equal(tensor, made[1]["state"][name]), name
+    assert made[0]["wrapped"]["find_unused"] is False
+    assert made[0]["wrapped"]["broadcast"] == []
+    updates = list(zip(made[0]["statistics"], made[1]["statistics"], strict=True))
+    assert len(updates) == 6 * (1 if "target_sparsity" in options else 2)
+    differed = 0
+    for (before, after, others), (before_there, after_there, _) in updates:
+        for here, there, mean, mean_there in zip(before, before_there, after, after_there, strict=True):
+            differed += not np.array_equal(here, there)
+            np.testing.assert_allclose(mean, (here.astype(float) + there) / 2, rtol=1e-5, atol=1e-7)
+            assert np.array_equal(mean, mean_there)
+        if norm_statistics == "per_route":
+            assert all(others)
+    assert differed  # else the mean shows nothing
+
+
+def test_mixed_precision_moves_its_ticket_alone(tmp_path):
+    made = run_in_worlds(runs.train_watched, tmp_path, [2], "vit", {"bf16": True})[2]
+    plain = launch(runs.train, str(tmp_path / "plain"), "vit", {}, world_size=1, logs=tmp_path / "logs")
+    assert made[0]["moved_outside"] and not any(any(result["moved_outside"]) for result in made)
+    for name, tensor in made[0]["state"].items():
+        assert np.array_equal(tensor, made[1]["state"][name]), name
+    assert made[0]["fingerprint"] != plain[0]["fingerprint"]  # extraction was in bfloat16 too
