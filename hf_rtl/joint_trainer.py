@@ -22,6 +22,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
 from .checkpoints import last_whole_checkpoint, seal
+from .failures import explain_failures
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
 from .modeling_rtl import (
@@ -141,14 +142,15 @@ class JointTrainer(Trainer):
                 self._partitions.append((dataset, self._find_partition(model, args, dataset)))
         if compute_metrics is None and isinstance(model, _ONE_LABEL_PER_SAMPLE):
             compute_metrics = self._compute_metrics
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
+        with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # it makes the folder
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                compute_metrics=compute_metrics,
+                **kwargs,
+            )
         self._check_distributed_type()
         self.processes = Processes(self.accelerator)
         self.remove_callback(ProgressCallback)

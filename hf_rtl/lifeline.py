@@ -10,7 +10,9 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -55,9 +57,7 @@ class Lifeline:
 
     def __enter__(self) -> Lifeline:
         if self.world_size > 1:
-            # A connection of its own: the main thread may wait on the other one for long.
-            store = _get_default_store().clone()
-            self._store = dist.PrefixStore(f"hf_rtl/{next(self._entered)}", store)
+            self._store = dist.PrefixStore(f"hf_rtl/{next(self._entered)}", self._connect())
             self._store.set(f"host/{self.rank}", socket.gethostname())
             self._store.add(f"beat/{self.rank}", 1)
             self._thread = threading.Thread(target=self._watch, name="hf_rtl-lifeline", daemon=True)
@@ -86,6 +86,19 @@ class Lifeline:
         if self.rank == 0:
             # The store may live in this process: lets the others read why they are to end.
             time.sleep(2 * INTERVAL)
+
+    def _connect(self) -> dist.Store:
+        """A connection of its own to the key-value store: the main thread may wait on the other one for long."""
+        store: Any = _get_default_store()  # PyTorch's stubs lack some of its methods
+        timeout = store.timeout
+        store.set_timeout(timedelta(seconds=PATIENCE))
+        try:
+            return store.clone()
+        except dist.DistError:
+            logger.error(f"process {self.rank} ends: {_HOST_IS_GONE}")
+            raise SystemExit(1) from None
+        finally:
+            store.set_timeout(timeout)
 
     def meet(self) -> None:
         """Waits until all processes have come here, for as long as it takes: no collective, whose time is limited."""

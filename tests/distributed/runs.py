@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import time
@@ -338,3 +339,24 @@ def exhaust_memory(folder: str) -> dict[str, Any]:
 
     with patch.object(TicketTrainer, "step", step):
         return train(folder, "timm", {})
+
+
+def write_into_a_read_only_folder(folder: str) -> dict[str, Any]:
+    """As `train`, on a disk that has become read-only."""
+
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[-1]))
+
+    with patch.object(os, "replace", refuse), patch.object(Path, "touch", refuse):
+        return train(folder, "timm", {})
+
+
+def fail_to_begin(folder: str) -> dict[str, Any]:
+    """As `train`, but process 0 does not even make its trainer."""
+    hf_rtl.lifeline.PATIENCE = 5
+    trainer = make_trainer(folder)
+    if dist.get_rank() == 0:
+        raise ValueError("no such data")
+    time.sleep(2)
+    trainer.train()
+    return summary(trainer)

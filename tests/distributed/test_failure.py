@@ -1,0 +1,113 @@
+"""When something fails on one process, or on the machine: all end soon, the cause is shown once, nothing is lost."""
+
+import time
+
+import pytest
+from distributed import runs
+from distributed.processes import Team, launch
+
+
+def started(folder, team, pattern, number=1):
+    """Waits until a run has written that many files like `pattern`."""
+    while len(list(folder.glob(pattern))) < number:
+        assert all(process.is_alive() for process in team.processes), team.output()
+        time.sleep(0.01)
+
+
+def continues(tmp_path, folder, **options):
+    """Whether the run in `folder` ends as one that nothing happened to."""
+    whole = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=2, logs=tmp_path / "logs-whole")
+    again = launch(runs.train, str(folder), "timm", options, world_size=2, logs=tmp_path / "logs-again")
+    assert [result["world_size"] for result in again] == [2, 2]
+    return all((again[0]["state"][name] == value).all() for name, value in whole[0]["state"].items())
+
+
+@pytest.mark.parametrize(
+    ("place", "rank"), [("extraction", 0), ("extraction", 1), ("retraining", 0), ("retraining", 1)]
+)
+def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(tmp_path, place, rank):
+    begin = time.monotonic()
+    team = Team(runs.fail, (str(tmp_path / "run"), place, rank, {}), world_size=2, logs=tmp_path / "logs")
+    assert team.wait(60) == [1, 1]
+    print(f"{place}, process {rank} of 2: all have ended after {time.monotonic() - begin:.1f} s")
+    assert team.output().count("ValueError: something is wrong with sample 17") == 1
+    assert team.output().count("Traceback") == 1
+    assert f"process {1 - rank} ends: process {rank} has ended the run." in team.log_files[1 - rank].read_text()
+
+
+def test_what_was_finished_before_a_failure_is_not_lost(tmp_path):
+    folder = tmp_path / "run"
+    team = Team(runs.fail, (str(folder), "retraining", 1, {"save_steps": 2}), world_size=2, logs=tmp_path / "logs")
+    assert team.wait(60) == [1, 1]
+    masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
+    assert len(masks) == 3
+    assert continues(tmp_path, folder)
+    assert all(path.read_bytes() == content for path, content in masks.items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["extraction", "retraining"])
+def test_a_process_that_is_killed_ends_all(tmp_path, place, rank):
+    """In extraction, where the others do not wait for it; in joint retraining, where a connection breaks."""
+    folder = tmp_path / "run"
+    team = Team(runs.train_for_long, (str(folder), place), world_size=2, logs=tmp_path / "logs")
+    started(folder, team, {"extraction": "extraction/event-000/*", "retraining": "round-*/checkpoint-*"}[place])
+    begin = time.monotonic()
+    team.kill([rank])
+    codes = team.wait(60)
+    print(f"{place}, process {rank} of 2 killed: the other has ended after {time.monotonic() - begin:.1f} s")
+    assert codes[rank] == -9 and codes[1 - rank] == 1
+    said = team.log_files[1 - rank].read_text()
+    assert said.count("ends: ") == 1 and f"process {rank}" in said
+    assert "Traceback" not in said
+
+
+def test_a_process_may_be_busy_for_long(tmp_path):
+    """Others wait for as long as it takes: extraction of one route may take hours more than that of another."""
+    options = {"target_sparsity": [0.3], "ddp_timeout": 5}
+    results = launch(runs.dawdle, str(tmp_path / "run"), 8.0, options, world_size=2, logs=tmp_path / "logs")
+    assert [result["world_size"] for result in results] == [2, 2]
+
+
+@pytest.mark.parametrize("place", ["extraction", "checkpoint", "model"])
+def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, place):
+    """The limit is a real one, of the operating system: files may not grow beyond a size."""
+    folder = tmp_path / "run"
+    options = {"save_strategy": "steps", "save_steps": 2}
+    team = Team(runs.fill_the_disk, (str(folder), place, options), world_size=1, logs=tmp_path / "logs")
+    assert team.wait(60) == [1]
+    error = team.output().strip().splitlines()[-1]
+    assert error.startswith("OSError") and str(folder) in error and "MiB free" in error
+    assert "What is finished is kept" in error and "give the same command again" in error
+    assert not list(folder.rglob(".*.tmp"))
+    masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
+    assert len(masks) == {"extraction": 0, "checkpoint": 3, "model": 3}[place]
+    expected = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=1, logs=tmp_path / "logs")[0]
+    again = launch(runs.train, str(folder), "timm", options, world_size=1, logs=tmp_path / "logs")[0]
+    assert all((again["state"][name] == value).all() for name, value in expected["state"].items())
+    assert all(path.read_bytes() == content for path, content in masks.items())
+
+
+def test_memory_that_runs_out_is_said_in_words(tmp_path):
+    team = Team(runs.exhaust_memory, (str(tmp_path / "run"),), world_size=1, logs=tmp_path / "logs")
+    assert team.wait(60) == [1]
+    error = team.output().strip().splitlines()[-1]
+    assert error.startswith("MemoryError: out of memory with `route_batch_size` = 12 (")
+    assert "can't allocate memory" in error
+    assert "`gradient_accumulation_steps`" in error and "What is finished is kept" in error
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_folder_that_cannot_be_written_is_said_in_words(tmp_path, world_size):
+    arguments = (str(tmp_path / "run"),)
+    team = Team(runs.write_into_a_read_only_folder, arguments, world_size=world_size, logs=tmp_path / "logs")
+    assert set(team.wait(60)) == {1}
+    assert team.output().count("OSError: [Errno 30] Read-only file system (") == 1
+    assert "make room, or make the folder writable, and give the same command again" in team.output()
+    assert str(tmp_path / "run") in team.output()
+
+
+def test_a_process_that_fails_before_the_run_does_not_leave_others_waiting(tmp_path):
+    team = Team(runs.fail_to_begin, (str(tmp_path / "run"),), world_size=2, logs=tmp_path / "logs")
+    assert team.wait(60) == [1, 1]
+    assert "process 1 ends: process 0 is gone" in team.output()
