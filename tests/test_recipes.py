@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
@@ -108,8 +110,52 @@ def test_configurations_name_existing_arguments(config: str) -> None:
     assert set(values) <= known
 
 
-@pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards/templates").glob("*.md")))
+# Name -> (type, machines, processes).
+LAUNCHES = {
+    "cpu.yaml": ("NO", 1, 1),
+    "one_gpu.yaml": ("NO", 1, 1),
+    "multi_gpu.yaml": ("MULTI_GPU", 1, 2),
+    "multi_node.yaml": ("MULTI_GPU", 2, 16),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (RECIPES / "accelerate").iterdir()))
+def test_accelerate_reads_its_configurations(name: str) -> None:
+    config = load_config_from_file(str(RECIPES / "accelerate" / name))
+    kind, machines, processes = LAUNCHES[name]
+    assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
+    assert config.use_cpu == (name == "cpu.yaml")
+    if machines > 1:
+        assert config.main_process_ip and config.main_process_port and config.machine_rank == 0
+
+
+@pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards").glob("*.md")))
 def test_cards_are_what_their_results_say(card: str) -> None:
     from card import MODEL_CARDS, render
 
     assert (MODEL_CARDS / f"{card}.md").read_text() == render(card)
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import card
+
+    file = tmp_path / "scaling-results.json"
+    printed = run(
+        "benchmarks/scaling.py",
+        *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
+        *("--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
+        CUDA_VISIBLE_DEVICES="",
+    ).stdout
+    results = json.loads(file.read_text())
+    assert [entry["processes"] for entry in results["measured"]] == [1, 2]
+    assert len({entry["masks"] for entry in results["measured"]}) == 1
+    assert all(entry[name] > 0 for entry in results["measured"] for name in ("extraction_seconds", "startup_seconds"))
+    extraction = results["figures"][1]
+    assert extraction["ratio"] == pytest.approx(extraction["1 process"] / extraction["2 processes"])
+
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    rendered = card.render("scaling")
+    assert results["masks"] in rendered and results["masks"] in printed
+    assert f"{extraction['ratio']:.3f}" in rendered

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,7 +75,9 @@ def test_an_altered_file_is_none(tmp_path):
     tensors = load_file(file)
     save_file(tensors, file)  # without a hash
     assert read_tensors(file) is None
-    save_file({**tensors, "more": torch.ones(1)}, file, metadata={"hf_rtl": json.dumps({"sha256": hash_tensors(tensors)})})
+    save_file(
+        {**tensors, "more": torch.ones(1)}, file, metadata={"hf_rtl": json.dumps({"sha256": hash_tensors(tensors)})}
+    )
     assert read_tensors(file) is None
 
 
@@ -219,3 +223,115 @@ def test_extracted_masks_are_shared_by_runs_that_agree_on_them(tmp_path):
     with pytest.raises(ValueError, match="seed: 1 there, 2 now.*`extraction_dir`"):
         third.open({**CONFIGURATION, "seed": 2}, {"seed": 2}, VERSIONS)
     assert files(tmp_path) == before  # not even a run.json of the third
+
+
+REPORT_OF_A_ROUND = {"round": 1, "kept": {"ant": 3}}
+
+
+def finished_round(tmp_path):
+    folder = tmp_path / "round-01-sparsity-0.5"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").write_text("not ours")
+    return folder, RunDirectory(tmp_path).write_report(folder, REPORT_OF_A_ROUND)
+
+
+def test_a_finished_round_comes_back(tmp_path):
+    folder, written = finished_round(tmp_path)
+    assert written == {**REPORT_OF_A_ROUND, "files": written["files"]}
+    assert set(written["files"]) == {"model.safetensors", "config.json"}
+    (folder / "notes.txt").unlink()
+    (folder / "more.json").write_text("{}")
+    assert RunDirectory(tmp_path).read_report(folder) == written
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "half a report", "other report"])
+def test_a_damaged_round_is_not_finished(tmp_path, caplog, damage):
+    folder, _ = finished_round(tmp_path)
+    if damage == "altered":
+        (folder / "model.safetensors").write_bytes(b"weighty")
+    elif damage == "missing":
+        (folder / "model.safetensors").unlink()
+    elif damage == "half a report":
+        (folder / "round.json").write_text((folder / "round.json").read_text()[:-10])
+    else:
+        (folder / "round.json").write_text("{}")
+    named = "round.json" if "report" in damage else "model.safetensors"
+    assert RunDirectory(tmp_path).read_report(folder) is None
+    assert [record.message for record in caplog.records] == [
+        f"{named} in {str(folder)!r} is damaged: the joint retraining is done again."
+    ]
+
+
+def test_a_round_that_was_not_finished_is_no_damage(tmp_path, caplog):
+    assert RunDirectory(tmp_path).read_report(tmp_path / "round-01-sparsity-0.5") is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"configuration": {}}'])
+@pytest.mark.parametrize("name", ["run.json", "extraction/extraction.json"])
+def test_settings_that_cannot_be_read_are_refused(tmp_path, name, content):
+    RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, VERSIONS)
+    (tmp_path / name).write_text(content)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}' is damaged.*Delete the folder"):
+        RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, VERSIONS)
+    assert files(tmp_path) == before
+
+
+def test_other_surroundings_are_warned_of(tmp_path, caplog):
+    RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, {"torch": "2", "device": "cpu"})
+    RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, {"torch": "2", "device": "cpu"})
+    assert not caplog.records
+    RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, {"torch": "3", "device": "cpu"})
+    assert len(caplog.records) == 2  # of the run, and of its masks
+    assert all('torch: "2" there, "3" now' in record.message for record in caplog.records)
+    assert all("device" not in record.message for record in caplog.records)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    shared = tmp_path / "masks"
+    directory = RunDirectory(tmp_path / "run", shared)
+    directory.open(CONFIGURATION, EXTRACTION, VERSIONS)
+    left = tmp_path / "run" / "round-01-sparsity-0.5" / ".round.json.17.tmp"
+    left.parent.mkdir()
+    left.write_text("{")
+    of_another_run = shared / ".route-000.safetensors.18.tmp"
+    of_another_run.write_text("")
+    directory.open(CONFIGURATION, EXTRACTION, VERSIONS)
+    assert not left.exists() and of_another_run.exists()
+
+
+@pytest.mark.parametrize(
+    "write", [lambda file: write_json(file, {1: {2}}), lambda file: write_tensors(file, {"x": 1})]
+)
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, write):
+    file = tmp_path / "file"
+    file.write_text("before")
+    with pytest.raises((TypeError, AttributeError)):
+        write(file)
+    assert files(tmp_path) == {file: b"before"}
+
+
+def test_a_disk_that_fails_in_the_last_moment_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "tensors.safetensors"
+    write_tensors(file, TENSORS)
+    before = files(tmp_path)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    for write in (lambda: write_tensors(file, {"x": torch.ones(3)}), lambda: write_json(file, [1])):
+        with pytest.raises(OSError):
+            write()
+        assert files(tmp_path) == before
+
+
+def test_equal_tensors_give_equal_files(tmp_path):
+    command = "import torch; from hf_rtl.run_directory import write_tensors; from pathlib import Path; import sys; "
+    command += "write_tensors(Path(sys.argv[1]), {'b': torch.ones(2), 'a': torch.zeros(3)}, started_from='abc', k='v')"
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", command, str(tmp_path / name)], check=True)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

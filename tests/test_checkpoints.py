@@ -1,0 +1,70 @@
+"""A checkpoint is used only if it is what was sealed."""
+
+import json
+
+import pytest
+
+from hf_rtl.checkpoints import SEAL, is_whole, last_whole_checkpoint, seal
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-20"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 5000)  # more than is read at once
+    (folder / "inner" / "state.json").write_text("{}")
+    seal(folder)
+    return folder
+
+
+def test_a_seal_lists_every_file(checkpoint):
+    assert set(json.loads((checkpoint / SEAL).read_text())) == {"optimizer.pt", "inner/state.json"}
+    assert is_whole(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut", "missing", "inner missing", "no seal", "half a seal", "empty"])
+def test_a_damaged_checkpoint_is_not_whole(checkpoint, damage):
+    file = checkpoint / "optimizer.pt"
+    if damage == "altered":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "inner missing":
+        (checkpoint / "inner" / "state.json").unlink()
+    elif damage == "no seal":
+        (checkpoint / SEAL).unlink()
+    elif damage == "half a seal":
+        (checkpoint / SEAL).write_text((checkpoint / SEAL).read_text()[:-10])
+    else:
+        file.write_bytes(b"")
+    assert not is_whole(checkpoint)
+
+
+def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(checkpoint, caplog):
+    folder = checkpoint.parent
+    for number, sealed in ((3, True), (100, False), (9, True)):
+        other = folder / f"checkpoint-{number}"
+        other.mkdir()
+        (other / "optimizer.pt").write_bytes(b"x")
+        if sealed:
+            seal(other)
+    (folder / "checkpoint-best").mkdir()  # not one of Trainer's
+    assert last_whole_checkpoint(folder) == str(checkpoint)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-20",
+        "checkpoint-3",
+        "checkpoint-9",
+        "checkpoint-best",
+    ]
+    assert [record.message.count("checkpoint-100") for record in caplog.records] == [1]
+    (checkpoint / SEAL).unlink()
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-9")
+
+
+def test_without_any_there_is_none(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "missing") is None
