@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import broadcast, str_to_bool
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -96,6 +97,7 @@ class JointTrainer(Trainer):
                 f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        _check_parallelism(args)
         self.route_data: RouteData | None = None
         self.calibration_dataset = calibration_dataset
         # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
@@ -151,7 +153,6 @@ class JointTrainer(Trainer):
                 compute_metrics=compute_metrics,
                 **kwargs,
             )
-        self._check_distributed_type()
         self.processes = Processes(self.accelerator)
         self.remove_callback(ProgressCallback)
         self.progress = RunProgress(show=args.local_process_index == 0 and not args.disable_tqdm)
@@ -162,17 +163,6 @@ class JointTrainer(Trainer):
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         # Of the data set that is being evaluated.
         self._evaluated: Partition
-
-    def _check_distributed_type(self) -> None:
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ValueError(
-                f"{kind.value} is not supported: it splits every weight over the devices, but a mask covers a whole "
-                "one, and so does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` "
-                "gives, with `gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
-            )
-        if self.accelerator.parallelism_config is not None:
-            raise ValueError("`parallelism_config` is not supported: use data parallelism alone.")
 
     # Training
 
@@ -456,3 +446,15 @@ class JointTrainer(Trainer):
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "prefetch_factor": self.args.dataloader_prefetch_factor,
         }
+
+
+def _check_parallelism(args: RTLTrainingArguments) -> None:
+    """Raises `ValueError` where weights are to be split, by arguments or by what `accelerate launch` was told."""
+    given = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "PARALLELISM_CONFIG": args.parallelism_config}
+    for name in (*given, "MEGATRON_LM"):
+        if given.get(name) or str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+            raise ValueError(
+                f"{name} is not supported: it splits weights over the devices, but a mask covers a whole one, and so "
+                "does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` gives, with "
+                "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
+            )

@@ -638,16 +638,20 @@ def test_damaged_initial_weights_are_written_again(finished, tmp_path, monkeypat
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
-@pytest.mark.parametrize("torn", ["no state", "half a state"])
+@pytest.mark.parametrize("torn", ["no state", "half a state", "an altered optimizer", "no seal"])
 def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_path, monkeypatch, torn):
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
     interrupt(monkeypatch, tmp_path / "run", ("step", 5), **saving)
     checkpoint = tmp_path / "run" / ROUNDS[0] / "checkpoint-4"
     state = (checkpoint / "trainer_state.json").read_text()
-    (checkpoint / "trainer_state.json").unlink()
-    (checkpoint / "optimizer.pt").write_bytes(b"")
-    if torn == "half a state":
-        (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2])
+    if torn == "no seal":
+        (checkpoint / "checkpoint.json").unlink()
+    elif torn == "an altered optimizer":
+        content = bytearray((checkpoint / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / "optimizer.pt").write_bytes(content)
+    else:
+        (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2] if torn == "half a state" else "")
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded], **saving)
     assert recorded.calls["step_end"] == 3 + 6
@@ -663,6 +667,19 @@ def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path,
     RTLModel.from_pretrained(tmp_path / "run" / ROUNDS[0])
     run(tmp_path / "run")
     assert files(tmp_path / "run" / ROUNDS[0]) == first
+
+
+def test_a_damaged_model_of_a_round_is_retrained_again(finished, tmp_path, caplog):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    file = tmp_path / "run" / ROUNDS[0] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    recorded = Recorder()
+    run(tmp_path / "run", callbacks=[recorded])
+    assert recorded.calls["step_end"] == 6  # of the first round alone
+    assert contents(tmp_path / "run") == contents(finished.folder)
+    assert "the joint retraining is done again" in caplog.text
 
 
 def test_a_model_that_lacks_tensors_is_not_continued_from(finished, tmp_path):
@@ -1280,6 +1297,15 @@ def test_training_needs_data(tmp_path):
     assert "eval_balanced_accuracy" in made.evaluate()
     with pytest.raises(ValueError, match="`train_dataset`"):
         made.train()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_splits_weights_is_refused(tmp_path, monkeypatch, name):
+    args = arguments(tmp_path / "run")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"{name} is not supported: it splits weights.*data parallelism"):
+        RTLTrainer(image_model(), args, train_dataset=Images(24))
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_accelerators_in_one_process_are_refused(tmp_path, monkeypatch):

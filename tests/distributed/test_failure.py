@@ -107,6 +107,15 @@ def test_a_folder_that_cannot_be_written_is_said_in_words(tmp_path, world_size):
     assert str(tmp_path / "run") in team.output()
 
 
+def test_weights_that_are_to_be_split_are_refused(tmp_path):
+    """On CPUs, accelerate would go on without splitting them, and without a word."""
+    arguments = (str(tmp_path / "run"), "timm", {"fsdp": "full_shard"})
+    team = Team(runs.train, arguments, world_size=2, logs=tmp_path / "logs")
+    assert team.wait(60) == [1, 1]
+    assert "FSDP is not supported: it splits weights over the devices" in team.output()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_fails_before_the_run_does_not_leave_others_waiting(tmp_path):
     team = Team(runs.fail_to_begin, (str(tmp_path / "run"),), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
