@@ -15,25 +15,37 @@ logger = logging.getLogger(__name__)
 SEAL = "checkpoint.json"
 
 
-def seal(checkpoint: Path) -> None:
-    """Says that a checkpoint is whole, and what is in it."""
+def seal(checkpoint: Path, *, world_size: int) -> None:
+    """Says that a checkpoint is whole, what is in it, and how many processes made it."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
-    write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): hash_file(path) for path in files})
+    hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
+    write_json(checkpoint / SEAL, {"world_size": world_size, "files": hashes})
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint has been sealed and holds what it held then."""
     try:
-        hashes = json.loads((checkpoint / SEAL).read_text())
-        return all(hash_file(checkpoint / name) == expected for name, expected in hashes.items())
-    except (OSError, ValueError):
+        files = json.loads((checkpoint / SEAL).read_text())["files"]
+        return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
+    except (OSError, KeyError, ValueError):
         return False
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The latest of a folder's checkpoints that is whole. Those after it are removed: their steps are done again."""
+def last_whole_checkpoint(folder: Path, *, world_size: int) -> str | None:
+    """
+    The latest of a folder's checkpoints that is whole. Those after it are removed: their steps are done again.
+
+    Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, are not what they
+    would have been then.
+    """
     for checkpoint in sorted(folder.glob("checkpoint-[0-9]*"), key=_step_of, reverse=True):
         if is_whole(checkpoint):
+            made_by = json.loads((checkpoint / SEAL).read_text())["world_size"]
+            if made_by != world_size:
+                logger.warning(
+                    f"{str(checkpoint)!r} was made by {made_by} process(es) and is continued by {world_size}: the "
+                    "joint retraining will not be the same to the bit as an uninterrupted one."
+                )
             return str(checkpoint)
         logger.warning(f"{str(checkpoint)!r} is cut short or damaged, and removed: its steps are done again.")
         shutil.rmtree(checkpoint)

@@ -75,12 +75,14 @@ class Extraction:
         """
         if not round_.kept:
             return list(masks)
-        dealt = self.processes.of_first(self._deal_out(round_))
+        dealt = self.processes.of_first(self._deal_out(round_) if self.processes.rank == 0 else None)
         own: dict[int, list[Tensor]] = {}
         with reproducible(self.args.extraction_threads):
             for route in dealt[self.processes.rank]:
                 own[route] = self._search(route, round_, masks[route])
         self.lifeline.meet()
+        others = sum(steps for route, steps in enumerate(self.num_steps) if route not in own)
+        self.progress.step(len(round_.kept) * others)
         found = self._exchange(own)
         if self.args.debug_determinism:
             self._search_again(round_, masks, found, dealt)

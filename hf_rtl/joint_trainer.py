@@ -190,7 +190,10 @@ class JointTrainer(Trainer):
             if id(buffer) in statistics or name.startswith(("mask_bank.", "norm_statistics."))
         ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, kept_in_step)
-        checkpoint = self.processes.of_first(last_whole_checkpoint(folder) if self.processes.rank == 0 else None)
+        checkpoint = None
+        if self.processes.rank == 0:
+            checkpoint = last_whole_checkpoint(folder, world_size=self.processes.world_size)
+        checkpoint = self.processes.of_first(checkpoint)
         with self._output_dir(folder):
             return super().train(resume_from_checkpoint=checkpoint)
 
@@ -396,7 +399,8 @@ class JointTrainer(Trainer):
             self.args.save_total_limit = limit
         self.processes.wait()
         if self.processes.rank == 0:
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            seal(checkpoint, world_size=self.processes.world_size)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
 

@@ -13,12 +13,12 @@ def checkpoint(tmp_path):
     (folder / "inner").mkdir(parents=True)
     (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 5000)  # more than is read at once
     (folder / "inner" / "state.json").write_text("{}")
-    seal(folder)
+    seal(folder, world_size=2)
     return folder
 
 
 def test_a_seal_lists_every_file(checkpoint):
-    assert set(json.loads((checkpoint / SEAL).read_text())) == {"optimizer.pt", "inner/state.json"}
+    assert set(json.loads((checkpoint / SEAL).read_text())["files"]) == {"optimizer.pt", "inner/state.json"}
     assert is_whole(checkpoint)
 
 
@@ -51,9 +51,9 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
         other.mkdir()
         (other / "optimizer.pt").write_bytes(b"x")
         if sealed:
-            seal(other)
+            seal(other, world_size=2)
     (folder / "checkpoint-best").mkdir()  # not one of Trainer's
-    assert last_whole_checkpoint(folder) == str(checkpoint)
+    assert last_whole_checkpoint(folder, world_size=2) == str(checkpoint)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint-20",
         "checkpoint-3",
@@ -62,9 +62,16 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
     ]
     assert [record.message.count("checkpoint-100") for record in caplog.records] == [1]
     (checkpoint / SEAL).unlink()
-    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-9")
+    assert last_whole_checkpoint(folder, world_size=2) == str(folder / "checkpoint-9")
 
 
 def test_without_any_there_is_none(tmp_path):
-    assert last_whole_checkpoint(tmp_path) is None
-    assert last_whole_checkpoint(tmp_path / "missing") is None
+    assert last_whole_checkpoint(tmp_path, world_size=1) is None
+    assert last_whole_checkpoint(tmp_path / "missing", world_size=1) is None
+
+
+def test_another_number_of_processes_is_warned_of(checkpoint, caplog):
+    assert last_whole_checkpoint(checkpoint.parent, world_size=2) == str(checkpoint)
+    assert not caplog.records
+    assert last_whole_checkpoint(checkpoint.parent, world_size=3) == str(checkpoint)
+    assert ["made by 2 process(es) and is continued by 3" in record.message for record in caplog.records] == [True]
