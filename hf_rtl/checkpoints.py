@@ -35,8 +35,7 @@ def last_whole_checkpoint(folder: Path, *, world_size: int) -> str | None:
     """
     The latest of a folder's checkpoints that is whole. Those after it are removed: their steps are done again.
 
-    Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, are not what they
-    would have been then.
+    Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
     """
     for checkpoint in sorted(folder.glob("checkpoint-[0-9]*"), key=_step_of, reverse=True):
         if is_whole(checkpoint):
