@@ -7,6 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from .run_directory import hash_file, write_json
 
 
@@ -31,14 +33,22 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def last_whole_checkpoint(folder: Path, *, world_size: int) -> str | None:
+def is_usable(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: it is whole, and so is the best one so far, which it refers to."""
+    if not is_whole(checkpoint):
+        return False
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    return best is None or is_whole(Path(best))
+
+
+def last_usable_checkpoint(folder: Path, *, world_size: int) -> str | None:
     """
-    The latest of a folder's checkpoints that is whole. Those after it are removed: their steps are done again.
+    The latest of a folder's checkpoints that is usable. Those after it are removed: their steps are done again.
 
     Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
     """
     for checkpoint in sorted(folder.glob("checkpoint-[0-9]*"), key=_step_of, reverse=True):
-        if is_whole(checkpoint):
+        if is_usable(checkpoint):
             made_by = json.loads((checkpoint / SEAL).read_text())["world_size"]
             if made_by != world_size:
                 logger.warning(

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
-from .checkpoints import last_whole_checkpoint, seal
+from .checkpoints import last_usable_checkpoint, seal
 from .failures import explain_failures
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
@@ -98,6 +98,7 @@ class JointTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0."
             )
         _check_parallelism(args)
+        _check_connected(args)
         self.route_data: RouteData | None = None
         self.calibration_dataset = calibration_dataset
         # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
@@ -192,14 +193,16 @@ class JointTrainer(Trainer):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, kept_in_step)
         checkpoint = None
         if self.processes.rank == 0:
-            checkpoint = last_whole_checkpoint(folder, world_size=self.processes.world_size)
+            checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)
         checkpoint = self.processes.of_first(checkpoint)
         with self._output_dir(folder):
             return super().train(resume_from_checkpoint=checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         data = self._require_data()
-        sampler = self._retraining_sampler(self._current_round.index)
+        sampler = self._retraining_sampler(
+            self._current_round.index, rank=self.args.process_index, world_size=self.args.world_size
+        )
         loader = data.loader(sampler, self._collate(), **self._loader_arguments())
         # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
         return prepare_data_loader(
@@ -207,19 +210,19 @@ class JointTrainer(Trainer):
         )
 
     def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
-        """The batches of a round's joint retraining, on the device, for controls that are to see the same data."""
+        """
+        The batches of a round's joint retraining, on the device, for controls that are to see the same data: whole
+        ones, also on one of several processes.
+        """
         sampler = self._retraining_sampler(round_index)
         batches = self._endless(self._require_data(), sampler)
         num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
         return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
 
-    def _retraining_sampler(self, round_index: int) -> RouteBatchSampler:
-        return self._require_data().sampler(
-            (Stream.RETRAINING, round_index),
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
+    def _retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
+        accumulation = self.args.gradient_accumulation_steps
+        key = (Stream.RETRAINING, round_index)
+        return self._require_data().sampler(key, gradient_accumulation_steps=accumulation, **part)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         route = inputs.pop("route")
@@ -462,3 +465,13 @@ def _check_parallelism(args: RTLTrainingArguments) -> None:
                 "does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` gives, with "
                 "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
             )
+
+
+def _check_connected(args: RTLTrainingArguments) -> None:
+    """Raises `ValueError` if a launcher started several processes that know nothing of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > args.world_size:
+        raise ValueError(
+            f"a launcher has started {started} processes, but they are not connected: each would do the whole run, in "
+            "the same folder. On CPUs, set `use_cpu=True` in the arguments (for a recipe, add --use_cpu)."
+        )

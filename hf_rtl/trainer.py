@@ -217,6 +217,7 @@ class RTLTrainer(JointTrainer):
             model.pop(name, None)
         routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
         inputs = {"initial_weights": hash_tensors(initial), "route_ids": routes, "seed": data.seed}
+        inputs["mixed_precision"] = self.args.mixed_precision  # `accelerate launch` can set it too
         extraction = {**self.args.values_of(EXTRACTION_FIELDS), **inputs, "ticket_task": self.model.config.ticket_task}
         extraction |= {"prunable": model["prunable"], "backbone_config": model["backbone_config"]}
         configuration = {**extraction, **self.args.values_of(RETRAINING_FIELDS), "model": model}
@@ -293,7 +294,7 @@ class RTLTrainer(JointTrainer):
             compute_loss=lambda network, batch: self.compute_loss(network, self._inputs_of(batch)),
             autocast=self.compute_loss_context_manager,
             max_grad_norm=self.args.max_grad_norm,
-            fp16=self.args.fp16,
+            fp16=self.args.mixed_precision == "fp16",
         )
 
     def _extraction_steps(self, route: int) -> int:
@@ -327,7 +328,7 @@ class RTLTrainer(JointTrainer):
             self.model.mask_bank[route] = mask
         self.processes.check_same({"mask_fingerprint": self.model.mask_bank.fingerprint()})
         emptied = self._emptied_layers()
-        if emptied and not self._warned_of_emptied_layers:
+        if emptied and not self._warned_of_emptied_layers and self.processes.rank == 0:
             self._warned_of_emptied_layers = True
             name, layers = next(iter(emptied.items()))
             logger.warning(

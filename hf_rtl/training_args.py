@@ -35,8 +35,6 @@ EXTRACTION_FIELDS = [
     "max_grad_norm",
     "optim",
     "optim_args",
-    "fp16",
-    "bf16",
 ]
 # What decides the retrained weights as well. A run directory continues only with the same values of all these.
 RETRAINING_FIELDS = [
@@ -62,6 +60,12 @@ _MINIMA = {
     "recalibration_batches": 1,
 }
 _OPTIONAL = ("extraction_steps",)
+_UNSUPPORTED = {
+    "label_smoothing_factor": "the backbone's own loss is used",
+    "auto_find_batch_size": "a batch size that depends on the machine gives other tickets; set `route_batch_size`",
+    "save_only_model": "an interrupted run could not continue; the models of all rounds are saved apart",
+    "ignore_data_skip": "a continued run would see other batches than one that was not interrupted",
+}
 
 
 @dataclass
@@ -178,8 +182,9 @@ class RTLTrainingArguments(TrainingArguments):
                 f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches "
                 "are of one route and shared by all processes. Set `route_batch_size`, their size over all processes."
             )
-        if self.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` is not supported: the backbone's own loss is used.")
+        for name, reason in _UNSUPPORTED.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is not supported: {reason}.")
         super().__post_init__()
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
 
     python recipes/card.py digits runs/digits
     python recipes/card.py step_overhead
+    python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
 
 Every number of the card comes from the results.json of a run; nothing is typed in.

@@ -4,7 +4,8 @@ Evaluate a saved model in a fresh process, from its folder and the data alone.
     python recipes/evaluate.py runs/digits/final
     python recipes/evaluate.py runs/digits/round-0* --compare runs/digits/results.json
 
-With --compare, exits with 1 unless every metric equals the one in that file to the last digit.
+With --compare, exits with 1 unless every metric equals the one in that file to the last digit. Evaluate on as many
+processes as the run had then: the loss is a mean over their batches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from image_data import DataArguments, load_images
 from report import row, table
 
@@ -38,11 +40,15 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     evaluated = {folder.name: evaluate(folder, arguments.dataset) for folder in arguments.models}
-    print(table([row(name, 1 - report["density"], report) for name, report in evaluated.items()]))
+    lines = [table([row(name, 1 - report["density"], report) for name, report in evaluated.items()])]
+    differing: list[str] = []
     if arguments.compare is not None:
         differing = compare(evaluated, json.loads(arguments.compare.read_text()))
-        print(f"{len(differing)} of the recorded metrics differ{': ' + ', '.join(differing[:5]) if differing else ''}")
-        sys.exit(bool(differing))
+        names = f": {', '.join(differing[:5])}" if differing else ""
+        lines.append(f"{len(differing)} of the recorded metrics differ{names}")
+    if PartialState().is_main_process:
+        print("\n".join(lines))
+    sys.exit(bool(differing))
 
 
 def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 Find one ticket per class of an image classification data set.
 
     python recipes/prune.py --config recipes/configs/digits.yaml
-    accelerate launch recipes/prune.py --config recipes/configs/cifar10.yaml --target_sparsity 0.5 --seed 1
+    python recipes/prune.py --config recipes/configs/cifar10.yaml --target_sparsity 0.5 --seed 1
+    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/prune.py --config FILE
+    python -m torch.distributed.run --nproc_per_node 2 recipes/prune.py --config FILE --use_cpu
 
 Prints the plan, then a progress bar, then a table; writes `results.json` and `curve.png` into --output_dir, with one
 complete model per round beside them. A run that was interrupted continues when the same command is given again.
@@ -65,7 +67,8 @@ def main() -> None:
     trainer = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
     main_process = trainer.is_world_process_zero()
     if main_process:
-        print(plan_text(trainer.plan(), batch_size=args.route_batch_size), flush=True)
+        text = plan_text(trainer.plan(), batch_size=args.route_batch_size, num_processes=args.world_size)
+        print(text, flush=True)
     trainer.train()
     rows = [row("RTL", report["sparsity"], report) for report in trainer.rounds]
     # Before the controls, which train and evaluate with the same trainer.
@@ -87,6 +90,7 @@ def main() -> None:
         data=asdict(data),
         model=asdict(model_arguments),
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        num_processes=args.world_size,
         num_test=len(test),
         rounds=reports,
         controls=extra,

@@ -60,7 +60,7 @@ def _cell(title: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def plan_text(plan: Any, *, batch_size: int) -> str:
+def plan_text(plan: Any, *, batch_size: int, num_processes: int) -> str:
     """What a run is going to do, for people."""
     sizes = ", ".join(f"{name} {size:,}" for name, size in plan.route_sizes.items())
     events = "; ".join(f"{round_.sparsity:.0%} after {len(round_.kept)} prune events" for round_ in plan.rounds)
@@ -72,6 +72,7 @@ def plan_text(plan: Any, *, batch_size: int) -> str:
             f"extraction  {max(plan.extraction_steps)} steps of {batch_size} samples per route and event, at most",
             f"retraining  {plan.retraining_steps:,} steps of {batch_size} samples, routes in turn",
             f"trainings   {plan.num_trainings:,}, of {plan.num_steps:,} steps in all",
+            f"processes   {num_processes}",
         )
     )
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_rtl.checkpoints import SEAL, is_whole, last_whole_checkpoint, seal
+from hf_rtl.checkpoints import SEAL, is_whole, last_usable_checkpoint, seal
 
 
 @pytest.fixture
@@ -13,12 +13,17 @@ def checkpoint(tmp_path):
     (folder / "inner").mkdir(parents=True)
     (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 5000)  # more than is read at once
     (folder / "inner" / "state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
     seal(folder, world_size=2)
     return folder
 
 
 def test_a_seal_lists_every_file(checkpoint):
-    assert set(json.loads((checkpoint / SEAL).read_text())["files"]) == {"optimizer.pt", "inner/state.json"}
+    assert set(json.loads((checkpoint / SEAL).read_text())["files"]) == {
+        "optimizer.pt",
+        "inner/state.json",
+        "trainer_state.json",
+    }
     assert is_whole(checkpoint)
 
 
@@ -49,11 +54,11 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
     for number, sealed in ((3, True), (100, False), (9, True)):
         other = folder / f"checkpoint-{number}"
         other.mkdir()
-        (other / "optimizer.pt").write_bytes(b"x")
+        (other / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
         if sealed:
             seal(other, world_size=2)
     (folder / "checkpoint-best").mkdir()  # not one of Trainer's
-    assert last_whole_checkpoint(folder, world_size=2) == str(checkpoint)
+    assert last_usable_checkpoint(folder, world_size=2) == str(checkpoint)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint-20",
         "checkpoint-3",
@@ -62,16 +67,30 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
     ]
     assert [record.message.count("checkpoint-100") for record in caplog.records] == [1]
     (checkpoint / SEAL).unlink()
-    assert last_whole_checkpoint(folder, world_size=2) == str(folder / "checkpoint-9")
+    assert last_usable_checkpoint(folder, world_size=2) == str(folder / "checkpoint-9")
 
 
 def test_without_any_there_is_none(tmp_path):
-    assert last_whole_checkpoint(tmp_path, world_size=1) is None
-    assert last_whole_checkpoint(tmp_path / "missing", world_size=1) is None
+    assert last_usable_checkpoint(tmp_path, world_size=1) is None
+    assert last_usable_checkpoint(tmp_path / "missing", world_size=1) is None
 
 
 def test_another_number_of_processes_is_warned_of(checkpoint, caplog):
-    assert last_whole_checkpoint(checkpoint.parent, world_size=2) == str(checkpoint)
+    assert last_usable_checkpoint(checkpoint.parent, world_size=2) == str(checkpoint)
     assert not caplog.records
-    assert last_whole_checkpoint(checkpoint.parent, world_size=3) == str(checkpoint)
+    assert last_usable_checkpoint(checkpoint.parent, world_size=3) == str(checkpoint)
     assert ["made by 2 process(es) and is continued by 3" in record.message for record in caplog.records] == [True]
+
+
+def test_one_whose_best_is_damaged_is_not_used(checkpoint):
+    """Training loads the best one at its end."""
+    best = checkpoint.parent / "checkpoint-10"
+    best.mkdir()
+    (best / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
+    (best / "model.safetensors").write_bytes(b"best")
+    seal(best, world_size=1)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
+    seal(checkpoint, world_size=1)
+    assert last_usable_checkpoint(checkpoint.parent, world_size=1) == str(checkpoint)
+    (best / "model.safetensors").write_bytes(b"bent")
+    assert last_usable_checkpoint(checkpoint.parent, world_size=1) is None

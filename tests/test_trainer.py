@@ -463,7 +463,7 @@ def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
 
 def test_extraction_takes_the_options_of_training(tmp_path):
     made = make_trainer(tmp_path, max_grad_norm=0.5, learning_rate=0.25, adam_beta1=0.5, weight_decay=0.125)
-    made.args.fp16 = True  # refused on a processor, so not given
+    made.args.mixed_precision = "fp16"  # refused on a processor, so not given
     ticket = made._ticket_trainer(dict(named_state(made.model.backbone)))
     assert (ticket.max_grad_norm, ticket.fp16) == (0.5, True)
     assert ticket.network is not made.model.backbone
@@ -667,6 +667,13 @@ def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path,
     RTLModel.from_pretrained(tmp_path / "run" / ROUNDS[0])
     run(tmp_path / "run")
     assert files(tmp_path / "run" / ROUNDS[0]) == first
+
+
+def test_mixed_precision_from_the_launcher_is_part_of_the_configuration(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = make_trainer(finished.folder)
+    with pytest.raises(ValueError, match='mixed_precision: "no" there, "bf16" now'):
+        made.train()
 
 
 def test_a_damaged_model_of_a_round_is_retrained_again(finished, tmp_path, caplog):
@@ -1297,6 +1304,15 @@ def test_training_needs_data(tmp_path):
     assert "eval_balanced_accuracy" in made.evaluate()
     with pytest.raises(ValueError, match="`train_dataset`"):
         made.train()
+
+
+def test_processes_that_are_not_connected_are_refused(tmp_path, monkeypatch):
+    """As torch's launcher starts them on CPUs if the arguments do not say `use_cpu`."""
+    args = arguments(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes, but they are not connected.*`use_cpu=True`"):
+        RTLTrainer(image_model(), args, train_dataset=Images(24))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])

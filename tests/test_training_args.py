@@ -72,6 +72,9 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("calibration_fraction", -0.1, ValueError, "`calibration_fraction`"),
         ("calibration_fraction", "0.1", TypeError, "`calibration_fraction`"),
         ("label_smoothing_factor", 0.1, ValueError, "`label_smoothing_factor`"),
+        ("auto_find_batch_size", True, ValueError, "`auto_find_batch_size` is not supported.*`route_batch_size`"),
+        ("save_only_model", True, ValueError, "`save_only_model` is not supported.*continue"),
+        ("ignore_data_skip", True, ValueError, "`ignore_data_skip` is not supported"),
         ("per_device_train_batch_size", 16, ValueError, "`per_device_train_batch_size` = 16.*`route_batch_size`"),
     ],
 )
@@ -100,7 +103,7 @@ def test_recorded_values_are_plain_and_name_no_folder(tmp_path):
 
 def test_what_decides_masks_is_apart_from_what_decides_retraining_only():
     assert not set(EXTRACTION_FIELDS) & set(RETRAINING_FIELDS)
-    assert {"learning_rate", "target_sparsity", "route_batch_size", "rewind_to", "seed", "bf16"} <= set(
+    assert {"learning_rate", "target_sparsity", "route_batch_size", "rewind_to", "seed"} <= set(
         EXTRACTION_FIELDS
     )
     assert {"lr_scheduler_type", "max_steps", "gradient_accumulation_steps"} <= set(RETRAINING_FIELDS)

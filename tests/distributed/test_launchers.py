@@ -1,0 +1,177 @@
+"""The recipe as launchers start it: how many processes that really are, and two launchers as two machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed.processes import free_port
+
+
+pytestmark = pytest.mark.slow
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = [
+    *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "10"),
+    *("--extraction_steps", "2", "--use_cpu"),
+]
+TORCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node.yaml"), "--num_processes", "2"]
+
+# The recipe, with less patience, in a process whose number is known.
+IMPATIENT = f"""
+import os, runpy, sys
+import hf_rtl.lifeline, hf_rtl.processes
+
+hf_rtl.lifeline.PATIENCE = 10.0
+hf_rtl.processes.SHARED_FOLDER_PATIENCE = 2.0
+print("process number", os.getpid(), flush=True)
+sys.path.insert(0, {str(RECIPES)!r})
+runpy.run_path({str(RECIPES / "prune.py")!r}, run_name="__main__")
+"""
+
+
+class Launcher:
+    """
+    A launcher in a process of its own.
+
+    Args:
+        command (`list[str]`): what to run.
+        log (`Path`): file for all that it and its workers print.
+        folder (`Path`, *optional*): to run it in.
+    """
+
+    def __init__(self, command: list[str], log: Path, folder: Path | None = None) -> None:
+        self._log = log
+        # As a shell has it: without what else the tests set.
+        ours = ("ACCELERATE_", "TRANSFORMERS_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        with log.open("w") as opened:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=opened, stderr=subprocess.STDOUT
+            )
+
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout)
+
+    def stop(self) -> None:
+        """Ends it, which ends its workers, if it has not ended."""
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Launcher]]:
+    """A list to put launchers into; they are stopped after the test."""
+    started: list[Launcher] = []
+    yield started
+    for launcher in started:
+        launcher.stop()
+
+
+def with_torch(machine: int, port: int) -> list[str]:
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [*TORCH, "--nnodes", "2", "--node_rank", str(machine), *address]
+
+
+def with_accelerate(machine: int, port: int) -> list[str]:
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return [*MULTI_NODE, "--machine_rank", str(machine), *address]
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> str:
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """What `accelerate launch --cpu --num_processes 2` prints, and the results."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = [*ACCELERATE, "--cpu", "--num_processes", "2", str(RECIPES / "prune.py"), *SMALL]
+    launcher = Launcher([*command, "--output_dir", str(folder / "run")], folder / "log")
+    try:
+        assert launcher.wait() == 0, launcher.printed()
+    finally:
+        launcher.stop()
+    return launcher.printed(), json.loads((folder / "run/results.json").read_text())
+
+
+def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
+    """If this fails, accelerate has learned it: change README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
+    printed, results = alone
+    assert re.search(r"^processes +1$", printed, re.MULTILINE)
+    assert results["num_processes"] == 1
+
+
+def test_two_machines_find_the_masks_of_one_process(
+    alone: tuple[str, dict], machines: list[Launcher], tmp_path: Path
+) -> None:
+    port = free_port()
+    for machine in range(2):
+        command = [*with_torch(machine, port), str(RECIPES / "prune.py"), *SMALL]
+        command += ["--output_dir", str(tmp_path / "run")]
+        machines.append(Launcher(command, tmp_path / f"log-{machine}"))
+    codes = [launcher.wait() for launcher in machines]
+    assert codes == [0, 0], [launcher.printed() for launcher in machines]
+    plan, silence = (launcher.printed() for launcher in machines)
+    assert re.findall(r"^processes +(\d+)$", plan, re.MULTILINE) == ["2"]
+    assert plan.count("bal. acc.") == 1 and silence == ""
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["num_processes"] == 2
+    assert results["rounds"][0]["mask_fingerprint"] == alone[1]["rounds"][0]["mask_fingerprint"]
+
+
+def test_a_machine_whose_process_is_killed_ends_the_other(
+    machines: list[Launcher], impatient: str, tmp_path: Path
+) -> None:
+    """Through the configuration file for several machines, on CPUs by `--use_cpu` alone."""
+    port = free_port()
+    for machine in range(2):
+        command = [*with_accelerate(machine, port), impatient, *SMALL, "--extraction_steps", "500"]
+        command += ["--output_dir", str(tmp_path / "run")]
+        machines.append(Launcher(command, tmp_path / f"log-{machine}"))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/extraction/event-*/*.safetensors")):
+        assert time.monotonic() < deadline and all(launcher.process.poll() is None for launcher in machines)
+        time.sleep(0.1)
+    assert re.findall(r"^processes +(\d+)$", machines[0].printed(), re.MULTILINE) == ["2"]
+    number = re.search(r"process number (\d+)", machines[1].printed())
+    assert number is not None
+    os.kill(int(number[1]), signal.SIGKILL)
+    start = time.monotonic()
+    assert all(launcher.wait(60) != 0 for launcher in machines)
+    assert time.monotonic() - start < 60
+    assert "process 0 ends: process 1 on" in machines[0].printed()
+
+
+def test_machines_that_share_no_folder_are_refused(machines: list[Launcher], impatient: str, tmp_path: Path) -> None:
+    port = free_port()
+    for machine in range(2):
+        folder = tmp_path / f"machine-{machine}"
+        folder.mkdir()
+        command = [*with_torch(machine, port), impatient, *SMALL, "--output_dir", "run"]
+        machines.append(Launcher(command, tmp_path / f"log-{machine}", folder))
+    assert all(launcher.wait() != 0 for launcher in machines)
+    printed = "".join(launcher.printed() for launcher in machines)
+    assert printed.count("must be on a disk that all of them share, under the same path.") == 1
+    assert "process 1 on" in printed and not (tmp_path / "machine-0/run/run.json").exists()
