@@ -25,11 +25,11 @@ def continues(tmp_path, folder, **options):
 @pytest.mark.parametrize(
     ("place", "rank"), [("extraction", 0), ("extraction", 1), ("retraining", 0), ("retraining", 1)]
 )
-def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(tmp_path, place, rank):
+def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_path, place, rank):
     begin = time.monotonic()
     team = Team(runs.fail, (str(tmp_path / "run"), place, rank, {}), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
-    print(f"{place}, process {rank} of 2: all have ended after {time.monotonic() - begin:.1f} s")
+    say(f"{place}, process {rank} of 2: all have ended after {time.monotonic() - begin:.1f} s")
     assert team.output().count("ValueError: something is wrong with sample 17") == 1
     assert team.output().count("Traceback") == 1
     assert f"process {1 - rank} ends: process {rank} has ended the run." in team.log_files[1 - rank].read_text()
@@ -47,7 +47,7 @@ def test_what_was_finished_before_a_failure_is_not_lost(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("place", ["extraction", "retraining"])
-def test_a_process_that_is_killed_ends_all(tmp_path, place, rank):
+def test_a_process_that_is_killed_ends_all(say, tmp_path, place, rank):
     """In extraction, where the others do not wait for it; in joint retraining, where a connection breaks."""
     folder = tmp_path / "run"
     team = Team(runs.train_for_long, (str(folder), place), world_size=2, logs=tmp_path / "logs")
@@ -55,7 +55,7 @@ def test_a_process_that_is_killed_ends_all(tmp_path, place, rank):
     begin = time.monotonic()
     team.kill([rank])
     codes = team.wait(60)
-    print(f"{place}, process {rank} of 2 killed: the other has ended after {time.monotonic() - begin:.1f} s")
+    say(f"{place}, process {rank} of 2 killed: the other has ended after {time.monotonic() - begin:.1f} s")
     assert codes[rank] == -9 and codes[1 - rank] == 1
     said = team.log_files[1 - rank].read_text()
     assert said.count("ends: ") == 1 and f"process {rank}" in said

@@ -1,0 +1,21 @@
+"""Shows at the end of a test run what tests of several processes saw: how many there really were, and so on."""
+
+from collections.abc import Callable
+
+import pytest
+
+
+_LINES: list[str] = []
+
+
+@pytest.fixture
+def say() -> Callable[[str], None]:
+    """Adds a line to the summary of the test run."""
+    return _LINES.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _LINES:
+        terminalreporter.section("what the processes did")
+        for line in _LINES:
+            terminalreporter.write_line(line)
