@@ -3,10 +3,10 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quality style clean
+.PHONY: help venv demo test test-kill quality style clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.hf_rtl-dev  ## Install the package in editable mode, with all that development needs
 
@@ -19,6 +19,9 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 
 test: quality  ## Run the checks, then the tests
 	$(PYTHON) -m pytest
+
+test-kill: venv  ## Kill runs at all moments that the kill test knows, and continue them; ordinary tests do it at a few
+	$(PYTHON) -m pytest tests/distributed/test_kill.py -m ""
 
 quality: venv  ## Check lint, format and types
 	$(PYTHON) -m ruff check .

@@ -196,7 +196,10 @@ class JointTrainer(Trainer):
             checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)
         checkpoint = self.processes.of_first(checkpoint)
         with self._output_dir(folder):
-            return super().train(resume_from_checkpoint=checkpoint)
+            output = super().train(resume_from_checkpoint=checkpoint)
+            # Continued from its last checkpoint, a training saves none, but a kill may have left older ones.
+            self._delete_old_checkpoints()
+        return output
 
     def get_train_dataloader(self) -> DataLoader:
         data = self._require_data()
@@ -404,7 +407,11 @@ class JointTrainer(Trainer):
         if self.processes.rank == 0:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             seal(checkpoint, world_size=self.processes.world_size)
-            best = self.state.best_model_checkpoint
+        self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        if self.processes.rank == 0:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

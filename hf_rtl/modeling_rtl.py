@@ -229,7 +229,7 @@ class RTLModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         target = Path(save_directory)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
             super().save_pretrained(staging, **kwargs)
             _move_files(Path(staging), target)
         if push_to_hub:

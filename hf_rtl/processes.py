@@ -72,7 +72,7 @@ class Processes:
             RuntimeError: another machine has another folder of that name.
         """
         for folder in folders:
-            token = folder / f".shared-{self.of_first(secrets.token_hex(8))}"
+            token = folder / f".shared-{self.of_first(secrets.token_hex(8))}.tmp"
             if self.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 token.touch()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,12 @@ class RunDirectory:
                 current = json.loads(json.dumps(content))
                 _check_same(file, saved["configuration"], current["configuration"])
                 _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
-        for file in self.path.rglob(".*.tmp"):
-            file.unlink()  # of a run that was killed while writing
+        # Of a run that was killed while writing: files, and folders of models.
+        for left in list(self.path.rglob(".*.tmp")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         for file, content in files.items():
             if not file.exists():
                 write_json(file, content)
