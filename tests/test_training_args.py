@@ -103,9 +103,7 @@ def test_recorded_values_are_plain_and_name_no_folder(tmp_path):
 
 def test_what_decides_masks_is_apart_from_what_decides_retraining_only():
     assert not set(EXTRACTION_FIELDS) & set(RETRAINING_FIELDS)
-    assert {"learning_rate", "target_sparsity", "route_batch_size", "rewind_to", "seed"} <= set(
-        EXTRACTION_FIELDS
-    )
+    assert {"learning_rate", "target_sparsity", "route_batch_size", "rewind_to", "seed"} <= set(EXTRACTION_FIELDS)
     assert {"lr_scheduler_type", "max_steps", "gradient_accumulation_steps"} <= set(RETRAINING_FIELDS)
 
 
