@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / SEAL).read_text())["files"]
         return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
-    except (OSError, KeyError, ValueError):
+    except (FileNotFoundError, KeyError, ValueError):  # another OSError says nothing of what is there
         return False
 
 
@@ -37,17 +38,24 @@ def is_usable(checkpoint: Path) -> bool:
     """Whether training can go on from a checkpoint: it is whole, and so is the best one so far, which it refers to."""
     if not is_whole(checkpoint):
         return False
+    best = best_checkpoint(checkpoint)
+    return best is None or is_whole(best)
+
+
+def best_checkpoint(checkpoint: Path) -> Path | None:
+    """The best checkpoint when this one was made. It lies beside it, also if the run was moved since."""
     best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
-    return best is None or is_whole(Path(best))
+    return None if best is None else checkpoint.parent / Path(best).name
 
 
-def last_usable_checkpoint(folder: Path, *, world_size: int) -> str | None:
+def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     """
     The latest of a folder's checkpoints that is usable. Those after it are removed: their steps are done again.
 
     Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-[0-9]*"), key=_step_of, reverse=True):
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for checkpoint in sorted(checkpoints, key=_step_of, reverse=True):
         if is_usable(checkpoint):
             made_by = json.loads((checkpoint / SEAL).read_text())["world_size"]
             if made_by != world_size:
@@ -55,7 +63,7 @@ def last_usable_checkpoint(folder: Path, *, world_size: int) -> str | None:
                     f"{str(checkpoint)!r} was made by {made_by} process(es) and is continued by {world_size}: the "
                     "joint retraining will not be the same to the bit as an uninterrupted one."
                 )
-            return str(checkpoint)
+            return checkpoint
         logger.warning(f"{str(checkpoint)!r} is cut short or damaged, and removed: its steps are done again.")
         shutil.rmtree(checkpoint)
     return None

@@ -179,7 +179,12 @@ class Extraction:
         if self.processes.rank == rank:
             before = masks[route]
             if len(round_.events) > 1:
-                before = self.run_directory.load_masks(event - 1, route, self.bank.shapes) or before
+                loaded = self.run_directory.load_masks(event - 1, route, self.bank.shapes)
+                if loaded is None:
+                    raise RuntimeError(
+                        f"process {rank} cannot read the mask of route {name!r} after event {event - 1}."
+                    )
+                before = loaded
             with reproducible(self.args.extraction_threads):
                 again, _ = self._train_and_prune(route, event, before, round_.kept[-1], lambda: None)
             differing = sum(int((one != two).sum()) for one, two in zip(again, found[route], strict=True))

@@ -33,14 +33,15 @@ def explain_failures(folder: str | os.PathLike, *, batch_size: int) -> Iterator[
     try:
         yield
     except Exception as error:
-        if should_reduce_batch_size(error) or isinstance(error, MemoryError):
+        # accelerate counts a cuDNN error as one, which may have other reasons.
+        if isinstance(error, MemoryError) or (should_reduce_batch_size(error) and "CUDNN" not in str(error)):
             kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
             raise kind(
                 f"out of memory with `route_batch_size` = {batch_size} ({error}). Lower it, with "
                 "`gradient_accumulation_steps` to keep the samples of an update, or use `bf16` or "
                 "`gradient_checkpointing`. What is finished is kept."
             ) from error
-        reason = _reason_not_written(error)
+        reason = _reason_not_written(error, Path(folder).absolute())
         if reason is not None:
             raise OSError(
                 reason[0],
@@ -51,9 +52,11 @@ def explain_failures(folder: str | os.PathLike, *, batch_size: int) -> Iterator[
         raise
 
 
-def _reason_not_written(error: Exception) -> tuple[int, str] | None:
+def _reason_not_written(error: Exception, folder: Path) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        return error.errno, str(error.strerror)
+        # A write to an open file that fails names none. One that lies elsewhere, as data do, is not ours.
+        ours = error.filename is None or folder in Path(str(error.filename)).absolute().parents
+        return (error.errno, str(error.strerror)) if ours or error.filename == str(folder) else None
     # safetensors and torch write without Python's files, and have errors of their own.
     if isinstance(error, SafetensorError) and "os error" in str(error):
         return errno.EIO, str(error)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
-from .checkpoints import last_usable_checkpoint, seal
+from .checkpoints import best_checkpoint, last_usable_checkpoint, seal
 from .failures import explain_failures
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
@@ -156,9 +156,12 @@ class JointTrainer(Trainer):
             )
         self.processes = Processes(self.accelerator)
         self.remove_callback(ProgressCallback)
-        self.progress = RunProgress(show=args.local_process_index == 0 and not args.disable_tqdm)
+        self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
         self.add_callback(self.progress)
         self._round: Round | None = None
+        # Whether the joint retraining goes on from a checkpoint, and which was the best by then.
+        self._is_continued = False
+        self._best_before: Path | None = None
         # Of the rounds before this one, for the log.
         self._steps_before = 0
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
@@ -195,11 +198,27 @@ class JointTrainer(Trainer):
         if self.processes.rank == 0:
             checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)
         checkpoint = self.processes.of_first(checkpoint)
+        self._is_continued = checkpoint is not None
+        self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
         with self._output_dir(folder):
-            output = super().train(resume_from_checkpoint=checkpoint)
+            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             # Continued from its last checkpoint, a training saves none, but a kill may have left older ones.
             self._delete_old_checkpoints()
         return output
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._init_training_state(*args, **kwargs)
+        if self._best_before is not None:
+            self.state.best_model_checkpoint = str(self._best_before)  # where it is now, if the run was moved
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Continued from its last step, Trainer would train one more before it looks whether it is to stop.
+        saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
+        if self.state.global_step >= self.state.max_steps or saved.get("should_training_stop"):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         data = self._require_data()

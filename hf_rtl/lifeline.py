@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
@@ -15,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 
 logger = logging.getLogger(__name__)
@@ -82,14 +82,15 @@ class Lifeline:
             cause = _HOST_IS_GONE
         if cause:
             logger.error(f"process {self.rank} ends: {cause}")
+            self._let_the_first_end_first()
             raise SystemExit(1) from None
         if self.rank == 0:
-            # The store may live in this process: lets the others read why they are to end.
-            time.sleep(2 * INTERVAL)
+            # The store may live in this process: once its message is out, the others are to read why they end.
+            atexit.register(time.sleep, 2 * INTERVAL)
 
     def _connect(self) -> dist.Store:
         """A connection of its own to the key-value store: the main thread may wait on the other one for long."""
-        store: Any = _get_default_store()  # PyTorch's stubs lack some of its methods
+        store: Any = dist.distributed_c10d._get_default_store()  # PyTorch's stubs lack some of its methods
         timeout = store.timeout
         store.set_timeout(timedelta(seconds=PATIENCE))
         try:
@@ -127,25 +128,32 @@ class Lifeline:
         if self._thread is not None:
             self._thread.join()
 
+    def _let_the_first_end_first(self) -> None:
+        """A launcher names the process that ends first as the cause, and ends those that are left."""
+        time.sleep(3 * INTERVAL)
+
     def _watch(self) -> None:
         neighbour = (self.rank + 1) % self.world_size
-        latest, since = 0, time.monotonic()
+        latest = num_missed = 0
         while not self._stopping.wait(INTERVAL):
             try:
                 self._store.add(f"beat/{self.rank}", 1)
                 beats = self._store.add(f"beat/{neighbour}", 0)
                 if self._store.check(["failure"]):
-                    self._end(self._claim(""))
-                if beats != latest or beats <= 0:  # not yet here, or gone in good order
-                    latest, since = beats, time.monotonic()
-                elif time.monotonic() - since > PATIENCE:
+                    self._end(self._claim(""), first=False)
+                # By own ticks, not by a clock, which goes on while all are suspended. 0: not yet here; less: has left.
+                num_missed = num_missed + 1 if beats == latest > 0 else 0
+                latest = beats
+                if num_missed * INTERVAL > PATIENCE:
                     self._end(self._claim(f"{self._name(neighbour)} has given no sign of life for {PATIENCE:g} s."))
             except dist.DistError:
                 self._end(_HOST_IS_GONE)
 
-    def _end(self, cause: str) -> None:
+    def _end(self, cause: str, *, first: bool = True) -> None:
         if self._stopping.is_set():
             return
+        if not first:
+            self._let_the_first_end_first()
         logger.error(f"process {self.rank} ends: {cause}")
         sys.stdout.flush()
         sys.stderr.flush()

@@ -71,12 +71,12 @@ def reproducible(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def surroundings() -> dict[str, str]:
+def surroundings(device: torch.device) -> dict[str, str]:
     """What rounding depends on beside inputs and versions: processor or device, and how it is set to compute."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "device": device,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "any",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "default_dtype": str(torch.get_default_dtype()),
     }

@@ -42,6 +42,8 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike, extraction_path: str | os.PathLike | None = None) -> None:
         self.path = Path(path)
         self.extraction_path = self.path / "extraction" if extraction_path is None else Path(extraction_path)
+        # Tells files that this run is writing from those of others.
+        self._owner = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:8] + "-"
 
     def mask_file(self, event: int, route: int) -> Path:
         return self.extraction_path / f"event-{event:03d}" / f"route-{route:03d}.safetensors"
@@ -79,15 +81,23 @@ class RunDirectory:
                 current = json.loads(json.dumps(content))
                 _check_same(file, saved["configuration"], current["configuration"])
                 _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
-        # Of a run that was killed while writing: files, and folders of models.
-        for left in list(self.path.rglob(".*.tmp")):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+        self._remove_what_a_killed_run_left()
         for file, content in files.items():
             if not file.exists():
                 write_json(file, content)
+
+    def _remove_what_a_killed_run_left(self) -> None:
+        """Files and folders that were written beside their place; nothing of others in the same folders."""
+        own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared-*"]
+        left = [path for pattern in own for path in self.path.glob(f"{pattern}.tmp")]
+        left += self.path.glob("round-*/**/.*.tmp")
+        # Other runs may be writing masks into the same folder.
+        left += self.extraction_path.glob(f"**/.*.{self._owner}*.tmp")
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
@@ -116,7 +126,7 @@ class RunDirectory:
     def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
         """Writes a route's mask after an event, with the hash of what its training started from."""
         tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
-        write_tensors(self.mask_file(event, route), tensors, started_from=started_from)
+        write_tensors(self.mask_file(event, route), tensors, owner=self._owner, started_from=started_from)
 
     def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
         """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
@@ -172,16 +182,16 @@ def write_json(file: Path, value: Any) -> None:
         raise
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "", **metadata: str) -> None:
     """
     Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
-    arguments give equal bytes.
+    arguments give equal bytes. `owner` is part of the name of the file beside.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors writes several in any order.
     described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
-    beside = _beside(file)
+    beside = _beside(file, owner)
     try:
         save_file(contiguous, beside, metadata={METADATA: described})
         os.replace(beside, file)
@@ -220,8 +230,8 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _beside(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _beside(file: Path, owner: str = "") -> Path:
+    return file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
 
 
 def _short(value: Any) -> str:

@@ -222,8 +222,9 @@ class RTLTrainer(JointTrainer):
         extraction |= {"prunable": model["prunable"], "backbone_config": model["backbone_config"]}
         configuration = {**extraction, **self.args.values_of(RETRAINING_FIELDS), "model": model}
         modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-        around = {name: module.__version__ for name, module in modules.items()} | surroundings()
-        self.processes.check_same({**configuration, **around, "first_batch": self._hash_of_first_batch(plan)})
+        around = {name: module.__version__ for name, module in modules.items()} | surroundings(self.args.device)
+        around["first_batch"] = self._hash_of_first_batch(plan)
+        self.processes.check_same({**configuration, **around})
         if self.processes.world_size > 1:
             self.processes.check_shared([self.run_directory.path, self.run_directory.extraction_path])
         if self.processes.rank == 0:
@@ -361,10 +362,11 @@ class RTLTrainer(JointTrainer):
             self._start_from(theta0)
             started_from = hash_tensors(dict(named_state(self.model.backbone)))
             output = self._retrain(folder)
-            if not math.isfinite(output.training_loss):
+            # The loss alone does not tell if the run was continued from its last step.
+            if not math.isfinite(output.training_loss) or not self._is_finite():
                 raise FloatingPointError(
-                    f"joint retraining of {round_.name}: the loss became {output.training_loss}; lower "
-                    "`learning_rate`, or check the data."
+                    f"joint retraining of {round_.name}: the loss or a weight became NaN or infinite (mean loss "
+                    f"{output.training_loss}); lower `learning_rate`, or check the data."
                 )
             # Training data may have random transforms: they are the same wherever the run was continued.
             with seeded((self.args.seed, Stream.RECALIBRATION, round_.index), self.args.device):
@@ -381,6 +383,10 @@ class RTLTrainer(JointTrainer):
         self._steps_before += report["steps"]
         self._log_before = report["log_history"]
         return TrainOutput(self._steps_before, report["train_loss"], report["metrics"])
+
+    @torch.no_grad()
+    def _is_finite(self) -> bool:
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all())
 
     def _report(self, round_: Round, metrics: dict[str, float], output: TrainOutput, seconds: float) -> dict[str, Any]:
         bank = self.model.mask_bank

@@ -64,6 +64,7 @@ _UNSUPPORTED = {
     "label_smoothing_factor": "the backbone's own loss is used",
     "auto_find_batch_size": "a batch size that depends on the machine gives other tickets; set `route_batch_size`",
     "save_only_model": "an interrupted run could not continue; the models of all rounds are saved apart",
+    "save_on_each_node": "all machines write into one folder, which they share",
     "ignore_data_skip": "a continued run would see other batches than one that was not interrupted",
 }
 
@@ -95,6 +96,9 @@ class RTLTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Search the graph for parameters that a step leaves out; slow."},
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Continue callbacks, as early stopping, where they were."}
     )
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label arguments."})
 

@@ -1,10 +1,12 @@
 """A checkpoint is used only if it is what was sealed."""
 
+import errno
 import json
 
 import pytest
 
-from hf_rtl.checkpoints import SEAL, is_whole, last_usable_checkpoint, seal
+from hf_rtl import checkpoints
+from hf_rtl.checkpoints import SEAL, best_checkpoint, is_whole, last_usable_checkpoint, seal
 
 
 @pytest.fixture
@@ -57,17 +59,20 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
         (other / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
         if sealed:
             seal(other, world_size=2)
-    (folder / "checkpoint-best").mkdir()  # not one of Trainer's
-    assert last_usable_checkpoint(folder, world_size=2) == str(checkpoint)
+    for name in ("checkpoint-best", "checkpoint-100.bak", "checkpoint-7-mine"):  # not Trainer's
+        (folder / name).mkdir()
+    assert last_usable_checkpoint(folder, world_size=2) == checkpoint
     assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-100.bak",
         "checkpoint-20",
         "checkpoint-3",
+        "checkpoint-7-mine",
         "checkpoint-9",
         "checkpoint-best",
     ]
-    assert [record.message.count("checkpoint-100") for record in caplog.records] == [1]
+    assert [record.message.count("checkpoint-100'") for record in caplog.records] == [1]
     (checkpoint / SEAL).unlink()
-    assert last_usable_checkpoint(folder, world_size=2) == str(folder / "checkpoint-9")
+    assert last_usable_checkpoint(folder, world_size=2) == folder / "checkpoint-9"
 
 
 def test_without_any_there_is_none(tmp_path):
@@ -76,9 +81,9 @@ def test_without_any_there_is_none(tmp_path):
 
 
 def test_another_number_of_processes_is_warned_of(checkpoint, caplog):
-    assert last_usable_checkpoint(checkpoint.parent, world_size=2) == str(checkpoint)
+    assert last_usable_checkpoint(checkpoint.parent, world_size=2) == checkpoint
     assert not caplog.records
-    assert last_usable_checkpoint(checkpoint.parent, world_size=3) == str(checkpoint)
+    assert last_usable_checkpoint(checkpoint.parent, world_size=3) == checkpoint
     assert ["made by 2 process(es) and is continued by 3" in record.message for record in caplog.records] == [True]
 
 
@@ -89,8 +94,20 @@ def test_one_whose_best_is_damaged_is_not_used(checkpoint):
     (best / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
     (best / "model.safetensors").write_bytes(b"best")
     seal(best, world_size=1)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
+    # Where it was when the run was made: the run has been moved since.
+    (checkpoint / "trainer_state.json").write_text('{"best_model_checkpoint": "runs/elsewhere/checkpoint-10"}')
     seal(checkpoint, world_size=1)
-    assert last_usable_checkpoint(checkpoint.parent, world_size=1) == str(checkpoint)
+    assert best_checkpoint(checkpoint) == best
+    assert last_usable_checkpoint(checkpoint.parent, world_size=1) == checkpoint
     (best / "model.safetensors").write_bytes(b"bent")
     assert last_usable_checkpoint(checkpoint.parent, world_size=1) is None
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(checkpoint, monkeypatch):
+    def stale(*arguments, **keywords):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoints, "hash_file", stale)
+    with pytest.raises(OSError, match="Stale"):
+        last_usable_checkpoint(checkpoint.parent, world_size=2)
+    assert checkpoint.exists()

@@ -26,7 +26,7 @@ def raising(error):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
 def test_what_cannot_be_written_names_the_folder_the_reason_and_the_way_out(tmp_path, number):
     with pytest.raises(OSError) as raised:
-        explained(tmp_path, raising(OSError(number, os.strerror(number), "file")))
+        explained(tmp_path, raising(OSError(number, os.strerror(number), str(tmp_path / "run" / "file"))))
     assert raised.value.errno == number
     assert isinstance(raised.value.__cause__, OSError)
     for text in (os.strerror(number), str(tmp_path / "run"), "MiB free", "What is finished is kept", "same command"):
@@ -73,6 +73,8 @@ def test_memory_that_runs_out_names_the_batch_size(tmp_path):
         ValueError("`x` is wrong"),
         RuntimeError("shapes do not match"),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "data.csv"),
+        PermissionError(errno.EACCES, "Permission denied", "data.csv"),  # not where the run writes
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."),
         KeyboardInterrupt(),
     ],
 )

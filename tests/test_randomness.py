@@ -51,10 +51,10 @@ def test_seeds_depend_on_every_word_and_streams_differ():
 
 
 def test_surroundings_are_plain_and_change_with_what_decides_rounding():
-    before = surroundings()
+    before = surroundings(torch.device("cpu"))
     assert before["device"] and all(isinstance(value, str) for value in before.values())
     try:
         torch.set_float32_matmul_precision("medium")
-        assert surroundings()["matmul_precision"] == "medium" != before["matmul_precision"]
+        assert surroundings(torch.device("cpu"))["matmul_precision"] == "medium" != before["matmul_precision"]
     finally:
         torch.set_float32_matmul_precision(before["matmul_precision"])

@@ -290,17 +290,26 @@ def test_other_surroundings_are_warned_of(tmp_path, caplog):
     assert all("device" not in record.message for record in caplog.records)
 
 
-def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_of_others(tmp_path, monkeypatch):
     shared = tmp_path / "masks"
     directory = RunDirectory(tmp_path / "run", shared)
     directory.open(CONFIGURATION, EXTRACTION, VERSIONS)
-    left = tmp_path / "run" / "round-01-sparsity-0.5" / ".round.json.17.tmp"
-    left.parent.mkdir()
-    left.write_text("{")
-    of_another_run = shared / ".route-000.safetensors.18.tmp"
-    of_another_run.write_text("")
+    (tmp_path / "run" / "round-01-sparsity-0.5").mkdir()
+    (tmp_path / "run" / ".final-x1y2.tmp").mkdir()
+    names = [".run.json.17.tmp", "round-01-sparsity-0.5/.round.json.17.tmp", ".final-x1y2.tmp/model.safetensors"]
+    left = [tmp_path / "run" / name for name in names]
+    of_others = [tmp_path / "run" / ".editor.tmp", shared / "event-000" / ".notes.tmp"]
+    monkeypatch.setattr(run_directory.os, "replace", lambda source, target: None)  # killed before the renaming
+    for run in ("run", "another"):
+        RunDirectory(tmp_path / run, shared).save_masks(0, 0, MASKS)
+    monkeypatch.undo()
+    written = sorted(shared.glob("event-000/.*.tmp"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(written) == 2
+    for file in left + of_others:
+        file.write_text("")
     directory.open(CONFIGURATION, EXTRACTION, VERSIONS)
-    assert not left.exists() and of_another_run.exists()
+    assert not any(file.exists() for file in [*left, written[0]])
+    assert all(file.exists() for file in [*of_others, written[1]])
 
 
 @pytest.mark.parametrize(

@@ -676,6 +676,34 @@ def test_mixed_precision_from_the_launcher_is_part_of_the_configuration(finished
         made.train()
 
 
+@pytest.mark.parametrize("steps", [{"max_steps": 4}, {"num_train_epochs": 1.5}])
+def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monkeypatch, steps):
+    """The last step is not the last of an epoch, of which Trainer would train one more."""
+    options = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 1, **steps}
+    whole = run(tmp_path / "whole", **options)
+    interrupt(monkeypatch, tmp_path / "run", ("_recalibrate_union", 1), **options)
+    recorded = Recorder()
+    run(tmp_path / "run", callbacks=[recorded], **options)
+    assert whole.rounds[0]["steps"] == {"max_steps": 4, "num_train_epochs": 9}[next(iter(steps))]
+    assert recorded.calls["step_end"] == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_model_with_nan_is_refused_also_when_it_is_continued(tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 6:
+                with torch.no_grad():
+                    next(model.backbone.parameters()).fill_(float("nan"))
+
+    options = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 1}
+    made = make_trainer(tmp_path / "run", callbacks=[Spoil()], **options)
+    for trainer in (made, make_trainer(tmp_path / "run", **options)):
+        with pytest.raises(FloatingPointError, match="a weight became NaN"):
+            trainer.train()
+    assert not (tmp_path / "run" / ROUNDS[0] / "round.json").exists()
+
+
 def test_a_damaged_model_of_a_round_is_retrained_again(finished, tmp_path, caplog):
     shutil.copytree(finished.folder, tmp_path / "run")
     file = tmp_path / "run" / ROUNDS[0] / "model.safetensors"
@@ -1341,7 +1369,10 @@ def test_labels_that_are_no_classes_are_not_checked(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_extraction(tmp_path):
     data = Broken(24, lambda i, sample: {**sample, "pixel_values": sample["pixel_values"] / (i != 4)})
-    with pytest.raises(FloatingPointError, match="extraction of route 'ant', prune event 0: the loss became nan"):
+    with pytest.raises(
+        FloatingPointError,
+        match="extraction of route 'ant', prune event 0: the loss became nan",
+    ):
         run(tmp_path / "run", train=data, extraction_steps=8)
     assert not list((tmp_path / "run").rglob("route-*.safetensors"))
 
@@ -1358,7 +1389,10 @@ def test_a_loss_that_is_not_a_number_stops_joint_retraining(tmp_path, monkeypatc
         made = RTLTrainer(
             image_model(), arguments(tmp_path, target_sparsity=[0.3]), train_dataset=Images(24), eval_dataset=evaluate
         )
-        with pytest.raises(FloatingPointError, match=f"joint retraining of {ROUNDS[0]}: the loss became nan"):
+        with pytest.raises(
+            FloatingPointError,
+            match=f"joint retraining of {ROUNDS[0]}: the loss or a weight became NaN.*mean loss nan",
+        ):
             made.train()
     assert not list(tmp_path.rglob("model.safetensors"))
 

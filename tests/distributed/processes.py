@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -119,5 +120,6 @@ def _run(connection: Connection, variables: dict[str, str], log: str, function: 
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
+        atexit._run_exitfuncs()
         os._exit(1)
     sys.stdout.flush()

@@ -35,16 +35,6 @@ ENDED_WITHIN = 30.0  # seconds in which it is to end
 
 # How many kills in each phase of a run: with batch norm and with layer norm, on one and on two processes.
 NUM_KILLS = {("timm", 1): 6, ("timm", 2): 6, ("vit", 1): 2, ("vit", 2): 2}
-# Points where something that is finished, or all, lies beside something that is not. Spread ones may miss them.
-DELICATE = {
-    "run.json is half written": WRITING,
-    "round-01-sparsity-0.3/checkpoint-2/model.safetensors is half written": WRITING,
-    "round-01-sparsity-0.3/checkpoint-6/checkpoint.json has its name": SAVING,
-    "round-01-sparsity-0.3/checkpoint-4 is half removed": SAVING,
-    "round-02-sparsity-0.6/round.json is written under another name": WRITING,
-    "final/model.safetensors has its name": SAVING,
-    "final/training_args.json has its name": SAVING,
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Kill:
     kind: str
     world_size: int
     phase: str
-    number: int
+    number: int = 0
     alone: str = ""
     again: str = ""
     name: str = ""
@@ -88,13 +78,25 @@ def make_kills() -> list[Kill]:
                 # A point is passed again, unless it says that something is saved or another process goes on.
                 again = "later" if again and (phase == SAVING or alone) else again
                 kills.append(Kill(kind, world_size, phase, number, alone, again))
-    return kills + [Kill("timm", 1, phase, 0, name=name) for name, phase in DELICATE.items()]
+    return kills
 
 
-KILLS = make_kills()
+# Points where something that is finished, or all, lies beside something that is not. Spread ones may miss them.
+DELICATE = [
+    Kill("timm", 1, WRITING, name="run.json is half written"),
+    Kill("timm", 1, WRITING, name="extraction/event-000/route-001.safetensors is half written", again="same"),
+    Kill("timm", 1, WRITING, name="round-01-sparsity-0.3/checkpoint-2/model.safetensors is half written"),
+    Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-6/checkpoint.json has its name"),
+    Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-4 is half removed"),
+    Kill("timm", 1, WRITING, name="round-02-sparsity-0.6/round.json is written under another name"),
+    Kill("timm", 1, SAVING, name="final/model.safetensors has its name"),
+    Kill("timm", 1, SAVING, name="final/training_args.json has its name"),
+]
+KILLS = make_kills() + DELICATE
 # Each phase, one process and two, all and one alone, once and twice.
 IN_SHORT_FORM = {
-    "timm-world_1-extraction-0-then_same",
+    "timm-world_1-inside_a_file_write-run.json_is_half_written",
+    "timm-world_1-inside_a_file_write-extraction/event-000/route-001.safetensors_is_half_written-then_same",
     "timm-world_1-inside_a_file_write-round-01-sparsity-0.3/checkpoint-2/model.safetensors_is_half_written",
     "timm-world_1-saving-round-01-sparsity-0.3/checkpoint-4_is_half_removed",
     "timm-world_2-extraction-1-it_alone",
@@ -279,23 +281,19 @@ def test_masks_to_compare_with_do_not_depend_on_the_number_of_processes(referenc
     assert len(masks) > 9 and all(one[path] == two[path] for path in masks)
 
 
-def test_kills_are_spread_over_the_phases(killed, capsys):
-    """Prints what has been killed in this session; a kill that did not come about has failed above."""
+def test_kills_are_spread_over_the_phases(killed, say):
+    """Shows what has been killed in this session; a kill that did not come about has failed above."""
     columns = list(NUM_KILLS)
     count = Counter((target.phase, kill.kind, kill.world_size) for kill, targets in killed for target in targets)
-    rows = [["phase", *(f"{kind}, world {world_size}" for kind, world_size in columns), "all"]]
+    rows = [["killed", *(f"{kind}, world {world_size}" for kind, world_size in columns), "all"]]
     for phase in PHASES:
         numbers = [count[(phase, *column)] for column in columns]
         rows.append([phase, *numbers, sum(numbers)])
+    for name, *cells in rows:
+        say(f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells))
     twice = sum(len(targets) > 1 for _, targets in killed)
     alone = sum(len(targets) for kill, targets in killed if kill.alone)
-    with capsys.disabled():
-        print()
-        for name, *cells in rows:
-            print(f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells))
-        print(
-            f"{sum(count.values())} kills of {len(killed)} runs: {twice} runs twice, {alone} kills of one rank alone"
-        )
+    say(f"{sum(count.values())} kills of {len(killed)} runs: {twice} runs twice, {alone} kills of one rank alone")
     planned = Counter(kill.phase for kill in KILLS)
     assert len(KILLS) >= 30 and all(planned[phase] >= 6 for phase in PHASES)
     assert {str(kill) for kill in KILLS} >= IN_SHORT_FORM
