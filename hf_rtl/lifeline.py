@@ -53,6 +53,7 @@ class Lifeline:
         self.world_size = world_size
         self._meetings = itertools.count()
         self._stopping = threading.Event()
+        self._has_said = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lifeline:
@@ -81,7 +82,7 @@ class Lifeline:
         except dist.DistError:
             cause = _HOST_IS_GONE
         if cause:
-            logger.error(f"process {self.rank} ends: {cause}")
+            self._say(cause)
             self._let_the_first_end_first()
             raise SystemExit(1) from None
         if self.rank == 0:
@@ -96,7 +97,7 @@ class Lifeline:
         try:
             return store.clone()
         except dist.DistError:
-            logger.error(f"process {self.rank} ends: {_HOST_IS_GONE}")
+            self._say(_HOST_IS_GONE)
             raise SystemExit(1) from None
         finally:
             store.set_timeout(timeout)
@@ -130,7 +131,7 @@ class Lifeline:
 
     def _let_the_first_end_first(self) -> None:
         """A launcher names the process that ends first as the cause, and ends those that are left."""
-        time.sleep(3 * INTERVAL)
+        time.sleep(6 * INTERVAL)
 
     def _watch(self) -> None:
         neighbour = (self.rank + 1) % self.world_size
@@ -152,13 +153,18 @@ class Lifeline:
     def _end(self, cause: str, *, first: bool = True) -> None:
         if self._stopping.is_set():
             return
+        self._say(cause)
         if not first:
             self._let_the_first_end_first()
-        logger.error(f"process {self.rank} ends: {cause}")
         sys.stdout.flush()
         sys.stderr.flush()
         # The main thread may hang in a collective for ever: no exception reaches it there.
         os._exit(1)
+
+    def _say(self, cause: str) -> None:
+        # Both threads may come to it.
+        if self._has_said.acquire(blocking=False):
+            logger.error(f"process {self.rank} ends: {cause}")
 
     def _claim(self, cause: str) -> str:
         """

@@ -175,3 +175,18 @@ def test_machines_that_share_no_folder_are_refused(machines: list[Launcher], imp
     printed = "".join(launcher.printed() for launcher in machines)
     assert printed.count("must be on a disk that all of them share, under the same path.") == 1
     assert "process 1 on" in printed and not (tmp_path / "machine-0/run/run.json").exists()
+
+
+def test_under_a_launcher_the_first_failure_is_shown(tmp_path: Path, machines: list[Launcher]) -> None:
+    """It ends all processes as soon as one has ended: not before the one that failed has said why."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"from distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
+    )
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    machines.append(Launcher(two, tmp_path / "log"))
+    assert machines[0].wait() != 0
+    printed = machines[0].printed()
+    assert printed.count("ValueError: something is wrong with sample 17") == 1
+    assert re.findall(r"Root Cause.*?rank +: (\d)", printed, re.DOTALL) == ["0"]
