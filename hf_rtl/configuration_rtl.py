@@ -106,6 +106,17 @@ class RTLConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self, name))
         self.check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "
+                "backbone of one with `RTLModelFor….from_backbone(name, …)`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def num_routes(self) -> int:
         return len(self.route_names)

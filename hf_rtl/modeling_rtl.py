@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,11 +31,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput
+from transformers.utils.hub import create_and_tag_model_card
 
 from .active_route import ActiveRoute
 from .backbone import build_backbone
 from .configuration_rtl import RTLConfig
 from .footprint import footprint
+from .hub import branch_head, commit_folder
 from .mask_bank import MaskBank
 from .masking import UNION, WeightMasker, and_masks
 from .mixed_batch import group_by_route, merge_outputs, select_samples
@@ -42,7 +45,17 @@ from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, 
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
 
 
-_HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
+_HUB_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "parent_commit",
+    "tags",
+)
 
 
 class RTLModel(PreTrainedModel):
@@ -212,6 +225,65 @@ class RTLModel(PreTrainedModel):
 
         Files are written beside the folder and then moved into it one by one, each whole, `config.json` last.
         """
+        self._check_savable()
+        self.config.mask_fingerprint = self.mask_bank.fingerprint()
+        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
+        kwargs.setdefault("save_original_format", False)
+        target = Path(save_directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
+            super().save_pretrained(staging, **kwargs)
+            _move_files(Path(staging), target)
+        if push_to_hub:
+            if "max_shard_size" in kwargs:
+                hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
+            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """
+        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push.
+
+        Args:
+            parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
+                that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
+
+        Raises:
+            ValueError: the model cannot be saved as it is.
+            HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
+        """
+        self._check_savable()
+        repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        head = branch_head(repo_id, None if create_pr else revision, token=token)
+        card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            card.save(Path(folder) / "README.md")
+            return commit_folder(
+                Path(folder),
+                repo_id,
+                parent_commit=parent_commit or head,
+                revision=revision,
+                token=token,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+            )
+
+    def _check_savable(self) -> None:
         self._refuse_in_context("save_pretrained()")
         if self._fixed_route is not None:
             raise ValueError(
@@ -223,17 +295,6 @@ class RTLModel(PreTrainedModel):
                 f"`config.route_names` is {self.config.route_names}, but the mask bank has the routes "
                 f"{self.route_names}; change both, or neither."
             )
-        self.config.mask_fingerprint = self.mask_bank.fingerprint()
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
-        kwargs.setdefault("save_original_format", False)
-        target = Path(save_directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
-            super().save_pretrained(staging, **kwargs)
-            _move_files(Path(staging), target)
-        if push_to_hub:
-            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
 
     # Routes
 
@@ -366,7 +427,8 @@ class RTLModel(PreTrainedModel):
                 return self._score_all(inputs, labels)
             raise ValueError(
                 "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample."
+                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
+                "pipeline, which passes none, takes `model.with_route(route)` as its model."
             )
         if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
             raise RuntimeError(

@@ -22,11 +22,10 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .extraction import Extraction
 from .failures import explain_failures
+from .hub import branch_head, commit_folder
 from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
-from .modeling_rtl import (
-    RTLModel,
-)
+from .modeling_rtl import RTLModel
 from .plan import Plan, Round, make_rounds
 from .pruning import emptied_layers, round_schedule
 from .randomness import Stream, reproducible, seeded, surroundings
@@ -259,12 +258,62 @@ class RTLTrainer(JointTrainer):
             )
         return theta0
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`, of `final/` alone."""
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        parent_commit: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As `Trainer.push_to_hub`, of `final/` as the run left it and of nothing else, in one commit.
+
+        With `args.push_to_hub`, `train()` does so at its end, for the `hub_strategy` "end" and "every_save" alike.
+
+        Args:
+            parent_commit (`str`, *optional*): as of [`RTLModel.push_to_hub`].
+            **kwargs: to `create_model_card`.
+
+        Raises:
+            ValueError: the run has not ended, so there is nothing to push.
+            HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
+        """
+        folder = self.run_directory.final_folder
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{self.args.output_dir!r} has no final model to push; run `train()` to its end first.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=kwargs.get("token"))
-        with self._output_dir(self.run_directory.final_folder):
-            return super().push_to_hub(*args, **kwargs)
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        token = self.args.hub_token if token is None else token
+        revision = self.args.hub_revision if revision is None else revision
+        head = branch_head(self.hub_model_id, revision, token=token)
+        with self._output_dir(folder):
+            name = self.hub_model_id.split("/")[-1]
+            self.create_model_card(**{"model_name": name, "tags": self.model.model_tags, **kwargs})
+        return commit_folder(
+            folder,
+            self.hub_model_id,
+            parent_commit=parent_commit or head,
+            revision=revision,
+            token=token,
+            commit_message=commit_message or "End of training",
+            run_as_future=not blocking,
+        )
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.init_hf_repo`. Raises `ValueError` where checkpoints are to be pushed, before anything is."""
+        if self.args.push_to_hub and self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"`hub_strategy` = {self.args.hub_strategy.value!r} is not supported: checkpoints hold pickled files, "
+                "and a run continues from its whole folder only. What is pushed is the final model; use 'end'."
+            )
+        super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: what is pushed is `final/` alone, when all rounds are done."""

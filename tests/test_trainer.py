@@ -1468,50 +1468,6 @@ def test_the_batches_of_a_round_can_be_had_again(tmp_path, monkeypatch):
             assert torch.equal(one["labels"], other["labels"])
 
 
-# Sharing
-
-
-class FakeHub:
-    """Takes what is pushed, and notes what was in the folder then."""
-
-    def __init__(self):
-        self.created, self.uploads = [], []
-
-    def create_repo(self, name, **kwargs):
-        self.created.append(name)
-        return SimpleNamespace(repo_id=f"someone/{name}")
-
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        self.uploads.append((repo_id, Path(folder_path), files(folder_path)))
-        return SimpleNamespace(commit_url="")
-
-
-def test_what_is_pushed_is_the_end_and_nothing_else(finished, tmp_path, monkeypatch):
-    hub = FakeHub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    run(tmp_path / "my-model", push_to_hub=True, save_strategy="steps", save_steps=2)
-    assert hub.created == ["my-model"]
-    assert len(hub.uploads) == 1
-    repo, folder, content = hub.uploads[0]
-    assert repo == "someone/my-model"
-    assert folder == tmp_path / "my-model" / "final"
-    assert content["model.safetensors"] == (finished.folder / "final" / "model.safetensors").read_bytes()
-    assert all(path.endswith((".json", ".safetensors", ".md")) for path in content)
-    assert "checkpoint" not in " ".join(content)
-
-
-def test_pushing_afterwards(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished.folder, tmp_path / "run")
-    hub = FakeHub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    made = make_trainer(tmp_path / "run")
-    made.train()
-    assert hub.uploads == hub.created == []
-    made.push_to_hub()
-    assert [(repo, folder.name) for repo, folder, _ in hub.uploads] == [("someone/run", "final")]
-    assert made.args.output_dir == str(tmp_path / "run")
-
-
 def test_plain_tensors_need_no_datasets(tmp_path):
     program = """
         import sys

@@ -1,0 +1,238 @@
+"""What the processes of the Hub's tests do. Imported once, by the process that they are forked from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import HfApi
+from PIL import Image
+from timm.models import create_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForSequenceClassification,
+    ImageClassificationPipeline,
+    PreTrainedTokenizerFast,
+    TextClassificationPipeline,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+import hf_rtl
+from hf_rtl import (
+    RTLModel,
+    RTLModelForImageClassification,
+    RTLModelForSequenceClassification,
+    RTLTrainer,
+    RTLTrainingArguments,
+)
+from hf_rtl.run_directory import hash_tensors
+
+
+torch.set_num_threads(1)
+# All these are imported when they are first looked at, which is to be before the fork.
+_ = create_model, BertForSequenceClassification, TimmWrapperForImageClassification, ViTForImageClassification
+_ = ImageClassificationPipeline, TextClassificationPipeline
+
+ROUTES = ["ant", "bee", "cat"]
+WORDS = ["[PAD]", "[UNK]", "a", "small", "red", "bee", "sings", "of", "honey", "and", "rain"]
+TEXTS = ["a small bee sings", "rain and honey"]
+
+
+def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> RTLModel:
+    """A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics."""
+    routes = {"route_names": ROUTES, "ticket_task": ticket_task, "seed": seed}
+    labels = {"num_labels": 4} if ticket_task == "labels" else {}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "bert":
+        config = BertConfig(**small, vocab_size=len(WORDS), max_position_embeddings=12)
+        model = RTLModelForSequenceClassification.from_backbone(config, **routes, **labels)
+    else:
+        backbone = "test_resnet" if kind == "timm" else ViTConfig(**small, image_size=32, patch_size=8)
+        model = RTLModelForImageClassification.from_backbone(backbone, **routes, **labels)
+    generator = torch.Generator().manual_seed(seed)
+    for route in range(model.num_routes):
+        model.mask_bank[route] = [torch.rand(shape, generator=generator) < 0.5 for shape in model.mask_bank.shapes]
+    # As trained, so that what is masked, and whose statistics are used, shows in the outputs.
+    for tensor in [*model.parameters(), *model.norm_statistics.rows]:
+        tensor.data += (0.05 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+    return model.eval()
+
+
+@torch.no_grad()
+def describe(model: RTLModel) -> dict[str, Any]:
+    """All that is to be the same after a model has been pushed and loaded, to the bit."""
+    if isinstance(model, RTLModelForSequenceClassification):
+        inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    else:
+        inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    outputs = {name: model(**inputs, route_ids=name).logits for name in model.route_names}
+    return {
+        "class": type(model).__name__,
+        "training": model.training,
+        "route_names": model.route_names,
+        "mask_fingerprint": model.mask_bank.fingerprint(),
+        "tensors": {name: hash_tensors({"": tensor}) for name, tensor in _tensors(model).items()},
+        "outputs": {name: output.tolist() for name, output in outputs.items()},
+    }
+
+
+def _tensors(model: RTLModel) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def call(method: str, *arguments: Any, **keywords: Any) -> None:
+    """A method of the Hub's client."""
+    getattr(HfApi(), method)(*arguments, **keywords)
+
+
+def push(name: str, kind: str = "vit", *, seed: int = 0, ticket_task: str = "membership", **options: Any) -> dict:
+    """What was pushed."""
+    model = make_model(kind, seed=seed, ticket_task=ticket_task)
+    model.push_to_hub(name, **options)
+    return describe(model)
+
+
+def push_after_saving(name: str, **options: Any) -> None:
+    make_model("vit").save_pretrained("folder", push_to_hub=True, repo_id=name, **options)
+
+
+def push_view(name: str) -> None:
+    make_model("vit").with_route(0).push_to_hub(name)
+
+
+def push_subfolder(name: str, folder: str) -> dict[str, Any]:
+    """What was pushed, as people do that keep several models in one repository."""
+    model = make_model("vit")
+    model.save_pretrained("model")
+    api = HfApi()
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path="model", path_in_repo=folder)
+    return describe(model)
+
+
+def pull(name: str, loader: str = "RTLModel", **options: Any) -> dict[str, Any]:
+    """What came back, when loaded by a class of ours or of transformers."""
+    loading = getattr(hf_rtl, loader, None) or getattr(transformers, loader)
+    return describe(loading.from_pretrained(name, **options))
+
+
+def pull_config(name: str) -> tuple[str, dict[str, Any]]:
+    config = AutoConfig.from_pretrained(name)
+    return type(config).__name__, config.to_dict()
+
+
+# Pipelines
+
+
+def images() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(2)]
+
+
+def image_processor() -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def push_with_processor(name: str, kind: str, *, ticket_task: str = "membership") -> None:
+    make_model(kind, ticket_task=ticket_task).push_to_hub(name)
+    processor = tokenizer() if kind == "bert" else image_processor()
+    processor.push_to_hub(name)
+
+
+@torch.no_grad()
+def ask(name: str, task: str, *, route: str | None = None) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline."""
+    asked = pipeline(task, model=name)
+    model = RTLModel.from_pretrained(name)
+    processors = {"tokenizer": asked.tokenizer, "image_processor": asked.image_processor}
+    if task == "text-classification":
+        inputs, encoded = TEXTS, asked.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    else:
+        inputs, encoded = images(), asked.image_processor(images(), return_tensors="pt")
+    if route is not None:
+        asked = pipeline(task, model=asked.model.with_route(route), **processors)
+    answers = asked(inputs, top_k=None)
+    logits = model(**encoded, route_ids=route).logits
+    membership = model.config.ticket_task == "membership"
+    labels = [route] if membership and route is not None else list(model.config.id2label.values())
+    scores = logits.sigmoid() if membership else logits.softmax(1)
+    expected = [dict(zip(labels, row.tolist(), strict=True)) for row in scores]
+    said = [{entry["label"]: entry["score"] for entry in answer} for answer in answers]
+    return list(zip(said, expected, strict=True))
+
+
+# Training
+
+
+def make_trainer(**arguments: Any) -> RTLTrainer:
+    """Two rounds of a small vision transformer on noise, in the folder `run`."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(24, 3, 32, 32, generator=generator)
+    samples = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(pixels)]
+    settings = {
+        "target_sparsity": [0.2, 0.4],
+        "prune_amount": 0.3,
+        "extraction_steps": 1,
+        "max_steps": 2,
+        "route_batch_size": 8,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return RTLTrainer(
+        make_model("vit"),
+        RTLTrainingArguments(output_dir=str(Path("run").absolute()), **{**settings, **arguments}),
+        train_dataset=samples,
+        processing_class=image_processor(),
+    )
+
+
+def train(**arguments: Any) -> dict[str, Any]:
+    """What a training ended with."""
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    return describe(trainer.model.eval())
+
+
+def train_then_push(options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """What a training ended with."""
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    trained = describe(trainer.model.eval())
+    trainer.push_to_hub(**options)
+    return trained
+
+
+def retrain_then_push(**arguments: Any) -> dict[str, Any]:
+    """What a training ended with, before its trainer was used for a control."""
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    trained = describe(trainer.model.eval())
+    masks = [trainer.model.mask_bank[route] for route in (1, 2, 0)]
+    trainer.retrain(masks, like=trainer.rounds[-1]["folder"], name="shuffled")
+    trainer.push_to_hub()
+    return trained
+
+
+def push_untrained(**arguments: Any) -> None:
+    make_trainer(**arguments).push_to_hub()

@@ -1,0 +1,35 @@
+"""A Hub in this process, and fresh processes that push to it and pull from it with the client as it is."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub.processes import Clients
+from hub.server import LocalHub
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[LocalHub]:
+    """Alice and Ann are of the organisation `org`, Bob is not."""
+    with LocalHub({"alice": ["org"], "ann": ["org"], "bob": []}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def _clients(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
+    clients = Clients(hub.url, tmp_path_factory.mktemp("clients") / "output.txt")
+    yield clients
+    clients.stop()
+
+
+@pytest.fixture
+def run(_clients: Clients, tmp_path: Path) -> Callable:
+    """`run(function, …, user="alice")` gives what it returns in a new process with an empty cache."""
+    numbers = itertools.count(1)
+
+    def run(function, *arguments, user="alice", **keywords):
+        token = None if user is None else f"hf_{user}"
+        return _clients.run(function, arguments, keywords, tmp_path / f"process-{next(numbers)}", token)
+
+    return run

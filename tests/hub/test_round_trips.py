@@ -1,0 +1,236 @@
+"""Models pushed to a Hub and loaded by their name, each in a process of its own that has nothing of theirs."""
+
+import json
+import subprocess
+import sys
+from pathlib import PurePosixPath
+
+import pytest
+from hub.clients import (
+    call,
+    images,
+    pull,
+    pull_config,
+    push,
+    push_after_saving,
+    push_subfolder,
+    push_view,
+    push_with_processor,
+)
+from hub.processes import ClientError, environment
+from hub.server import File, HubError
+
+
+def weight_files(files):
+    return {path for path in files if path.endswith((".safetensors", ".safetensors.index.json"))}
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
+def test_a_pushed_model_comes_back_bit_for_bit(hub, run, kind, tmp_path):
+    name = f"org/whole-{kind}"
+    pushed = run(push, name, kind)
+    assert len({str(output) for output in pushed["outputs"].values()}) == 3  # else any mask would do
+    assert run(pull, name) == pushed
+    pulled_to = [path for path in tmp_path.glob("*/cache/hub/*") if any(path.rglob("model.safetensors"))]
+    assert pulled_to == [tmp_path / "process-2" / "cache" / "hub" / f"models--org--whole-{kind}"]
+    push_commit, created = hub.repos[name].history()
+    assert (push_commit.author, push_commit.parent) == ("alice", created.oid)
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
+def test_nothing_that_is_pushed_can_be_executed_or_gives_away_who_pushed_it(hub, run, kind, tmp_path):
+    name = f"org/content-{kind}"
+    run(push_with_processor, name, kind)
+    files = hub.repos[name].at("main").files
+    assert {PurePosixPath(path).suffix or path for path in files} <= {".safetensors", ".json", ".md", ".gitattributes"}
+    for path, file in files.items():
+        assert b"hf_alice" not in file.data and str(tmp_path).encode() not in file.data, path
+
+
+def test_revisions_are_branches_tags_and_commits(hub, run):
+    name = "org/revisions"
+    first = run(push, name, seed=0)
+    commit = hub.repos[name].at("main").oid
+    run(call, "create_tag", name, tag="v1")
+    on_branch = run(push, name, seed=1, revision="experiment")
+    last = run(push, name, seed=2)
+    expected = {"v1": first, commit: first, "experiment": on_branch, "main": last}
+    assert len({model["mask_fingerprint"] for model in expected.values()}) == 3
+    for revision, model in expected.items():
+        assert run(pull, name, revision=revision) == model
+    assert run(pull, name) == last
+    assert hub.repos[name].at("experiment").parent == commit
+
+
+def test_a_pull_request_can_be_loaded_before_it_is_merged(hub, run):
+    name = "org/proposals"
+    before = run(push, name, seed=0)
+    proposed = run(push, name, seed=1, create_pr=True, user="bob")
+    assert run(pull, name) == before
+    assert run(pull, name, revision="refs/pr/1") == proposed
+    run(call, "merge_pull_request", name, 1)
+    assert run(pull, name) == proposed
+
+
+def test_private_models_need_a_token(hub, run):
+    name = "org/private"
+    pushed = run(push, name, private=True)
+    assert hub.repos[name].private
+    assert run(pull, name, user="ann") == pushed
+    for user in (None, "bob"):
+        with pytest.raises(ClientError, match="OSError: org/private is not .*\n.*private.* pass a token"):
+            run(pull, name, user=user)
+    assert run(pull, name, user=None, token="hf_ann") == pushed
+
+
+def test_a_model_in_a_subfolder(run):
+    pushed = run(push_subfolder, "org/several", "models/small")
+    for loader in ("RTLModel", "AutoModelForImageClassification"):
+        assert run(pull, "org/several", loader, subfolder="models/small") == pushed
+
+
+def test_sharded_weights_replace_whole_ones_and_the_other_way_round(hub, run):
+    """Loading takes `model.safetensors` where it finds it, however old it is."""
+    name = "org/shards"
+    for seed, options in enumerate([{}, {"max_shard_size": "20KB"}, {"max_shard_size": "30KB"}, {}]):
+        pushed = run(push, name, seed=seed, **options)
+        files = hub.repos[name].at("main").files
+        if options:
+            index = json.loads(files["model.safetensors.index.json"].data)
+            listed = set(index["weight_map"].values()) | {"model.safetensors.index.json"}
+            assert len(listed) > 2
+        else:
+            listed = {"model.safetensors"}
+        assert weight_files(files) == listed
+        assert run(pull, name) == pushed
+
+
+def test_saving_pushes_as_it_saves(hub, run):
+    run(push_after_saving, "org/saved", private=True, commit_message="First", max_shard_size="20KB")
+    repo = hub.repos["org/saved"]
+    assert repo.private and repo.at("main").title == "First"
+    assert len(weight_files(repo.at("main").files)) > 2
+
+
+def test_every_class_that_can_load_it_gives_the_class_that_was_pushed(run):
+    pushed = run(push, "org/classes")
+    for loader in ("AutoModelForImageClassification", "AutoModel", "RTLModelForImageClassification"):
+        assert run(pull, "org/classes", loader) == pushed
+    kind, config = run(pull_config, "org/classes")
+    assert kind == "RTLConfig" and config["mask_fingerprint"] == pushed["mask_fingerprint"]
+    with pytest.raises(ClientError, match="ValueError: .*RTLModelForSemanticSegmentation has none"):
+        run(pull, "org/classes", "RTLModelForSemanticSegmentation")
+
+
+def test_what_was_pulled_once_needs_no_hub(hub, run, tmp_path):
+    run(push_with_processor, "org/cached", "timm")
+    images()[0].save(tmp_path / "image.png")
+    program = """
+        import sys
+        from hf_rtl import RTLModel
+        from transformers import pipeline
+
+        print(RTLModel.from_pretrained("org/cached").mask_bank.fingerprint())
+        print(pipeline("image-classification", model="org/cached")(sys.argv[1]))
+    """
+    program = "\n".join(line.strip() for line in program.splitlines())
+    outputs = []
+    for url, offline in ((hub.url, "0"), ("http://127.0.0.1:1", "1")):
+        variables = environment(url, cache=tmp_path / "cache", HF_TOKEN="hf_ann", HF_HUB_OFFLINE=offline)
+        command = [sys.executable, "-c", program, str(tmp_path / "image.png")]
+        result = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] != ""
+
+
+# What is refused
+
+
+def test_a_push_upon_another_state_is_refused_and_changes_nothing(hub, run):
+    name = "org/stale"
+    first = run(push, name, seed=0)
+    parent = hub.repos[name].at("main").oid
+    second = run(push, name, seed=1, parent_commit=parent)
+    assert second != first
+    before = dict(hub.repos[name].refs)
+    with pytest.raises(ClientError, match="(?s)412 Precondition Failed.*A commit has happened since"):
+        run(push, name, seed=2, parent_commit=parent)
+    assert hub.repos[name].refs == before
+    assert run(pull, name) == second
+
+
+def test_a_push_during_another_one_is_refused_and_loses_nothing(hub, run, monkeypatch):
+    name = "org/concurrent"
+    run(push, name, seed=0)
+    repo = hub.repos[name]
+
+    def interfere(method, path):
+        if "/preupload/" in path:
+            hub.before_request = lambda method, path: None
+            repo.commit("refs/heads/main", {**repo.at("main").files, "notes.md": File(b"Mine")}, "Note", "ann")
+
+    monkeypatch.setattr(hub, "before_request", interfere)
+    with pytest.raises(ClientError, match="A commit has happened since"):
+        run(push, name, seed=1)
+    assert repo.at("main").title == "Note"
+
+
+def test_a_push_that_breaks_off_changes_nothing(hub, run, monkeypatch):
+    name = "org/broken-off"
+    pushed = run(push, name, seed=0)
+    before = dict(hub.repos[name].refs)
+
+    uploads = []
+
+    def break_off(method, path):
+        if method == "PUT":
+            uploads.append(path)
+            if len(uploads) == 2:
+                raise HubError(400, "the line was cut")
+
+    monkeypatch.setattr(hub, "before_request", break_off)
+    with pytest.raises(ClientError, match="the line was cut"):
+        run(push, name, seed=99, max_shard_size="20KB")
+    monkeypatch.undo()
+    assert len(uploads) > 1 and hub.repos[name].refs == before
+    assert run(pull, name) == pushed
+
+
+@pytest.mark.parametrize(
+    "user, message",
+    [("mallory", "Invalid credentials"), (None, "Invalid username or password"), ("bob", "don't have write access")],
+)
+def test_who_may_not_push_is_told_so(hub, run, user, message):
+    run(push, "org/owned", seed=0)
+    before = dict(hub.repos["org/owned"].refs)
+    with pytest.raises(ClientError, match=message):
+        run(push, "org/owned", seed=1, user=user)
+    assert hub.repos["org/owned"].refs == before
+
+
+def test_a_view_with_a_fixed_route_is_not_pushed(hub, run):
+    with pytest.raises(ClientError, match="ValueError: this is a view with a fixed route"):
+        run(push_view, "org/view")
+    assert "org/view" not in hub.repos
+
+
+def test_what_cannot_be_loaded_is_refused_after_the_download(hub, run):
+    name = "org/altered"
+    run(push, name)
+    repo = hub.repos[name]
+    files = dict(repo.at("main").files)
+    config = json.loads(files["config.json"].data)
+    other = {**config, "mask_fingerprint": "0" * 64}
+    foreign = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    for branch, changed in (("fingerprint", other), ("foreign", foreign)):
+        data = json.dumps(changed).encode()
+        repo.commit(f"refs/heads/{branch}", {**files, "config.json": File(data)}, "Change", "alice")
+    with pytest.raises(ClientError, match="ValueError: .*masks have the fingerprint"):
+        run(pull, name, revision="fingerprint")
+    with pytest.raises(ClientError, match="ValueError: .*of type 'vit', which has no tickets"):
+        run(pull, name, revision="foreign")
+    with pytest.raises(ClientError, match="OSError: nowhere is not a valid git identifier"):
+        run(pull, name, revision="nowhere")
+    with pytest.raises(ClientError, match="OSError: org/nothing is not a local folder"):
+        run(pull, "org/nothing")
