@@ -63,16 +63,17 @@ class Processes:
                     "the same arguments, data and versions, on the same kind of device."
                 )
 
-    def check_shared(self, folders: Sequence[Path]) -> None:
+    def check_shared(self, folders: Sequence[Path], owner: str) -> None:
         """
-        Whether process 0 can write into `folders` and all others see what it wrote. Creates missing ones.
+        Whether process 0 can write into `folders` and all others see what it wrote. Creates missing ones. `owner` is
+        part of the name of what it writes.
 
         Raises:
             OSError: process 0 cannot write.
             RuntimeError: another machine has another folder of that name.
         """
         for folder in folders:
-            token = folder / f".shared-{self.of_first(secrets.token_hex(8))}.tmp"
+            token = folder / self.of_first(f".shared.{owner}{secrets.token_hex(8)}.tmp")
             if self.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 token.touch()

@@ -43,7 +43,7 @@ class RunDirectory:
         self.path = Path(path)
         self.extraction_path = self.path / "extraction" if extraction_path is None else Path(extraction_path)
         # Tells files that this run is writing from those of others.
-        self._owner = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:8] + "-"
+        self.owner = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:8] + "-"
 
     def mask_file(self, event: int, route: int) -> Path:
         return self.extraction_path / f"event-{event:03d}" / f"route-{route:03d}.safetensors"
@@ -84,15 +84,15 @@ class RunDirectory:
         self._remove_what_a_killed_run_left()
         for file, content in files.items():
             if not file.exists():
-                write_json(file, content)
+                write_json(file, content, owner=self.owner)
 
     def _remove_what_a_killed_run_left(self) -> None:
         """Files and folders that were written beside their place; nothing of others in the same folders."""
-        own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared-*"]
+        own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared.*"]
         left = [path for pattern in own for path in self.path.glob(f"{pattern}.tmp")]
-        left += self.path.glob("round-*/**/.*.tmp")
+        left += [*self.path.glob("round-*/**/.*.tmp"), *self.final_folder.glob(".*.tmp")]
         # Other runs may be writing masks into the same folder.
-        left += self.extraction_path.glob(f"**/.*.{self._owner}*.tmp")
+        left += self.extraction_path.glob(f"**/.*.{self.owner}*.tmp")
         for path in left:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -126,7 +126,7 @@ class RunDirectory:
     def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
         """Writes a route's mask after an event, with the hash of what its training started from."""
         tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
-        write_tensors(self.mask_file(event, route), tensors, owner=self._owner, started_from=started_from)
+        write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
 
     def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
         """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
@@ -170,10 +170,10 @@ def _check_same(file: Path, saved: dict[str, Any], current: dict[str, Any]) -> N
         )
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Writes JSON so that `file` is either as it was or whole."""
+def write_json(file: Path, value: Any, *, owner: str = "") -> None:
+    """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(file)
+    beside = _beside(file, owner)
     try:
         beside.write_text(json.dumps(value, indent=2) + "\n")
         os.replace(beside, file)

@@ -225,7 +225,8 @@ class RTLTrainer(JointTrainer):
         around["first_batch"] = self._hash_of_first_batch(plan)
         self.processes.check_same({**configuration, **around})
         if self.processes.world_size > 1:
-            self.processes.check_shared([self.run_directory.path, self.run_directory.extraction_path])
+            folders = [self.run_directory.path, self.run_directory.extraction_path]
+            self.processes.check_shared(folders, self.run_directory.owner)
         if self.processes.rank == 0:
             self.run_directory.open(configuration, extraction, around)
         self.processes.wait()

@@ -225,7 +225,8 @@ class Stops:
     def _shown(self, path: str | Path) -> str:
         """A path inside the folder; a temporary name, which is another one in every run, without what differs."""
         parts = Path(path).relative_to(self.folder).parts
-        return "/".join(re.sub(r"^\.(.+)(\.\d+|-[a-z0-9_]{8,16})(\.tmp)?$", r"\1", part) for part in parts)
+        temporary = r"^\.(.+)(\.([0-9a-f]{8}-)?[0-9a-f]+|-[a-z0-9_]{8})\.tmp$"
+        return "/".join(re.sub(temporary, r"\1", part) for part in parts)
 
 
 def train(folder: str, kind: str, ends: list[Connection], resume: bool | None, patience: float) -> int:

@@ -84,12 +84,14 @@ def make_kills() -> list[Kill]:
 # Points where something that is finished, or all, lies beside something that is not. Spread ones may miss them.
 DELICATE = [
     Kill("timm", 1, WRITING, name="run.json is half written"),
+    Kill("timm", 1, WRITING, name="extraction/extraction.json is half written"),
     Kill("timm", 1, WRITING, name="extraction/event-000/route-001.safetensors is half written", again="same"),
     Kill("timm", 1, WRITING, name="round-01-sparsity-0.3/checkpoint-2/model.safetensors is half written"),
     Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-6/checkpoint.json has its name"),
     Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-4 is half removed"),
     Kill("timm", 1, WRITING, name="round-02-sparsity-0.6/round.json is written under another name"),
     Kill("timm", 1, SAVING, name="final/model.safetensors has its name"),
+    Kill("timm", 1, WRITING, name="final/training_args.json is half written"),
     Kill("timm", 1, SAVING, name="final/training_args.json has its name"),
 ]
 KILLS = make_kills() + DELICATE
