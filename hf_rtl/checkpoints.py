@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .run_directory import hash_file, write_json
+from .files import hash_file, write_json
 
 
 logger = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ class RTLConfig(PreTrainedConfig):
     model_type = "rtl"
     has_no_defaults_at_init = True
     sub_configs = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "last_hidden_state"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "attentions", "last_hidden_state"]
 
     backbone_config: Any = None
     route_names: list[str] = field(default_factory=list)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_check
 
 from .checkpoints import best_checkpoint, last_usable_checkpoint, seal
 from .failures import explain_failures
+from .files import write_json
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
 from .modeling_rtl import (
@@ -40,7 +41,6 @@ from .processes import Processes
 from .progress import RunProgress
 from .randomness import Stream, seed_of
 from .route_data import EvaluationData, RouteData, Rows, check_label_column, columns_of, find_partition, single_labels
-from .run_directory import write_json
 from .sampling import RouteBatchSampler
 from .ticket_trainer import named_state
 from .training_args import RTLTrainingArguments

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import hash_file, read_tensors, write_json, write_tensors
 from .mask_bank import pack, unpack
 
 
 logger = logging.getLogger(__name__)
 
 REPORT = "round.json"
-METADATA = "hf_rtl"  # the entry in the header of tensor files: JSON
 
 
 class RunDirectory:
@@ -168,70 +166,6 @@ def _check_same(file: Path, saved: dict[str, Any], current: dict[str, Any]) -> N
             f"{str(file.parent)!r} holds a run of another configuration ({differences}). Choose another `output_dir` "
             "or `extraction_dir`, or give the same arguments to continue that run."
         )
-
-
-def write_json(file: Path, value: Any, *, owner: str = "") -> None:
-    """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(file, owner)
-    try:
-        beside.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(beside, file)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "", **metadata: str) -> None:
-    """
-    Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
-    arguments give equal bytes. `owner` is part of the name of the file beside.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry, since safetensors writes several in any order.
-    described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
-    beside = _beside(file, owner)
-    try:
-        save_file(contiguous, beside, metadata={METADATA: described})
-        os.replace(beside, file)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def read_tensors(file: Path) -> dict[str, Tensor] | None:
-    """The tensors that `write_tensors` wrote; `None` if the file is missing, torn or altered."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            expected = json.loads(opened.metadata()[METADATA])["sha256"]
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-    return tensors if expected == hash_tensors(tensors) else None
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _beside(file: Path, owner: str = "") -> Path:
-    return file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
 
 
 def _short(value: Any) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 
+from .files import hash_tensors
 from .mask_bank import integer_dtype
 from .masking import and_masks
 from .prunable import parameter_aliases
 from .randomness import seeded
-from .run_directory import hash_tensors
 
 
 @dataclass

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .extraction import Extraction
 from .failures import explain_failures
+from .files import hash_tensors, read_tensors, write_tensors
 from .hub import branch_head, commit_folder
 from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
@@ -30,7 +31,7 @@ from .plan import Plan, Round, make_rounds
 from .pruning import emptied_layers, round_schedule
 from .randomness import Stream, reproducible, seeded, surroundings
 from .route_data import RouteData
-from .run_directory import RunDirectory, hash_tensors, read_tensors, write_tensors
+from .run_directory import RunDirectory
 from .sampling import RouteBatchSampler
 from .ticket_trainer import TicketTrainer, named_state
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments

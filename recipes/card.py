@@ -20,7 +20,7 @@ from typing import Any
 from report import table
 from tabulate import tabulate
 
-from hf_rtl.run_directory import write_json
+from hf_rtl.files import write_json
 
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"

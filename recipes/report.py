@@ -11,7 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hf_rtl.run_directory import write_json
+from hf_rtl.files import write_json
 
 
 # Column title -> key in the metrics.

@@ -562,7 +562,7 @@ def test_outputs_that_are_not_batch_first_are_refused(zoo):
     inputs = without_labels(inputs)
     mixed = model.eval()(**inputs, route_ids=[0, 1, 0, 1])
     assert set(mixed.keys()) == {"logits"}  # the cache, on by default, is left out
-    with pytest.raises(ValueError, match="`past_key_values` is not batch-first.*use_cache=False"):
+    with pytest.raises(ValueError, match="`(past_key_values|cache)` is not batch-first.*use_cache=False"):
         model(**inputs, route_ids=[0, 1, 0, 1], use_cache=True)
     assert "past_key_values" in model(**inputs, route_ids=1)
 

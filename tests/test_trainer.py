@@ -35,10 +35,11 @@ from hf_rtl import (
     extraction,
 )
 from hf_rtl.extraction import Extraction
+from hf_rtl.files import hash_file, hash_tensors, read_tensors, write_json
 from hf_rtl.metrics import calibrate_thresholds
 from hf_rtl.optim import MaskedAdamW, MaskedSGD
 from hf_rtl.progress import RunProgress
-from hf_rtl.run_directory import RunDirectory, hash_file, hash_tensors, read_tensors, write_json
+from hf_rtl.run_directory import RunDirectory
 from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 

@@ -35,7 +35,7 @@ from arguments import parse  # noqa: E402
 from image_data import DataArguments, load_images  # noqa: E402
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
-from hf_rtl.run_directory import write_json  # noqa: E402
+from hf_rtl.files import write_json  # noqa: E402
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
-from hf_rtl.run_directory import write_json
+from hf_rtl.files import write_json
 from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 

@@ -20,10 +20,10 @@ from distributed import runs
 from distributed.processes import Team
 from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 
+import hf_rtl.files
 import hf_rtl.joint_trainer
 import hf_rtl.lifeline
 import hf_rtl.processes
-import hf_rtl.run_directory
 from hf_rtl import RTLTrainer
 from hf_rtl.extraction import Extraction
 from hf_rtl.run_directory import RunDirectory
@@ -78,7 +78,7 @@ class Stops:
         self._stop_in_extraction()
         for owner, name, number in (
             (Path, "write_text", 0),
-            (hf_rtl.run_directory, "save_file", 1),
+            (hf_rtl.files, "save_file", 1),
             (transformers.modeling_utils, "safe_save_file", 1),
             (torch, "save", 1),
             (TrainerState, "save_to_json", 1),

@@ -37,7 +37,7 @@ from hf_rtl import (
     RTLTrainer,
     RTLTrainingArguments,
 )
-from hf_rtl.run_directory import hash_tensors
+from hf_rtl.files import hash_tensors
 
 
 torch.set_num_threads(1)

@@ -1,0 +1,345 @@
+"""What a routed model computes: which ticket answers, its masks in place, and the outputs of mixed batches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .active_route import ActiveRoute
+from .configuration_rtl import RTLConfig
+from .mask_bank import MaskBank
+from .masking import UNION, WeightMasker
+from .mixed_batch import group_by_route, merge_outputs, select_samples
+from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+
+
+class RoutedModel(PreTrainedModel):
+    """
+    The computing part of [`RTLModel`], which adds building, saving and sharing, and has the documentation.
+    """
+
+    config_class = RTLConfig
+    config: RTLConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    # Losses are means over a batch: `Trainer` is not to pass `num_items_in_batch`, which timm models do not take.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    backbone_class: Any = AutoModel
+    supports_membership = False
+    # Whether the loss compares the output at a position with the label at the next, so that the first one is left out.
+    _shifts_labels = False
+
+    def __init__(self, config: RTLConfig, backbone: PreTrainedModel | None = None) -> None:
+        config.check()
+        if config.ticket_task == "membership" and not self.supports_membership:
+            raise ValueError(
+                f"`ticket_task='membership'` needs a model with one logit a sample; {type(self).__name__} has none. "
+                f"Use `ticket_task='labels'`."
+            )
+        super().__init__(config)
+        if backbone is None:
+            backbone = self.backbone_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        self.backbone = backbone
+        self.config.backbone_config = backbone.config
+        self.mask_bank = MaskBank(config.prunable, config.route_names)
+        per_route = config.norm_statistics == "per_route"
+        self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
+        self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
+        self.main_input_name = backbone.main_input_name
+        self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
+        self._active = ActiveRoute()
+        self._fixed_route: int | None = None
+        self.post_init()
+
+    # Routes
+
+    @property
+    def route_names(self) -> list[str]:
+        return self.mask_bank.route_names
+
+    @property
+    def num_routes(self) -> int:
+        return self.mask_bank.num_routes
+
+    def route_index(self, route: int | str) -> int:
+        """Index of a route given by name or index; -1, the union of all tickets, is its own index."""
+        with contextlib.suppress(TypeError):
+            if operator.index(route) == UNION:  # type: ignore[arg-type]
+                return UNION
+        return self.mask_bank.route_index(route)
+
+    @contextlib.contextmanager
+    def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
+        """
+        Within the context the backbone is the ticket of `route`: masked weights, and its row of per-route statistics.
+
+        Spans forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that entered
+        it: another one waits for its end if the model is in evaluation mode.
+
+        Args:
+            route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
+            fresh (`bool`, *optional*, defaults to `False`): mask into new tensors, so that a backward may follow after
+                the context's end and beside other routes'.
+
+        Raises:
+            ValueError: an unknown route.
+            RuntimeError: a context is active already in this thread, or in another one while training.
+        """
+        index = self.route_index(route)
+        with self._active.hold(index, wait=not self.training):
+            if self.norm_statistics is not None:
+                bound = self.norm_statistics.bind(self.backbone, index)
+            else:
+                bound = BoundStatistics.own(self.backbone)
+            try:
+                self.masker.apply(index, fresh=fresh)
+                self._active.statistics = bound
+                yield self
+            finally:
+                self.masker.remove()
+                bound.release()
+
+    @property
+    def routes_since_update(self) -> set[int]:
+        """Routes that a gradient has flowed through since the last optimizer step or `zero_grad`."""
+        return self.masker.routes_since_update
+
+    def update_masks(self) -> list[Tensor]:
+        """
+        What the next optimizer step may move: the union of the routes trained since the last one, as integers with all
+        bits set where kept, in the order of `masker.weights`. Raises `RuntimeError` if no route was trained.
+        """
+        if not self.routes_since_update:
+            raise RuntimeError(
+                "no gradient has flowed through a route since the last optimizer step, so no weight may move: call "
+                "`model(…, route_ids=route).loss.backward()`, or the same inside `route_context`, before the step."
+            )
+        return self.masker.masks(sorted(self.routes_since_update))
+
+    def with_route(self, route: int | str) -> RoutedModel:
+        """
+        A light view of this model whose `forward` fixes the route, for pipelines and export. Nothing is copied.
+
+        For `membership` the view's labels are the route's name alone.
+        """
+        view = copy.copy(self)
+        view._fixed_route = self.route_index(route)
+        if self.config.ticket_task == "membership":
+            name = "union" if view._fixed_route == UNION else self.route_names[view._fixed_route]
+            view.config = copy.copy(self.config)
+            view.config.id2label, view.config.label2id = {0: name}, {name: 0}
+        return view
+
+    # Forward
+
+    def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
+        """The backbone's output under the masks of `route_ids` (see the class). Positional: the main input."""
+        if len(args) > 1:
+            raise TypeError(f"forward takes one positional argument, `{self.main_input_name}`, got {len(args)}.")
+        if args:
+            kwargs[self.main_input_name] = args[0]
+        return self._forward_routed(labels, route_ids, **kwargs)
+
+    def _forward_routed(
+        self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any
+    ):
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self._fixed_route is not None:
+            if route_ids is not None:
+                raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route}.")
+            route_ids = self._fixed_route
+        output = self._dispatch(inputs, labels, route_ids)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
+        active = self._active.route
+        if active is not None:
+            if route_ids is not None:
+                routes = self._routes_of(route_ids, inputs)
+                if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
+                    raise ValueError(
+                        f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there."
+                    )
+            return self._run(inputs, labels)
+        if route_ids is None:
+            if self.config.ticket_task == "membership":
+                return self._score_all(inputs, labels)
+            raise ValueError(
+                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
+                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
+                "pipeline, which passes none, takes `model.with_route(route)` as its model."
+            )
+        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            raise RuntimeError(
+                "with gradient checkpointing the masks must stay in place until backward has ended: use "
+                "`with model.route_context(route): model(…).loss.backward()`, without `route_ids`."
+            )
+        routes = self._routes_of(route_ids, inputs)
+        if isinstance(routes, int):
+            with self.route_context(routes, fresh=torch.is_grad_enabled()):
+                return self._run(inputs, labels)
+        return self._run_mixed(inputs, labels, routes)
+
+    def _run(self, inputs: dict[str, Any], labels: Tensor | None) -> ModelOutput:
+        """The backbone on one route's samples, inside a context."""
+        if labels is not None:
+            inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
+        recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+        if recomputes:
+            self._active.statistics.attach_to_layers()
+        output = self.backbone(**inputs, return_dict=True)
+        if recomputes:
+            self._active.statistics.detach_from_layers()
+        return output
+
+    def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
+        """Each route's samples as if alone, in the batch's order."""
+        if getattr(self.backbone.config, "use_cache", False):
+            inputs.setdefault("use_cache", False)
+        if labels is not None:
+            inputs = {**inputs, "labels": labels}
+        groups = group_by_route(routes, self.device)
+        if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
+            raise ValueError(
+                "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
+                "samples of a route together, or call `model.eval()`."
+            )
+        outputs, sizes = [], []
+        for route, positions in groups.items():
+            samples = select_samples(inputs, positions, len(routes))
+            group_labels = samples.pop("labels", None)
+            with self.route_context(route, fresh=torch.is_grad_enabled()):
+                outputs.append(self._run(samples, group_labels))
+            sizes.append(self._loss_size(group_labels, len(positions)))
+        return type(outputs[0])(**merge_outputs(outputs, list(groups.values()), sizes))
+
+    def _loss_size(self, labels: Tensor | None, num_samples: int) -> Tensor:
+        """Terms in the mean loss of a group, up to a factor: its samples, or its labelled tokens or pixels."""
+        if labels is None or labels.ndim < 2 or labels.is_floating_point() or self._is_membership:
+            return torch.tensor(num_samples)
+        counted = labels[:, 1:] if self._shifts_labels else labels
+        return (counted != getattr(self.backbone.config, "semantic_loss_ignore_index", -100)).sum()
+
+    def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
+        """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""
+        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            raise RuntimeError("gradient checkpointing needs one route at a time: use `route_context`.")
+        columns = []
+        for route in range(self.num_routes):
+            with self.route_context(route, fresh=torch.is_grad_enabled()):
+                output = self._run(inputs, None)
+            columns.append(output.logits)
+        logits = torch.cat(columns, dim=1)
+        loss = None
+        if home_routes is not None:
+            if home_routes.ndim != 1 or home_routes.is_floating_point():
+                raise ValueError(
+                    "without `route_ids` the `labels` of membership tickets are home routes, integers [batch], got "
+                    f"{home_routes.dtype} {tuple(home_routes.shape)}."
+                )
+            if ((home_routes < 0) | (home_routes >= self.num_routes)).any():
+                raise ValueError(
+                    "without `route_ids` the `labels` of membership tickets are home routes, allowed are 0 to "
+                    f"{self.num_routes - 1}, got {home_routes.tolist()}."
+                )
+            targets = one_hot(home_routes.long(), self.num_routes).to(logits.dtype)
+            loss = binary_cross_entropy_with_logits(logits, targets)
+        return type(output)(loss=loss, logits=logits)
+
+    @property
+    def _has_batch_statistics(self) -> bool:
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
+
+    @property
+    def _is_membership(self) -> bool:
+        return self.config.ticket_task == "membership"
+
+    def ticket_labels(self, labels: Tensor) -> Tensor:
+        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
+        if labels.ndim == 1:
+            labels = labels.unsqueeze(-1)
+        # Values are looked at on the CPU only: elsewhere that would wait for the device, and break a compiled graph.
+        look = labels.is_cpu and not torch.compiler.is_compiling()
+        if labels.ndim != 2 or labels.shape[1] != 1 or (look and bool(((labels != 0) & (labels != 1)).any())):
+            raise ValueError(
+                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1] (1: of the route), "
+                f"got {tuple(labels.shape)} with values up to {labels.max().item()}. Home routes are the labels of a "
+                "call without `route_ids`."
+            )
+        return labels.to(self.dtype)
+
+    def _routes_of(self, route_ids: Any, inputs: dict[str, Any]) -> int | list[int]:
+        """One route for all samples as an `int`, else one per sample."""
+        if isinstance(route_ids, str) or not isinstance(route_ids, (Tensor, list, tuple)):
+            return self.route_index(route_ids)
+        if isinstance(route_ids, Tensor):
+            if route_ids.is_floating_point() or route_ids.dtype == torch.bool or route_ids.ndim > 1:
+                raise TypeError(
+                    f"`route_ids` must be integers [batch], got {route_ids.dtype} {tuple(route_ids.shape)}."
+                )
+            if route_ids.ndim == 0:
+                return self.route_index(int(route_ids))
+            route_ids = route_ids.tolist()
+        main = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+        if not route_ids:
+            raise ValueError("`route_ids` is empty; give one route per sample.")
+        if main is not None and len(route_ids) != len(main):
+            raise ValueError(
+                f"`route_ids` has {len(route_ids)} entries for a batch of {len(main)}; give one per sample."
+            )
+        return [self.route_index(route) for route in route_ids]
+
+    # What transformers and torch call
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.backbone._set_gradient_checkpointing(enable, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_input_embeddings()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and with them which routes they came from."""
+        super().zero_grad(set_to_none)
+        self.routes_since_update.clear()
+
+    def state_dict(self, *args: Any, **kwargs: Any):
+        self._refuse_in_context("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any):
+        self._refuse_in_context("load_state_dict()")
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        self._refuse_in_context("moving or casting the model")
+        self.masker.forget()
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedModel:
+        self._refuse_in_context("deepcopy()")
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return clone
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the backbone initialises itself, and missing masks or statistics are an error, never made up."""
+
+    def _refuse_in_context(self, action: str) -> None:
+        if self._active.held:
+            raise RuntimeError(f"{action} inside a route_context would see masked weights; leave the context first.")
