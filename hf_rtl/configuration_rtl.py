@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from .mask_bank import check_route_names
 
 
 VERSION = "0.1.0.dev0"
+# Of the files that `save_pretrained` writes. One more with every change that an older version cannot read.
+FORMAT_VERSION = 1
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
 ROUTERS = ("given",)
@@ -43,8 +46,14 @@ class RTLConfig(PreTrainedConfig):
         thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says
             yes.
         mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
+        base (`dict`, *optional*): which weights these are, written on save: their `fingerprint` (see `identity.py`),
+            and if they came from the Hub, `repo` and `revision`.
+        added_routes (`list[str]`, *optional*): routes whose tickets were added to that base later.
+        compact (`dict[str, str]`, *optional*): how the masks of a compact file are coded (see `compact.py`); `None`
+            for other files and in memory.
         mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory; the
             active route's are always kept.
+        format_version (`int`, *optional*, defaults to 1): of the saved files.
 
     `num_labels`, `id2label`, `label2id` follow from the rest: the route names for `membership`, else the backbone's.
 
@@ -68,8 +77,12 @@ class RTLConfig(PreTrainedConfig):
     router: str = "given"
     thresholds: list | None = None
     mask_fingerprint: str | None = None
+    base: dict | None = None
+    added_routes: list[str] = field(default_factory=list)
+    compact: dict | None = None
     mask_cache_bytes: int = 2**28
     hf_rtl_version: str = VERSION
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
@@ -115,11 +128,25 @@ class RTLConfig(PreTrainedConfig):
                 f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "
                 "backbone of one with `RTLModelFor….from_backbone(name, …)`."
             )
+        # Before anything else of it is looked at, which may have another meaning.
+        check_format_version(config_dict, FORMAT_VERSION, "the model")
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_routes(self) -> int:
         return len(self.route_names)
+
+    def change_routes(self, route_names: Sequence[str], thresholds: list[float] | None) -> None:
+        """Other routes, with what follows from them. Raises `ValueError` before anything is changed."""
+        changed = copy.copy(self)
+        changed.route_names, changed.thresholds = check_route_names(route_names), thresholds
+        changed.added_routes = [name for name in self.added_routes if name in changed.route_names]
+        changed.id2label = dict(enumerate(changed._label_names()))
+        changed.label2id = {name: index for index, name in changed.id2label.items()}
+        if changed.ticket_task == "membership":
+            changed._check_membership()
+        changed.check()
+        self.__dict__.update(changed.__dict__)
 
     def check(self) -> None:
         """Raises `ValueError` if a field that was changed after construction contradicts the rest."""
@@ -130,11 +157,16 @@ class RTLConfig(PreTrainedConfig):
             raise ValueError(
                 f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}."
             )
+        if not set(self.added_routes) <= set(self.route_names):
+            raise ValueError(f"`added_routes` = {self.added_routes} are not all among the routes {self.route_names}.")
+        if self.base is not None and not isinstance(self.base.get("fingerprint"), dict):
+            raise ValueError(f"`base` must be None or have a dict `fingerprint`, got {self.base}.")
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["backbone_config"] = self._backbone_dict()
         output["prunable"] = [[name, list(shape)] for name, shape in self.prunable]
+        output["format_version"] = FORMAT_VERSION
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -184,6 +216,16 @@ class RTLConfig(PreTrainedConfig):
         return (
             f"`num_labels`/`id2label` of an RTLConfig follow {owner}: expected {len(expected)} ({expected}), got "
             f"{given}. Set them where the backbone is made: `from_backbone(…, num_labels={len(expected)})`."
+        )
+
+
+def check_format_version(saved: Mapping[str, Any], known: int, what: str) -> None:
+    """Raises `ValueError` if files were written in a newer format than `known`. `what` they are, for the message."""
+    version = saved.get("format_version", 1)
+    if not isinstance(version, int) or version > known:
+        raise ValueError(
+            f"{what} was saved by hf_rtl {saved.get('hf_rtl_version')} in format {version!r}; this is hf_rtl "
+            f"{VERSION}, which reads formats up to {known}. Update hf_rtl: `pip install --upgrade hf_rtl`."
         )
 
 

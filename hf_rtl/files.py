@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def read_tensors(file: Path) -> dict[str, Tensor] | None:
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tensors if expected == hash_tensors(tensors) else None
+
+
+def move_files(source: Path, target: Path, *, last: str, stale: str) -> None:
+    """
+    Moves the files of `source` into the folder `target`, each whole, the file `last` after the others. If some match
+    the pattern `stale`, others in `target` that match it are of an earlier save, and removed.
+    """
+    target.mkdir(exist_ok=True)
+    files = sorted(source.iterdir(), key=lambda file: file.name == last)
+    written = {file.name for file in files}
+    for file in files:
+        os.replace(file, target / file.name)
+    stale_files = {file.name for file in target.glob(stale)} - written
+    if any(fnmatch(name, stale) for name in written):
+        for name in stale_files:
+            (target / name).unlink()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 
-_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+# What a push replaces.
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+TICKET_FILES = re.compile(r"ticket-\d+\.safetensors")
 
 
 def branch_head(repo_id: str, revision: str | None, *, token: bool | str | None) -> str | None:
@@ -21,22 +23,30 @@ def branch_head(repo_id: str, revision: str | None, *, token: bool | str | None)
 
 
 def commit_folder(
-    folder: Path, repo_id: str, *, revision: str | None, token: bool | str | None, **arguments: Any
+    folder: Path,
+    repo_id: str,
+    *,
+    outdated: re.Pattern[str],
+    revision: str | None,
+    token: bool | str | None,
+    **arguments: Any,
 ) -> CommitInfo:
     """
-    Makes the files of `folder` those of the repository, and its weights the only ones, in a single commit.
+    Adds the files of `folder` to the repository, and removes others that are `outdated`, in a single commit.
 
     `HfApi.upload_folder` would make several of a large folder, and who pulls in between would have weights of one push
     and masks of another. Whole weights of an earlier push would be loaded instead of the shards of this one.
 
     Args:
+        outdated (`re.Pattern`): names of files at the top of the repository that are of an earlier push, unless
+            `folder` has them.
         **arguments: to `HfApi.create_commit`.
     """
     api = HfApi()
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     names = {file.relative_to(folder).as_posix(): file for file in files}
     there = api.list_repo_files(repo_id, revision=revision, token=token)
-    outdated = [name for name in there if _WEIGHT_FILE.fullmatch(name) and name not in names]
-    operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
+    removed = [name for name in there if outdated.fullmatch(name) and name not in names]
+    operations: list[Any] = [CommitOperationDelete(name) for name in removed]
     operations += [CommitOperationAdd(name, file) for name, file in names.items()]
     return api.create_commit(repo_id, operations, revision=revision, token=token, **arguments)

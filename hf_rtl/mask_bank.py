@@ -136,20 +136,20 @@ class MaskBank(nn.Module):
 
     def core(self) -> list[Tensor]:
         """What every ticket keeps: a list of `bool` tensors."""
-        return self._unpacked(_fold(rows, torch.bitwise_and) for rows in self.packed)
+        return self._unpacked(fold(rows, torch.bitwise_and) for rows in self.packed)
 
     def exclusive(self, route: int | str) -> list[Tensor]:
         """What this ticket keeps and no other does: a list of `bool` tensors."""
         index = self.route_index(route)
         others = [torch.cat([rows[:index], rows[index + 1 :]]) for rows in self.packed]
         return self._unpacked(
-            rows[index] & ~_fold(rest, torch.bitwise_or) for rows, rest in zip(self.packed, others, strict=True)
+            rows[index] & ~fold(rest, torch.bitwise_or) for rows, rest in zip(self.packed, others, strict=True)
         )
 
     def packed_union(self, routes: Sequence[int] | None = None) -> list[Tensor]:
         """The union of the given routes (default all) as packed rows `uint8 [ceil(n/8)]`, one per weight."""
         rows_of = (rows if routes is None else rows[list(routes)] for rows in self.packed)
-        return [_fold(rows, torch.bitwise_or) for rows in rows_of]
+        return [fold(rows, torch.bitwise_or) for rows in rows_of]
 
     def count(self, *, per_layer: bool = False) -> Tensor:
         """Number of kept weights: `int64 [num_routes]`, or `[num_layers, num_routes]` with `per_layer`."""
@@ -167,7 +167,7 @@ class MaskBank(nn.Module):
 
     def core_count(self) -> int:
         """Number of weights that every ticket keeps."""
-        return sum(int(count_bits(_fold(rows, torch.bitwise_and))) for rows in self.packed)
+        return sum(int(count_bits(fold(rows, torch.bitwise_and))) for rows in self.packed)
 
     def similarity(self, *, per_layer: bool = False) -> Tensor:
         """
@@ -272,7 +272,8 @@ class MaskBank(nn.Module):
     def _unpacked(self, packed: Iterable[Tensor]) -> list[Tensor]:
         return [unpack(row, shape) for row, shape in zip(packed, self.shapes, strict=True)]
 
-    def _packed_checked(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def check_masks(self, masks: Sequence[Tensor]) -> None:
+        """Raises `ValueError` unless `masks` are one `bool` tensor per weight, of its shape."""
         if len(masks) != len(self.shapes):
             raise ValueError(f"`masks` has {len(masks)} tensors, expected {len(self.shapes)}, one per weight.")
         for name, shape, mask in zip(self.weight_names, self.shapes, masks, strict=True):
@@ -280,6 +281,9 @@ class MaskBank(nn.Module):
                 raise ValueError(
                     f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(shape)}."
                 )
+
+    def _packed_checked(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        self.check_masks(masks)
         return [pack(mask) for mask in masks]
 
     def _replace(self, route_names: list[str], packed: Sequence[Tensor]) -> None:
@@ -301,7 +305,7 @@ def check_route_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _fold(rows: Tensor, combine) -> Tensor:
+def fold(rows: Tensor, combine) -> Tensor:
     """Combines `uint8 [K, bytes]` over its routes; zeros for K = 0."""
     result = rows[0].clone() if len(rows) else rows.new_zeros(rows.shape[1:])
     for row in rows[1:]:

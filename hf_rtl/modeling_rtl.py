@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,16 +26,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.hub import create_and_tag_model_card
+from transformers.utils.hub import create_and_tag_model_card, extract_commit_hash
 
 from .backbone import build_backbone
+from .compact import compact_state, expand_state
 from .configuration_rtl import RTLConfig
+from .files import move_files
 from .footprint import footprint
-from .hub import branch_head, commit_folder
+from .hub import TICKET_FILES, WEIGHT_FILES, branch_head, commit_folder
 from .masking import and_masks
 from .norm_statistics import tracked_buffers
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
 from .routed_model import RoutedModel
+from .ticket_card import tickets_card
+from .ticket_files import base_of, load_tickets, save_tickets
 
 
 _HUB_ARGUMENTS = (
@@ -174,26 +179,61 @@ class RTLModel(RoutedModel):
         _align(model)
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As `PreTrainedModel`'s, of compact checkpoints too; notes where on the Hub the weights are from."""
+        config, name = model.config, str(load_config.pretrained_model_name_or_path)
+        if config.compact is not None:
+            tensors = {key: tensor for file in checkpoint_files for key, tensor in load_file(file).items()}
+            keys = [f"backbone.{weight}" for weight in model.mask_bank.weight_names]
+            keys = [model.all_tied_weights_keys.get(key, key) for key in keys]
+            state_dict = expand_state(tensors, config.compact, keys, model.mask_bank)
+            config.compact = None
+        commit = extract_commit_hash(str(checkpoint_files[0]), None) if checkpoint_files else None
+        if commit is not None and not Path(name).is_dir() and config.base is not None:
+            # A copy that was pushed elsewhere is still of the base that it says.
+            config.base = {"repo": name, "revision": commit, **config.base}
+        return RoutedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        compact: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """
         As `PreTrainedModel.save_pretrained`: weights, masks and statistics in one safetensors checkpoint.
 
         Files are written beside the folder and then moved into it one by one, each whole, `config.json` last.
+
+        Args:
+            compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
+                masks. Loaded again all tickets, and their union, are the same to the bit; the weights that were left
+                out are zero, so the dense network and θ0 are lost.
         """
         self._check_savable()
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
+        self.config.base = base_of(self)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
         kwargs.setdefault("save_original_format", False)
         target = Path(save_directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
-            super().save_pretrained(staging, **kwargs)
-            _move_files(Path(staging), target)
+            if compact:
+                state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank)
+                kwargs["state_dict"], self.config.compact = state, codings
+            try:
+                super().save_pretrained(staging, **kwargs)
+            finally:
+                self.config.compact = None
+            move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
         if push_to_hub:
             if "max_shard_size" in kwargs:
                 hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
-            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
+            self.push_to_hub(hub_arguments.pop("repo_id", target.name), compact=compact, **hub_arguments)
 
     def push_to_hub(
         self,
@@ -208,11 +248,13 @@ class RTLModel(RoutedModel):
         parent_commit: str | None = None,
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
+        compact: bool = False,
     ) -> CommitInfo:
         """
         As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push.
 
         Args:
+            compact (`bool`, *optional*, defaults to `False`): as of `save_pretrained`.
             parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
                 that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
 
@@ -225,11 +267,12 @@ class RTLModel(RoutedModel):
         head = branch_head(repo_id, None if create_pr else revision, token=token)
         card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            self.save_pretrained(folder, max_shard_size=max_shard_size, compact=compact)
             card.save(Path(folder) / "README.md")
-            return commit_folder(
+            commit = commit_folder(
                 Path(folder),
                 repo_id,
+                outdated=WEIGHT_FILES,
                 parent_commit=parent_commit or head,
                 revision=revision,
                 token=token,
@@ -237,13 +280,12 @@ class RTLModel(RoutedModel):
                 commit_message=commit_message or "Upload model",
                 commit_description=commit_description,
             )
+        self.config.base = {"repo": repo_id, "revision": commit.oid, **(self.config.base or {})}
+        return commit
 
     def _check_savable(self) -> None:
         self._refuse_in_context("save_pretrained()")
-        if self._fixed_route is not None:
-            raise ValueError(
-                "this is a view with a fixed route; save the model itself, or `extract_ticket(route)` for a plain one."
-            )
+        self._refuse_on_view("save_pretrained()")
         self.config.check()
         if self.config.route_names != self.route_names:
             raise ValueError(
@@ -265,6 +307,125 @@ class RTLModel(RoutedModel):
             for (module, name), rows in zip(tracked_buffers(ticket), self.norm_statistics.rows, strict=True):
                 module.get_buffer(name).copy_(rows[index])
         return ticket
+
+    # Tickets by themselves
+
+    def save_tickets(
+        self,
+        save_directory: str | os.PathLike,
+        routes: Sequence[int | str] | None = None,
+        *,
+        base_routes: Sequence[int | str] | None = None,
+    ) -> dict[str, Any]:
+        """
+        Writes tickets without their model, for others who have it: masks, rows of statistics, thresholds, and weights
+        that the base has not. About a bit per prunable weight and ticket; see `ticket_files.py`.
+
+        Args:
+            save_directory (`str`): a folder; tickets of an earlier save in it are replaced.
+            routes (`Sequence[int | str]`, *optional*): whose tickets; by default all.
+            base_routes (`Sequence[int | str]`, *optional*): the routes that the others' copies have, so that the
+                weights in their union need not be written. By default all but those that were added to this model.
+
+        Returns:
+            The index that was written, as of `ticket_files.read_index`.
+
+        Raises:
+            ValueError: an unknown route. Nothing is written then.
+        """
+        self._check_savable()
+        chosen = range(self.num_routes) if routes is None else self._route_indices("routes", routes)
+        if base_routes is None:
+            base_routes = [name for name in self.route_names if name not in self.config.added_routes]
+        known = self._route_indices("base_routes", base_routes)
+        return save_tickets(self, Path(save_directory), chosen, base_routes=known)
+
+    def load_tickets(
+        self,
+        name_or_path: str | os.PathLike,
+        routes: Sequence[str] | None = None,
+        *,
+        rename: Mapping[str, str] | Literal["auto"] | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> list[str]:
+        """
+        Adds tickets that were made from the same base as this model, which may be a compact copy or one in a smaller
+        type, and may have other tickets since.
+
+        Statistics of the union of all tickets, route -1, stay what they were.
+
+        Args:
+            name_or_path (`str`): a folder that `save_tickets` wrote, or a repository on the Hub.
+            routes (`Sequence[str]`, *optional*): names of the tickets to add; by default all. Only their files are
+                downloaded.
+            rename (`Mapping[str, str]` or `"auto"`, *optional*): new names, for routes that the model has already;
+                `"auto"` adds `-2` and so on.
+            revision, token, cache_dir, local_files_only: as of `from_pretrained`.
+
+        Returns:
+            Names of the routes that were added, the last ones of the model.
+
+        Raises:
+            ValueError: no ticket files, damaged ones, of a newer version or of another base, which names the tensors
+                that differ; an unknown or a taken name; or weights in the place of other tickets' weights. The model
+                has not been changed then.
+        """
+        self._refuse_in_context("load_tickets()")
+        self._refuse_on_view("load_tickets()")
+        hub_arguments = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        return load_tickets(self, Path(name_or_path).as_posix(), routes, rename=rename, **hub_arguments)
+
+    def push_tickets_to_hub(
+        self,
+        repo_id: str,
+        routes: Sequence[int | str] | None = None,
+        *,
+        base_routes: Sequence[int | str] | None = None,
+        commit_message: str = "Upload tickets",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> CommitInfo:
+        """
+        Pushes what `save_tickets` writes, in one commit, which also removes ticket files of an earlier push.
+
+        Args: as of `save_tickets` and `push_to_hub`.
+        """
+        self._check_savable()
+        with tempfile.TemporaryDirectory() as folder:
+            index = self.save_tickets(Path(folder) / "tickets", routes, base_routes=base_routes)
+            repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            head = branch_head(repo_id, None if create_pr else revision, token=token)
+            if not HfApi().file_exists(repo_id, "README.md", revision=head, token=token):
+                tickets_card(repo_id, index).save(Path(folder) / "tickets" / "README.md")
+            return commit_folder(
+                Path(folder) / "tickets",
+                repo_id,
+                outdated=TICKET_FILES,
+                parent_commit=parent_commit or head,
+                revision=revision,
+                token=token,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    def _route_indices(self, argument: str, routes: Sequence[int | str]) -> list[int]:
+        if isinstance(routes, (str, int)):
+            raise TypeError(f"`{argument}` must be a list of routes, got {routes!r}; for one write [{routes!r}].")
+        indices = [self.mask_bank.route_index(route) for route in routes]
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"`{argument}` = {list(routes)} names a route twice.")
+        return indices
 
     # What is here
 
@@ -405,16 +566,3 @@ def _align(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_cpu and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Moves the files of `source` into `target`, `config.json` last; weight files of an earlier save are removed."""
-    target.mkdir(exist_ok=True)
-    files = sorted(source.iterdir(), key=lambda file: file.name == "config.json")
-    written = {file.name for file in files}
-    for file in files:
-        os.replace(file, target / file.name)
-    if any(name.startswith("model") for name in written):
-        for stale in target.glob("model*.safetensors*"):
-            if stale.name not in written:
-                stale.unlink()

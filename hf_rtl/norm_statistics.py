@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -44,6 +45,18 @@ class NormStatistics(nn.Module):
         for rows, (module, name) in zip(self.rows, tracked_buffers(backbone), strict=True):
             rows.copy_(module.get_buffer(name).expand_as(rows))
 
+    def insert(self, row: Sequence[Tensor]) -> None:
+        """Adds a route, after the others and before the union. `row`: one tensor per buffer, of its shape in a row."""
+        self._replace(
+            [torch.cat([rows[:-1], new[None].to(rows), rows[-1:]]) for rows, new in zip(self.rows, row, strict=True)]
+        )
+        self.num_routes += 1
+
+    def drop(self, route: int) -> None:
+        """Removes the row of a route."""
+        self._replace([torch.cat([rows[:route], rows[route + 1 :]]) for rows in self.rows])
+        self.num_routes -= 1
+
     def bind(self, backbone: nn.Module, route: int) -> BoundStatistics:
         """Puts the row of `route` (-1: the union's) into the layers. Undo with `BoundStatistics.release`."""
         return BoundStatistics(list(tracked_buffers(backbone)), [rows[route] for rows in self.rows])
@@ -56,6 +69,10 @@ class NormStatistics(nn.Module):
             if new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+    def _replace(self, rows: Sequence[Tensor]) -> None:
+        for name, tensor in zip(list(self._buffers), rows, strict=True):
+            self._buffers[name] = tensor
 
     def extra_repr(self) -> str:
         return f"num_routes={self.num_routes}, num_buffers={len(self._buffers)}"

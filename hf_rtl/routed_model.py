@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,63 @@ class RoutedModel(PreTrainedModel):
             if operator.index(route) == UNION:  # type: ignore[arg-type]
                 return UNION
         return self.mask_bank.route_index(route)
+
+    @torch.no_grad()
+    def append_ticket(
+        self,
+        name: str,
+        masks: Sequence[Tensor],
+        *,
+        statistics: Sequence[Tensor] = (),
+        threshold: float | None = None,
+        brings_weights: bool = False,
+    ) -> None:
+        """
+        Adds a route with its ticket, whose weights are those of the model.
+
+        Args:
+            name (`str`): of the new route, which becomes the last one.
+            masks (`Sequence[Tensor]`): `bool`, one per prunable weight, of its shape.
+            statistics (`Sequence[Tensor]`): the route's row of running statistics, one tensor per buffer of
+                `norm_statistics`. Those of the union stay as they are.
+            threshold (`float`, *optional*): of a calibrated membership ticket; without, 0 if others are calibrated.
+            brings_weights (`bool`, *optional*, defaults to `False`): whether it keeps weights that are not of the
+                base, which goes on to be what it was without them.
+
+        Raises:
+            ValueError: the name is taken, or a mask does not fit. Nothing has been changed then.
+        """
+        self._refuse_in_context("append_ticket()")
+        self._refuse_on_view("append_ticket()")
+        self.mask_bank.check_masks(masks)
+        thresholds = self.config.thresholds
+        if thresholds is not None or threshold is not None:
+            thresholds = [*(thresholds or [0.0] * self.num_routes), threshold or 0.0]
+        self.config.change_routes([*self.route_names, name], thresholds)
+        if brings_weights:
+            self.config.added_routes = [*self.config.added_routes, name]
+        self.mask_bank.add_route(name, masks)
+        if self.norm_statistics is not None:
+            self.norm_statistics.insert(statistics)
+
+    def drop_route(self, route: int | str) -> None:
+        """
+        Removes a route with its ticket; those behind it move up by one. Weights stay, also those that no other ticket
+        keeps.
+
+        Raises:
+            ValueError: an unknown route, or too few would be left.
+        """
+        self._refuse_in_context("drop_route()")
+        self._refuse_on_view("drop_route()")
+        index = self.mask_bank.route_index(route)
+        thresholds = self.config.thresholds
+        if thresholds is not None:
+            thresholds = [*thresholds[:index], *thresholds[index + 1 :]]
+        self.config.change_routes([name for name in self.route_names if name != self.route_names[index]], thresholds)
+        self.mask_bank.drop_route(index)
+        if self.norm_statistics is not None:
+            self.norm_statistics.drop(index)
 
     @contextlib.contextmanager
     def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
@@ -339,6 +396,13 @@ class RoutedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the backbone initialises itself, and missing masks or statistics are an error, never made up."""
+
+    def _refuse_on_view(self, action: str) -> None:
+        if self._fixed_route is not None:
+            raise ValueError(
+                f"{action} on a view with a fixed route; call it on the model itself. A plain model of one ticket is "
+                "made by `extract_ticket(route)`."
+            )
 
     def _refuse_in_context(self, action: str) -> None:
         if self._active.held:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from .extraction import Extraction
 from .failures import explain_failures
 from .files import hash_tensors, read_tensors, write_tensors
-from .hub import branch_head, commit_folder
+from .hub import WEIGHT_FILES, branch_head, commit_folder
 from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
 from .modeling_rtl import RTLModel
@@ -38,6 +38,17 @@ from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArgu
 
 
 logger = logging.getLogger(__name__)
+
+# Of a model's configuration: what training changes, and who wrote it.
+_NOT_OF_A_RUN = (
+    "mask_fingerprint",
+    "base",
+    "thresholds",
+    "transformers_version",
+    "hf_rtl_version",
+    "format_version",
+    "architectures",
+)
 
 
 class RTLTrainer(JointTrainer):
@@ -213,7 +224,7 @@ class RTLTrainer(JointTrainer):
         """Starts or continues the run on disk, once it is sure that all processes mean the same run."""
         data = self._require_data()
         model = self.model.config.to_dict()
-        for name in ("mask_fingerprint", "thresholds", "transformers_version", "hf_rtl_version", "architectures"):
+        for name in _NOT_OF_A_RUN:
             model.pop(name, None)
         routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
         inputs = {"initial_weights": hash_tensors(initial), "route_ids": routes, "seed": data.seed}
@@ -301,6 +312,7 @@ class RTLTrainer(JointTrainer):
         return commit_folder(
             folder,
             self.hub_model_id,
+            outdated=WEIGHT_FILES,
             parent_commit=parent_commit or head,
             revision=revision,
             token=token,

@@ -143,6 +143,9 @@ def test_every_field_survives_a_file(tmp_path):
         prune_exclude=["*.c", "*.d"],
         thresholds=[0.5, -1.25, 0.1, 1e-7],
         mask_fingerprint="f" * 64,
+        base={"fingerprint": {"float32": "0" * 16}, "repo": "org/name", "revision": "1" * 40},
+        added_routes=["9"],
+        compact={"compact.union": "raw"},
         mask_cache_bytes=12345,
         hf_rtl_version="9.9",
         architectures=["RTLModelForImageClassification"],
@@ -152,7 +155,7 @@ def test_every_field_survives_a_file(tmp_path):
     loaded = RTLConfig.from_pretrained(tmp_path)
     assert type(loaded) is RTLConfig
     default = make(bert_dict())
-    same_as_default = {"ticket_task", "router"}
+    same_as_default = {"ticket_task", "router", "format_version"}
     for field in fields(RTLConfig):
         if field.name in ("backbone_config", "transformers_version"):
             continue

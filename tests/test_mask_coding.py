@@ -1,0 +1,53 @@
+"""Masks in files: lossless, smaller, and never more than was announced."""
+
+import math
+import zlib
+
+import pytest
+import torch
+
+from hf_rtl.mask_bank import pack
+from hf_rtl.mask_coding import DEFLATE, RAW, decode, encode
+
+
+@pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])
+@pytest.mark.parametrize("num_bits", [1, 8, 1001, 80_000])
+def test_what_is_coded_comes_back(density, num_bits):
+    packed = pack(torch.rand(num_bits) < density)
+    coding, coded = encode(packed)
+    assert torch.equal(decode(coding, coded, len(packed)), packed)
+    assert len(coded) <= len(packed) and coded.dtype == torch.uint8
+    assert coding == (RAW if len(coded) == len(packed) else DEFLATE)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
+def test_it_is_near_the_least_that_is_possible(density):
+    """The entropy of independent bits."""
+    packed = pack(torch.rand(800_000) < density)
+    entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+    assert entropy * 0.99 < len(encode(packed)[1]) / len(packed) < entropy * 1.05
+
+
+def test_nothing_is_unpacked_beyond_what_was_announced():
+    """A few kilobytes that would fill the memory."""
+    deflater = zlib.compressobj(wbits=-15)
+    bomb = deflater.compress(bytes(2**26)) + deflater.flush()
+    with pytest.raises(ValueError, match="damaged: it has 101 bytes or more, expected 100"):
+        decode(DEFLATE, torch.frombuffer(bytearray(bomb), dtype=torch.uint8), 100)
+
+
+def test_what_is_damaged_is_refused():
+    packed = pack(torch.rand(8000) < 0.1)
+    coding, coded = encode(packed)
+    assert coding == DEFLATE
+    for wrong, message in (
+        ((coding, coded[:-20], 1000), "damaged"),
+        ((coding, coded.flip(0), 1000), "damaged"),
+        ((coding, coded, 999), "has 1000 bytes or more, expected 999"),
+        ((RAW, packed, 1001), "has 1000 bytes or more, expected 1001"),
+        ((RAW, packed.float(), 1000), r"must be torch.uint8 \[num_bytes\], got torch.float32 \(1000,\)"),
+        (("pickle", coded, 1000), "must be one of 'raw', 'deflate', got 'pickle'"),
+        ((None, coded, 1000), "must be one of 'raw', 'deflate', got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode(*wrong)
