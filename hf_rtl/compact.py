@@ -116,7 +116,8 @@ def _columns(rows: Tensor, kept: Tensor) -> Tensor:
     Packed masks of one weight tensor, `uint8 [num_routes, ceil(n/8)]`, as `uint8 [ceil(num_routes/8), num_kept]`: a
     byte holds the bits of one weight for eight routes. Tickets are alike, so a coder finds few different bytes.
     """
-    bits = torch.stack([unpack(row, kept.shape)[kept] for row in rows])
+    positions = kept.nonzero().view(-1)
+    bits = torch.stack([unpack(row, kept.shape).index_select(0, positions) for row in rows])
     bits = torch.nn.functional.pad(bits, (0, 0, 0, -len(bits) % 8))
     groups, num_kept = len(bits) // 8, bits.shape[1]
     return pack(bits.view(groups, 8, num_kept).transpose(1, 2)).view(groups, num_kept)
