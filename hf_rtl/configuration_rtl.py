@@ -222,7 +222,7 @@ class RTLConfig(PreTrainedConfig):
 def check_format_version(saved: Mapping[str, Any], known: int, what: str) -> None:
     """Raises `ValueError` if files were written in a newer format than `known`. `what` they are, for the message."""
     version = saved.get("format_version", 1)
-    if not isinstance(version, int) or version > known:
+    if type(version) is not int or version > known:
         raise ValueError(
             f"{what} was saved by hf_rtl {saved.get('hf_rtl_version')} in format {version!r}; this is hf_rtl "
             f"{VERSION}, which reads formats up to {known}. Update hf_rtl: `pip install --upgrade hf_rtl`."

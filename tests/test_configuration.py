@@ -509,3 +509,56 @@ def test_a_good_folder_is_all_that_loading_opens(tmp_path, tiny_labels_model, ti
                 loaded = load.from_pretrained(tmp_path / name)
             assert type(loaded) is type(model)
             assert events and outside(events, *files, tmp_path / name, "/proc/mounts") == []
+
+
+# Versions and routes
+
+
+def test_files_of_a_newer_format_are_refused_before_anything_else(tmp_path):
+    config = make(bert_dict())
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["format_version"] == 1
+    # Whatever else it says may have another meaning.
+    newer = {**saved, "format_version": 99, "hf_rtl_version": "7.0", "ticket_task": "something new"}
+    for version in (99, "2", None, 1.5):
+        file.write_text(json.dumps({**newer, "format_version": version}))
+        with pytest.raises(
+            ValueError, match=f"saved by hf_rtl 7.0 in format {version!r}; .* reads formats up to 1. Upd"
+        ):
+            RTLConfig.from_pretrained(tmp_path)
+    # Files from before there were versions.
+    saved.pop("format_version")
+    file.write_text(json.dumps(saved))
+    assert RTLConfig.from_pretrained(tmp_path).format_version == 1
+
+
+def test_other_routes_bring_other_labels():
+    config = make(bert_dict(**ONE_LOGIT), "membership", thresholds=[1.0, 2.0], added_routes=["b"])
+    config.change_routes(["b", "c", "d"], [2.0, 0.0, 3.0])
+    assert config.id2label == {0: "b", 1: "c", 2: "d"} and config.label2id == {"b": 0, "c": 1, "d": 2}
+    assert (config.num_labels, config.num_routes, config.added_routes) == (3, 3, ["b"])
+    config.change_routes(["c", "d"], None)
+    assert config.added_routes == [] and config.thresholds is None
+    before = config.to_dict()
+    for routes, thresholds, message in (
+        (["c"], None, "needs at least two routes"),
+        (["c", "c"], None, "more than once"),
+        (["c", "d"], [1.0], "has 1 values, expected one per route, 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.change_routes(routes, thresholds)
+        assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "fields_, message",
+    [
+        ({"added_routes": ["z"]}, r"`added_routes` = \['z'\] are not all among the routes \['a', 'b'\]"),
+        ({"base": {"repo": "org/name"}}, "`base` must be None or have a dict `fingerprint`"),
+    ],
+)
+def test_what_is_said_of_the_base_fits(fields_, message):
+    with pytest.raises(ValueError, match=message):
+        make(bert_dict(), **fields_)
