@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ResNetConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, ResNetConfig
+from transformers.modeling_outputs import MaskedLMOutput
 
 from hf_rtl import (
     MaskBank,
@@ -175,6 +177,54 @@ def test_a_single_route_and_an_empty_layer(fill_masks, tmp_path):
     loaded = RTLModel.from_pretrained(tmp_path)
     assert loaded.mask_bank.fingerprint() == model.mask_bank.fingerprint()
     assert not loaded.masker.weights[-1].any()
+
+
+class HeadFirstConfig(PreTrainedConfig):
+    model_type = "head_first_for_tests"
+
+
+class HeadFirst(PreTrainedModel):
+    """A tied weight whose first name is not the one that it is saved under."""
+
+    config_class = HeadFirstConfig
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.embedding = nn.Embedding(20, 8)
+        self.dense = nn.Linear(8, 8)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, return_dict=True):
+        return MaskedLMOutput(logits=self.head(self.dense(self.embedding(input_ids))))
+
+
+AutoConfig.register(HeadFirstConfig.model_type, HeadFirstConfig)
+AutoModelForMaskedLM.register(HeadFirstConfig, HeadFirst)
+
+
+@torch.no_grad()
+def test_tied_weights_are_saved_under_the_name_that_loading_looks_for(fill_masks, tmp_path):
+    config = HeadFirstConfig(tie_word_embeddings=True)
+    model = RTLModelForMaskedLM.from_backbone(
+        config, route_names=["x", "y"], ticket_task="labels", seed=0, prune_include=["head.weight"]
+    ).eval()
+    assert model.mask_bank.weight_names == ["head.weight", "dense.weight"]
+    fill_masks(model)
+    model.save_pretrained(tmp_path, compact=True)
+    loaded = RTLModel.from_pretrained(tmp_path)
+    assert loaded.backbone.head.weight is loaded.backbone.embedding.weight
+    tokens = torch.arange(8).view(2, 4)
+    for route in (0, 1, -1):
+        assert torch.equal(loaded(tokens, route_ids=route).logits, model(tokens, route_ids=route).logits)
 
 
 # What is damaged

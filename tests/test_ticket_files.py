@@ -293,6 +293,23 @@ def test_tickets_that_want_other_values_in_the_same_place_are_refused(tmp_path):
     assert torch.equal(outputs(user, "eel"), outputs(user, "eel-2"))
 
 
+def test_so_are_those_that_contradict_each_other_within_a_folder(tmp_path):
+    make_model(keep=0.1).save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(["dog", "eel"]):
+        author = RTLModel.from_pretrained(tmp_path / "base")
+        add_ticket(author, name, seed=seed)
+        author.save_tickets(tmp_path / name, [name])
+    (tmp_path / "eel" / "ticket-000.safetensors").rename(tmp_path / "dog" / "ticket-001.safetensors")
+    eel = {**read_index(tmp_path / "eel")["tickets"][0], "file": "ticket-001.safetensors"}
+    damaged_index(tmp_path / "dog", lambda index: index["tickets"].append(eel))
+    user = RTLModel.from_pretrained(tmp_path / "base")
+    before = state_of(user)
+    with pytest.raises(ValueError, match="'eel' brings .* weights"):
+        user.load_tickets(tmp_path / "dog")
+    assert_unchanged(user, before)
+    assert user.load_tickets(tmp_path / "dog", ["eel"]) == ["eel"]
+
+
 def test_other_kinds_of_models_are_refused(tmp_path):
     make_model().save_tickets(tmp_path, ["bee"])
     for options, message in (
@@ -346,6 +363,8 @@ def damaged_index(folder, change):
         (lambda index: index["tickets"][0].pop("coding"), "tickets.json of .* is damaged"),
         (lambda index: index["tickets"][0].update(file="../ticket-000.safetensors"), "tickets.json of .* is damaged"),
         (lambda index: index["tickets"][0].update(file="ticket-001.safetensors"), "ticket-001.* is damaged"),
+        (lambda index: index["dense"].pop("timm_model.fc.bias"), r"another base .* differ \(timm_model.fc.bias\)"),
+        (lambda index: index["dense"].update(more={}), r"another base .* differ \(more\)"),
         (lambda index: index["tickets"][0].update(kept=5), "ticket-000.safetensors of .* is damaged"),
         (lambda index: index["tickets"][0]["coding"].update(mask="pickle"), "must be one of 'raw', 'deflate'"),
     ],

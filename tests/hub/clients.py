@@ -282,3 +282,7 @@ def push_compact(name: str, kind: str) -> dict[str, Any]:
 
 def base_of(name: str) -> dict[str, Any]:
     return RTLModel.from_pretrained(name).config.base
+
+
+def copy_repo(source: str, name: str) -> None:
+    RTLModel.from_pretrained(source).push_to_hub(name)

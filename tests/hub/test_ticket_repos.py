@@ -3,7 +3,16 @@
 import json
 
 import pytest
-from hub.clients import base_of, pull, pull_with_tickets, push, push_compact, push_model_and_tickets, push_tickets
+from hub.clients import (
+    base_of,
+    copy_repo,
+    pull,
+    pull_with_tickets,
+    push,
+    push_compact,
+    push_model_and_tickets,
+    push_tickets,
+)
 from hub.processes import ClientError
 from hub.server import File, HubError
 
@@ -121,6 +130,9 @@ def test_a_model_that_was_pushed_knows_where_it_is(hub, run):
     index = json.loads(hub.repos["org/fresh-tickets"].at("main").files["tickets.json"].data)
     assert (index["base"]["repo"], index["base"]["revision"]) == ("org/fresh", hub.repos["org/fresh"].at("main").oid)
     assert run(base_of, "org/fresh") == index["base"]
+    # A copy elsewhere is of the same base.
+    run(copy_repo, "org/fresh", "org/copy")
+    assert run(base_of, "org/copy") == index["base"]
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
