@@ -198,6 +198,8 @@ class ChannelGraph:
             return self._cat(node)
         if op is aten._native_batch_norm_legit_no_training:
             return self._batch_norm(node)
+        if not isinstance(node.meta.get("val"), Tensor):
+            return None
         source = args[0]
         if op in _POINTWISE or _is_pointwise(node.target) and op not in _COPIES:
             return self._pointwise(node)

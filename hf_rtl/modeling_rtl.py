@@ -342,7 +342,7 @@ class RTLModel(RoutedModel):
             report = remove_dead_channels(ticket, example_inputs)
             logger.info("Channels of the ticket of route %s:\n%s", self.route_name(index), report)
             if report.changed:
-                ticket.save_pretrained = refuse_to_save
+                ticket.save_pretrained = ticket.push_to_hub = refuse_to_save
         return ticket
 
     # Tickets by themselves

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from .channel_graph import ChannelGraph
 
@@ -136,7 +137,7 @@ def example_inputs_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    """Stands for `save_pretrained` of a model whose shapes do not follow its configuration."""
+    """Stands for `save_pretrained` and `push_to_hub` of a model whose shapes do not follow its configuration."""
     raise ValueError(
         "this ticket was extracted with `prune_structure=True`, so its shapes do not follow its configuration, and "
         "what `save_pretrained` writes could not be loaded. Save `torch.export.export(ticket, …)` with "
@@ -153,7 +154,9 @@ class _TensorOutputs(nn.Module):
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(**inputs)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs.to_tuple()
+        if isinstance(outputs, ModelOutput):
+            outputs = outputs.to_tuple()
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         return tuple(output for output in outputs if isinstance(output, Tensor))
 
 
