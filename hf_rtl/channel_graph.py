@@ -120,12 +120,10 @@ class ChannelGraph:
         roots = np.array([self._root(id) for id in range(len(self._parents))], dtype=np.int64)
         dead = np.ones(len(roots), dtype=bool)
         dead[roots[np.array(self._fixed, dtype=np.int64)]] = False
-        readers = [(roots[reader.inputs], roots[reader.outputs], reader.terms) for reader in reversed(self._readers)]
-        before = -1
-        while before != dead.sum():
-            before = dead.sum()
-            for inputs, outputs, terms in readers:
-                dead[inputs[terms[~dead[outputs]].any(axis=0)]] = False
+        # Backwards, so that it is known of a layer's outputs whether they matter.
+        for reader in reversed(self._readers):
+            read = reader.terms[~dead[roots[reader.outputs]]].any(axis=0)
+            dead[roots[reader.inputs][read]] = False
         # A layer needs a channel. What this one holds does not matter, so neither does what it reads.
         axes = [roots[ids] for dims in self._layout.values() for ids in dims.values()]
         while any(dead[axis].all() for axis in axes):

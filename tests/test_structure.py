@@ -418,6 +418,22 @@ def test_residual_channels_go_only_when_all_readers_agree():
         assert_removed(model, removed, {"input": torch.randn(1, 3, 7, 12)})
 
 
+def test_what_is_added_to_a_channel_that_is_read_only_before_goes():
+    """Channel 1 stays, as the exit reads it; what the branch adds to it after that, which nothing reads, goes."""
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        early = self.exit(x)
+        return early + self.head(x + self.second(self.first(x).relu()))
+
+    layers = {"stem": nn.Conv2d(3, 4, 3), "first": nn.Conv2d(4, 5, 1), "second": nn.Conv2d(5, 4, 1)}
+    model = Function(forward, **layers, head=nn.Conv2d(4, 2, 1), exit=nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model.head.weight[:, 1] = 0
+        model.second.weight[[0, 2, 3], 2] = 0
+    assert_removed(model, {"first": ([], [2]), "second": ([2], [])})
+
+
 def test_a_constant_of_two_summands_must_be_zero_in_the_sum():
     def forward(self, x):
         return self.head((self.one(x) + self.two(x)).relu())
