@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,67 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
     save_png(figure, file)
 
 
+def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file: Path) -> None:
+    """
+    Draws how alike tickets are in each prunable weight, as a PNG: the mean over pairs, the range from the least to the
+    most alike pair, and what is so by chance. `file` is either as it was or whole.
+
+    Args:
+        per_layer (`Tensor`): `[L, K, K]`, as of `MaskBank.similarity(per_layer=True)`. NaN, of two empty masks, counts
+            for nothing; where there is no other pair, the lines have a gap.
+        chance (`Tensor`): `[L, K, K]`, as of `MaskBank.chance_similarity(per_layer=True)`.
+        names (`Sequence[str]`): L names.
+        file (`Path`): where to, as `layers.png`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: tensors of another shape, or a single route, which has no pairs.
+    """
+    num_layers, num_routes = len(names), per_layer.shape[-1]
+    for argument, tensor in (("per_layer", per_layer), ("chance", chance)):
+        if tensor.shape != (num_layers, num_routes, num_routes):
+            raise ValueError(
+                f"`{argument}` has shape {list(tensor.shape)}, which does not fit {num_layers} names: [{num_layers}, "
+                "K, K] is needed, as `bank.similarity(per_layer=True)` and `bank.weight_names` are."
+            )
+    if num_routes < 2:
+        raise ValueError("there is one route, and no pair of tickets to draw.")
+    from matplotlib.figure import Figure
+
+    first, second = torch.triu_indices(num_routes, num_routes, offset=1)
+    pairs, by_chance = (tensor.detach().cpu().double()[:, first, second] for tensor in (per_layer, chance))
+    known = ~pairs.isnan()
+    low = torch.where(known, pairs, torch.inf).amin(1).masked_fill(~known.any(1), torch.nan)
+    high = torch.where(known, pairs, -torch.inf).amax(1).masked_fill(~known.any(1), torch.nan)
+    layers = range(num_layers)
+    figure = Figure(figsize=(min(max(6.5, 2.0 + 0.25 * num_layers), 16.0), 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(layers, low, high, color="#9ecae1", linewidth=0, label="from the least to the most alike pair")
+    axes.plot(layers, pairs.nanmean(1), color="#08519c", marker="o", markersize=3, label="mean over pairs")
+    axes.plot(layers, by_chance.nanmean(1), color="#636363", linestyle="--", label="by chance, at these densities")
+    ticks = list(range(0, num_layers, -(-num_layers // _MAX_NAMED)))
+    shared = os.path.commonprefix(list(names)).rfind(".") + 1
+    labels = [_layer_label(names[index][shared:]) for index in ticks]
+    axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("Jaccard similarity of two tickets")
+    axes.grid(axis="y", linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    save_png(figure, file)
+
+
 def save_png(figure: Any, file: Path) -> None:
     """Writes a matplotlib figure whole or not at all; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     write_bytes(file, buffer.getvalue())
+
+
+def _layer_label(name: str) -> str:
+    """The end of a long name, which tells weights apart; all of them are called `weight`."""
+    name = name.removesuffix(".weight")
+    return (name if len(name) <= 24 else f"…{name[-23:]}").replace("$", r"\$")
 
 
 def _label(name: str) -> str:

@@ -129,7 +129,11 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
     hidden = weights[len(rows) :]
     num_empty = sum(0 in weight["kept"].values() for weight in hidden)
     note = f" ({num_empty} empty in some ticket)" if num_empty else ""
-    lines = [textwrap.fill(title, width), table(headers, rows, width=width, keep_start=False), *more(len(hidden), note)]
+    lines = [
+        textwrap.fill(title, width),
+        table(headers, rows, width=width, keep_start=False),
+        *more(len(hidden), note),
+    ]
     return "\n".join(lines)
 
 

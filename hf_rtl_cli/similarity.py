@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import importlib.util
+import io
 import itertools
 import math
 import textwrap
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
-from hf_rtl import MaskBank
+from hf_rtl import MaskBank, plots
+from hf_rtl.files import write_bytes
 
 from .models import load_model
 from .tables import bar, columns, fraction, more, printable, shortened, table, terminal_width
@@ -43,15 +48,41 @@ def _as_values(jaccard: Tensor, chance: Tensor) -> dict[str, list[list[float | N
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    model = load_model(args.model, revision=args.revision, token=args.token)
-    bank = model.mask_bank
+    plot = None if args.plot is None else _plot_file(args.plot)
+    bank = load_model(args.model, revision=args.revision, token=args.token).mask_bank
+    jaccard, chance = bank.similarity(per_layer=args.per_layer), bank.chance_similarity(per_layer=args.per_layer)
     values = {"model": args.model, "routes": bank.route_names, **similarity_of(bank)}
     if args.per_layer:
-        matrices = zip(bank.similarity(per_layer=True), bank.chance_similarity(per_layer=True), strict=True)
-        values["weights"] = [
-            {"name": name, **_as_values(*pair)} for name, pair in zip(bank.weight_names, matrices, strict=True)
-        ]
+        matrices = zip(bank.weight_names, jaccard, chance, strict=True)
+        values["weights"] = [{"name": name, **_as_values(*pair)} for name, *pair in matrices]
+    if plot is not None and args.per_layer:
+        plots.layer_profile(jaccard, chance, bank.weight_names, plot)
+    elif plot is not None:
+        plots.similarity_heatmap(jaccard, bank.route_names, plot)
+    if args.csv is not None:
+        write_bytes(Path(args.csv), _csv(values).encode())
     return values
+
+
+def _plot_file(name: str) -> Path:
+    if not name.endswith(".png"):
+        raise ValueError(f"--plot draws PNG files: give it a name as {Path(name).with_suffix('.png').name!r}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install hf_rtl[plots]")
+    return Path(name)
+
+
+def _csv(values: dict[str, Any]) -> str:
+    """A line for each pair of tickets, in each weight if they are told apart; what is undefined is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*(["weight"] if "weights" in values else []), "route", "other", *_MATRICES])
+    for weight in values.get("weights", [values]):
+        for first, second in itertools.combinations(range(len(values["routes"])), 2):
+            pair = [values["routes"][first], values["routes"][second]]
+            name = [weight["name"]] if "weights" in values else []
+            writer.writerow([*name, *pair, *(weight[matrix][first][second] for matrix in _MATRICES)])
+    return text.getvalue()
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:
