@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "norm_statistics": config.norm_statistics,
         "calibrated": config.thresholds is not None,
         "hf_rtl_version": config.hf_rtl_version,
+        "format_version": config.format_version,
+        "base": config.base,
         "num_prunable": bank.num_weights,
         "union": bank.union_count(),
         "core": bank.core_count(),
@@ -87,8 +89,10 @@ def _description_text(values: dict[str, Any]) -> str:
         "router": values["router"],
         "statistics": values["norm_statistics"],
         "calibrated": "yes" if values["calibrated"] else "no",
-        "saved": f"in {values['dtype']}, by hf_rtl {printable(values['hf_rtl_version'])}",
+        "saved": f"{values['dtype']}, by hf_rtl {printable(values['hf_rtl_version'])}, format {values['format_version']}",
     }
+    if "repo" in (values["base"] or {}):
+        lines["base"] = f"{printable(values['base']['repo'])}, revision {printable(values['base']['revision'])}"
     return f"{printable(values['model'])}\n{textwrap.indent(key_values(lines), '  ')}"
 
 
@@ -138,19 +142,23 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
 
 
 _FORMS = {
-    "total_bytes": "smallest lossless form",
+    "full_bytes": "full: all weights, raw masks",
+    "compact_bytes": "compact: what tickets need",
     "union_bytes": "  weights in some ticket",
-    "mask_bytes": "  masks, a bit per weight",
-    "dense_bytes": "  all else",
-    "independent_bytes": "{} sparse models",
+    "coded_mask_bytes": "  masks, coded",
+    "dense_bytes": "  all that no mask covers",
+    "tickets_bytes": "ticket files of all routes",
+    "independent_full_bytes": "{} plain models",
+    "independent_compact_bytes": "{} sparse models, coded masks",
 }
 
 
 def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> str:
+    plain, sparse = footprint["independent_full_bytes"], footprint["independent_compact_bytes"]
     rows = []
     for key, form in _FORMS.items():
         size = footprint[key]
-        rows.append(
-            [form.format(num_routes), human_bytes(size), f"{size:,}", f"{size / footprint['independent_bytes']:.3f}"]
-        )
-    return table(["footprint", "size", "bytes", f"of {num_routes} sparse"], rows, width=width)
+        ratios = [f"{size / plain:.3f}", f"{size / sparse:.3f}"]
+        rows.append([form.format(num_routes), human_bytes(size), f"{size:,}", *ratios])
+    headers = ["footprint", "size", "bytes", f"of {num_routes} plain", f"of {num_routes} sparse"]
+    return table(headers, rows, width=width)

@@ -40,6 +40,8 @@ _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 def load_model(name: str, *, revision: str | None = None, token: str | None = None) -> RTLModel:
     """The model in the folder `name`, or of the repo of that name."""
     check_name(name, revision=revision)
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.")
     # The bar that counts loaded tensors is noise; that of a download is not.
     logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:

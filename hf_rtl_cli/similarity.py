@@ -141,7 +141,7 @@ def _means(similarity: dict[str, Any], names: list[str], width: int, limit: int 
         for matrix in _MATRICES:
             row = similarity[matrix][index]
             means.append(_mean(row[:index] + row[index + 1 :]))
-        rows.append([name, *map(fraction, means), bar(means[0] or 0, means[0] or 0, 16)])
+        rows.append([name, *map(fraction, means), bar(means[0] or 0, means[0] or 0, 10)])
     title = "Similarity (Jaccard) of each ticket to the others: means"
     lines = [title, table(["route", *_MATRICES, ""], rows, width=width), *more(len(names) - len(rows))]
     return "\n".join(lines)

@@ -76,14 +76,14 @@ def bar(low: float, high: float, size: int) -> str:
 
 
 def fraction(value: float | None, digits: int = 3) -> str:
-    """A value in [-1, 1], where nothing looks like 0 or 1 that is not; a dash for what is undefined."""
+    """A number up to 1, where none above 0 looks like 0 and none below 1 like 1; a dash for what is undefined."""
     if value is None:
         return "-"
-    rounded, step = round(value, digits), f"{10**-digits:.{digits}f}"
-    if rounded == 0 != value:
-        return f"{'<' if value > 0 else '>-'}{step[1:]}"
-    if rounded == 1 != value:
-        return f">{1 - 10**-digits:.{digits}f}".replace("0.", ".", 1)
+    smallest = 10**-digits
+    if value > 0 == round(value, digits):
+        return f"<{smallest:.{digits}f}".replace("0.", ".")
+    if value < 1 == round(value, digits):
+        return f">{1 - smallest:.{digits}f}".replace("0.", ".")
     return f"{value:.{digits}f}"
 
 
