@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -38,9 +39,12 @@ from .masking import and_masks
 from .norm_statistics import tracked_buffers
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
 from .routed_model import RoutedModel
+from .structure import refuse_to_save, remove_dead_channels
 from .ticket_card import tickets_card
 from .ticket_files import base_of, load_tickets, save_tickets
 
+
+logger = logging.getLogger(__name__)
 
 _HUB_ARGUMENTS = (
     "repo_id",
@@ -294,8 +298,33 @@ class RTLModel(RoutedModel):
             )
 
     @torch.no_grad()
-    def extract_ticket(self, route: int | str) -> PreTrainedModel:
-        """A new plain backbone holding the masked weights and the statistics of `route`; its outputs are bit-equal."""
+    def extract_ticket(
+        self,
+        route: int | str,
+        *,
+        prune_structure: bool = False,
+        example_inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> PreTrainedModel:
+        """
+        A new plain backbone holding the masked weights and the statistics of `route`; its outputs are bit-equal.
+
+        It shares nothing with this model and is what the library's own Auto class loads; for `membership` its only
+        label is the route's name. A ticket of a backbone of ours, as `ghostnet_rtl`, is a plain timm model too, but
+        loading it needs `import hf_rtl` first, since timm does not know the architecture.
+
+        Args:
+            route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
+            prune_structure (`bool`, *optional*, defaults to `False`): also remove the channels that never matter,
+                where that is exact: see `structure.remove_dead_channels`. Outputs are then equal to rounding, not to
+                the bit (1e-6 relative in float32). If any channel is removed, shapes no longer follow the
+                configuration, and `save_pretrained` and `push_to_hub` of the ticket raise a `ValueError`: use
+                `torch.export` or ONNX.
+            example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, with which `prune_structure`
+                follows the channels. By default images of the configured size, or the backbone's `dummy_inputs`.
+
+        Raises:
+            ValueError: an unknown route, or `prune_structure` needs `example_inputs`.
+        """
         self._refuse_in_context("extract_ticket()")
         index = self.route_index(route)
         ticket = copy.deepcopy(self.backbone)
@@ -306,6 +335,14 @@ class RTLModel(RoutedModel):
         if self.norm_statistics is not None:
             for (module, name), rows in zip(tracked_buffers(ticket), self.norm_statistics.rows, strict=True):
                 module.get_buffer(name).copy_(rows[index])
+        if self._is_membership:
+            name = self.route_name(index)
+            ticket.config.id2label, ticket.config.label2id = {0: name}, {name: 0}
+        if prune_structure:
+            report = remove_dead_channels(ticket, example_inputs)
+            logger.info("Channels of the ticket of route %s:\n%s", self.route_name(index), report)
+            if report.changed:
+                ticket.save_pretrained = refuse_to_save
         return ticket
 
     # Tickets by themselves

@@ -82,6 +82,10 @@ class RoutedModel(PreTrainedModel):
                 return UNION
         return self.mask_bank.route_index(route)
 
+    def route_name(self, index: int) -> str:
+        """The name of a route given by index; `"union"` for -1."""
+        return "union" if index == UNION else self.route_names[index]
+
     @torch.no_grad()
     def append_ticket(
         self,
@@ -196,7 +200,7 @@ class RoutedModel(PreTrainedModel):
         view = copy.copy(self)
         view._fixed_route = self.route_index(route)
         if self.config.ticket_task == "membership":
-            name = "union" if view._fixed_route == UNION else self.route_names[view._fixed_route]
+            name = self.route_name(view._fixed_route)
             view.config = copy.copy(self.config)
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view

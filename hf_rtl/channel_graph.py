@@ -1,0 +1,413 @@
+"""Which channels of a network can never reach its outputs: follows channels through the graph of `torch.export`."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx.node import Node, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from transformers.pytorch_utils import Conv1D
+
+
+aten: Any = torch.ops.aten
+
+_CONVOLUTIONS = {aten.conv1d: 1, aten.conv2d: 2, aten.conv3d: 3}
+# Ops over the last so many dimensions, each channel by itself, that give zero for zero.
+_SPATIAL = {
+    aten.max_pool1d: 1,
+    aten.max_pool2d: 2,
+    aten.max_pool3d: 3,
+    aten.avg_pool1d: 1,
+    aten.avg_pool2d: 2,
+    aten.avg_pool3d: 3,
+    aten.adaptive_avg_pool1d: 1,
+    aten.adaptive_avg_pool2d: 2,
+    aten.adaptive_avg_pool3d: 3,
+    aten.upsample_nearest2d: 2,
+    aten.upsample_bilinear2d: 2,
+}
+_COPIES = {aten.alias, aten.clone, aten._to_copy, aten.detach}
+_RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.flatten, aten.unflatten}
+# Ops of one element each that PyTorch does not tag as such.
+_POINTWISE = {aten.hardswish, aten.log_sigmoid}
+_LAYERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
+
+
+@dataclass
+class Channels:
+    """
+    The channels along dimension `dim` of a tensor.
+
+    `ids` names each; `value` holds, float64, the value that a channel has everywhere whatever the input, else NaN.
+    """
+
+    dim: int
+    ids: list[int]
+    value: Tensor
+
+
+@dataclass
+class _Reader:
+    """A matrix that reads channels `inputs` to make channels `outputs`; `terms[o, i]`: whether it can add anything."""
+
+    inputs: list[int]
+    outputs: list[int]
+    terms: np.ndarray
+
+
+class ChannelGraph:
+    """
+    The channels of an exported network, and which of them never matter.
+
+    A channel matters if some layer multiplies a value of it that can be other than zero by a weight other than zero,
+    to make a channel that matters. What is not understood makes the channels that enter it matter: transposed
+    convolutions, norms over channels, attention, splits, anything unknown.
+
+    Channels that can only be removed together are made one: those added or multiplied elementwise, and inputs and
+    outputs of one group of a grouped convolution.
+
+    Args:
+        exported (`torch.export.ExportedProgram`): of `model` in evaluation mode, functional.
+        prefix (`str`): that stands before the names of parameters in it.
+        model (`nn.Module`): the network, float64.
+    """
+
+    def __init__(self, exported: torch.export.ExportedProgram, prefix: str, model: nn.Module) -> None:
+        self._parents: list[int] = []
+        self._fixed: list[int] = []
+        self._readers: list[_Reader] = []
+        self._channels: dict[Node, Channels] = {}
+        # Name of a parameter or buffer -> dimension -> channels along it.
+        self._layout: dict[str, dict[int, list[int]]] = {}
+        self._misused: set[str] = set()
+
+        signature = exported.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        names = {placeholder: name.removeprefix(prefix) for placeholder, name in names.items()}
+        tensors, canonical, self._layer_tensors = _tensors(model)
+        self._names: dict[Node, str] = {}
+        self._tensors: dict[Node, Tensor] = {}
+        for node in exported.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in names and names[node.name] in tensors:
+                    self._names[node] = canonical[names[node.name]]
+                    self._tensors[node] = tensors[names[node.name]]
+            elif node.op == "call_function":
+                self._follow(node)
+            elif node.op == "output":
+                self._release(node.all_input_nodes)
+        read = {self._names[node] for node in self._names if node.users}
+        # What else reads channels is not known if the outputs do not depend on all parameters.
+        self.unread = sorted({canonical[name] for name, _ in model.named_parameters()} - read)
+
+    def kept(self) -> dict[str, dict[int, Tensor]]:
+        """
+        Name of a parameter or buffer -> dimension -> indices to keep along it, `int64`, for all that loses any.
+
+        At least one channel is kept in every layer.
+        """
+        for name in self._misused & self._layout.keys():
+            for ids in self._layout[name].values():
+                self._fixed += ids
+        roots = np.array([self._root(id) for id in range(len(self._parents))], dtype=np.int64)
+        dead = np.ones(len(roots), dtype=bool)
+        dead[roots[np.array(self._fixed, dtype=np.int64)]] = False
+        readers = [(roots[reader.inputs], roots[reader.outputs], reader.terms) for reader in reversed(self._readers)]
+        before = -1
+        while before != dead.sum():
+            before = dead.sum()
+            for inputs, outputs, terms in readers:
+                dead[inputs[terms[~dead[outputs]].any(axis=0)]] = False
+        # A layer needs a channel. What this one holds does not matter, so neither does what it reads.
+        axes = [roots[ids] for dims in self._layout.values() for ids in dims.values()]
+        while any(dead[axis].all() for axis in axes):
+            for axis in axes:
+                if dead[axis].all():
+                    dead[axis[0]] = False
+        kept = {
+            name: {dim: torch.from_numpy(np.flatnonzero(~dead[roots[ids]])) for dim, ids in dims.items()}
+            for name, dims in self._layout.items()
+        }
+        return {
+            name: dims
+            for name, dims in kept.items()
+            if any(len(dims[dim]) < len(ids) for dim, ids in self._layout[name].items())
+        }
+
+    # Channels
+
+    def _fresh(self, count: int) -> list[int]:
+        first = len(self._parents)
+        self._parents += range(first, first + count)
+        return self._parents[first:]
+
+    def _root(self, id: int) -> int:
+        while self._parents[id] != id:
+            self._parents[id] = self._parents[self._parents[id]]
+            id = self._parents[id]
+        return id
+
+    def _unite(self, ids: Iterable[int], others: Iterable[int]) -> None:
+        for id, other in zip(ids, others, strict=True):
+            self._parents[self._root(id)] = self._root(other)
+
+    def _bind(self, node: Node, dim: int, ids: list[int]) -> None:
+        """Says that the parameter at `node` has a slice for each of `ids` along `dim`."""
+        bound = self._layout.setdefault(self._names[node], {}).setdefault(dim, ids)
+        if bound is not ids:
+            self._unite(bound, ids)
+
+    def _release(self, nodes: Iterable[Node]) -> None:
+        """Gives up on following what `nodes` hold: their channels matter, and parameters keep their shapes."""
+        for node in nodes:
+            if node in self._channels:
+                self._fixed += self._channels[node].ids
+            if node in self._names:
+                self._misused.add(self._names[node])
+
+    # Ops
+
+    def _follow(self, node: Node) -> None:
+        if node.target is aten._assert_tensor_metadata.default:
+            return
+        channels = self._result(node)
+        if channels is None:
+            self._release(node.all_input_nodes)
+        else:
+            self._channels[node] = channels
+
+    def _result(self, node: Node) -> Channels | None:
+        op, args = getattr(node.target, "overloadpacket", node.target), _arguments(node)
+        if op in _CONVOLUTIONS:
+            return self._convolution(node, _CONVOLUTIONS[op])
+        if op is aten.linear:
+            x, weight, bias = args[:3]
+            return self._matrix(node, x, weight, bias, out_dim=0)
+        if op is aten.addmm and not node.kwargs:
+            bias, x, weight = args[:3]
+            return self._matrix(node, x, weight, bias, out_dim=1)
+        if op is aten.cat:
+            return self._cat(node)
+        if op is aten._native_batch_norm_legit_no_training:
+            return self._batch_norm(node)
+        source = args[0]
+        if op in _POINTWISE or _is_pointwise(node.target) and op not in _COPIES:
+            return self._pointwise(node)
+        if not isinstance(source, Node) or source not in self._channels or node.all_input_nodes != [source]:
+            return None
+        channels = self._channels[source]
+        if op in _COPIES or op is operator.getitem and args[1] == 0:
+            return channels if node.meta["val"].is_floating_point() else None
+        return _rearranged(node, op, channels, _shape(source))
+
+    def _convolution(self, node: Node, num_spatial: int) -> Channels | None:
+        x, weight, bias, *_, groups = _arguments(node)[:7]
+        groups = groups or 1
+        if not self._are_layers(weight, bias):
+            return None
+        out_channels, group_inputs = self._tensors[weight].shape[:2]
+        terms = (self._tensors[weight] != 0).flatten(2).any(2)
+        channels = self._channels_along(x, len(_shape(x)) - num_spatial - 1)
+        dim = len(_shape(node)) - num_spatial - 1
+        if groups == 1:
+            return self._multiplied(weight, bias, channels, terms, dim, (0, 1))
+        if channels is None:
+            return None
+        ids = self._fresh(out_channels)
+        for group_in, group_out in zip(_split(channels.ids, groups), _split(ids, groups), strict=True):
+            together = group_in + group_out
+            self._unite(together[1:], together[:-1])
+        values = channels.value.view(groups, group_inputs).repeat_interleave(out_channels // groups, dim=0)
+        return self._made(weight, bias, ids, terms & (values != 0), dim, 0)
+
+    def _matrix(self, node: Node, x: Node, weight: Node, bias: Node | None, *, out_dim: int) -> Channels | None:
+        if not self._are_layers(weight, bias):
+            return None
+        channels = self._channels_along(x, len(_shape(x)) - 1)
+        terms = self._tensors[weight] != 0
+        terms = terms if out_dim == 0 else terms.T
+        return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, (out_dim, 1 - out_dim))
+
+    def _channels_along(self, node: Node, dim: int) -> Channels | None:
+        """The channels of `node` if they lie along `dim`; others are given up."""
+        channels = self._channels.get(node)
+        if channels is None or channels.dim == dim:
+            return channels
+        self._release([node])
+        return None
+
+    def _multiplied(
+        self,
+        weight: Node,
+        bias: Node | None,
+        channels: Channels | None,
+        terms: Tensor,
+        dim: int,
+        weight_dims: tuple[int, int],
+    ) -> Channels:
+        """The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero."""
+        ids = self._fresh(len(terms))
+        if channels is not None:
+            terms = terms & (channels.value != 0)
+            self._bind(weight, weight_dims[1], channels.ids)
+            self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
+        return self._made(weight, bias, ids, terms, dim, weight_dims[0])
+
+    def _made(
+        self, weight: Node, bias: Node | None, ids: list[int], terms: Tensor, dim: int, weight_dim: int
+    ) -> Channels:
+        self._bind(weight, weight_dim, ids)
+        value = torch.zeros(len(ids), dtype=torch.float64)
+        if bias is not None:
+            self._bind(bias, 0, ids)
+            value = self._tensors[bias].double()
+        return Channels(dim, ids, value.masked_fill(terms.any(1), math.nan))
+
+    def _batch_norm(self, node: Node) -> Channels | None:
+        target: Any = node.target
+        x, *parameters = _arguments(node)[:5]
+        given = [parameter for parameter in parameters if parameter is not None]
+        channels = self._channels.get(x)
+        if channels is None or channels.dim != 1 or not self._are_layers(*given):
+            return None
+        for parameter in given:
+            self._bind(parameter, 0, channels.ids)
+        tensors = [self._tensors.get(parameter) for parameter in parameters]
+        value = target(channels.value[None], *tensors, *node.args[5:])[0][0]
+        return Channels(1, channels.ids, value.masked_fill(channels.value.isnan(), math.nan))
+
+    def _pointwise(self, node: Node) -> Channels | None:
+        tracked = {source: self._channels[source] for source in node.all_input_nodes if source in self._channels}
+        others = [source for source in node.all_input_nodes if source not in self._channels]
+        if not tracked:
+            return None
+        # Counted from the last dimension, as broadcasting does.
+        (position, size), *more = {(c.dim - len(_shape(source)), len(c.ids)) for source, c in tracked.items()}
+        broadcast = all(len(_shape(other)) < -position or _shape(other)[position] == 1 for other in others)
+        if more or not broadcast:
+            return None
+        self._release(others)
+        first, *rest = tracked.values()
+        for channels in rest:
+            self._unite(channels.ids, first.ids)
+        value = torch.full((size,), math.nan, dtype=torch.float64)
+        known = ~torch.stack([channels.value for channels in tracked.values()]).isnan().any(0)
+        if not others:
+            values = {source: channels.value.nan_to_num() for source, channels in tracked.items()}
+            target: Any = node.target
+            result = target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
+            value = torch.where(known & result.isfinite(), result.double(), math.nan)
+        if node.target is aten.mul.Tensor:
+            for channels in tracked.values():
+                value = value.masked_fill(channels.value == 0, 0.0)
+        return Channels(len(_shape(node)) + position, first.ids, value)
+
+    def _cat(self, node: Node) -> Channels | None:
+        sources, dim = _arguments(node)[:2]
+        dim = (dim or 0) % len(_shape(node))
+        along = [self._channels[source].dim == dim for source in sources if source in self._channels]
+        if not along or not all(along):
+            return None
+        parts = []
+        for source in sources:
+            if source not in self._channels:
+                self._release([source])
+                size = _shape(source)[dim]
+                unknown = torch.full((size,), math.nan, dtype=torch.float64)
+                parts.append(Channels(dim, self._fresh(size), unknown))
+                self._fixed += parts[-1].ids
+            else:
+                parts.append(self._channels[source])
+        return Channels(dim, [id for part in parts for id in part.ids], torch.cat([part.value for part in parts]))
+
+    def _are_layers(self, *nodes: Node | None) -> bool:
+        """Whether each is `None` or a whole parameter or buffer of layers that can be given another shape."""
+        return all(node is None or self._names.get(node) in self._layer_tensors for node in nodes)
+
+
+def _rearranged(node: Node, op: Any, channels: Channels, shape: torch.Size) -> Channels | None:
+    """The channels of a tensor that has been reshaped, permuted or pooled."""
+    dim, ids, value = channels.dim, channels.ids, channels.value
+    new_shape, (_, *args) = _shape(node), _arguments(node)
+    zeros = torch.where(value == 0, 0.0, math.nan).double()
+    if op in _SPATIAL or op is aten.constant_pad_nd:
+        num_spatial = _SPATIAL[op] if op in _SPATIAL else len(args[0]) // 2
+        pads_zeros = op in _SPATIAL or not args[1]
+        if dim >= len(shape) - num_spatial:
+            return None
+        return Channels(dim, ids, zeros if pads_zeros else torch.full_like(value, math.nan))
+    if node.target in (aten.mean.dim, aten.sum.dim_IntList):
+        reduced = {axis % len(shape) for axis in args[0] or range(len(shape))}
+        if dim in reduced:
+            return None
+        lost = 0 if len(new_shape) == len(shape) else sum(axis < dim for axis in reduced)
+        return Channels(dim - lost, ids, zeros)
+    if node.target in (aten.permute.default, aten.transpose.int):
+        if node.target is aten.permute.default:
+            order = [axis % len(shape) for axis in args[0]]
+        else:
+            order = list(range(len(shape)))
+            one, other = args[0] % len(shape), args[1] % len(shape)
+            order[one], order[other] = other, one
+        return Channels(order.index(dim), ids, value)
+    if node.target is aten.select.int:
+        selected = args[0] % len(shape)
+        return None if selected == dim else Channels(dim - (selected < dim), ids, value)
+    if op in _RESHAPES or node.target in (aten.squeeze.dim, aten.squeeze.dims):
+        before = math.prod(shape[:dim])
+        for new_dim, size in enumerate(new_shape):
+            # In row-major order the new dimension holds all of a channel before the next one begins.
+            repeats, remainder = divmod(size, shape[dim])
+            if math.prod(new_shape[:new_dim]) == before and remainder == 0 and repeats > 0:
+                repeated = np.repeat(ids, repeats).tolist()
+                return Channels(new_dim, repeated, value.repeat_interleave(repeats))
+    return None
+
+
+def _is_pointwise(target: Any) -> bool:
+    tags = getattr(target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def _arguments(node: Node) -> list[Any]:
+    """The positional arguments, and `None` for those left out, of which there are fewer than eight."""
+    return [*node.args, *[None] * 8]
+
+
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _split(ids: list[int], parts: int) -> list[list[int]]:
+    size = len(ids) // parts
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def _tensors(model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, str], set[str]]:
+    """
+    Parameters and buffers under all their names; each name's first one; the first names of those that belong to
+    layers of known kinds alone.
+    """
+    tensors: dict[str, Tensor] = {}
+    canonical: dict[str, str] = {}
+    foreign: set[str] = set()
+    firsts: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        known = isinstance(module, _LAYERS) and not isinstance(module, _ConvTransposeNd)
+        for attribute, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None:
+                continue
+            name = f"{prefix}.{attribute}".lstrip(".")
+            tensors[name] = tensor
+            canonical[name] = firsts.setdefault(id(tensor), name)
+            if not known:
+                foreign.add(canonical[name])
+    return tensors, canonical, set(firsts.values()) - foreign
