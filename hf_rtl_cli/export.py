@@ -94,20 +94,34 @@ def _input(given: str) -> tuple[str, Tensor]:
 
 
 def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, kind: str) -> None:
-    """Writes the graph of `ticket`, whose sizes of inputs stay free where the model's code leaves them so."""
+    """Writes the graph of `ticket`, for batches of any size and tokens of any number."""
     ticket.config.use_cache = False
-    sizes = {name: dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO) for name, tensor in inputs.items()}
-    module = _PlainOutputs(ticket)
-    with torch.no_grad():
-        program = torch.export.export(module, (), dict(inputs), dynamic_shapes={"inputs": sizes}, strict=False)
-        names = list(module(**inputs))
-    if kind == "torch-export":
-        torch.export.save(program, folder / "model.pt2")
-        return
-    onnx = torch.onnx.export(program, output_names=names, verbose=False)
-    assert onnx is not None
-    size = sum(tensor.nbytes for tensor in ticket.state_dict().values())
-    onnx.save(folder / "model.onnx", external_data=size > _ONNX_LIMIT)
+    module = _PlainOutputs(ticket).eval()
+    free = {name: [0] if tensor.is_floating_point() else range(tensor.ndim) for name, tensor in inputs.items()}
+    sizes = {name: dict.fromkeys(dimensions, torch.export.Dim.AUTO) for name, dimensions in free.items()}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module,
+                (),
+                dict(inputs),
+                dynamic_shapes={"inputs": sizes},
+                strict=False,
+                # Guards on free sizes are written with names that are unknown where they are checked (torch 2.14).
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            names = list(program.module()(**inputs))
+        if kind == "torch-export":
+            torch.export.save(program, folder / "model.pt2")
+        else:
+            onnx = torch.onnx.export(program, output_names=names, verbose=False)
+            assert onnx is not None
+            size = sum(tensor.nbytes for tensor in ticket.state_dict().values())
+            onnx.save(folder / "model.onnx", external_data=size > _ONNX_LIMIT)
+    except RuntimeError as error:
+        # Of torch, with many lines of advice.
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ValueError(f"torch cannot export {type(ticket).__name__} with --format {kind}: {reason}") from error
 
 
 class _PlainOutputs(nn.Module):

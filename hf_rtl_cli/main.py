@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from .tables import encodable
+from .tables import encodable, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         # Who reads has seen enough, as `head`. Python is not to complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
-        print(f"{args.prog}: error: {encodable(_one_line(error), sys.stderr.encoding)}", file=sys.stderr)
+        message = printable(" ".join(str(error).split()))
+        print(encodable(f"{args.prog}: error: {message}", sys.stderr.encoding), file=sys.stderr)
         return 1
     return 0
 
@@ -252,6 +253,3 @@ def _add_all(command: argparse.ArgumentParser) -> None:
 def _examples(*calls: str) -> str:
     return "\n".join(["examples:", *(f"  {call}" for call in calls)])
 
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
