@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ METADATA = "hf_rtl"  # the entry in the header of tensor files: JSON
 
 def write_json(file: Path, value: Any, *, owner: str = "") -> None:
     """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(file, owner)
-    try:
+    with _beside(file, owner) as beside:
         beside.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(beside, file)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes `content` so that `file` is either as it was or whole."""
+    with _beside(file) as beside:
+        beside.write_bytes(content)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "", **metadata: str) -> None:
@@ -36,17 +37,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "",
     Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
     arguments give equal bytes. `owner` is part of the name of the file beside.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors writes several in any order.
     described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
-    beside = _beside(file, owner)
-    try:
+    with _beside(file, owner) as beside:
         save_file(contiguous, beside, metadata={METADATA: described})
-        os.replace(beside, file)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def read_tensors(file: Path) -> dict[str, Tensor] | None:
@@ -95,5 +90,14 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _beside(file: Path, owner: str = "") -> Path:
-    return file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
+@contextmanager
+def _beside(file: Path, owner: str = "") -> Iterator[Path]:
+    """A path beside `file` that gets its name once it is written, or is removed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

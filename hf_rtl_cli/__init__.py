@@ -1,0 +1,1 @@
+"""The `hf-rtl` command. A package of its own: importing `hf_rtl` loads torch, which is too slow for `--help`."""

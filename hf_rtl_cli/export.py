@@ -1,0 +1,136 @@
+"""`hf-rtl export`: one ticket as a plain model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_rtl.structure import example_inputs_of
+
+from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_whole
+from .tables import human_bytes, printable
+
+
+_ONNX_LIMIT = 2 * 10**9  # bytes that fit into one ONNX file; larger weights lie beside it
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    out = Path(args.out)
+    check_free(out, force=args.force)
+    if out.is_dir() and Path(args.model).is_dir() and out.samefile(args.model):
+        raise ValueError(f"{args.out!r} is the folder of the model itself, which the ticket would overwrite.")
+    if args.prune_structure and args.format == "folder":
+        raise ValueError(
+            "--prune-structure makes tensors smaller than the configuration says, so that no folder of them can be "
+            "loaded; export them with --format torch-export or --format onnx."
+        )
+    if args.format == "onnx" and not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
+        raise ValueError("--format onnx needs two more packages: pip install onnx onnxscript")
+    model = load_model(args.model, revision=args.revision, token=args.token)
+    model.mask_bank.route_index(args.route)
+    inputs = _example_inputs(args.input, model.backbone) if args.input or args.format != "folder" else None
+    ticket = model.extract_ticket(args.route, prune_structure=args.prune_structure, example_inputs=inputs).eval()
+    with written_whole(out) as staging:
+        copy_beside(args.model, staging, PROCESSOR_FILES, revision=args.revision, token=args.token)
+        if inputs is None:
+            ticket.save_pretrained(staging)
+        else:
+            ticket.config.save_pretrained(staging)
+            _export(ticket, inputs, staging, args.format)
+        files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
+    return {
+        "folder": str(out),
+        "route": args.route,
+        "format": args.format,
+        "class": type(ticket).__name__,
+        "num_parameters": ticket.num_parameters(),
+        "num_parameters_before": model.backbone.num_parameters(),
+        "files": files,
+    }
+
+
+def text(values: dict[str, Any], args: argparse.Namespace) -> str:
+    total = human_bytes(sum(values["files"].values()))
+    before = values["num_parameters_before"]
+    smaller = f" of {before:,}" if values["num_parameters"] != before else ""
+    return (
+        f"Ticket {printable(values['route'])!r} is in {values['folder']}: {values['class']}, "
+        f"{values['num_parameters']:,}{smaller} parameters, {total}."
+    )
+
+
+def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs of the given shapes, else some that the backbone takes."""
+    if not given:
+        try:
+            return example_inputs_of(backbone)
+        except ValueError:
+            name = backbone.main_input_name
+            raise ValueError(
+                f"{type(backbone).__name__} does not say how large its inputs are: give --input {name}=2x16000"
+            ) from None
+    return dict(map(_input, given))
+
+
+def _input(given: str) -> tuple[str, Tensor]:
+    name, _, sizes = given.partition("=")
+    try:
+        shape = [int(size) for size in sizes.split("x")]
+        if min(shape) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--input {given} must be NAME=SIZExSIZE…, the sizes with x in between, as --input pixel_values=2x3x32x32"
+        ) from None
+    whole = name.endswith(("_ids", "_mask"))
+    return name, torch.ones(shape, dtype=torch.long) if whole else torch.randn(shape)
+
+
+def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, kind: str) -> None:
+    """Writes the graph of `ticket`, for batches of any size and tokens of any number."""
+    ticket.config.use_cache = False
+    module = _PlainOutputs(ticket).eval()
+    free = {name: [0] if tensor.is_floating_point() else range(tensor.ndim) for name, tensor in inputs.items()}
+    sizes = {name: dict.fromkeys(dimensions, torch.export.Dim.AUTO) for name, dimensions in free.items()}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module,
+                (),
+                dict(inputs),
+                dynamic_shapes={"inputs": sizes},
+                strict=False,
+                # Guards on free sizes are written with names that are unknown where they are checked (torch 2.14).
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            names = list(program.module()(**inputs))
+        if kind == "torch-export":
+            torch.export.save(program, folder / "model.pt2")
+        else:
+            onnx = torch.onnx.export(program, output_names=names, verbose=False)
+            assert onnx is not None
+            size = sum(tensor.nbytes for tensor in ticket.state_dict().values())
+            onnx.save(folder / "model.onnx", external_data=size > _ONNX_LIMIT)
+    except RuntimeError as error:
+        # Of torch, with many lines of advice.
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ValueError(f"torch cannot export {type(ticket).__name__} with --format {kind}: {reason}") from error
+
+
+class _PlainOutputs(nn.Module):
+    """Gives a plain dict of tensors, so that who loads an exported graph needs no transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs = self.model(**inputs)
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}

@@ -1,0 +1,164 @@
+"""`hf-rtl inspect`: what a saved model is."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from statistics import fmean
+from typing import Any
+
+from hf_rtl import RTLModel
+
+from .models import load_model
+from .similarity import pairs_text, similarity_of
+from .tables import bar, fraction, human_bytes, key_values, more, printable, table, terminal_width
+
+
+_MAX_ROUTES = 20
+_MAX_WEIGHTS = 30
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    model = load_model(args.model, revision=args.revision, token=args.token)
+    bank, config, backbone = model.mask_bank, model.config, model.backbone
+    shown = bank.route_names if args.route is None else [bank.route_names[bank.route_index(args.route)]]
+    return {
+        "model": args.model,
+        "class": type(model).__name__,
+        "backbone": type(backbone).__name__,
+        "architecture": getattr(backbone.config, "architecture", backbone.config.model_type),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "ticket_task": config.ticket_task,
+        "router": config.router,
+        "norm_statistics": config.norm_statistics,
+        "calibrated": config.thresholds is not None,
+        "hf_rtl_version": config.hf_rtl_version,
+        "format_version": config.format_version,
+        "base": config.base,
+        "num_prunable": bank.num_weights,
+        "union": bank.union_count(),
+        "core": bank.core_count(),
+        "routes": _routes(model),
+        "weights": _weights(model, shown),
+        "similarity": similarity_of(bank),
+        "footprint": model.footprint(),
+    }
+
+
+def _routes(model: RTLModel) -> list[dict[str, Any]]:
+    kept, densities = model.mask_bank.count().tolist(), model.mask_bank.density().tolist()
+    thresholds = model.config.thresholds or [None] * model.num_routes
+    rows = zip(model.route_names, kept, densities, thresholds, strict=True)
+    return [
+        {"name": name, "kept": count, "density": density, "threshold": threshold}
+        for name, count, density, threshold in rows
+    ]
+
+
+def _weights(model: RTLModel, shown: list[str]) -> list[dict[str, Any]]:
+    bank = model.mask_bank
+    rows = zip(bank.weight_names, bank.shapes, bank.count(per_layer=True).tolist(), strict=True)
+    return [
+        {
+            "name": name,
+            "shape": list(shape),
+            "size": shape.numel(),
+            "kept": {route: count for route, count in zip(bank.route_names, counts, strict=True) if route in shown},
+        }
+        for name, shape, counts in rows
+    ]
+
+
+def text(values: dict[str, Any], args: argparse.Namespace) -> str:
+    width = terminal_width()
+    parts = [
+        _description_text(values),
+        _routes_text(values, width, None if args.all else _MAX_ROUTES),
+        _weights_text(values["weights"], width, None if args.all else _MAX_WEIGHTS),
+        pairs_text(values["similarity"], [route["name"] for route in values["routes"]], width, show_all=args.all),
+        _footprint_text(values["footprint"], len(values["routes"]), width),
+    ]
+    return "\n\n".join(parts)
+
+
+def _description_text(values: dict[str, Any]) -> str:
+    lines = {
+        "class": values["class"],
+        "backbone": f"{values['backbone']}, {printable(values['architecture'])}",
+        "tickets": f"{len(values['routes'])}, for {values['ticket_task']}",
+        "router": values["router"],
+        "statistics": values["norm_statistics"],
+        "calibrated": "yes" if values["calibrated"] else "no",
+        "saved": f"as {values['dtype']} by hf_rtl {printable(values['hf_rtl_version'])}, format {values['format_version']}",
+    }
+    if "repo" in (values["base"] or {}):
+        lines["base"] = f"{printable(values['base']['repo'])}, revision {printable(values['base']['revision'])}"
+    return f"{printable(values['model'])}\n{textwrap.indent(key_values(lines), '  ')}"
+
+
+def _routes_text(values: dict[str, Any], width: int, limit: int | None) -> str:
+    routes, rows = values["routes"], []
+    for route in routes[:limit]:
+        figures = [f"{route['kept']:,}", fraction(route["density"])]
+        if values["calibrated"]:
+            figures.append(f"{route['threshold']:+.3f}")
+        rows.append([printable(route["name"]), *figures, bar(route["density"], route["density"], 16)])
+    headers = ["route", "kept", "density", *(["threshold"] if values["calibrated"] else []), ""]
+    size, union, core = values["num_prunable"], values["union"], values["core"]
+    summary = (
+        f"Of {size:,} prunable weights {union:,} are in some ticket (union, {fraction(union / size)}), {core:,} in "
+        f"every ticket (core, {fraction(core / size)})."
+    )
+    lines = [table(headers, rows, width=width), *more(len(routes) - len(rows)), "", textwrap.fill(summary, width)]
+    return "\n".join(lines)
+
+
+def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) -> str:
+    routes = list(weights[0]["kept"])
+    one = len(routes) == 1
+    rows = []
+    for weight in weights[:limit]:
+        densities = [count / weight["size"] for count in weight["kept"].values()]
+        low, mean, high = min(densities), fmean(densities), max(densities)
+        figures = map(fraction, [mean] if one else [low, mean, high])
+        empty = densities.count(0)
+        note = "" if not empty else "  empty" if one else f"  empty in {empty}"
+        rows.append([printable(weight["name"]), f"{weight['size']:,}", *figures, bar(low, high, 12) + note])
+    if one:
+        title = f"Density of the ticket {printable(routes[0])!r} in each weight"
+        headers = ["weight", "size", "density", ""]
+    else:
+        title = f"Density of {len(routes)} tickets in each weight; bars: full to the least dense"
+        headers = ["weight", "size", "min", "mean", "max", ""]
+    hidden = weights[len(rows) :]
+    num_empty = sum(0 in weight["kept"].values() for weight in hidden)
+    note = f" ({num_empty} empty in some ticket)" if num_empty else ""
+    lines = [
+        textwrap.fill(title, width),
+        table(headers, rows, width=width, keep_start=False),
+        *more(len(hidden), note),
+    ]
+    return "\n".join(lines)
+
+
+_FORMS = {
+    "full_bytes": "full: all weights, raw masks",
+    "compact_bytes": "compact: what tickets need",
+    "union_bytes": "  weights in some ticket",
+    "coded_mask_bytes": "  masks, coded",
+    "dense_bytes": "  all that no mask covers",
+    "tickets_bytes": "ticket files of all routes",
+    "independent_full_bytes": "{} plain models",
+    "independent_compact_bytes": "{} sparse models, coded masks",
+}
+
+
+def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> str:
+    plain, sparse = footprint["independent_full_bytes"], footprint["independent_compact_bytes"]
+    rows = []
+    for key, form in _FORMS.items():
+        size = footprint[key]
+        ratios = [f"{size / plain:.3f}", f"{size / sparse:.3f}"]
+        rows.append([form.format(num_routes), human_bytes(size), f"{size:,}", *ratios])
+    headers = ["footprint", "size", "bytes", f"of {num_routes} plain", f"of {num_routes} sparse"]
+    return table(headers, rows, width=width)

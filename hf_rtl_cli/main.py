@@ -1,0 +1,255 @@
+"""What `hf-rtl` understands, and how it answers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+
+from .tables import encodable, printable
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command and return its exit status: 0, or 1 after an error that it has printed. Wrong usage exits with 2.
+
+    A command is a module here with `run(args)`, which gives the plain values that `--json` prints, and
+    `text(values, args)`, which says them to people.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        # Libraries write what they like to standard output, which is for the answer alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            command = importlib.import_module(f"hf_rtl_cli.{args.module}")
+            values = command.run(args)
+            answer = json.dumps(values, indent=2, allow_nan=False) if args.json else command.text(values, args)
+        print(encodable(answer, sys.stdout.encoding), flush=True)
+    except BrokenPipeError:
+        # Who reads has seen enough, as `head`. Python is not to complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        message = printable(" ".join(str(error).split()))
+        print(encodable(f"{args.prog}: error: {message}", sys.stderr.encoding), file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-rtl",
+        description="Look at models made of sparse tickets, and share them.",
+        epilog=_examples("hf-rtl inspect org/name", "hf-rtl export runs/digits/final --route 3 ticket-3"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf_rtl {importlib.metadata.version('hf_rtl')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_inspect, _add_similarity, _add_export, _add_card, _add_push, _add_tickets):
+        add(commands)
+    return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    inspect = _add_command(
+        commands,
+        "inspect",
+        "show what a model is, its routes, masks, their similarity, and what it costs in bytes",
+        "hf-rtl inspect runs/digits/final",
+        "hf-rtl inspect org/name --revision v1 --route cat",
+        "hf-rtl inspect org/name --json | jq .footprint.compact_bytes",
+    )
+    _add_model(inspect)
+    inspect.add_argument("--route", metavar="NAME", help="show the densities of this route's ticket in each weight")
+    _add_all(inspect)
+
+
+def _add_similarity(commands: argparse._SubParsersAction) -> None:
+    similarity = _add_command(
+        commands,
+        "similarity",
+        "show how alike the tickets of a model are, beside what is so by chance",
+        "hf-rtl similarity runs/digits/final --per-layer",
+        "hf-rtl similarity org/name --plot similarity.png --csv similarity.csv",
+    )
+    _add_model(similarity)
+    similarity.add_argument("--per-layer", action="store_true", help="also in each weight")
+    similarity.add_argument("--plot", metavar="FILE", help="draw it as a PNG: pairs, or with --per-layer the weights")
+    similarity.add_argument(
+        "--csv", metavar="FILE", help="write a line for each pair, with --per-layer of each weight"
+    )
+    _add_all(similarity)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = _add_command(
+        commands,
+        "export",
+        "write one ticket as a plain model, with nothing of ours in it",
+        "hf-rtl export org/name --route cat cat",
+        "hf-rtl export runs/digits/final --route 3 three --format onnx --input pixel_values=2x1x8x8",
+    )
+    _add_model(export)
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--route", metavar="NAME", required=True, help="whose ticket")
+    export.add_argument(
+        "--format",
+        choices=["folder", "onnx", "torch-export"],
+        default="folder",
+        help="what from_pretrained loads (the default), or a graph: model.onnx, or model.pt2 of torch.export",
+    )
+    export.add_argument(
+        "--prune-structure", action="store_true", help="remove channels that never matter; for graphs alone"
+    )
+    export.add_argument(
+        "--input",
+        metavar="NAME=SIZES",
+        action="append",
+        help="an input of the graph and its sizes, as pixel_values=2x3x32x32; default: as the model is configured",
+    )
+    export.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+
+
+def _add_card(commands: argparse._SubParsersAction) -> None:
+    card = _add_command(
+        commands,
+        "card",
+        "write the page of a model, README.md, or bring it up to date; what you wrote in it stays",
+        "hf-rtl card runs/digits/final",
+        "hf-rtl card org/name > README.md",
+    )
+    _add_model(card)
+    card.add_argument(
+        "--out", metavar="FILE", help="where to; default: README.md of a folder, and for a repo the terminal"
+    )
+
+
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    push = _add_command(
+        commands,
+        "push",
+        "check a saved model, push its folder to the Hub in one commit, and print where it is",
+        "hf-rtl push runs/digits/final org/digits-tickets --private",
+        "hf-rtl push runs/digits/final org/digits-tickets --compact --create-pr",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained")
+    push.add_argument("repo", metavar="REPO", help="a repo id as org/name; made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repo private")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch; made if it is not there")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--compact", action="store_true", help="leave out the weights that no ticket keeps")
+    push.add_argument("--message", metavar="TEXT", default="Upload model", help="of the commit")
+    _add_token(push)
+
+
+def _add_tickets(commands: argparse._SubParsersAction) -> None:
+    what = "list, add, drop and save tickets by themselves"
+    tickets = commands.add_parser("tickets", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    actions = tickets.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    show = _add_command(
+        actions,
+        "list",
+        "list the tickets of a model, or of ticket files",
+        "hf-rtl tickets list runs/digits/final",
+        "hf-rtl tickets list ann/more-digits",
+        module="tickets",
+    )
+    show.add_argument("source", metavar="PATH", help="folder or repo id of ticket files, or of a model")
+    _add_hub(show)
+    _add_all(show)
+
+    add = _add_command(
+        actions,
+        "add",
+        "add tickets from ticket files to a model that is a copy of their base",
+        "hf-rtl tickets add runs/digits/final ann/more-digits --route ten",
+        "hf-rtl tickets add org/digits-tickets ann/more-digits --rename 3=three --out digits-and-more",
+        module="tickets",
+    )
+    _add_model(add)
+    add.add_argument(
+        "tickets", metavar="TICKETS", help="folder or repo id of ticket files, as save_tickets writes them"
+    )
+    add.add_argument("--route", metavar="NAME", nargs="+", action="extend", help="which of them; default: all")
+    add.add_argument(
+        "--rename",
+        metavar="OLD=NEW",
+        nargs="+",
+        action="extend",
+        help="names for routes that the model has already, or: auto",
+    )
+    add.add_argument("--tickets-revision", metavar="REV", help="branch, tag or commit of TICKETS")
+    _add_out(add)
+
+    drop = _add_command(
+        actions,
+        "drop",
+        "remove tickets from a model",
+        "hf-rtl tickets drop runs/digits/final --route 3 8",
+        module="tickets",
+    )
+    _add_model(drop)
+    drop.add_argument("--route", metavar="NAME", nargs="+", action="extend", required=True, help="whose tickets")
+    _add_out(drop)
+
+    save = _add_command(
+        actions,
+        "save",
+        "write tickets of a model as ticket files, for others who have a copy of it",
+        "hf-rtl tickets save runs/digits/final digits-tickets --route 3 8",
+        module="tickets",
+    )
+    _add_model(save)
+    save.add_argument("out", metavar="OUT", help="a new folder")
+    save.add_argument("--route", metavar="NAME", nargs="+", action="extend", help="whose tickets; default: all")
+    save.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+
+
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, what: str, *examples: str, module: str | None = None
+) -> argparse.ArgumentParser:
+    """A command that says `what` it does in one line, run by `module`, by default the one of its name."""
+    command = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=_examples(*examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    command.set_defaults(module=module or name, prog=command.prog)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model", metavar="MODEL", help="a folder written by save_pretrained, or a repo id as org/name"
+    )
+    _add_hub(command)
+
+
+def _add_hub(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a repo; default: its main branch")
+    _add_token(command)
+
+
+def _add_token(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--token", help="for the Hub; default: $HF_TOKEN, or that of `hf auth login`")
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", metavar="DIR", help="a new folder for the model; default: in place, if it is a folder"
+    )
+
+
+def _add_all(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--all", action="store_true", help="do not cut long lists")
+
+
+def _examples(*calls: str) -> str:
+    return "\n".join(["examples:", *(f"  {call}" for call in calls)])
+

@@ -1,0 +1,116 @@
+"""Models by name, the files that belong to one, and folders that are written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils import logging
+
+from hf_rtl import RTLModel
+from hf_rtl.files import move_files
+
+
+# What pipelines read beside a model, whatever it is: image processors, feature extractors, tokenizers.
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "chat_template*",
+)
+# What a model's folder has beside its weights: no pickles, no state of a training.
+_OTHER_FILES = (*PROCESSOR_FILES, "*.json", "*.txt", "*.md", "*.png", "*.svg", "LICENSE")
+_CHECKPOINT_FILES = ("trainer_state.json", "checkpoint.json")
+_WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
+_REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def load_model(name: str, *, revision: str | None = None, token: str | None = None) -> RTLModel:
+    """The model in the folder `name`, or of the repo of that name."""
+    check_name(name, revision=revision)
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.")
+    # The bar that counts loaded tensors is noise; that of a download is not.
+    logging.disable_progress_bar()
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+    return RTLModel.from_pretrained(name, revision=revision, token=token)
+
+
+def check_name(name: str, *, revision: str | None = None) -> None:
+    """Raises `ValueError` unless `name` is a folder or could be that of a repo, which alone has revisions."""
+    if os.path.isdir(name):
+        if revision is not None:
+            raise ValueError(f"--revision {revision} is of a repo, but {name!r} is a folder: leave it out.")
+    elif not _REPO_ID.fullmatch(name):
+        raise ValueError(f"there is no folder {name!r}, nor is that a repo id, as 'org/name'.")
+
+
+def is_compact(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("compact") is not None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to it."""
+    return [file for file in _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES))]
+
+
+def copy_beside(
+    name: str, target: Path, patterns: Sequence[str] = _OTHER_FILES, *, revision: str | None, token: str | None
+) -> None:
+    """Copies what belongs to a model beside its weights and configuration, or of it what matches `patterns`."""
+    folder = Path(name)
+    if not folder.is_dir():
+        # Patterns also match in subfolders, which are other models.
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            )
+        )
+    for file in _matching(folder, patterns):
+        if file.name != "config.json" and not any(fnmatch(file.name, weights) for weights in _WEIGHT_FILES):
+            shutil.copy(file, target / file.name)
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and any(fnmatch(file.name, pattern) for pattern in patterns)
+        and not file.name.startswith(".")
+        and file.name not in _CHECKPOINT_FILES
+    ]
+
+
+def check_free(folder: Path, *, force: bool) -> None:
+    """Raises `ValueError` if there is something at `folder`, which only `force` may write into."""
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ValueError(f"{str(folder)!r} is not empty; --force replaces the model in it.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder.")
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """
+    A folder to write into, whose files are moved to `folder` at the end, each whole and `config.json` last. A model
+    that was there is replaced, other files stay. After an error `folder` is as it was.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp") as staging:
+        yield Path(staging)
+        move_files(Path(staging), folder, last="config.json", stale="model[.-]*")

@@ -1,0 +1,58 @@
+"""`hf-rtl push`: a saved model's folder, as it is, in one commit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder
+
+from .models import load_model, model_files
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {args.folder!r}.")
+    # Before anything is sent: is it a model, and whole?
+    model = load_model(args.folder)
+    files = model_files(folder)
+    left_out = sorted({file.name for file in folder.iterdir()} - {file.name for file in files})
+    if left_out:
+        print(f"Left out, as no part of the model: {', '.join(left_out)}", file=sys.stderr)
+    if not (folder / "README.md").is_file():
+        print(f"There is no README.md, the model's page; `hf-rtl card {args.folder}` writes one.", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as staging:
+        for file in files:
+            if not (args.compact and WEIGHT_FILES.fullmatch(file.name)):
+                (Path(staging) / file.name).symlink_to(file.resolve())
+        if args.compact:
+            model.save_pretrained(staging, compact=True)
+        repo_id = HfApi().create_repo(args.repo, private=args.private, token=args.token, exist_ok=True).repo_id
+        commit = commit_folder(
+            Path(staging),
+            repo_id,
+            outdated=WEIGHT_FILES,
+            parent_commit=branch_head(repo_id, None if args.create_pr else args.revision, token=args.token),
+            revision=args.revision,
+            token=args.token,
+            create_pr=args.create_pr,
+            commit_message=args.message,
+        )
+        sent = sorted(file.name for file in Path(staging).iterdir())
+    return {
+        "repo": repo_id,
+        "url": commit.pr_url or commit.commit_url,
+        "commit": commit.oid,
+        "files": sent,
+        "left_out": left_out,
+    }
+
+
+def text(values: dict[str, Any], args: argparse.Namespace) -> str:
+    return values["url"]

@@ -1,0 +1,195 @@
+"""`hf-rtl similarity`: how alike the tickets of a model are."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import io
+import itertools
+import math
+import textwrap
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from hf_rtl import MaskBank, plots
+from hf_rtl.files import write_bytes
+
+from .models import load_model
+from .tables import bar, columns, fraction, more, printable, shortened, table, terminal_width
+
+
+_MAX_ROUTES = 20
+_MAX_PAIRS = 5
+_MAX_WEIGHTS = 30
+# Columns of a matrix: for the names of its rows at least, and for a number with the space before it.
+_LABEL, _CELL = 12, 6
+_MATRICES = ("jaccard", "chance", "corrected")
+
+
+def similarity_of(bank: MaskBank) -> dict[str, list[list[float | None]]]:
+    """
+    Of each pair of tickets, `[num_routes, num_routes]`: the Jaccard similarity, what independent masks of their
+    densities have by chance, and the first corrected for the second, (jaccard - chance) / (1 - chance). `None` where
+    it is undefined.
+    """
+    return _as_values(bank.similarity(), bank.chance_similarity())
+
+
+def _as_values(jaccard: Tensor, chance: Tensor) -> dict[str, list[list[float | None]]]:
+    matrices = {"jaccard": jaccard, "chance": chance, "corrected": (jaccard - chance) / (1 - chance)}
+    return {
+        name: [[value if math.isfinite(value) else None for value in row] for row in matrix.tolist()]
+        for name, matrix in matrices.items()
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    plot = None if args.plot is None else _plot_file(args.plot)
+    bank = load_model(args.model, revision=args.revision, token=args.token).mask_bank
+    jaccard, chance = bank.similarity(per_layer=args.per_layer), bank.chance_similarity(per_layer=args.per_layer)
+    values = {"model": args.model, "routes": bank.route_names, **similarity_of(bank)}
+    if args.per_layer:
+        matrices = zip(bank.weight_names, jaccard, chance, strict=True)
+        values["weights"] = [{"name": name, **_as_values(*pair)} for name, *pair in matrices]
+    if plot is not None and args.per_layer:
+        plots.layer_profile(jaccard, chance, bank.weight_names, plot)
+    elif plot is not None:
+        plots.similarity_heatmap(jaccard, bank.route_names, plot)
+    if args.csv is not None:
+        write_bytes(Path(args.csv), _csv(values).encode())
+    return values
+
+
+def _plot_file(name: str) -> Path:
+    if not name.endswith(".png"):
+        raise ValueError(f"--plot draws PNG files: give it a name as {Path(name).with_suffix('.png').name!r}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install hf_rtl[plots]")
+    return Path(name)
+
+
+def _csv(values: dict[str, Any]) -> str:
+    """A line for each pair of tickets, in each weight if they are told apart; what is undefined is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*(["weight"] if "weights" in values else []), "route", "other", *_MATRICES])
+    for weight in values.get("weights", [values]):
+        for first, second in itertools.combinations(range(len(values["routes"])), 2):
+            pair = [values["routes"][first], values["routes"][second]]
+            name = [weight["name"]] if "weights" in values else []
+            writer.writerow([*name, *pair, *(weight[matrix][first][second] for matrix in _MATRICES)])
+    return text.getvalue()
+
+
+def text(values: dict[str, Any], args: argparse.Namespace) -> str:
+    width = terminal_width()
+    parts = [pairs_text(values, values["routes"], width, show_all=args.all, corrected=True)]
+    if args.per_layer:
+        parts.append(_weights_text(values["weights"], width, None if args.all else _MAX_WEIGHTS))
+    return "\n\n".join(parts)
+
+
+def pairs_text(
+    similarity: dict[str, Any], routes: list[str], width: int, *, show_all: bool, corrected: bool = False
+) -> str:
+    """
+    How alike each pair of tickets is: matrices where `width` allows it; else every ticket's mean, and the pairs that
+    are most and least alike.
+
+    Args:
+        similarity (`dict`): as `similarity_of` gives it.
+        routes (`list[str]`): the tickets' names.
+        show_all (`bool`): do not cut lists.
+        corrected (`bool`): add the matrix that is corrected for chance.
+    """
+    if len(routes) == 1:
+        return "Similarity: there is one ticket, and nothing to compare it with."
+    names = list(map(printable, routes))
+    if _LABEL + _CELL * len(names) <= width:
+        parts = [f"Similarity (Jaccard) of each pair of tickets\n{_matrix(similarity['jaccard'], names, width)}"]
+        if corrected:
+            parts.append(f"The same, corrected for chance\n{_matrix(similarity['corrected'], names, width)}")
+    else:
+        parts = [_means(similarity, names, width, None if show_all else _MAX_ROUTES)]
+        parts += _extremes(similarity, names, width, show_all=show_all)
+    means = {name: _mean(_off_diagonal(matrix)) for name, matrix in similarity.items() if name in _MATRICES}
+    summary = (
+        f"Mean over pairs {fraction(means['jaccard'])}; by chance, as of random masks of the same densities, "
+        f"{fraction(means['chance'])}; corrected for chance {fraction(means['corrected'])}."
+    )
+    return "\n\n".join([*parts, textwrap.fill(summary, width)])
+
+
+def _matrix(matrix: list[list[float | None]], names: list[str], width: int) -> str:
+    headers, labels = names, names
+    if max(map(columns, names)) > _CELL - 2:
+        headers = [str(number) for number in range(len(names))]
+        labels = [f"{number:>2} {name}" for number, name in enumerate(names)]
+    rows = [[label, *(fraction(value, 2) for value in row)] for label, row in zip(labels, matrix, strict=True)]
+    return table(["route", *headers], rows, width=width)
+
+
+def _means(similarity: dict[str, Any], names: list[str], width: int, limit: int | None) -> str:
+    """A line for each ticket: its means over all others."""
+    rows = []
+    for index, name in enumerate(names[:limit]):
+        means = []
+        for matrix in _MATRICES:
+            row = similarity[matrix][index]
+            means.append(_mean(row[:index] + row[index + 1 :]))
+        rows.append([name, *map(fraction, means), bar(means[0] or 0, means[0] or 0, 10)])
+    title = "Similarity (Jaccard) of each ticket to the others: means"
+    lines = [title, table(["route", *_MATRICES, ""], rows, width=width), *more(len(names) - len(rows))]
+    return "\n".join(lines)
+
+
+def _extremes(similarity: dict[str, Any], names: list[str], width: int, *, show_all: bool) -> list[str]:
+    pairs = [
+        (*(similarity[matrix][first][second] for matrix in _MATRICES), first, second)
+        for first, second in itertools.combinations(range(len(names)), 2)
+    ]
+    pairs = sorted((pair for pair in pairs if pair[0] is not None), key=lambda pair: pair[0], reverse=True)
+    if show_all:
+        titled = {"All pairs": pairs}
+    else:
+        titled = {"Most alike": pairs[:_MAX_PAIRS], "Least alike": pairs[-_MAX_PAIRS:][::-1]}
+    size = (width - 35) // 2
+    texts = []
+    for title, chosen in titled.items():
+        rows = [
+            [f"{shortened(names[first], size)} - {shortened(names[second], size)}", *map(fraction, values)]
+            for *values, first, second in chosen
+        ]
+        texts.append(f"{title}\n{table(['pair', *_MATRICES], rows, width=width)}")
+    return texts
+
+
+def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) -> str:
+    """A line for each weight: means over all pairs of tickets."""
+    rows = []
+    for weight in weights[:limit]:
+        pairs = [value for value in _off_diagonal(weight["jaccard"]) if value is not None]
+        means = [_mean(_off_diagonal(weight[matrix])) for matrix in _MATRICES]
+        shown = bar(min(pairs), max(pairs), 12) if pairs else "all empty"
+        rows.append([printable(weight["name"]), *map(fraction, means), shown])
+    title = "Similarity in each weight, means over pairs; bars: full to the least alike"
+    lines = [
+        textwrap.fill(title, width),
+        table(["weight", *_MATRICES, ""], rows, width=width, keep_start=False),
+        *more(len(weights) - len(rows)),
+    ]
+    return "\n".join(lines)
+
+
+def _off_diagonal(matrix: list[list[float | None]]) -> list[float | None]:
+    return [matrix[first][second] for first, second in itertools.combinations(range(len(matrix)), 2)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that are defined, if any is."""
+    defined = [value for value in values if value is not None]
+    return fmean(defined) if defined else None

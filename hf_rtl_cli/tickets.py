@@ -1,0 +1,162 @@
+"""`hf-rtl tickets`: tickets by themselves, and what a model has of them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import has_file
+
+from hf_rtl import RTLModel
+from hf_rtl.ticket_files import INDEX, read_index
+
+from .models import check_free, check_name, copy_beside, is_compact, load_model, written_whole
+from .tables import fraction, more, printable, table, terminal_width
+
+
+_MAX_TICKETS = 40
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return {"list": _list, "add": _add, "drop": _drop, "save": _save}[args.action](args)
+
+
+def text(values: dict[str, Any], args: argparse.Namespace) -> str:
+    if args.action == "list":
+        return _list_text(values, None if args.all else _MAX_TICKETS)
+    names = ", ".join(map(printable, values["tickets"]))
+    done = {"add": "Added", "drop": "Dropped", "save": "Saved"}[args.action]
+    routes = f"; the model there has {len(values['routes'])} routes" if "routes" in values else ""
+    return f"{done} {names}, in {values['folder']}{routes}."
+
+
+# list
+
+
+def _list(args: argparse.Namespace) -> dict[str, Any]:
+    check_name(args.source, revision=args.revision)
+    if has_file(args.source, INDEX, revision=args.revision, token=args.token):
+        return _listed_files(args.source, read_index(args.source, revision=args.revision, token=args.token))
+    return _listed_model(args.source, load_model(args.source, revision=args.revision, token=args.token))
+
+
+def _listed_files(source: str, index: dict[str, Any]) -> dict[str, Any]:
+    num_prunable = sum(math.prod(shape) for _, shape in index["weights"])
+    return {
+        "source": source,
+        "kind": "tickets",
+        "base": index["base"],
+        "ticket_task": index["ticket_task"],
+        "num_prunable": num_prunable,
+        "tickets": [
+            _ticket(ticket["name"], ticket["kept"], num_prunable, ticket["added"], ticket["threshold"])
+            for ticket in index["tickets"]
+        ],
+    }
+
+
+def _listed_model(source: str, model: RTLModel) -> dict[str, Any]:
+    num_prunable = model.mask_bank.num_weights
+    thresholds = model.config.thresholds or [None] * model.num_routes
+    rows = zip(model.route_names, model.mask_bank.count().tolist(), thresholds, strict=True)
+    return {
+        "source": source,
+        "kind": "model",
+        "base": model.config.base,
+        "ticket_task": model.config.ticket_task,
+        "num_prunable": num_prunable,
+        "tickets": [_ticket(name, kept, num_prunable, None, threshold) for name, kept, threshold in rows],
+    }
+
+
+def _ticket(name: str, kept: int, num_prunable: int, added: int | None, threshold: float | None) -> dict[str, Any]:
+    return {"name": name, "kept": kept, "density": kept / num_prunable, "added": added, "threshold": threshold}
+
+
+def _list_text(values: dict[str, Any], limit: int | None) -> str:
+    rows = []
+    for ticket in values["tickets"][:limit]:
+        cells = [printable(ticket["name"]), f"{ticket['kept']:,}", fraction(ticket["density"])]
+        rows.append(cells if ticket["added"] is None else [*cells, f"{ticket['added']:,}"])
+    headers = ["ticket", "kept", "density", *(["not in the base"] if values["kind"] == "tickets" else [])]
+    lines = [_origin(values), "", table(headers, rows, width=terminal_width())]
+    return "\n".join([*lines, *more(len(values["tickets"]) - len(rows))])
+
+
+def _origin(values: dict[str, Any]) -> str:
+    base = values["base"] or {}
+    repo = f" of {printable(base['repo'])} at {printable(base['revision'])[:12]}" if base.get("repo") else ""
+    count = len(values["tickets"])
+    what = "Ticket files" if values["kind"] == "tickets" else "A model with tickets"
+    return f"{what}{repo}: {count}, for {values['ticket_task']}"
+
+
+# Changing a model
+
+
+def _add(args: argparse.Namespace) -> dict[str, Any]:
+    folder = _target(args)
+    check_name(args.tickets, revision=args.tickets_revision)
+    model = load_model(args.model, revision=args.revision, token=args.token)
+    added = model.load_tickets(
+        args.tickets,
+        routes=args.route,
+        rename=_renamed(args.rename),
+        revision=args.tickets_revision,
+        token=args.token,
+    )
+    return _write(model, folder, args, added)
+
+
+def _drop(args: argparse.Namespace) -> dict[str, Any]:
+    folder = _target(args)
+    model = load_model(args.model, revision=args.revision, token=args.token)
+    for route in args.route:
+        model.drop_route(route)
+    return _write(model, folder, args, args.route)
+
+
+def _target(args: argparse.Namespace) -> Path:
+    """Where a changed model goes: by default to where it was."""
+    if args.out is not None:
+        check_free(Path(args.out), force=False)
+        return Path(args.out)
+    check_name(args.model, revision=args.revision)
+    if not Path(args.model).is_dir():
+        raise ValueError(f"{args.model!r} is a repo, which stays as it is: say with --out DIR where the model goes.")
+    return Path(args.model)
+
+
+def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: list[str]) -> dict[str, Any]:
+    if args.out is None:
+        model.save_pretrained(folder, compact=is_compact(folder))
+    else:
+        with written_whole(folder) as staging:
+            copy_beside(args.model, staging, revision=args.revision, token=args.token)
+            model.save_pretrained(staging)
+    if (folder / "README.md").is_file():
+        print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
+    return {"folder": str(folder), "tickets": changed, "routes": model.route_names}
+
+
+def _renamed(pairs: list[str] | None) -> dict[str, str] | str | None:
+    if pairs is None or pairs == ["auto"]:
+        return "auto" if pairs else None
+    split = [pair.partition("=") for pair in pairs]
+    wrong = [pair for pair, (_, _, new) in zip(pairs, split, strict=True) if not new]
+    if wrong:
+        raise ValueError(
+            f"--rename {wrong[0]} must be OLD=NEW, the name in the ticket files and the one in the model."
+        )
+    return {old: new for old, _, new in split}
+
+
+def _save(args: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(args.out)
+    check_free(folder, force=args.force)
+    model = load_model(args.model, revision=args.revision, token=args.token)
+    index = model.save_tickets(folder, routes=args.route)
+    return {"folder": str(folder), "tickets": [ticket["name"] for ticket in index["tickets"]]}

@@ -1,0 +1,40 @@
+"""Pictures of masks."""
+
+import matplotlib
+import pytest
+import torch
+
+from hf_rtl.plots import similarity_heatmap
+
+
+def matrix_of(num_routes):
+    matrix = 0.4 + 0.3 * torch.rand(num_routes, num_routes, generator=torch.Generator().manual_seed(0))
+    return ((matrix + matrix.T) / 2).fill_diagonal_(1)
+
+
+@pytest.mark.parametrize("num_routes", [1, 2, 12, 13, 100])
+def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
+    names = [f"$route_{index}^" for index in range(num_routes)]
+    similarity_heatmap(matrix_of(num_routes), names, tmp_path / "new" / "similarity.png")
+    (file,) = (tmp_path / "new").iterdir()
+    height, width, channels = matplotlib.image.imread(file).shape
+    assert min(height, width) > 400 and max(height, width) < 2500 and channels in (3, 4)
+
+
+def test_the_same_similarities_give_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    similarity_heatmap(matrix_of(3), ["a", "b", "d"], tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
+
+
+def test_two_empty_masks_are_no_number(tmp_path):
+    matrix = torch.tensor([[torch.nan, torch.nan], [torch.nan, 1.0]])
+    similarity_heatmap(matrix, ["nothing", "something"], tmp_path / "similarity.png")
+
+
+def test_a_matrix_of_other_routes_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(ValueError, match=r"`matrix` has shape \[3, 3\], which does not fit 2 names: \[2, 2\]"):
+        similarity_heatmap(matrix_of(3), ["a", "b"], tmp_path / "similarity.png")
+    assert not list(tmp_path.iterdir())
