@@ -34,6 +34,7 @@ from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
 from .hub import TICKET_FILES, WEIGHT_FILES, branch_head, commit_folder
+from .image_processing import savable_processor
 from .masking import and_masks
 from .norm_statistics import tracked_buffers
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
@@ -201,6 +202,7 @@ class RTLModel(RoutedModel):
         *,
         compact: bool = False,
         push_to_hub: bool = False,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -212,8 +214,12 @@ class RTLModel(RoutedModel):
             compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
                 masks. Loaded again all tickets, and their union, are the same to the bit; the weights that were left
                 out are zero, so the dense network and θ0 are lost.
+            processing_class (*optional*): image processor, feature extractor or tokenizer to save along, so that a
+                pipeline finds it. In place of timm's, which cannot be saved, an ordinary one is.
         """
         self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_of(self)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -229,11 +235,14 @@ class RTLModel(RoutedModel):
                 super().save_pretrained(staging, **kwargs)
             finally:
                 self.config.compact = None
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
             move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
         if push_to_hub:
             if "max_shard_size" in kwargs:
                 hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
-            self.push_to_hub(hub_arguments.pop("repo_id", target.name), compact=compact, **hub_arguments)
+            hub_arguments.update(compact=compact, processing_class=processing_class)
+            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
 
     def push_to_hub(
         self,
@@ -249,25 +258,30 @@ class RTLModel(RoutedModel):
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         compact: bool = False,
+        processing_class: Any = None,
     ) -> CommitInfo:
         """
         As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push.
 
         Args:
-            compact (`bool`, *optional*, defaults to `False`): as of `save_pretrained`.
+            compact (`bool`, *optional*), processing_class (*optional*): as of `save_pretrained`; in the same commit.
             parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
                 that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
 
         Raises:
-            ValueError: the model cannot be saved as it is.
+            ValueError: the model, or what is to be saved along, cannot be saved as it is.
             HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
         """
         self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
         repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         head = branch_head(repo_id, None if create_pr else revision, token=token)
         card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, compact=compact)
+            self.save_pretrained(
+                folder, max_shard_size=max_shard_size, compact=compact, processing_class=processing_class
+            )
             card.save(Path(folder) / "README.md")
             commit = commit_folder(
                 Path(folder),

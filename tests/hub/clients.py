@@ -17,12 +17,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     BertConfig,
     BertForSequenceClassification,
     ImageClassificationPipeline,
     PreTrainedTokenizerFast,
     TextClassificationPipeline,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -105,7 +107,8 @@ def push(name: str, kind: str = "vit", *, seed: int = 0, ticket_task: str = "mem
 
 
 def push_after_saving(name: str, **options: Any) -> None:
-    make_model("vit").save_pretrained("folder", push_to_hub=True, repo_id=name, **options)
+    model = make_model("vit")
+    model.save_pretrained("folder", push_to_hub=True, repo_id=name, processing_class=image_processor(), **options)
 
 
 def push_view(name: str) -> None:
@@ -145,29 +148,40 @@ def image_processor() -> ViTImageProcessor:
     return ViTImageProcessor(size={"height": 32, "width": 32})
 
 
+def timm_processor() -> TimmWrapperImageProcessor:
+    """As `AutoImageProcessor` gives for timm's repositories. It cuts as much of `images()` on both sides."""
+    config = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "crop_pct": 0.875}
+    return TimmWrapperImageProcessor(pretrained_cfg={**config, "interpolation": "bicubic"})
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def push_with_processor(name: str, kind: str, *, ticket_task: str = "membership") -> None:
-    make_model(kind, ticket_task=ticket_task).push_to_hub(name)
-    processor = tokenizer() if kind == "bert" else image_processor()
-    processor.push_to_hub(name)
+def push_with_processor(name: str, kind: str, *, ticket_task: str = "membership", **options: Any) -> None:
+    processors = {"bert": tokenizer, "vit": image_processor, "timm": timm_processor}
+    model = make_model(kind, ticket_task=ticket_task)
+    model.push_to_hub(name, processing_class=processors[kind](), **options)
 
 
 @torch.no_grad()
-def ask(name: str, task: str, *, route: str | None = None) -> list[tuple[dict[str, float], dict[str, float]]]:
+def ask(
+    name: str, task: str, *, route: str | None = None, backend: str | None = None
+) -> list[tuple[dict[str, float], dict[str, float]]]:
     """For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline."""
-    asked = pipeline(task, model=name)
+    asked = pipeline(task, model=name, **_processor(name, backend))
     model = RTLModel.from_pretrained(name)
-    processors = {"tokenizer": asked.tokenizer, "image_processor": asked.image_processor}
     if task == "text-classification":
         inputs, encoded = TEXTS, asked.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    elif model.config.backbone_config.model_type == "timm_wrapper":
+        transform = timm_processor().val_transforms
+        inputs, encoded = images(), {"pixel_values": torch.stack([transform(image) for image in images()])}
     else:
-        inputs, encoded = images(), asked.image_processor(images(), return_tensors="pt")
+        inputs, encoded = images(), image_processor()(images(), return_tensors="pt")
     if route is not None:
+        processors = {"tokenizer": asked.tokenizer, "image_processor": asked.image_processor}
         asked = pipeline(task, model=asked.model.with_route(route), **processors)
     answers = asked(inputs, top_k=None)
     logits = model(**encoded, route_ids=route).logits
@@ -179,11 +193,16 @@ def ask(name: str, task: str, *, route: str | None = None) -> list[tuple[dict[st
     return list(zip(said, expected, strict=True))
 
 
+def _processor(name: str, backend: str | None) -> dict[str, Any]:
+    """An argument of `pipeline`, where its own choice is not to stand."""
+    return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
+
+
 # Training
 
 
 def make_trainer(**arguments: Any) -> RTLTrainer:
-    """Two rounds of a small vision transformer on noise, in the folder `run`."""
+    """Two rounds of a small network on noise, in the folder `run`."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(24, 3, 32, 32, generator=generator)
     samples = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(pixels)]
@@ -200,10 +219,10 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
         "disable_tqdm": True,
     }
     return RTLTrainer(
-        make_model("vit"),
+        make_model("timm"),
         RTLTrainingArguments(output_dir=str(Path("run").absolute()), **{**settings, **arguments}),
         train_dataset=samples,
-        processing_class=image_processor(),
+        processing_class=timm_processor(),
     )
 
 

@@ -109,7 +109,7 @@ def test_saving_pushes_as_it_saves(hub, run):
     run(push_after_saving, "org/saved", private=True, commit_message="First", max_shard_size="20KB")
     repo = hub.repos["org/saved"]
     assert repo.private and repo.at("main").title == "First"
-    assert len(weight_files(repo.at("main").files)) > 2
+    assert len(weight_files(repo.at("main").files)) > 2 and "preprocessor_config.json" in repo.at("main").files
 
 
 def test_every_class_that_can_load_it_gives_the_class_that_was_pushed(run):
