@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,19 @@ def push_after_saving(name: str, **options: Any) -> None:
     model.save_pretrained("folder", push_to_hub=True, repo_id=name, processing_class=image_processor(), **options)
 
 
+def push_own_backbone(name: str) -> list[str]:
+    """What was said when a model of ours was pushed with its code."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hf_rtl").addHandler(handler)
+    model = RTLModelForImageClassification.from_backbone(
+        "ghostnet_rtl", route_names=ROUTES, ticket_task="membership", seed=0
+    )
+    model.push_to_hub(name, with_code=True)
+    return said
+
+
 def push_view(name: str) -> None:
     make_model("vit").with_route(0).push_to_hub(name)
 
@@ -129,6 +144,16 @@ def pull(name: str, loader: str = "RTLModel", **options: Any) -> dict[str, Any]:
     """What came back, when loaded by a class of ours or of transformers."""
     loading = getattr(hf_rtl, loader, None) or getattr(transformers, loader)
     return describe(loading.from_pretrained(name, **options))
+
+
+def pull_executed(name: str, marker: str, **options: Any) -> tuple[list[dict[str, Any]], bool]:
+    """What came back by every way to load, and whether the marker was left by code of the repository."""
+    loaders = ("RTLModel", "RTLModelForImageClassification", "AutoModel", "AutoModelForImageClassification")
+    loaded = [pull(name, loader, **options) for loader in loaders]
+    AutoConfig.from_pretrained(name, **options)
+    pipeline("image-classification", model=name, **options)
+    dynamic = [module for module in sys.modules if module.startswith("transformers_modules")]
+    return loaded, bool(dynamic) or Path(marker).exists()
 
 
 def pull_config(name: str) -> tuple[str, dict[str, Any]]:
@@ -160,10 +185,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def push_with_processor(name: str, kind: str, *, ticket_task: str = "membership", **options: Any) -> None:
+def push_with_processor(
+    name: str, kind: str, *, seed: int = 0, ticket_task: str = "membership", **options: Any
+) -> dict[str, Any]:
+    """What was pushed."""
     processors = {"bert": tokenizer, "vit": image_processor, "timm": timm_processor}
-    model = make_model(kind, ticket_task=ticket_task)
+    model = make_model(kind, seed=seed, ticket_task=ticket_task)
     model.push_to_hub(name, processing_class=processors[kind](), **options)
+    return describe(model)
 
 
 @torch.no_grad()
@@ -196,6 +225,14 @@ def ask(
 def _processor(name: str, backend: str | None) -> dict[str, Any]:
     """An argument of `pipeline`, where its own choice is not to stand."""
     return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
+
+
+def ask_one(name: str, task: str) -> dict[str, float]:
+    """What the stock pipeline says of one input, label -> score."""
+    answers = pipeline(task, model=name)(
+        TEXTS[1] if task == "text-classification" else Image.new("RGB", (40, 50), "orange"), top_k=None
+    )
+    return {answer["label"]: answer["score"] for answer in answers}
 
 
 # Training
