@@ -128,8 +128,13 @@ class RTLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model."""
-        model_type = config_dict.get("model_type", cls.model_type)
+        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model, or of none."""
+        model_type = config_dict.get("model_type")
+        if model_type is None:
+            raise ValueError(
+                "there is no `config.json` of a model here, or it lacks its `model_type`. Tickets that were saved "
+                "without their model are added to it: `model.load_tickets(…)`."
+            )
         if model_type != cls.model_type:
             raise ValueError(
                 f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "

@@ -279,7 +279,7 @@ class RTLModel(RoutedModel):
 
         Raises:
             ValueError: the model, or what is to be saved along, cannot be saved as it is.
-            HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
         """
         self._check_savable()
         if processing_class is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from timm.models import create_model
 from tokenizers import Tokenizer
@@ -55,7 +58,11 @@ TEXTS = ["a small bee sings", "rain and honey"]
 
 
 def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> RTLModel:
-    """A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics."""
+    """
+    A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics.
+
+    Of `"odd"` the rows of masks do not end where a byte ends.
+    """
     routes = {"route_names": ROUTES, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -63,6 +70,8 @@ def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> 
         config = BertConfig(**small, vocab_size=len(WORDS), max_position_embeddings=12)
         model = RTLModelForSequenceClassification.from_backbone(config, **routes, **labels)
     else:
+        if kind == "odd":
+            small.update(hidden_size=18, intermediate_size=25)
         backbone = "test_resnet" if kind == "timm" else ViTConfig(**small, image_size=32, patch_size=8)
         model = RTLModelForImageClassification.from_backbone(backbone, **routes, **labels)
     generator = torch.Generator().manual_seed(seed)
@@ -154,6 +163,13 @@ def pull_executed(name: str, marker: str, **options: Any) -> tuple[list[dict[str
     pipeline("image-classification", model=name, **options)
     dynamic = [module for module in sys.modules if module.startswith("transformers_modules")]
     return loaded, bool(dynamic) or Path(marker).exists()
+
+
+def pull_impatiently(name: str, **options: Any) -> dict[str, Any]:
+    """As `pull`, without waiting before another attempt, by a client that keeps what it gets in small pieces."""
+    time.sleep = lambda seconds: None
+    huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096
+    return pull(name, **options)
 
 
 def pull_config(name: str) -> tuple[str, dict[str, Any]]:
@@ -277,6 +293,18 @@ def train_then_push(options: dict[str, Any], **arguments: Any) -> dict[str, Any]
     trained = describe(trainer.model.eval())
     trainer.push_to_hub(**options)
     return trained
+
+
+def train_then_push_twice(**arguments: Any) -> tuple[str, dict[str, Any]]:
+    """What the first push failed with, and what a training ended with."""
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    try:
+        trainer.push_to_hub()
+    except (HfHubHTTPError, RuntimeError) as error:
+        failure = f"{error} {error.__cause__}"
+    trainer.push_to_hub()
+    return failure, describe(trainer.model.eval())
 
 
 def retrain_then_push(**arguments: Any) -> dict[str, Any]:
