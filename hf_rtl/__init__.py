@@ -2,6 +2,7 @@
 
 from . import backbones
 from .configuration_rtl import VERSION, RTLConfig
+from .image_processing import image_processor_from_timm
 from .mask_bank import MaskBank
 from .modeling_rtl import (
     RTLModel,
@@ -41,6 +42,7 @@ __all__ = [
     "RTLTrainer",
     "RTLTrainingArguments",
     "backbones",
+    "image_processor_from_timm",
     "mask_updates",
     "partition_by_column",
     "partition_by_label",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
@@ -23,6 +24,7 @@ ROUTERS = ("given",)
 # Keys by which a configuration could make its backbone fetch weights or code.
 _FORBIDDEN_KEYS = ("auto_map", "backbone", "use_pretrained_backbone", "use_timm_backbone", "quantization_config")
 _FORBIDDEN_MODEL_ARGS = ("checkpoint_path", "cache_dir", "scriptable", "exportable")
+_OWN_CLASS = re.compile(r"(configuration|modeling)_rtl\.RTL\w+")
 
 
 class RTLConfig(PreTrainedConfig):
@@ -85,7 +87,12 @@ class RTLConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        named_code = kwargs.pop("auto_map", None)
         _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
+        _check_named_code(named_code)
+        # Of use only where this module was itself loaded from a repository: here the installed classes are used.
+        if named_code and self._auto_class is not None:
+            kwargs["auto_map"] = named_code
         self.backbone_config = _checked_backbone_config(self.backbone_config)
         self.route_names = check_route_names(self.route_names or [])
         self._check_choice("ticket_task", TICKET_TASKS)
@@ -121,8 +128,13 @@ class RTLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model."""
-        model_type = config_dict.get("model_type", cls.model_type)
+        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model, or of none."""
+        model_type = config_dict.get("model_type")
+        if model_type is None:
+            raise ValueError(
+                "there is no `config.json` of a model here, or it lacks its `model_type`. Tickets that were saved "
+                "without their model are added to it: `model.load_tickets(…)`."
+            )
         if model_type != cls.model_type:
             raise ValueError(
                 f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "
@@ -245,6 +257,13 @@ def _checked_backbone_config(config: Any) -> PreTrainedConfig:
         )
     _refuse_outside_names(config)
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+
+
+def _check_named_code(auto_map: Any) -> None:
+    """Raises `ValueError` if an `auto_map` is not what `save_pretrained(…, with_code=True)` writes."""
+    own = isinstance(auto_map, Mapping) and all(_OWN_CLASS.fullmatch(str(name)) for name in auto_map.values())
+    if auto_map and not own:
+        raise ValueError(f"`config.auto_map` = {auto_map!r} is not allowed: it names something outside this file.")
 
 
 def _refuse_outside_names(config: Mapping[str, Any]) -> None:

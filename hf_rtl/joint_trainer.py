@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_check
 from .checkpoints import best_checkpoint, last_usable_checkpoint, seal
 from .failures import explain_failures
 from .files import write_json
+from .image_processing import savable_processor
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
 from .modeling_rtl import (
@@ -97,6 +98,8 @@ class JointTrainer(Trainer):
                 f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
         _check_parallelism(args)
         _check_connected(args)
         self.route_data: RouteData | None = None

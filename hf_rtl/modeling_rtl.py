@@ -35,6 +35,8 @@ from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
 from .hub import TICKET_FILES, WEIGHT_FILES, branch_head, commit_folder
+from .hub_code import save_code
+from .image_processing import savable_processor
 from .masking import and_masks
 from .norm_statistics import tracked_buffers
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
@@ -205,6 +207,8 @@ class RTLModel(RoutedModel):
         *,
         compact: bool = False,
         push_to_hub: bool = False,
+        processing_class: Any = None,
+        with_code: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -216,8 +220,15 @@ class RTLModel(RoutedModel):
             compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
                 masks. Loaded again all tickets, and their union, are the same to the bit; the weights that were left
                 out are zero, so the dense network and θ0 are lost.
+            processing_class (*optional*): image processor, feature extractor or tokenizer to save along, so that a
+                pipeline finds it. In place of timm's, which cannot be saved, an ordinary one is.
+            with_code (`bool`, *optional*, defaults to `False`): add the code of the model, so that it can be loaded
+                without this package, by the Auto classes of transformers with `trust_remote_code=True`. Not for
+                backbones of other packages than timm and transformers: a warning says that it was left out.
         """
         self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_of(self)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -233,11 +244,16 @@ class RTLModel(RoutedModel):
                 super().save_pretrained(staging, **kwargs)
             finally:
                 self.config.compact = None
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
+            if with_code:
+                save_code(self, Path(staging))
             move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
         if push_to_hub:
             if "max_shard_size" in kwargs:
                 hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
-            self.push_to_hub(hub_arguments.pop("repo_id", target.name), compact=compact, **hub_arguments)
+            hub_arguments.update(compact=compact, processing_class=processing_class, with_code=with_code)
+            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
 
     def push_to_hub(
         self,
@@ -253,25 +269,36 @@ class RTLModel(RoutedModel):
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         compact: bool = False,
+        processing_class: Any = None,
+        with_code: bool = False,
     ) -> CommitInfo:
         """
         As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push.
 
         Args:
-            compact (`bool`, *optional*, defaults to `False`): as of `save_pretrained`.
+            compact (`bool`, *optional*), processing_class (*optional*), with_code (`bool`, *optional*): as of
+                `save_pretrained`; in the same commit.
             parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
                 that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
 
         Raises:
-            ValueError: the model cannot be saved as it is.
-            HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
+            ValueError: the model, or what is to be saved along, cannot be saved as it is.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
         """
         self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
         repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         head = branch_head(repo_id, None if create_pr else revision, token=token)
         card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, compact=compact)
+            self.save_pretrained(
+                folder,
+                max_shard_size=max_shard_size,
+                compact=compact,
+                processing_class=processing_class,
+                with_code=with_code,
+            )
             card.save(Path(folder) / "README.md")
             commit = commit_folder(
                 Path(folder),

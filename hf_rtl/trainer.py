@@ -293,7 +293,7 @@ class RTLTrainer(JointTrainer):
 
         Raises:
             ValueError: the run has not ended, so there is nothing to push.
-            HfHubHTTPError: the Hub refuses the push, which has changed no branch then.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
         """
         folder = self.run_directory.final_folder
         if not (folder / "config.json").exists():

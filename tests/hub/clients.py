@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from timm.models import create_model
 from tokenizers import Tokenizer
@@ -17,12 +22,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     BertConfig,
     BertForSequenceClassification,
     ImageClassificationPipeline,
     PreTrainedTokenizerFast,
     TextClassificationPipeline,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -51,7 +58,11 @@ TEXTS = ["a small bee sings", "rain and honey"]
 
 
 def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> RTLModel:
-    """A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics."""
+    """
+    A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics.
+
+    Of `"odd"` the rows of masks do not end where a byte ends.
+    """
     routes = {"route_names": ROUTES, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -59,6 +70,8 @@ def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> 
         config = BertConfig(**small, vocab_size=len(WORDS), max_position_embeddings=12)
         model = RTLModelForSequenceClassification.from_backbone(config, **routes, **labels)
     else:
+        if kind == "odd":
+            small.update(hidden_size=18, intermediate_size=25)
         backbone = "test_resnet" if kind == "timm" else ViTConfig(**small, image_size=32, patch_size=8)
         model = RTLModelForImageClassification.from_backbone(backbone, **routes, **labels)
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +118,21 @@ def push(name: str, kind: str = "vit", *, seed: int = 0, ticket_task: str = "mem
 
 
 def push_after_saving(name: str, **options: Any) -> None:
-    make_model("vit").save_pretrained("folder", push_to_hub=True, repo_id=name, **options)
+    model = make_model("vit")
+    model.save_pretrained("folder", push_to_hub=True, repo_id=name, processing_class=image_processor(), **options)
+
+
+def push_own_backbone(name: str) -> list[str]:
+    """What was said when a model of ours was pushed with its code."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hf_rtl").addHandler(handler)
+    model = RTLModelForImageClassification.from_backbone(
+        "ghostnet_rtl", route_names=ROUTES, ticket_task="membership", seed=0
+    )
+    model.push_to_hub(name, with_code=True)
+    return said
 
 
 def push_view(name: str) -> None:
@@ -128,6 +155,23 @@ def pull(name: str, loader: str = "RTLModel", **options: Any) -> dict[str, Any]:
     return describe(loading.from_pretrained(name, **options))
 
 
+def pull_executed(name: str, marker: str, **options: Any) -> tuple[list[dict[str, Any]], bool]:
+    """What came back by every way to load, and whether the marker was left by code of the repository."""
+    loaders = ("RTLModel", "RTLModelForImageClassification", "AutoModel", "AutoModelForImageClassification")
+    loaded = [pull(name, loader, **options) for loader in loaders]
+    AutoConfig.from_pretrained(name, **options)
+    pipeline("image-classification", model=name, **options)
+    dynamic = [module for module in sys.modules if module.startswith("transformers_modules")]
+    return loaded, bool(dynamic) or Path(marker).exists()
+
+
+def pull_impatiently(name: str, **options: Any) -> dict[str, Any]:
+    """As `pull`, without waiting before another attempt, by a client that keeps what it gets in small pieces."""
+    time.sleep = lambda seconds: None
+    huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096
+    return pull(name, **options)
+
+
 def pull_config(name: str) -> tuple[str, dict[str, Any]]:
     config = AutoConfig.from_pretrained(name)
     return type(config).__name__, config.to_dict()
@@ -145,29 +189,44 @@ def image_processor() -> ViTImageProcessor:
     return ViTImageProcessor(size={"height": 32, "width": 32})
 
 
+def timm_processor() -> TimmWrapperImageProcessor:
+    """As `AutoImageProcessor` gives for timm's repositories. It cuts as much of `images()` on both sides."""
+    config = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "crop_pct": 0.875}
+    return TimmWrapperImageProcessor(pretrained_cfg={**config, "interpolation": "bicubic"})
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def push_with_processor(name: str, kind: str, *, ticket_task: str = "membership") -> None:
-    make_model(kind, ticket_task=ticket_task).push_to_hub(name)
-    processor = tokenizer() if kind == "bert" else image_processor()
-    processor.push_to_hub(name)
+def push_with_processor(
+    name: str, kind: str, *, seed: int = 0, ticket_task: str = "membership", **options: Any
+) -> dict[str, Any]:
+    """What was pushed."""
+    processors = {"bert": tokenizer, "vit": image_processor, "timm": timm_processor}
+    model = make_model(kind, seed=seed, ticket_task=ticket_task)
+    model.push_to_hub(name, processing_class=processors[kind](), **options)
+    return describe(model)
 
 
 @torch.no_grad()
-def ask(name: str, task: str, *, route: str | None = None) -> list[tuple[dict[str, float], dict[str, float]]]:
+def ask(
+    name: str, task: str, *, route: str | None = None, backend: str | None = None
+) -> list[tuple[dict[str, float], dict[str, float]]]:
     """For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline."""
-    asked = pipeline(task, model=name)
+    asked = pipeline(task, model=name, **_processor(name, backend))
     model = RTLModel.from_pretrained(name)
-    processors = {"tokenizer": asked.tokenizer, "image_processor": asked.image_processor}
     if task == "text-classification":
         inputs, encoded = TEXTS, asked.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    elif model.config.backbone_config.model_type == "timm_wrapper":
+        transform = timm_processor().val_transforms
+        inputs, encoded = images(), {"pixel_values": torch.stack([transform(image) for image in images()])}
     else:
-        inputs, encoded = images(), asked.image_processor(images(), return_tensors="pt")
+        inputs, encoded = images(), image_processor()(images(), return_tensors="pt")
     if route is not None:
+        processors = {"tokenizer": asked.tokenizer, "image_processor": asked.image_processor}
         asked = pipeline(task, model=asked.model.with_route(route), **processors)
     answers = asked(inputs, top_k=None)
     logits = model(**encoded, route_ids=route).logits
@@ -179,11 +238,24 @@ def ask(name: str, task: str, *, route: str | None = None) -> list[tuple[dict[st
     return list(zip(said, expected, strict=True))
 
 
+def _processor(name: str, backend: str | None) -> dict[str, Any]:
+    """An argument of `pipeline`, where its own choice is not to stand."""
+    return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
+
+
+def ask_one(name: str, task: str) -> dict[str, float]:
+    """What the stock pipeline says of one input, label -> score."""
+    answers = pipeline(task, model=name)(
+        TEXTS[1] if task == "text-classification" else Image.new("RGB", (40, 50), "orange"), top_k=None
+    )
+    return {answer["label"]: answer["score"] for answer in answers}
+
+
 # Training
 
 
 def make_trainer(**arguments: Any) -> RTLTrainer:
-    """Two rounds of a small vision transformer on noise, in the folder `run`."""
+    """Two rounds of a small network on noise, in the folder `run`."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(24, 3, 32, 32, generator=generator)
     samples = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(pixels)]
@@ -200,10 +272,10 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
         "disable_tqdm": True,
     }
     return RTLTrainer(
-        make_model("vit"),
+        make_model("timm"),
         RTLTrainingArguments(output_dir=str(Path("run").absolute()), **{**settings, **arguments}),
         train_dataset=samples,
-        processing_class=image_processor(),
+        processing_class=timm_processor(),
     )
 
 
@@ -221,6 +293,18 @@ def train_then_push(options: dict[str, Any], **arguments: Any) -> dict[str, Any]
     trained = describe(trainer.model.eval())
     trainer.push_to_hub(**options)
     return trained
+
+
+def train_then_push_twice(**arguments: Any) -> tuple[str, dict[str, Any]]:
+    """What the first push failed with, and what a training ended with."""
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    try:
+        trainer.push_to_hub()
+    except (HfHubHTTPError, RuntimeError) as error:
+        failure = f"{error} {error.__cause__}"
+    trainer.push_to_hub()
+    return failure, describe(trainer.model.eval())
 
 
 def retrain_then_push(**arguments: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub.environments import Environment
 from hub.processes import Clients
 from hub.server import LocalHub
 
@@ -33,3 +34,9 @@ def run(_clients: Clients, tmp_path: Path) -> Callable:
         return _clients.run(function, arguments, keywords, tmp_path / f"process-{next(numbers)}", token)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment without hf_rtl."""
+    return Environment(tmp_path_factory.mktemp("environments") / "bare")

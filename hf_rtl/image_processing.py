@@ -1,0 +1,91 @@
+"""Ordinary image processors in place of timm's own, which cannot be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import BitImageProcessorPil, TimmWrapperImageProcessor
+from transformers.image_utils import PILImageResampling
+
+
+_INTERPOLATIONS = {"bilinear": PILImageResampling.BILINEAR, "bicubic": PILImageResampling.BICUBIC}
+_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
+
+
+def savable_processor(processing_class: Any) -> Any:
+    """
+    A tokenizer, feature extractor or image processor that can be saved: the given one, or, in place of timm's,
+    [`image_processor_from_timm`].
+
+    Raises:
+        TypeError: it has no `save_pretrained`.
+        ValueError: as of `image_processor_from_timm`.
+    """
+    if isinstance(processing_class, TimmWrapperImageProcessor):
+        return image_processor_from_timm(processing_class)
+    if not hasattr(processing_class, "save_pretrained"):
+        raise TypeError(
+            "`processing_class` must be a tokenizer, feature extractor or image processor, with a `save_pretrained`, "
+            f"got {type(processing_class).__name__}; in place of timm transforms, pass "
+            "`image_processor_from_timm(data_config)` with the data configuration that they were made from."
+        )
+    return processing_class
+
+
+def image_processor_from_timm(source: TimmWrapperImageProcessor | Mapping[str, Any]) -> BitImageProcessorPil:
+    """
+    An image processor of transformers that does what timm's transform for evaluation does, and can be saved.
+
+    Its pixels are timm's, except where the two round the middle of an image differently: along a side that 3, 7, 11, …
+    pixels are cut from, the crop lies one pixel before timm's. Saved and loaded again it resizes with torchvision
+    instead of PIL, which on photographs changes values of 0 to 255 by at most 1 (bilinear) or mostly by 1 or 2, rarely
+    up to 8 (bicubic); `AutoImageProcessor.from_pretrained(…, backend="pil")` loads it as it was.
+
+    Args:
+        source (`TimmWrapperImageProcessor` or `dict`): what `AutoImageProcessor.from_pretrained("timm/…")` gives, or
+            the data configuration of a timm model, as of `timm.data.resolve_model_data_config(model)`.
+
+    Raises:
+        ValueError: a transform that no image processor of transformers has, and what to change.
+    """
+    config = dict(source.data_config if isinstance(source, TimmWrapperImageProcessor) else source)
+    if config.keys() != _KEYS:
+        differing = ", ".join(f"`{key}`" for key in sorted(config.keys() ^ _KEYS))
+        raise ValueError(
+            f"the data configuration must have the entries {', '.join(sorted(_KEYS))} and no others; see {differing}. "
+            "`timm.data.resolve_data_config(…)` makes a complete one."
+        )
+    num_channels, height, width = config["input_size"]
+    if num_channels not in (1, 3):
+        raise ValueError(f"`input_size` = {config['input_size']} has {num_channels} channels, allowed are 1 and 3.")
+    for name in ("mean", "std"):
+        if len(config[name]) != num_channels:
+            raise ValueError(
+                f"`{name}` = {config[name]} has {len(config[name])} value(s) for {num_channels} channel(s) in "
+                f"`input_size` = {config['input_size']}; give one per channel."
+            )
+    if config["interpolation"] not in _INTERPOLATIONS:
+        raise ValueError(
+            f"`interpolation` = {config['interpolation']!r} is not done in the same way by timm and by transformers; "
+            "prepare the images with 'bilinear' or 'bicubic'."
+        )
+    scaled = {side: math.floor(size / config["crop_pct"]) for side, size in (("height", height), ("width", width))}
+    if config["crop_mode"] == "center" and height == width:
+        size = {"shortest_edge": scaled["height"]}
+    elif config["crop_mode"] == "squash":
+        size = scaled
+    else:
+        raise ValueError(
+            f"`crop_mode` = {config['crop_mode']!r} with an `input_size` of {height} x {width} is done by no image "
+            "processor of transformers; prepare the images with 'squash', or with 'center' if they are square."
+        )
+    return BitImageProcessorPil(
+        size=size,
+        crop_size={"height": height, "width": width},
+        resample=_INTERPOLATIONS[config["interpolation"]],
+        image_mean=list(config["mean"]),
+        image_std=list(config["std"]),
+        do_convert_rgb=num_channels == 3,
+    )

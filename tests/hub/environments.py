@@ -1,0 +1,39 @@
+"""Python environments that have what hf_rtl needs, but not hf_rtl as it is installed here."""
+
+from __future__ import annotations
+
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+from hub.processes import environment
+
+
+class Environment:
+    """
+    An environment in a new folder, in which all packages of this one can be imported except those that are installed
+    in editable mode, as this one's files that name their sources are not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        self.python = folder / "bin" / "python"
+        (self.site_packages,) = folder.glob("lib/python*/site-packages")
+        (self.site_packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+
+    def run(self, *arguments: str | Path, url: str, folder: Path, **variables: str) -> str:
+        """What the interpreter prints, in `folder`, with a client that knows no other Hub than the one at `url`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Isolated: neither PYTHONPATH nor the script's folder is searched, where hf_rtl may lie.
+        result = subprocess.run(
+            [self.python, "-I", *arguments],
+            env=environment(url, cache=folder / "cache", **variables),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        return result.stdout

@@ -1,0 +1,84 @@
+"""
+What somebody does with pushed models who has transformers and timm, but not hf_rtl: a script that prints JSON.
+
+Arguments: a file that the code of the first repository leaves, and names of repositories.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    pipeline,
+)
+
+
+torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def describe(model):
+    if "SequenceClassification" in type(model).__name__:
+        inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    else:
+        inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    outputs = {name: model(**inputs, route_ids=name).logits for name in model.route_names}
+    mixed = model(**inputs, route_ids=torch.tensor([2, 0])).logits
+    torch.testing.assert_close(mixed, torch.stack([outputs["cat"][0], outputs["ant"][1]]))
+    return {
+        "class": type(model).__name__,
+        "training": model.training,
+        "route_names": model.route_names,
+        "mask_fingerprint": model.mask_bank.fingerprint(),
+        "outputs": {name: output.tolist() for name, output in outputs.items()},
+    }
+
+
+def load(name):
+    """By every Auto class, and again after it was saved."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    text = config.architectures == ["RTLModelForSequenceClassification"]
+    task_class = AutoModelForSequenceClassification if text else AutoModelForImageClassification
+    model = task_class.from_pretrained(name, trust_remote_code=True)
+    folder = name.replace("/", "-")
+    model.save_pretrained(folder)
+    ask = pipeline("text-classification" if text else "image-classification", model=name, trust_remote_code=True)
+    answers = ask("rain and honey" if text else Image.new("RGB", (40, 50), "orange"), top_k=None)
+    return {
+        "config": type(config).__name__,
+        "module": type(model).__module__,
+        "task_class": describe(model),
+        "base_class": describe(AutoModel.from_pretrained(name, trust_remote_code=True)),
+        "saved_again": describe(task_class.from_pretrained(folder, trust_remote_code=True)),
+        "scores": {answer["label"]: answer["score"] for answer in answers},
+    }
+
+
+def doubt(name):
+    """What loading says, without trust."""
+    errors = []
+    for loader in (AutoConfig, AutoModel, AutoModelForImageClassification):
+        for trust in ({}, {"trust_remote_code": False}):
+            try:
+                loader.from_pretrained(name, **trust)
+            except ValueError as error:
+                errors.append(str(error))
+    return errors
+
+
+if __name__ == "__main__":
+    assert importlib.util.find_spec("hf_rtl") is None
+    transformers.logging.set_verbosity_error()
+    marker, *names = sys.argv[1:]
+    said = {"doubting": doubt(names[0]), "marked_by_doubting": Path(marker).exists()}
+    said["trusting"] = {name: load(name) for name in names}
+    said["marked_by_trusting"] = Path(marker).exists()
+    print("\n" + json.dumps(said))

@@ -1,0 +1,99 @@
+"""Models with their code: loaded without hf_rtl by who trusts it, and run by nobody else."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hub.clients import ask_one, pull, pull_executed, push, push_own_backbone, push_with_processor
+from hub.processes import ClientError
+from hub.server import File
+
+
+STRANGER = Path(__file__).parent / "stranger.py"
+
+
+def have_code_leave(marker, repo):
+    """Commits a change to all code of a repository: when it is run, it makes the file `marker`."""
+    files = dict(repo.at("main").files)
+    future = b"from __future__ import annotations\n"  # stays first
+    for path in files:
+        if path.endswith(".py"):
+            before, after = files[path].data.split(future, 1)
+            leaving = f"import pathlib\n\npathlib.Path({str(marker)!r}).touch()\n".encode()
+            files[path] = File(before + future + leaving + after)
+    repo.commit("refs/heads/main", files, "Change the code", "alice")
+
+
+def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_path):
+    marker = tmp_path / "executed"
+    pushed = {}
+    for kind in ("timm", "vit", "bert"):
+        for seed, options in enumerate(({}, {"max_shard_size": "20KB"})):
+            name = f"org/code-{kind}-{seed}"
+            pushed[name] = run(push_with_processor, name, kind, seed=seed, with_code=True, **options)
+    have_code_leave(marker, hub.repos["org/code-timm-0"])
+
+    folder = tmp_path / "stranger"
+    printed = bare_environment.run(STRANGER, marker, *pushed, url=hub.url, folder=folder)
+    said = json.loads(printed.splitlines()[-1])
+    assert len(said["doubting"]) == 6 and all("`trust_remote_code=True`" in error for error in said["doubting"])
+    assert (said["marked_by_doubting"], said["marked_by_trusting"]) == (False, True)
+    assert said["trusting"].keys() == pushed.keys()
+    for name, loaded in said["trusting"].items():
+        expected = {key: value for key, value in pushed[name].items() if key != "tensors"}
+        assert loaded["config"] == "RTLConfig"
+        assert loaded["module"].startswith("transformers_modules.org.")
+        assert loaded["task_class"] == loaded["base_class"] == loaded["saved_again"] == expected
+        task = "text-classification" if "bert" in name else "image-classification"
+        assert loaded["scores"] == run(ask_one, name, task)
+    # What a stranger saved is a model like any other.
+    assert run(pull, str(folder / "org-code-vit-1")) == pushed["org/code-vit-1"]
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
+def test_with_hf_rtl_no_code_of_a_repository_is_run(hub, run, tmp_path, options):
+    name = f"org/marked-{options.get('trust_remote_code')}"
+    pushed = run(push_with_processor, name, "timm", with_code=True)
+    have_code_leave(tmp_path / "executed", hub.repos[name])
+    loaded, executed = run(pull_executed, name, str(tmp_path / "executed"), **options)
+    assert loaded == [pushed] * 4 and not executed
+
+
+def test_code_that_is_not_ours_is_refused_where_ours_is(hub, run, tmp_path):
+    name = "org/foreign-code"
+    run(push, name)
+    marker = tmp_path / "executed"
+    repo = hub.repos[name]
+    files = dict(repo.at("main").files)
+    config = json.loads(files["config.json"].data)
+    config["auto_map"] = {"AutoConfig": "evil.RTLConfig", "AutoModel": "evil.RTLModel"}
+    files["config.json"] = File(json.dumps(config).encode())
+    files["evil.py"] = File(f"open({str(marker)!r}, 'w')\n".encode())
+    repo.commit("refs/heads/main", files, "Be evil", "alice")
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(ClientError, match="ValueError: `config.auto_map` = .*evil.* is not allowed"):
+            run(pull_executed, name, str(marker), **options)
+    assert not marker.exists()
+
+
+def test_code_is_pushed_when_it_is_asked_for_only(hub, run):
+    name = "org/sometimes-code"
+    run(push, name, with_code=True)
+    files = hub.repos[name].at("main").files
+    assert {path for path in files if path.endswith(".py")} >= {"modeling_rtl.py", "configuration_rtl.py"}
+    assert json.loads(files["config.json"].data)["auto_map"] == {
+        "AutoConfig": "configuration_rtl.RTLConfig",
+        "AutoModel": "modeling_rtl.RTLModelForImageClassification",
+        "AutoModelForImageClassification": "modeling_rtl.RTLModelForImageClassification",
+    }
+    run(push, name)
+    assert "auto_map" not in json.loads(hub.repos[name].at("main").files["config.json"].data)
+
+
+def test_a_backbone_of_ours_needs_the_package_and_says_so(hub, run):
+    said = run(push_own_backbone, "org/own-backbone")
+    files = hub.repos["org/own-backbone"].at("main").files
+    assert not any(path.endswith(".py") for path in files)
+    assert "auto_map" not in json.loads(files["config.json"].data)
+    assert len(said) == 1 and "its backbone is of hf_rtl" in said[0] and "`import hf_rtl` first" in said[0]
+    run(pull, "org/own-backbone")
