@@ -56,11 +56,16 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
     ticks = list(range(0, num_routes, -(-num_routes // _MAX_NAMED)))
     labels = [_label(names[index]) for index in ticks]
     size = 9 if num_routes <= 24 else 6
-    axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_xticks(ticks, labels, fontsize=size)
+    if max(map(len, labels)) > 3:
+        axes.tick_params("x", rotation=45)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, labels, fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if num_routes <= _MAX_NUMBERED:
+        digits = 2 if high - low >= 0.1 else 3
         for row, column in (~values.isnan()).nonzero().tolist():
             value = float(values[row, column])
             red, green, blue, _ = image.cmap((value - low) / (high - low))
@@ -68,7 +73,7 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
             axes.text(
                 column,
                 row,
-                "1" if row == column else f"{value:.2f}".removeprefix("0"),
+                "1" if row == column else f"{value:.{digits}f}".removeprefix("0"),
                 ha="center",
                 va="center",
                 fontsize=8,

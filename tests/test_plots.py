@@ -14,7 +14,7 @@ def matrix_of(num_routes):
 
 @pytest.mark.parametrize("num_routes", [1, 2, 12, 13, 100])
 def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
-    names = [f"$route_{index}^" for index in range(num_routes)]
+    names = [f"$route_{index}^$" for index in range(num_routes)]
     similarity_heatmap(matrix_of(num_routes), names, tmp_path / "new" / "similarity.png")
     (file,) = (tmp_path / "new").iterdir()
     height, width, channels = matplotlib.image.imread(file).shape
@@ -27,6 +27,12 @@ def test_the_same_similarities_give_the_same_bytes(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     similarity_heatmap(matrix_of(3), ["a", "b", "d"], tmp_path / "two")
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
+
+
+def test_colours_are_of_pairs_alone(tmp_path):
+    for name, diagonal in (("one", 1.0), ("two", 0.0)):
+        similarity_heatmap(matrix_of(3).fill_diagonal_(diagonal), ["a", "b", "c"], tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_two_empty_masks_are_no_number(tmp_path):
