@@ -1,0 +1,52 @@
+"""Pieces of Markdown that show what they were given, whatever is in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+UNKNOWN = "–"
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def text(value: str, *, limit: int = 40) -> str:
+    """`value` in one line, none of it read as Markdown, HTML or mathematics; cut to `limit` characters."""
+    line = " ".join(value.split()) or repr(value)
+    if len(line) > limit:
+        line = f"{line[: limit - 1]}…"
+    return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", line)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
+    """A table of cells that are Markdown already. The first `num_left` columns hold words, the others numbers."""
+    marks = [":---" if column < num_left else "---:" for column in range(len(titles))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, marks, *rows))
+
+
+def fenced(code: str, language: str) -> str:
+    """A block of code, which may itself hold a fence."""
+    longest = max(map(len, re.findall(r"`{3,}", code)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{code.strip()}\n{fence}"
+
+
+def number(value: float | None) -> str:
+    """A figure from 0 to 1, or a loss, to three places."""
+    return UNKNOWN if value is None else f"{value:.3f}"
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent; of what is small, two figures that say something."""
+    figure = f"{100 * fraction:.1f}" if fraction >= 0.01 or fraction == 0 else f"{100 * fraction:.2g}"
+    return f"{figure}{_SPACE}%"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people say them, in powers of 1000."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g}{_SPACE}{unit}"

@@ -1,0 +1,196 @@
+"""A `README.md` with a generated part between two marks; the rest belongs to whoever wrote it, and stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
+
+
+_BEGIN = re.compile(r"<!-- hf_rtl: begin (\{.*\}) -->\r?\n")
+_END = "<!-- hf_rtl: end -->"
+_NOTE = (
+    "<!-- Made by hf_rtl, anew with every save. Text outside of these two marks stays, and so does metadata that you "
+    "have changed. -->"
+)
+ALL_ROUTES = "all routes"
+# The configurations of results that are ours.
+_OURS = re.compile(rf"(^|, )(route .+|{ALL_ROUTES})$", re.DOTALL)
+# A line of YAML with which a new key of the outermost mapping begins.
+_KEY = re.compile(r"^(?=[^\s#\-].*:)", re.MULTILINE)
+
+
+@dataclass
+class Readme:
+    """
+    A file's text, taken apart.
+
+    Args:
+        front (`str`): the YAML between the two lines of dashes, as it is written.
+        before (`str`), after (`str`): the text around the generated part; without one, all is before it.
+        record (`dict`): what was noted in the generated part when it was made; `None` if there is no such part.
+        newline (`str`): how lines end.
+    """
+
+    front: str = ""
+    before: str = ""
+    after: str = ""
+    record: dict[str, Any] | None = None
+    newline: str = "\n"
+    metadata: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            metadata = yaml.safe_load(self.front)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the metadata of README.md, between its lines of dashes, is no YAML: {error}") from None
+        if not isinstance(metadata or {}, dict):
+            raise ValueError(
+                f"the metadata of README.md must be `key: value` lines between two lines of dashes, got {metadata!r}."
+            )
+        self.metadata = metadata or {}
+
+    @classmethod
+    def parse(cls, content: bytes) -> Readme:
+        """Takes a file apart. Raises `ValueError` if it is not UTF-8, or its metadata are no YAML mapping."""
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"README.md must be text in UTF-8: {error}.") from None
+        newline = "\r\n" if "\r\n" in text else "\n"
+        front = ""
+        if match := REGEX_YAML_BLOCK.search(text):
+            front, text = match[2], text[match.end() :]
+        end = text.rfind(_END)
+        begins = [match for match in _BEGIN.finditer(text) if match.end() <= end]
+        if not begins:
+            return cls(front, text, newline=newline)
+        begin = begins[-1]
+        return cls(front, text[: begin.start()], text[end + len(_END) :], _noted(begin[1]), newline)
+
+    def own_part(self) -> str:
+        """A hash of what is not ours: the text, and metadata that are other than we wrote them."""
+        noted = (self.record or {}).get("metadata", {})
+        metadata = {name: value for name, value in self.metadata.items() if value != noted.get(name)}
+        metadata["missing"] = sorted(noted.keys() - self.metadata.keys())
+        metadata["model-index"] = merge_metadata(self.metadata, {}, {}).get("model-index")
+        parts = [self.before.strip(), self.after.strip(), yaml_dump(metadata, sort_keys=True)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether what is not ours is other than when the file was last pushed to the Hub."""
+        return self.own_part() != (self.record or {}).get("pushed", Readme().own_part())
+
+    def with_generated(self, part: str, metadata: Mapping[str, Any], note: Mapping[str, Any]) -> bytes:
+        """
+        The file with another generated part and other metadata, whose unchanged keys stay as they are written.
+
+        Args:
+            part (`str`): Markdown. Where there was none, it follows the text.
+            metadata (`Mapping[str, Any]`): all of it.
+            note (`Mapping[str, Any]`): JSON values to find in `record` again.
+        """
+        before, after = self.before, self.after
+        if self.record is None:
+            num_breaks = before[len(before.rstrip()) :].count("\n")
+            before += self.newline * max(0, (2 if before.strip() else 1) - num_breaks)
+            after = self.newline
+        # In a comment no ">" may follow two dashes.
+        record = json.dumps(note).replace("--", "-\\u002d").replace(">", "\\u003e")
+        lines = [f"<!-- hf_rtl: begin {record} -->", _NOTE, "", *_unmarked(part).strip().split("\n"), "", _END]
+        return "".join(
+            (
+                f"---{self.newline}{self._changed_front(metadata)}{self.newline}---{self.newline}",
+                before,
+                self.newline.join(lines),
+                after,
+            )
+        ).encode()
+
+    def _changed_front(self, metadata: Mapping[str, Any]) -> str:
+        lines = []
+        new = dict(metadata)
+        for chunk in _KEY.split(self.front):
+            keys = list(_parsed(chunk))
+            if len(keys) != 1 or new.get(keys[0]) == self.metadata.get(keys[0]):
+                lines.append(chunk.rstrip("\r\n"))
+            else:
+                lines += [_dumped(keys[0], new[keys[0]])] if keys[0] in new else []
+                lines += [line.rstrip("\r") for line in chunk.split("\n") if line.lstrip().startswith("#")]
+            if keys:
+                new.pop(keys[0], None)
+        lines += [_dumped(key, value) for key, value in new.items()]
+        front = "\n".join(line for line in lines if line).replace("\r\n", "\n")
+        if _parsed(front) != metadata:  # written in a way that cannot be taken apart by lines
+            front = "\n".join(_dumped(key, value) for key, value in metadata.items())
+        return front.replace("\n", self.newline)
+
+
+def merge_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Metadata for a file whose keys may have been changed since ours were written: what is changed stays. Results in
+    `model-index` are ours by their configuration, and replaced.
+
+    Args:
+        theirs (`Mapping[str, Any]`): what the file says.
+        ours (`Mapping[str, Any]`): what it is to say.
+        before (`Mapping[str, Any]`): what we last wrote into it; empty if we never did.
+
+    Returns:
+        `dict[str, Any]`: the keys of the file in their order, then new ones. In lists, what is new in ours is added.
+    """
+    merged: dict[str, Any] = {}
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        their, our, old = theirs.get(key), ours.get(key), before.get(key)
+        if key == "model-index":
+            merged[key] = _merged_index(their or [], our or [])
+        elif their == old:
+            merged[key] = our
+        elif isinstance(our, list):
+            listed = their if isinstance(their, list) else [their] if their is not None else []
+            added = [entry for entry in our if entry not in [*listed, *(old or [])]]
+            merged[key] = [*listed, *added] if added else their
+        else:
+            merged[key] = their
+    return {key: value for key, value in merged.items() if value is not None and value != []}
+
+
+def _merged_index(theirs: list[dict], ours: list[dict]) -> list[dict]:
+    """The results of the first model of the file that are not ours, then ours, and its other models."""
+    first = theirs[0] if theirs else {"results": []}
+    results = [result for result in first["results"] if not _OURS.search(str(result["dataset"].get("config", "")))]
+    results += ours[0]["results"] if ours else []
+    name = first.get("name") or (ours[0]["name"] if ours else None)
+    return ([{"name": name, "results": results}] if results else []) + theirs[1:]
+
+
+def _dumped(key: str, value: Any) -> str:
+    return yaml_dump({key: value}, sort_keys=False).rstrip("\n")
+
+
+def _parsed(front: str) -> dict[str, Any]:
+    try:
+        parsed = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _unmarked(part: str) -> str:
+    """`part` without anything that could be taken for a mark."""
+    return part.replace("<!-- hf_rtl:", "<!-- hf-rtl:")
+
+
+def _noted(record: str) -> dict[str, Any]:
+    try:
+        return json.loads(record)
+    except ValueError:
+        return {}  # somebody has typed there
