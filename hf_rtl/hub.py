@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 
 # What a push replaces.
@@ -20,6 +21,14 @@ def branch_head(repo_id: str, revision: str | None, *, token: bool | str | None)
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     return api.model_info(repo_id, revision=revision, token=token).sha
+
+
+def read_card(repo_id: str, revision: str | None, *, token: bool | str | None) -> bytes:
+    """The model card in a repository; empty if there is none."""
+    try:
+        return Path(hf_hub_download(repo_id, "README.md", revision=revision, token=token)).read_bytes()
+    except RemoteEntryNotFoundError:
+        return b""
 
 
 def commit_folder(

@@ -363,8 +363,7 @@ class JointTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluation needs an `eval_dataset`.")
-        known = (partition for other, partition in self._partitions if other is dataset)
-        self._evaluated = next(known, None) or self._find_partition(self.model, self.args, dataset)
+        self._evaluated = self._partition_of(dataset)
         membership = self.model.config.ticket_task == "membership"
         samples = EvaluationData(dataset, self._evaluated, membership=membership)
         loader = DataLoader(
@@ -374,6 +373,10 @@ class JointTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
+
+    def _partition_of(self, dataset: Any) -> Partition:
+        known = (partition for other, partition in self._partitions if other is dataset)
+        return next(known, None) or self._find_partition(self.model, self.args, dataset)
 
     @staticmethod
     def _find_partition(model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:

@@ -34,7 +34,7 @@ from .compact import compact_state, expand_state
 from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
-from .hub import TICKET_FILES, WEIGHT_FILES, branch_head, commit_folder
+from .hub import TICKET_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
 from .hub_code import save_code
 from .image_processing import savable_processor
 from .masking import and_masks
@@ -79,6 +79,9 @@ class RTLModel(RoutedModel):
         - `None`: inside `route_context`, its route; else, for `ticket_task="membership"`, every ticket scores every
           sample (K forwards), else a `ValueError`, since the router is `"given"`.
     """
+
+    # What a model card says of the run that the model comes from (see `training_run.py`), after a training.
+    training_run: dict[str, Any] | None = None
 
     # Building, saving, loading
 
@@ -273,7 +276,8 @@ class RTLModel(RoutedModel):
         with_code: bool = False,
     ) -> CommitInfo:
         """
-        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push.
+        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push. Its model
+        card keeps what was written by hand into the one that is there.
 
         Args:
             compact (`bool`, *optional*), processing_class (*optional*), with_code (`bool`, *optional*): as of
@@ -290,7 +294,6 @@ class RTLModel(RoutedModel):
             processing_class = savable_processor(processing_class)
         repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         head = branch_head(repo_id, None if create_pr else revision, token=token)
-        card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(
                 folder,
@@ -299,7 +302,7 @@ class RTLModel(RoutedModel):
                 processing_class=processing_class,
                 with_code=with_code,
             )
-            card.save(Path(folder) / "README.md")
+            self._write_card(Path(folder), repo_id, head, tags=tags, token=token)
             commit = commit_folder(
                 Path(folder),
                 repo_id,
@@ -313,6 +316,21 @@ class RTLModel(RoutedModel):
             )
         self.config.base = {"repo": repo_id, "revision": commit.oid, **(self.config.base or {})}
         return commit
+
+    def _write_card(
+        self, folder: Path, repo_id: str, revision: str | None, *, tags: list[str] | None, token: bool | str | None
+    ) -> None:
+        try:
+            from hf_rtl.model_card import write_card
+        except ImportError as error:
+            # Custom code from a Hub repository comes without what writes cards.
+            if error.name != "hf_rtl":
+                raise
+            card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
+            card.save(folder / "README.md")
+            return
+        remote = read_card(repo_id, revision, token=token)
+        write_card(self, folder, remote=remote, model_id=repo_id, **({"tags": tags} if tags else {}))
 
     def _check_savable(self) -> None:
         self._refuse_in_context("save_pretrained()")

@@ -22,11 +22,13 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .extraction import Extraction
 from .failures import explain_failures
-from .files import hash_tensors, read_tensors, write_tensors
-from .hub import WEIGHT_FILES, branch_head, commit_folder
+from .files import hash_tensors, read_tensors, write_bytes, write_tensors
+from .hub import WEIGHT_FILES, branch_head, commit_folder, read_card
 from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
+from .model_card import CARD, RTLCardData, write_card
 from .modeling_rtl import RTLModel
+from .partition import Partition
 from .plan import Plan, Round, make_rounds
 from .pruning import emptied_layers, round_schedule
 from .randomness import Stream, reproducible, seeded, surroundings
@@ -35,6 +37,7 @@ from .run_directory import RunDirectory
 from .sampling import RouteBatchSampler
 from .ticket_trainer import TicketTrainer, named_state
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
+from .training_run import ModelCardCallback, describe_run, write_run
 
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,10 @@ class RTLTrainer(JointTrainer):
         self.rounds: list[dict[str, Any]] = []
         self._log_before: list[dict[str, Any]] = []
         self._warned_of_emptied_layers = False
+        # What only its author can say of the model, as `license`; on its card, also on the one that `train()` pushes.
+        self.card_data = RTLCardData()
+        self._card_callback = ModelCardCallback()
+        self.add_callback(self._card_callback)
         # What `train()` first found in the model: called again, also after it broke off, it starts from the same.
         self._initial: dict[str, Tensor] | None = None
 
@@ -184,7 +191,75 @@ class RTLTrainer(JointTrainer):
             self._round = None
             self.progress.finish()
         self.save_model(str(self.run_directory.final_folder), _internal_call=True)
+        if self.is_world_process_zero():
+            self.model.training_run = self._describe_run()
+            write_run(self.run_directory.final_folder, self.model.training_run)
+        self.create_model_card()
         return output
+
+    def _describe_run(self) -> dict[str, Any]:
+        data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        partitions = {name: self._partition_of(dataset) for name, dataset in data.items() if dataset is not None}
+        return describe_run(
+            self.model,
+            self.args,
+            self.rounds,
+            num_training_samples=self._num_samples(self._require_data().partition),
+            num_evaluation_samples={name: self._num_samples(partition) for name, partition in partitions.items()},
+        )
+
+    def _num_samples(self, partition: Partition) -> dict[str, int]:
+        return dict(zip(self.model.route_names, partition.counts.tolist(), strict=True))
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | None = None,
+        dataset_args: str | None = None,
+        *,
+        remote: bytes | None = None,
+        **given: Any,
+    ) -> None:
+        """
+        Writes the card of `final/`, with a picture beside it; see [`write_card`]. `train()` does so at its end.
+
+        Args:
+            finetuned_from, tasks, dataset_tags, dataset, dataset_args: `Trainer`'s names for `base_model`,
+                `pipeline_tag`, `datasets`, `dataset_name` and `dataset_config`.
+            remote: as of [`write_card`].
+            language, license, tags, model_name, **given: fields of [`RTLCardData`]; kept in `card_data`.
+
+        Raises:
+            TypeError: an unknown field, or a value of another type.
+            ValueError: the run has not ended.
+        """
+        named = {
+            "language": language,
+            "license": license,
+            "tags": tags or self.model.model_tags,
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "pipeline_tag": tasks,
+            "datasets": dataset_tags,
+            "dataset_name": dataset,
+            "dataset_config": dataset_args,
+        }
+        given = {name: value for name, value in {**named, **given}.items() if value is not None}
+        self.card_data = self.card_data.updated(given)
+        if self.is_world_process_zero():
+            write_card(self._final_folder(), remote=remote, **self.card_data.given())
+
+    def _final_folder(self) -> Path:
+        folder = self.run_directory.final_folder
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{self.args.output_dir!r} has no final model yet; run `train()` to its end first.")
+        return folder
 
     def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
         """
@@ -283,7 +358,8 @@ class RTLTrainer(JointTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As `Trainer.push_to_hub`, of `final/` as the run left it and of nothing else, in one commit.
+        As `Trainer.push_to_hub`, of `final/` as the run left it and of nothing else, in one commit. Its model card
+        keeps what was written by hand into the one on the Hub, or into the one in `final/`.
 
         With `args.push_to_hub`, `train()` does so at its end, for the `hub_strategy` "end" and "every_save" alike.
 
@@ -292,12 +368,10 @@ class RTLTrainer(JointTrainer):
             **kwargs: to `create_model_card`.
 
         Raises:
-            ValueError: the run has not ended, so there is nothing to push.
+            ValueError: the run has not ended, so there is nothing to push; or both cards were changed by hand.
             HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
         """
-        folder = self.run_directory.final_folder
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{self.args.output_dir!r} has no final model to push; run `train()` to its end first.")
+        folder = self._final_folder()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -306,19 +380,25 @@ class RTLTrainer(JointTrainer):
         token = self.args.hub_token if token is None else token
         revision = self.args.hub_revision if revision is None else revision
         head = branch_head(self.hub_model_id, revision, token=token)
-        with self._output_dir(folder):
-            name = self.hub_model_id.split("/")[-1]
-            self.create_model_card(**{"model_name": name, "tags": self.model.model_tags, **kwargs})
-        return commit_folder(
-            folder,
-            self.hub_model_id,
-            outdated=WEIGHT_FILES,
-            parent_commit=parent_commit or head,
-            revision=revision,
-            token=token,
-            commit_message=commit_message or "End of training",
-            run_as_future=not blocking,
-        )
+        card = folder / CARD
+        before = card.read_bytes() if card.exists() else b""
+        remote = read_card(self.hub_model_id, head, token=token)
+        self.create_model_card(**{"model_id": self.hub_model_id, "remote": remote, **kwargs})
+        try:
+            return commit_folder(
+                folder,
+                self.hub_model_id,
+                outdated=WEIGHT_FILES,
+                parent_commit=parent_commit or head,
+                revision=revision,
+                token=token,
+                commit_message=commit_message or "End of training",
+                run_as_future=not blocking,
+            )
+        except BaseException:
+            if before:  # which does not say that it was pushed
+                write_bytes(card, before)
+            raise
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.init_hf_repo`. Raises `ValueError` where checkpoints are to be pushed, before anything is."""
@@ -471,6 +551,7 @@ class RTLTrainer(JointTrainer):
             "train_loss": output.training_loss,
             "steps": output.global_step,
             "seconds": seconds,
+            "surroundings": self._card_callback.surroundings,
             "log_history": self._log_before + self.state.log_history,
         }
 

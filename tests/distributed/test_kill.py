@@ -93,6 +93,8 @@ DELICATE = [
     Kill("timm", 1, SAVING, name="final/model.safetensors has its name"),
     Kill("timm", 1, WRITING, name="final/training_args.json is half written"),
     Kill("timm", 1, SAVING, name="final/training_args.json has its name"),
+    Kill("timm", 1, SAVING, name="final/training_run.json has its name"),
+    Kill("timm", 1, WRITING, name="final/README.md is written under another name"),
 ]
 KILLS = make_kills() + DELICATE
 # Each phase, one process and two, all and one alone, once and twice.

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import matplotlib.backends.backend_agg
+import matplotlib.figure
 import numpy as np
 import torch
 import transformers
@@ -37,6 +39,7 @@ from transformers import (
 )
 
 import hf_rtl
+import hf_rtl.plots
 from hf_rtl import (
     RTLModel,
     RTLModelForImageClassification,
@@ -50,7 +53,7 @@ from hf_rtl.files import hash_tensors
 torch.set_num_threads(1)
 # All these are imported when they are first looked at, which is to be before the fork.
 _ = create_model, BertForSequenceClassification, TimmWrapperForImageClassification, ViTForImageClassification
-_ = ImageClassificationPipeline, TextClassificationPipeline
+_ = ImageClassificationPipeline, TextClassificationPipeline, hf_rtl.plots, matplotlib.backends.backend_agg
 
 ROUTES = ["ant", "bee", "cat"]
 WORDS = ["[PAD]", "[UNK]", "a", "small", "red", "bee", "sings", "of", "honey", "and", "rain"]
@@ -260,6 +263,7 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
     pixels = torch.randn(24, 3, 32, 32, generator=generator)
     samples = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(pixels)]
     settings = {
+        "output_dir": str(Path("run").absolute()),
         "target_sparsity": [0.2, 0.4],
         "prune_amount": 0.3,
         "extraction_steps": 1,
@@ -273,7 +277,7 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
     }
     return RTLTrainer(
         make_model("timm"),
-        RTLTrainingArguments(output_dir=str(Path("run").absolute()), **{**settings, **arguments}),
+        RTLTrainingArguments(**{**settings, **arguments}),
         train_dataset=samples,
         processing_class=timm_processor(),
     )

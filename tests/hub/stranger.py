@@ -81,4 +81,5 @@ if __name__ == "__main__":
     said = {"doubting": doubt(names[0]), "marked_by_doubting": Path(marker).exists()}
     said["trusting"] = {name: load(name) for name in names}
     said["marked_by_trusting"] = Path(marker).exists()
+    AutoModel.from_pretrained(names[-1], trust_remote_code=True).push_to_hub("org/by-a-stranger", tags=["mine"])
     print("\n" + json.dumps(said))

@@ -34,7 +34,7 @@ def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_pat
     have_code_leave(marker, hub.repos["org/code-timm-0"])
 
     folder = tmp_path / "stranger"
-    printed = bare_environment.run(STRANGER, marker, *pushed, url=hub.url, folder=folder)
+    printed = bare_environment.run(STRANGER, marker, *pushed, url=hub.url, folder=folder, HF_TOKEN="hf_alice")
     said = json.loads(printed.splitlines()[-1])
     assert len(said["doubting"]) == 6 and all("`trust_remote_code=True`" in error for error in said["doubting"])
     assert (said["marked_by_doubting"], said["marked_by_trusting"]) == (False, True)
@@ -48,6 +48,9 @@ def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_pat
         assert loaded["scores"] == run(ask_one, name, task)
     # What a stranger saved is a model like any other.
     assert run(pull, str(folder / "org-code-vit-1")) == pushed["org/code-vit-1"]
+    assert run(pull, "org/by-a-stranger") == pushed["org/code-bert-1"]
+    card = hub.repos["org/by-a-stranger"].at("main").files["README.md"].data
+    assert b"- mine" in card and b"hf_rtl:" not in card  # what writes cards is not among the code
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])

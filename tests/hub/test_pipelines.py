@@ -49,4 +49,5 @@ def test_a_model_and_its_processor_are_one_commit(hub, run):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "similarity.png",
     }

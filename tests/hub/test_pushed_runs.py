@@ -5,7 +5,10 @@ from hub.clients import ask, pull, push_untrained, retrain_then_push, train, tra
 from hub.processes import ClientError
 
 
-MODEL_FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "training_args.json", "README.md"}
+MODEL_FILES = {
+    *("model.safetensors", "config.json", "preprocessor_config.json"),
+    *("training_args.json", "training_run.json", "README.md", "similarity.png"),
+}
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ def test_nothing_that_is_pushed_can_be_executed_or_gives_away_who_pushed_it(hub,
     name = f"org/content-{kind}"
     run(push_with_processor, name, kind)
     files = hub.repos[name].at("main").files
-    assert {PurePosixPath(path).suffix or path for path in files} <= {".safetensors", ".json", ".md", ".gitattributes"}
+    assert {PurePosixPath(path).suffix or path for path in files} <= {
+        *(".safetensors", ".json", ".md", ".png", ".gitattributes")
+    }
     for path, file in files.items():
         assert b"hf_alice" not in file.data and str(tmp_path).encode() not in file.data, path
 
