@@ -6,7 +6,8 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
 
-Every number of the card comes from the results.json of a run; nothing is typed in.
+Every number of the card comes from the results.json of a run; nothing is typed in. Of a single run the model card of
+its final model is kept too, with its picture; `recipes/render_card.py` shows it as a page.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from report import table
 from tabulate import tabulate
 
 from hf_rtl.files import write_json
+from hf_rtl.model_card import write_card
 
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
@@ -41,7 +43,18 @@ def main() -> None:
     for name, run in zip(names, arguments.runs, strict=True):
         suffix = f"-{name.replace(' ', '-')}" if name else ""
         shutil.copy(run / "curve.png", MODEL_CARDS / f"{arguments.card}{suffix}-curve.png")
+    if len(arguments.runs) == 1:
+        keep_model_card(arguments.card, arguments.runs[0] / "final")
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
+
+
+def keep_model_card(card: str, final: Path) -> None:
+    """Writes the model card of a run's final model anew, and keeps it under the name of this card."""
+    text = write_card(final).read_text()
+    for file, kept in (("similarity.png", "similarity.png"), ("training_args.json", "results.json")):
+        text = text.replace(f"]({file})", f"]({card}-{kept})")
+    (MODEL_CARDS / f"{card}-model-card.md").write_text(text)
+    shutil.copy(final / "similarity.png", MODEL_CARDS / f"{card}-similarity.png")
 
 
 def render(card: str) -> str:

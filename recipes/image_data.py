@@ -44,6 +44,15 @@ class DataArguments:
         default=None, metadata={"help": "Take this many test images, drawn by data_seed."}
     )
 
+    def on_card(self) -> dict[str, str]:
+        """What a model card says of the data. Of a folder of this machine, nothing."""
+        if self.dataset == "digits":
+            return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
+        if Path(self.dataset).expanduser().exists():
+            return {}
+        of_hub = {"datasets": self.dataset, "dataset_split": self.test_split}
+        return of_hub if self.config_name is None else {**of_hub, "dataset_config": self.config_name}
+
     def save(self, folder: str | Path) -> None:
         (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 

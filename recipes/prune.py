@@ -65,6 +65,7 @@ def main() -> None:
         in_chans=data.num_channels,
     )
     trainer = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
+    trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
         text = plan_text(trainer.plan(), batch_size=args.route_batch_size, num_processes=args.world_size)

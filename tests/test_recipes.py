@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -129,11 +131,49 @@ def test_accelerate_reads_its_configurations(name: str) -> None:
         assert config.main_process_ip and config.main_process_port and config.machine_rank == 0
 
 
-@pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards").glob("*.md")))
+@pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards/templates").glob("*.md")))
 def test_cards_are_what_their_results_say(card: str) -> None:
     from card import MODEL_CARDS, render
 
     assert (MODEL_CARDS / f"{card}.md").read_text() == render(card)
+
+
+def test_the_kept_model_card_is_of_the_kept_results() -> None:
+    from card import MODEL_CARDS
+
+    card = ModelCard.load(MODEL_CARDS / "digits-model-card.md")
+    (results,) = json.loads((MODEL_CARDS / "digits-results.json").read_text()).values()
+    last = results["rounds"][-1]
+    measured = {result.metric_name: result for result in card.data.eval_results if "all" in result.dataset_config}
+    assert measured["AUROC, mean over routes"].metric_value == last["metrics"]["eval_auroc"]
+    for route, kept in last["kept"].items():
+        of_route = [r.metric_value for r in card.data.eval_results if r.dataset_config == f"route {route}"]
+        assert of_route == [value for name, value in last["metrics"].items() if name.startswith(f"eval_{route}/")]
+        assert re.search(rf"^\| {route} \| {route} \| {kept:,} \|", card.text, re.MULTILINE)
+    assert f"| {last['footprint']['full_bytes']:,} |" in card.text
+    for link in ("digits-similarity.png", "digits-results.json"):
+        assert f"]({link})" in card.text and (MODEL_CARDS / link).exists()
+
+
+def test_a_run_is_made_into_cards(
+    digits_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import card
+    import render_card
+
+    folder, _ = digits_run
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["card.py", "digits", str(folder)])
+    card.main()
+    names = {"digits.md", "digits-results.json", "digits-curve.png", "digits-model-card.md", "digits-similarity.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "templates"}
+    assert "scikit-learn's digits" in (tmp_path / "digits-model-card.md").read_text()
+
+    monkeypatch.setattr(sys, "argv", ["render_card.py", str(tmp_path / "digits-model-card.md"), str(tmp_path / "x")])
+    render_card.main()
+    html = (tmp_path / "x").read_text()
+    assert html.count("<table>") == html.count("</table>") == 6 and 'src="data:image/png;base64,' in html
 
 
 @pytest.mark.slow

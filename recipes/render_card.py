@@ -1,0 +1,48 @@
+"""
+Show a model card as the Hub does, more or less: README.md to an HTML page, without its metadata.
+
+    python recipes/render_card.py runs/digits/final/README.md card.html
+    chromium --headless --no-sandbox --screenshot=card.png --window-size=1000,5000 card.html
+
+Pictures of the card are put into the page, so that it is one file. Needs markdown-it-py (`pip install -e ".[dev]"`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+
+STYLE = """
+body { max-width: 860px; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff;
+       font: 16px/1.5 -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sans-serif; }
+h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: .3em; }
+table { display: block; width: max-content; max-width: 100%; overflow: auto; border-collapse: collapse;
+        font-size: 14px; }
+th, td { border: 1px solid #d1d9e0; padding: 4px 10px; }
+tr:nth-child(2n) { background: #f6f8fa; }
+code { background: #f0f2f4; padding: .2em .4em; border-radius: 6px; font-size: 85%; }
+pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; overflow: auto; }
+pre code { background: none; padding: 0; }
+img { max-width: 100%; }
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("card", type=Path, help="a README.md")
+    parser.add_argument("page", type=Path, help="the HTML file to write")
+    arguments = parser.parse_args()
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(ModelCard.load(arguments.card).text)
+    for picture in arguments.card.parent.glob("*.png"):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        html = html.replace(f'src="{picture.name}"', f'src="data:image/png;base64,{data}"')
+    arguments.page.write_text(f'<!doctype html>\n<meta charset="utf-8">\n<style>{STYLE}</style>\n{html}')
+
+
+if __name__ == "__main__":
+    main()
