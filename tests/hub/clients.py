@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,15 @@ WORDS = ["[PAD]", "[UNK]", "a", "small", "red", "bee", "sings", "of", "honey", "
 TEXTS = ["a small bee sings", "rain and honey"]
 
 
-def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> RTLModel:
+def make_model(
+    kind: str, *, seed: int = 0, ticket_task: str = "membership", route_names: Sequence[str] = ROUTES
+) -> RTLModel:
     """
     A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics.
 
     Of `"odd"` the rows of masks do not end where a byte ends.
     """
-    routes = {"route_names": ROUTES, "ticket_task": ticket_task, "seed": seed}
+    routes = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     if kind == "bert":
@@ -110,9 +113,17 @@ def call(method: str, *arguments: Any, **keywords: Any) -> None:
     getattr(HfApi(), method)(*arguments, **keywords)
 
 
-def push(name: str, kind: str = "vit", *, seed: int = 0, ticket_task: str = "membership", **options: Any) -> dict:
+def push(
+    name: str,
+    kind: str = "vit",
+    *,
+    seed: int = 0,
+    ticket_task: str = "membership",
+    route_names: Sequence[str] = ROUTES,
+    **options: Any,
+) -> dict[str, Any]:
     """What was pushed."""
-    model = make_model(kind, seed=seed, ticket_task=ticket_task)
+    model = make_model(kind, seed=seed, ticket_task=ticket_task, route_names=route_names)
     model.push_to_hub(name, **options)
     return describe(model)
 
@@ -241,6 +252,13 @@ def ask(
 def _processor(name: str, backend: str | None) -> dict[str, Any]:
     """An argument of `pipeline`, where its own choice is not to stand."""
     return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
+
+
+@torch.no_grad()
+def answers_of(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[float]]:
+    """What a model says of each image, `[1, channels, height, width]`, alone."""
+    model = RTLModel.from_pretrained(name)
+    return [model(image, route_ids=route).logits[0].tolist() for image, route in zip(pixels, routes, strict=True)]
 
 
 def ask_one(name: str, task: str) -> dict[str, float]:
