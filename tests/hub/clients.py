@@ -224,14 +224,19 @@ def push_with_processor(
 
 @torch.no_grad()
 def ask(
-    name: str, task: str, *, route: str | None = None, backend: str | None = None
+    name: str, task: str, *, route: str | None = None, backend: str | None = None, timm: bool = False
 ) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline."""
+    """
+    For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline.
+
+    Args:
+        timm: whether images are prepared by timm's transform then.
+    """
     asked = pipeline(task, model=name, **_processor(name, backend))
     model = RTLModel.from_pretrained(name)
     if task == "text-classification":
         inputs, encoded = TEXTS, asked.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    elif model.config.backbone_config.model_type == "timm_wrapper":
+    elif timm:
         transform = timm_processor().val_transforms
         inputs, encoded = images(), {"pixel_values": torch.stack([transform(image) for image in images()])}
     else:
@@ -259,6 +264,11 @@ def answers_of(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[fl
     """What a model says of each image, `[1, channels, height, width]`, alone."""
     model = RTLModel.from_pretrained(name)
     return [model(image, route_ids=route).logits[0].tolist() for image, route in zip(pixels, routes, strict=True)]
+
+
+def pull_and_ask(name: str, image: str) -> tuple[str, list[dict[str, Any]]]:
+    """The masks' hash, and what the stock pipeline says of the image in a file."""
+    return RTLModel.from_pretrained(name).mask_bank.fingerprint(), pipeline("image-classification", model=name)(image)
 
 
 def ask_one(name: str, task: str) -> dict[str, float]:
@@ -290,7 +300,7 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
         "disable_tqdm": True,
     }
     return RTLTrainer(
-        make_model("timm"),
+        make_model("vit"),
         RTLTrainingArguments(output_dir=str(Path("run").absolute()), **{**settings, **arguments}),
         train_dataset=samples,
         processing_class=timm_processor(),
