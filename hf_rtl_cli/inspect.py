@@ -89,7 +89,8 @@ def _description_text(values: dict[str, Any]) -> str:
         "router": values["router"],
         "statistics": values["norm_statistics"],
         "calibrated": "yes" if values["calibrated"] else "no",
-        "saved": f"as {values['dtype']} by hf_rtl {printable(values['hf_rtl_version'])}, format {values['format_version']}",
+        "saved": f"as {values['dtype']} by hf_rtl {printable(values['hf_rtl_version'])}, "
+        f"format {values['format_version']}",
     }
     if "repo" in (values["base"] or {}):
         lines["base"] = f"{printable(values['base']['repo'])}, revision {printable(values['base']['revision'])}"

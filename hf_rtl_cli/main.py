@@ -252,4 +252,3 @@ def _add_all(command: argparse.ArgumentParser) -> None:
 
 def _examples(*calls: str) -> str:
     return "\n".join(["examples:", *(f"  {call}" for call in calls)])
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,15 @@ WORDS = ["[PAD]", "[UNK]", "a", "small", "red", "bee", "sings", "of", "honey", "
 TEXTS = ["a small bee sings", "rain and honey"]
 
 
-def make_model(kind: str, *, seed: int = 0, ticket_task: str = "membership") -> RTLModel:
+def make_model(
+    kind: str, *, seed: int = 0, ticket_task: str = "membership", route_names: Sequence[str] = ROUTES
+) -> RTLModel:
     """
     A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics.
 
     Of `"odd"` the rows of masks do not end where a byte ends.
     """
-    routes = {"route_names": ROUTES, "ticket_task": ticket_task, "seed": seed}
+    routes = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     if kind == "bert":
@@ -113,9 +116,17 @@ def call(method: str, *arguments: Any, **keywords: Any) -> None:
     getattr(HfApi(), method)(*arguments, **keywords)
 
 
-def push(name: str, kind: str = "vit", *, seed: int = 0, ticket_task: str = "membership", **options: Any) -> dict:
+def push(
+    name: str,
+    kind: str = "vit",
+    *,
+    seed: int = 0,
+    ticket_task: str = "membership",
+    route_names: Sequence[str] = ROUTES,
+    **options: Any,
+) -> dict[str, Any]:
     """What was pushed."""
-    model = make_model(kind, seed=seed, ticket_task=ticket_task)
+    model = make_model(kind, seed=seed, ticket_task=ticket_task, route_names=route_names)
     model.push_to_hub(name, **options)
     return describe(model)
 
@@ -216,14 +227,19 @@ def push_with_processor(
 
 @torch.no_grad()
 def ask(
-    name: str, task: str, *, route: str | None = None, backend: str | None = None
+    name: str, task: str, *, route: str | None = None, backend: str | None = None, timm: bool = False
 ) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline."""
+    """
+    For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline.
+
+    Args:
+        timm: whether images are prepared by timm's transform then.
+    """
     asked = pipeline(task, model=name, **_processor(name, backend))
     model = RTLModel.from_pretrained(name)
     if task == "text-classification":
         inputs, encoded = TEXTS, asked.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    elif model.config.backbone_config.model_type == "timm_wrapper":
+    elif timm:
         transform = timm_processor().val_transforms
         inputs, encoded = images(), {"pixel_values": torch.stack([transform(image) for image in images()])}
     else:
@@ -244,6 +260,18 @@ def ask(
 def _processor(name: str, backend: str | None) -> dict[str, Any]:
     """An argument of `pipeline`, where its own choice is not to stand."""
     return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
+
+
+@torch.no_grad()
+def answers_of(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[float]]:
+    """What a model says of each image, `[1, channels, height, width]`, alone."""
+    model = RTLModel.from_pretrained(name)
+    return [model(image, route_ids=route).logits[0].tolist() for image, route in zip(pixels, routes, strict=True)]
+
+
+def pull_and_ask(name: str, image: str) -> tuple[str, list[dict[str, Any]]]:
+    """The masks' hash, and what the stock pipeline says of the image in a file."""
+    return RTLModel.from_pretrained(name).mask_bank.fingerprint(), pipeline("image-classification", model=name)(image)
 
 
 def ask_one(name: str, task: str) -> dict[str, float]:
@@ -276,7 +304,7 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
         "disable_tqdm": True,
     }
     return RTLTrainer(
-        make_model("timm"),
+        make_model("vit"),
         RTLTrainingArguments(**{**settings, **arguments}),
         train_dataset=samples,
         processing_class=timm_processor(),

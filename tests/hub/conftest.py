@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub.environments import Environment
+from hub.environments import Environment, build_wheel
 from hub.processes import Clients
 from hub.server import LocalHub
 
@@ -40,3 +40,12 @@ def run(_clients: Clients, tmp_path: Path) -> Callable:
 def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """An environment without hf_rtl."""
     return Environment(tmp_path_factory.mktemp("environments") / "bare")
+
+
+@pytest.fixture(scope="session")
+def published_environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with hf_rtl as it would be published."""
+    folder = tmp_path_factory.mktemp("published")
+    environment = Environment(folder / "environment")
+    environment.install(build_wheel(Path(__file__).parents[2], folder / "build"))
+    return environment

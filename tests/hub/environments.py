@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import site
 import subprocess
 import sys
@@ -37,3 +38,28 @@ class Environment:
         if result.returncode:
             raise RuntimeError(result.stderr)
         return result.stdout
+
+    def install(self, wheel: Path) -> None:
+        """Installs a package, without what it depends on."""
+        _pip("install", "--no-deps", "--target", self.site_packages, wheel)
+
+
+def packages_of(project: Path) -> list[Path]:
+    return [file.parent for file in project.glob("hf_rtl*/__init__.py")]
+
+
+def build_wheel(project: Path, folder: Path) -> Path:
+    """Builds the package of a project in `folder`, and leaves nothing in the project's."""
+    sources = folder / "sources"
+    for package in packages_of(project):
+        shutil.copytree(package, sources / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(project / name, sources)
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _pip(command: str, *arguments: str | Path) -> None:
+    quietly = ("--quiet", "--no-index", "--disable-pip-version-check")
+    subprocess.run([sys.executable, "-m", "pip", command, *quietly, *arguments], check=True)

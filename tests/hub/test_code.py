@@ -28,7 +28,7 @@ def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_pat
     marker = tmp_path / "executed"
     pushed = {}
     for kind in ("timm", "vit", "bert"):
-        for seed, options in enumerate(({}, {"max_shard_size": "20KB"})):
+        for seed, options in enumerate(({}, {"max_shard_size": "20KB", "compact": kind == "bert"})):
             name = f"org/code-{kind}-{seed}"
             pushed[name] = run(push_with_processor, name, kind, seed=seed, with_code=True, **options)
     have_code_leave(marker, hub.repos["org/code-timm-0"])

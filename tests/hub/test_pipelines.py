@@ -14,9 +14,9 @@ CLOSE = {"timm": 2e-3, "vit": 1e-5, "bert": 1e-5}
 def test_membership_tickets_give_a_score_for_every_route(run, kind):
     name = f"org/members-{kind}"
     run(push_with_processor, name, kind)
-    for answer, scores in run(ask, name, TASKS[kind]):
+    for answer, scores in run(ask, name, TASKS[kind], timm=kind == "timm"):
         assert answer == pytest.approx(scores, rel=CLOSE[kind]) and len(set(scores.values())) == 3
-    for answer, scores in run(ask, name, TASKS[kind], route="bee"):
+    for answer, scores in run(ask, name, TASKS[kind], timm=kind == "timm", route="bee"):
         assert answer == pytest.approx(scores, rel=CLOSE[kind]) and list(answer) == ["bee"]
 
 
@@ -25,10 +25,10 @@ def test_labels_tickets_answer_only_when_somebody_says_which(run, kind):
     name = f"org/labels-{kind}"
     run(push_with_processor, name, kind, ticket_task="labels")
     with pytest.raises(ClientError, match="ValueError: `route_ids` is missing.*'ant', 'bee', 'cat'.*with_route"):
-        run(ask, name, TASKS[kind])
+        run(ask, name, TASKS[kind], timm=kind == "timm")
     said = []
     for route in ("ant", "bee"):
-        asked = run(ask, name, TASKS[kind], route=route)
+        asked = run(ask, name, TASKS[kind], timm=kind == "timm", route=route)
         for answer, scores in asked:
             assert answer == pytest.approx(scores, rel=CLOSE[kind]) and len(answer) == 4
         said.append(asked)
@@ -37,7 +37,7 @@ def test_labels_tickets_answer_only_when_somebody_says_which(run, kind):
 
 def test_with_pil_a_pipeline_prepares_images_as_timm_does(run):
     run(push_with_processor, "org/exact", "timm")
-    for answer, scores in run(ask, "org/exact", "image-classification", backend="pil"):
+    for answer, scores in run(ask, "org/exact", "image-classification", backend="pil", timm=True):
         assert answer == pytest.approx(scores, rel=1e-5)
 
 

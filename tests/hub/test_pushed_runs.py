@@ -34,7 +34,7 @@ def test_a_trainer_pushes_its_final_model_with_the_processor(hub, run, check_fin
     trained = run(train_then_push, {"commit_message": "Done"}, hub_model_id="org/afterwards")
     check_final("org/afterwards", trained)
     assert hub.repos["org/afterwards"].at("main").title == "Done"
-    for answer, scores in run(ask, "org/afterwards", "image-classification", backend="pil"):
+    for answer, scores in run(ask, "org/afterwards", "image-classification", backend="pil", timm=True):
         assert answer == pytest.approx(scores, rel=1e-5)
     folders = [file.parent for file in (tmp_path / "process-1" / "run").rglob("config.json")]
     assert len(folders) == 5  # two rounds, their checkpoints, the end
