@@ -122,7 +122,9 @@ def _add_card(commands: argparse._SubParsersAction) -> None:
     )
     _add_model(card)
     card.add_argument(
-        "--out", metavar="FILE", help="where to; default: README.md of a folder, and for a repo the terminal"
+        "--out",
+        metavar="FOLDER",
+        help="where README.md goes; default: the model's folder, and for a repo the terminal",
     )
 
 
