@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return {"file": str(write_card(model, args.out, model_id=args.model))}
-    with tempfile.TemporaryDirectory() as target:
-        return {"card": write_card(model, target, model_id=args.model).read_text()}
+    with tempfile.TemporaryDirectory() as beside:
+        return {"card": write_card(model, beside, model_id=args.model).read_text()}
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:
