@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.utils import has_file
 
@@ -142,7 +142,7 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}
 
 
-def _renamed(pairs: list[str] | None) -> dict[str, str] | str | None:
+def _renamed(pairs: list[str] | None) -> dict[str, str] | Literal["auto"] | None:
     if pairs is None or pairs == ["auto"]:
         return "auto" if pairs else None
     split = [pair.partition("=") for pair in pairs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 import time
@@ -49,6 +51,7 @@ from hf_rtl import (
     RTLTrainingArguments,
 )
 from hf_rtl.files import hash_tensors
+from hf_rtl_cli.main import main
 
 
 torch.set_num_threads(1)
@@ -402,3 +405,22 @@ def base_of(name: str) -> dict[str, Any]:
 
 def copy_repo(source: str, name: str) -> None:
     RTLModel.from_pretrained(source).push_to_hub(name)
+
+
+# The command line
+
+
+def save(folder: str) -> dict[str, Any]:
+    model = make_model("vit")
+    model.save_pretrained(folder)
+    return describe(model)
+
+
+def command(*arguments: str) -> str:
+    """What `hf-rtl` prints. Raises `RuntimeError` with its error."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        status = main(list(arguments))
+    if status:
+        raise RuntimeError(errors.getvalue())
+    return output.getvalue()
