@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 from transformers.utils.hub import create_and_tag_model_card, extract_commit_hash
 
@@ -383,6 +384,9 @@ class RTLModel(RoutedModel):
         if self._is_membership:
             name = self.route_name(index)
             ticket.config.id2label, ticket.config.label2id = {0: name}, {name: 0}
+            if isinstance(ticket.config, TimmWrapperConfig):
+                # What it saves instead, and has from a file if the model was loaded from one.
+                ticket.config.label_names = [name]
         if prune_structure:
             report = remove_dead_channels(ticket, example_inputs)
             logger.info("Channels of the ticket of route %s:\n%s", self.route_name(index), report)

@@ -27,13 +27,13 @@ def main(argv: list[str] | None = None) -> int:
             command = importlib.import_module(f"hf_rtl_cli.{args.module}")
             values = command.run(args)
             answer = json.dumps(values, indent=2, allow_nan=False) if args.json else command.text(values, args)
-        print(encodable(answer, sys.stdout.encoding), flush=True)
+        print(encodable(answer, sys.stdout.encoding or "utf-8"), flush=True)
     except BrokenPipeError:
         # Who reads has seen enough, as `head`. Python is not to complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         message = printable(" ".join(str(error).split()))
-        print(encodable(f"{args.prog}: error: {message}", sys.stderr.encoding), file=sys.stderr)
+        print(encodable(f"{args.prog}: error: {message}", sys.stderr.encoding or "utf-8"), file=sys.stderr)
         return 1
     return 0
 

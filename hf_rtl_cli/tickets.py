@@ -136,7 +136,7 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
     else:
         with written_whole(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, compact=Path(args.model).is_dir() and is_compact(Path(args.model)))
     if (folder / "README.md").is_file():
         print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}

@@ -96,7 +96,18 @@ def test_an_exported_folder_is_a_plain_model(call, model, folder, tmp_path):
 
 
 def test_an_exported_graph_gives_the_same(call, model, folder, tmp_path):
-    call("export", folder, "--route", "owl", tmp_path / "owl", "--format", "torch-export", "--prune-structure")
+    call(
+        "export",
+        folder,
+        "--route",
+        "owl",
+        tmp_path / "owl",
+        "--format",
+        "torch-export",
+        "--prune-structure",
+        "--input",
+        "pixel_values=2x3x32x32",
+    )
     graph = torch.export.load(tmp_path / "owl" / "model.pt2").module()
     assert torch.allclose(graph(pixel_values=IMAGES)["logits"], logits(model, route_ids="owl"), atol=1e-5)
 

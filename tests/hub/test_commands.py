@@ -28,5 +28,5 @@ def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
 def test_errors_of_the_hub_are_one_line(run):
     run(push, "org/mine")
     for arguments in (("inspect", "org/nowhere"), ("inspect", "org/mine", "--revision", "nowhere")):
-        with pytest.raises(ClientError, match="hf-rtl inspect: error: .*nowhere"):
+        with pytest.raises(ClientError, match="(?s)RuntimeError: hf-rtl inspect: error: .*nowhere"):
             run(command, *arguments)
