@@ -31,7 +31,7 @@ _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="folders of saved models, with a data.json each")
+    parser.add_argument("models", nargs="+", type=Path, help="folders of models in that of a run")
     parser.add_argument("--dataset", help="another place of the same data")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="results.json to compare with")
@@ -54,7 +54,7 @@ def main() -> None:
 def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
     """The metrics of the model in `folder` on its test data, with what the table wants to know."""
     model = RTLModel.from_pretrained(folder)
-    data = DataArguments.load(folder)
+    data = DataArguments.load(folder.absolute().parent)
     data.dataset = dataset or data.dataset
     saved = json.loads((folder / "training_args.json").read_text())
     _, test = load_images(data, seed=saved["seed"])

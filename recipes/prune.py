@@ -79,8 +79,8 @@ def main() -> None:
     if not main_process:
         return
     output_dir = Path(args.output_dir)
-    for folder in [output_dir / "final", *(output_dir / report["folder"] for report in reports)]:
-        data.save(folder)
+    # Not in the models' folders, which are pushed: it may name a place on this machine.
+    data.save(output_dir)
     print(table(rows))
     for report in reports:
         report.pop("log_history", None)
