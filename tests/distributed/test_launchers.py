@@ -123,6 +123,15 @@ def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[
     assert results["num_processes"] == 1
 
 
+def _of_hf_rtl(printed: str) -> list[str]:
+    """
+    The lines that torch does not log by itself, as when torchao is installed, or when one launcher ends before another
+    (a warning, then what was raised and its frames).
+    """
+    of_torch = re.compile(r"\[?[WE]\d{4} \d\d:\d\d:\d\d\.\d+|Exception raised from|frame #\d+|$")
+    return [line for line in printed.splitlines() if not of_torch.match(line)]
+
+
 def test_two_machines_find_the_masks_of_one_process(
     alone: tuple[str, dict], machines: list[Launcher], tmp_path: Path
 ) -> None:
@@ -135,7 +144,7 @@ def test_two_machines_find_the_masks_of_one_process(
     assert codes == [0, 0], [launcher.printed() for launcher in machines]
     plan, silence = (launcher.printed() for launcher in machines)
     assert re.findall(r"^processes +(\d+)$", plan, re.MULTILINE) == ["2"]
-    assert plan.count("bal. acc.") == 1 and silence == ""
+    assert plan.count("bal. acc.") == 1 and not _of_hf_rtl(silence)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["num_processes"] == 2
     assert results["rounds"][0]["mask_fingerprint"] == alone[1]["rounds"][0]["mask_fingerprint"]
