@@ -64,7 +64,8 @@ def is_compact(folder: Path) -> bool:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to it."""
-    return [file for file in _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES))]
+    has_code = "auto_map" in json.loads((folder / "config.json").read_text())
+    return _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES, *(["*.py"] if has_code else [])))
 
 
 def copy_beside(

@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder
+from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder, read_card
+from hf_rtl.model_card import write_card
 
 from .models import load_model, model_files
 
@@ -32,13 +33,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if not (args.compact and WEIGHT_FILES.fullmatch(file.name)):
                 (Path(staging) / file.name).symlink_to(file.resolve())
         if args.compact:
-            model.save_pretrained(staging, compact=True)
+            model.save_pretrained(staging, compact=True, with_code=any(file.suffix == ".py" for file in files))
         repo_id = HfApi().create_repo(args.repo, private=args.private, token=args.token, exist_ok=True).repo_id
+        head = branch_head(repo_id, None if args.create_pr else args.revision, token=args.token)
+        remote = read_card(repo_id, head, token=args.token)
+        if remote or (folder / "README.md").is_file():
+            # Of the page on the Hub only our part is brought up to date: the rest is whoever's wrote it.
+            write_card(staging, remote=remote, model_id=repo_id)
         commit = commit_folder(
             Path(staging),
             repo_id,
             outdated=WEIGHT_FILES,
-            parent_commit=branch_head(repo_id, None if args.create_pr else args.revision, token=args.token),
+            parent_commit=head,
             revision=args.revision,
             token=args.token,
             create_pr=args.create_pr,

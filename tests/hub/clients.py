@@ -410,9 +410,9 @@ def copy_repo(source: str, name: str) -> None:
 # The command line
 
 
-def save(folder: str) -> dict[str, Any]:
+def save(folder: str, **options: Any) -> dict[str, Any]:
     model = make_model("vit")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     return describe(model)
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from hub.clients import command, pull, push, save
+from hub.clients import command, pull, push, save, train
 from hub.processes import ClientError
+from hub.server import File
 
 
 def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
@@ -30,3 +31,40 @@ def test_errors_of_the_hub_are_one_line(run):
     for arguments in (("inspect", "org/nowhere"), ("inspect", "org/mine", "--revision", "nowhere")):
         with pytest.raises(ClientError, match="(?s)RuntimeError: hf-rtl inspect: error: .*nowhere"):
             run(command, *arguments)
+
+
+@pytest.mark.parametrize("options", [[], ["--compact"]])
+def test_what_somebody_wrote_on_the_hub_stays(hub, run, tmp_path, options):
+    name, folder = f"org/written{len(options)}", str(tmp_path / "model")
+    run(save, folder)
+    run(command, "card", folder)
+    run(command, "push", folder, name, *options)
+    repo = hub.repos[name]
+    page = repo.at("main").files["README.md"].data
+    repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(page + b"\nMine.\n")}, "Write", "ann")
+    local = (tmp_path / "model" / "README.md").read_bytes()
+    run(command, "push", folder, name, *options)
+    assert repo.at("main").files["README.md"].data.endswith(b"\nMine.\n")
+    assert (tmp_path / "model" / "README.md").read_bytes() == local
+
+
+@pytest.mark.parametrize("options", [[], ["--compact"]])
+def test_a_models_code_is_pushed_with_it(hub, run, tmp_path, options):
+    name, folder = f"org/with-code{len(options)}", str(tmp_path / "model")
+    saved = run(save, folder, with_code=True)
+    run(command, "push", folder, name, *options)
+    files = hub.repos[name].at("main").files
+    code = {file.name for file in (tmp_path / "model").glob("*.py")}
+    assert json.loads(files["config.json"].data)["auto_map"] and code and code <= set(files)
+    assert run(pull, name)["outputs"] == saved["outputs"]
+
+
+def test_the_page_keeps_what_is_known_of_the_run(hub, run, tmp_path):
+    run(train)
+    folder = next(tmp_path.glob("process-*/run/final"))
+    run(command, "push", str(folder), "org/of-a-run")
+    pushed = hub.repos["org/of-a-run"].at("main").files
+    assert "training_run.json" in pushed
+    for line in (folder / "README.md").read_text().splitlines():
+        if line.startswith("| ") and "path/to" not in line:
+            assert line in pushed["README.md"].data.decode(), line
