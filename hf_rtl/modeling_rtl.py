@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -159,9 +160,14 @@ class RTLModel(RoutedModel):
         # Tensors of other sizes are reported below, by name.
         kwargs["ignore_mismatched_sizes"] = True
         kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
+            ) from error
         saved_as = (model.config.architectures or [cls.__name__])[0]
         if saved_as not in [known.__name__ for known in cls.__mro__]:
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .markdown import text
+
 
 _PAGE = """\
 ---
@@ -37,7 +39,7 @@ def tickets_card(repo_id: str, index: Mapping[str, Any]) -> ModelCard:
     base = index["base"].get("repo")
     num_weights = sum(math.prod(shape) for _, shape in index["weights"])
     rows = [
-        f"| {_cell(ticket['name'])} | {ticket['kept']:,} | {ticket['kept'] / num_weights:.1%} | {ticket['added']:,} |"
+        f"| {text(ticket['name'])} | {ticket['kept']:,} | {ticket['kept'] / num_weights:.1%} | {ticket['added']:,} |"
         for ticket in index["tickets"]
     ]
     data = ModelCardData(
@@ -52,7 +54,3 @@ def tickets_card(repo_id: str, index: Mapping[str, Any]) -> ModelCard:
         rows="\n".join(rows),
     )
     return ModelCard(content)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -34,6 +34,8 @@ PROCESSOR_FILES = (
 _OTHER_FILES = (*PROCESSOR_FILES, "*.json", "*.txt", "*.md", "*.png", "*.svg", "LICENSE")
 _CHECKPOINT_FILES = ("trainer_state.json", "checkpoint.json")
 _WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
+# What a card is made of.
+CARD_SOURCES = [*_WEIGHT_FILES, "*.json", "README.md"]
 _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -58,14 +60,19 @@ def check_name(name: str, *, revision: str | None = None) -> None:
         raise ValueError(f"there is no folder {name!r}, nor is that a repo id, as 'org/name'.")
 
 
-def is_compact(folder: Path) -> bool:
-    return json.loads((folder / "config.json").read_text()).get("compact") is not None
+def form_of(name: str, *, revision: str | None = None, token: str | None = None) -> dict[str, bool]:
+    """In which form a model is saved, as arguments of `save_pretrained`: a loaded one knows no more of it."""
+    file = Path(name, "config.json")
+    if not Path(name).is_dir():
+        file = Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision, token=token))
+    config = json.loads(file.read_text())
+    return {"compact": config.get("compact") is not None, "with_code": "auto_map" in config}
 
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to it."""
-    has_code = "auto_map" in json.loads((folder / "config.json").read_text())
-    return _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES, *(["*.py"] if has_code else [])))
+    code = ["*.py"] if form_of(str(folder))["with_code"] else []
+    return _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES, *code))
 
 
 def copy_beside(

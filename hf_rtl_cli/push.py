@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder, read_card
 from hf_rtl.model_card import write_card
 
-from .models import load_model, model_files
+from .models import form_of, load_model, model_files
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if not (args.compact and WEIGHT_FILES.fullmatch(file.name)):
                 (Path(staging) / file.name).symlink_to(file.resolve())
         if args.compact:
-            model.save_pretrained(staging, compact=True, with_code=any(file.suffix == ".py" for file in files))
+            model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
         repo_id = HfApi().create_repo(args.repo, private=args.private, token=args.token, exist_ok=True).repo_id
         head = branch_head(repo_id, None if args.create_pr else args.revision, token=args.token)
         remote = read_card(repo_id, head, token=args.token)

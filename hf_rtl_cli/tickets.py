@@ -13,7 +13,7 @@ from transformers.utils import has_file
 from hf_rtl import RTLModel
 from hf_rtl.ticket_files import INDEX, read_index
 
-from .models import check_free, check_name, copy_beside, is_compact, load_model, written_whole
+from .models import check_free, check_name, copy_beside, form_of, load_model, written_whole
 from .tables import fraction, more, printable, table, terminal_width
 
 
@@ -131,12 +131,13 @@ def _target(args: argparse.Namespace) -> Path:
 
 
 def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: list[str]) -> dict[str, Any]:
+    form = form_of(args.model, revision=args.revision, token=args.token)
     if args.out is None:
-        model.save_pretrained(folder, compact=is_compact(folder))
+        model.save_pretrained(folder, **form)
     else:
         with written_whole(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
-            model.save_pretrained(staging, compact=Path(args.model).is_dir() and is_compact(Path(args.model)))
+            model.save_pretrained(staging, **form)
     if (folder / "README.md").is_file():
         print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}

@@ -8,7 +8,9 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -305,3 +307,42 @@ def test_one_ticket_is_like_nothing(call, tmp_path):
     make_model(["all"], ticket_task="labels", num_labels=2).save_pretrained(tmp_path / "model")
     assert "nothing to compare it with" in call("inspect", tmp_path / "model")
     assert call("similarity", tmp_path / "model", "--json")["jaccard"] == [[1.0]]
+
+
+# Usage
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_teaches_and_does_not_wait_for_torch(command):
+    """In a process of its own: here torch is imported already."""
+    program = (
+        "import sys; from hf_rtl_cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'transformers', 'hf_rtl'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    name = " ".join(["hf-rtl", *command])
+    assert result.stdout.startswith(f"usage: {name}")
+    # `tickets` alone is no command: its actions have the examples.
+    assert command == ["tickets"] or re.search(rf"examples:\n  {name}", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["look"],
+        ["inspect"],
+        ["export", "MODEL", "OUT"],
+        ["tickets"],
+        ["tickets", "drop", "MODEL"],
+        ["card", "--x"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_apart_from_an_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.startswith("usage: hf-rtl")

@@ -188,6 +188,31 @@ def test_what_tickets_refuse(call, fails, folder, tmp_path):
     assert "tickets" in fails("tickets", "list", tmp_path / "empty")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_changed_model_keeps_its_code(call, model, folder, tmp_path, elsewhere):
+    model.save_pretrained(folder, with_code=True)
+    code = {file.name for file in folder.glob("*.py")}
+    call("tickets", "save", folder, tmp_path / "tickets", "--route", "cat")
+    target = tmp_path / "fewer" if elsewhere else folder
+    out = ["--out", target] if elsewhere else []
+    call("tickets", "drop", folder, "--route", "cat", *out)
+    again = tmp_path / "again" if elsewhere else folder
+    call("tickets", "add", target, tmp_path / "tickets", *(["--out", again] if elsewhere else []))
+    for changed in (target, again):
+        assert code and {file.name for file in changed.glob("*.py")} == code
+        auto_map = json.loads((changed / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoConfig"] == "configuration_rtl.RTLConfig"
+
+
+def test_a_torn_file_of_weights_is_one_line(fails, folder, tmp_path):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (len(whole) // 2, 4, 0):
+        file.unlink()
+        file.write_bytes(whole[:length])
+        assert "is cut short or damaged" in fails("inspect", folder)
+
+
 # push
 
 

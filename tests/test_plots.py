@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 import torch
 
-from hf_rtl.plots import similarity_heatmap
+from hf_rtl.plots import layer_profile, similarity_heatmap
 
 
 def matrix_of(num_routes):
@@ -44,3 +44,27 @@ def test_a_matrix_of_other_routes_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError, match=r"`matrix` has shape \[3, 3\], which does not fit 2 names: \[2, 2\]"):
         similarity_heatmap(matrix_of(3), ["a", "b"], tmp_path / "similarity.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_layers", [1, 3, 60])
+def test_a_profile_of_any_number_of_layers_is_a_png(tmp_path, num_layers):
+    layers = torch.stack([matrix_of(3)] * num_layers)
+    layers[0, 0, 1] = torch.nan  # both masks are empty there
+    names = [f"backbone.$layer_{index}.weight" for index in range(num_layers)]
+    layer_profile(layers, layers / 2, names, tmp_path / "new" / "profile.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "new" / "profile.png").shape
+    assert min(height, width) > 300 and max(height, width) < 4000
+
+
+def test_a_profile_shows_similarity_chance_and_names(tmp_path):
+    layers, names = torch.stack([matrix_of(3)] * 2), ["a", "b"]
+    for name, arguments in {
+        "one": (layers, layers / 2, names),
+        "same": (layers.clone(), layers / 2, names),
+        "similarity": (layers * 0.9, layers / 2, names),
+        "chance": (layers, layers / 3, names),
+        "names": (layers, layers / 2, ["a", "c"]),
+    }.items():
+        layer_profile(*arguments, tmp_path / name)
+    shown = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert shown["one"] == shown["same"] and len(set(shown.values())) == 4

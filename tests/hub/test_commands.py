@@ -68,3 +68,25 @@ def test_the_page_keeps_what_is_known_of_the_run(hub, run, tmp_path):
     for line in (folder / "README.md").read_text().splitlines():
         if line.startswith("| ") and "path/to" not in line:
             assert line in pushed["README.md"].data.decode(), line
+
+
+def test_the_card_of_a_repository_goes_on_from_its_own(hub, run, tmp_path):
+    run(train)
+    folder = next(tmp_path.glob("process-*/run/final"))
+    run(command, "push", str(folder), "org/carded")
+    repo = hub.repos["org/carded"]
+    page = repo.at("main").files["README.md"].data + b"\nMine.\n"
+    repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(page)}, "Write", "ann")
+    assert run(command, "card", "org/carded").encode().rstrip() == page.rstrip()  # nothing new to say
+    run(command, "card", "org/carded", "--out", str(tmp_path / "page"))
+    assert (tmp_path / "page" / "README.md").read_bytes() == page
+
+
+def test_a_compact_repository_with_code_stays_so_when_tickets_are_dropped(hub, run, tmp_path):
+    run(save, str(tmp_path / "model"), with_code=True, compact=True)
+    run(command, "push", str(tmp_path / "model"), "org/compact-code")
+    assert json.loads(hub.repos["org/compact-code"].at("main").files["config.json"].data)["compact"] is not None
+    run(command, "tickets", "drop", "org/compact-code", "--route", "bee", "--out", str(tmp_path / "fewer"))
+    config = json.loads((tmp_path / "fewer" / "config.json").read_text())
+    assert config["auto_map"] and config["compact"] is not None and config["route_names"] == ["ant", "cat"]
+    assert {file.name for file in (tmp_path / "fewer").glob("*.py")} >= {"modeling_rtl.py", "configuration_rtl.py"}
