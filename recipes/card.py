@@ -6,8 +6,8 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
 
-Every number of the card comes from the results.json of a run; nothing is typed in. Of a single run the model card of
-its final model is kept too, with its picture; `recipes/render_card.py` shows it as a page.
+Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
+model is kept too, with its picture; `recipes/render_card.py` shows it as a page.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ def main() -> None:
     if results:
         write_json(MODEL_CARDS / f"{arguments.card}-results.json", results)
     for name, run in zip(names, arguments.runs, strict=True):
-        suffix = f"-{name.replace(' ', '-')}" if name else ""
-        shutil.copy(run / "curve.png", MODEL_CARDS / f"{arguments.card}{suffix}-curve.png")
-    if len(arguments.runs) == 1:
-        keep_model_card(arguments.card, arguments.runs[0] / "final")
+        keep_pages(arguments.card, name, run)
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
 
 
-def keep_model_card(card: str, final: Path) -> None:
-    """Writes the model card of a run's final model anew, and keeps it under the name of this card."""
-    text = write_card(final).read_text()
-    for file, kept in (("similarity.png", "similarity.png"), ("training_args.json", "results.json")):
-        text = text.replace(f"]({file})", f"]({card}-{kept})")
-    (MODEL_CARDS / f"{card}-model-card.md").write_text(text)
-    shutil.copy(final / "similarity.png", MODEL_CARDS / f"{card}-similarity.png")
+def keep_pages(card: str, name: str, run: Path) -> None:
+    """Keeps a run's picture, and the model card of its final model, written anew, under the names of card and run."""
+    kept = "-".join([card, *name.split()])
+    shutil.copy(run / "curve.png", MODEL_CARDS / f"{kept}-curve.png")
+    text = write_card(run / "final").read_text()
+    for file, target in (("similarity.png", f"{kept}-similarity.png"), ("training_args.json", f"{card}-results.json")):
+        text = text.replace(f"]({file})", f"]({target})")
+    (MODEL_CARDS / f"{kept}-model-card.md").write_text(text)
+    shutil.copy(run / "final" / "similarity.png", MODEL_CARDS / f"{kept}-similarity.png")
 
 
 def render(card: str) -> str:

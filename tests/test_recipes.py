@@ -138,20 +138,28 @@ def test_cards_are_what_their_results_say(card: str) -> None:
     assert (MODEL_CARDS / f"{card}.md").read_text() == render(card)
 
 
-def test_the_kept_model_card_is_of_the_kept_results() -> None:
+def runs_of_cards() -> list[tuple[str, str]]:
+    """The names of the cards that show runs, each with those of its runs; benchmarks have `figures` instead."""
+    files = sorted((RECIPES.parent / "model_cards").glob("*-results.json"))
+    results = {file.name.removesuffix("-results.json"): json.loads(file.read_text()) for file in files}
+    return [(name, run) for name, runs in results.items() if "figures" not in runs for run in runs]
+
+
+@pytest.mark.parametrize(("name", "run_name"), runs_of_cards())
+def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) -> None:
     from card import MODEL_CARDS
 
-    card = ModelCard.load(MODEL_CARDS / "digits-model-card.md")
-    (results,) = json.loads((MODEL_CARDS / "digits-results.json").read_text()).values()
-    last = results["rounds"][-1]
+    kept = "-".join([name, *run_name.split()])
+    card = ModelCard.load(MODEL_CARDS / f"{kept}-model-card.md")
+    last = json.loads((MODEL_CARDS / f"{name}-results.json").read_text())[run_name]["rounds"][-1]
     measured = {result.metric_name: result for result in card.data.eval_results if "all" in result.dataset_config}
     assert measured["AUROC, mean over routes"].metric_value == last["metrics"]["eval_auroc"]
-    for route, kept in last["kept"].items():
+    for route, num_kept in last["kept"].items():
         of_route = [r.metric_value for r in card.data.eval_results if r.dataset_config == f"route {route}"]
         assert of_route == [value for name, value in last["metrics"].items() if name.startswith(f"eval_{route}/")]
-        assert re.search(rf"^\| {route} \| {route} \| {kept:,} \|", card.text, re.MULTILINE)
+        assert re.search(rf"^\| {route} \| {route} \| {num_kept:,} \|", card.text, re.MULTILINE)
     assert f"| {last['footprint']['full_bytes']:,} |" in card.text
-    for link in ("digits-similarity.png", "digits-results.json"):
+    for link in (f"{kept}-similarity.png", f"{name}-results.json"):
         assert f"]({link})" in card.text and (MODEL_CARDS / link).exists()
 
 
