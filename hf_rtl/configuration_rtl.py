@@ -19,7 +19,7 @@ VERSION = "0.1.0.dev0"
 FORMAT_VERSION = 1
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
-ROUTERS = ("given",)
+ROUTERS = ("given", "score", "centroid", "entropy")
 
 # Keys by which a configuration could make its backbone fetch weights or code.
 _FORBIDDEN_KEYS = ("auto_map", "backbone", "use_pretrained_backbone", "use_timm_backbone", "quantization_config")
@@ -44,7 +44,13 @@ class RTLConfig(PreTrainedConfig):
         prunable (`list[tuple[str, list[int]]]`): names and shapes of the prunable weights, in the mask bank's order.
         prune_include (`list[str]`, *optional*), prune_exclude (`list[str]`, *optional*): the patterns that led to
             `prunable`, kept for the record.
-        router (`str`, *optional*, defaults to `"given"`): what decides an input's route when the caller does not.
+        router (`str`, *optional*, defaults to `"given"`): what decides an input's route when the caller does not:
+            nothing, or a router (`"score"`, `"centroid"`, `"entropy"`, see `routing.py`), which the trainer fits.
+        router_features (`int`, *optional*): number of features of a `"centroid"` router.
+        router_threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
+            takes `router_fallback`.
+        router_fallback (`int` or `str`, *optional*, defaults to -1): the name of a route, or -1, the union of all
+            tickets.
         thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says
             yes.
         mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
@@ -67,7 +73,15 @@ class RTLConfig(PreTrainedConfig):
     model_type = "rtl"
     has_no_defaults_at_init = True
     sub_configs = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "attentions", "last_hidden_state"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "hidden_states",
+        "attentions",
+        "last_hidden_state",
+        "route_ids",
+        "route_scores",
+    ]
 
     backbone_config: Any = None
     route_names: list[str] = field(default_factory=list)
@@ -77,6 +91,9 @@ class RTLConfig(PreTrainedConfig):
     prune_include: list[str] = field(default_factory=list)
     prune_exclude: list[str] = field(default_factory=list)
     router: str = "given"
+    router_features: int | None = None
+    router_threshold: float = 0.0
+    router_fallback: int | str = -1
     thresholds: list | None = None
     mask_fingerprint: str | None = None
     base: dict | None = None
@@ -169,6 +186,7 @@ class RTLConfig(PreTrainedConfig):
             raise ValueError(
                 f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}."
             )
+        self._check_router()
         if not set(self.added_routes) <= set(self.route_names):
             raise ValueError(f"`added_routes` = {self.added_routes} are not all among the routes {self.route_names}.")
         if self.base is not None and not isinstance(self.base.get("fingerprint"), dict):
@@ -198,6 +216,25 @@ class RTLConfig(PreTrainedConfig):
         value = getattr(self, field)
         if value not in allowed:
             raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    def _check_router(self) -> None:
+        if self.router == "entropy" and self.ticket_task == "membership":
+            raise ValueError(
+                "`router` = 'entropy' compares outputs over several labels, and membership tickets have one; use "
+                "'score'."
+            )
+        if (self.router == "centroid") != (self.router_features is not None):
+            raise ValueError(
+                f"`router_features` = {self.router_features} with `router` = {self.router!r}: a 'centroid' router has "
+                "a number of features, others None."
+            )
+        if not 0 <= self.router_threshold <= 1:
+            raise ValueError(f"`router_threshold` must be a probability in [0, 1], got {self.router_threshold}.")
+        if self.router_fallback != -1 and self.router_fallback not in self.route_names:
+            raise ValueError(
+                f"`router_fallback` must be -1, the union of all tickets, or one of "
+                f"{', '.join(map(repr, self.route_names))}, got {self.router_fallback!r}."
+            )
 
     def _check_membership(self) -> None:
         if self.num_routes < 2:

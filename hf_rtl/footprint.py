@@ -12,7 +12,9 @@ from .norm_statistics import NormStatistics, tracked_buffers
 from .prunable import parameter_aliases, parameter_at
 
 
-def footprint(backbone: nn.Module, bank: MaskBank, statistics: NormStatistics | None) -> dict[str, int]:
+def footprint(
+    backbone: nn.Module, bank: MaskBank, statistics: NormStatistics | None, router: nn.Module | None
+) -> dict[str, int]:
     """
     Bytes of the tensors of a routed model in every form, and of K models of one ticket each. The headers of files, a
     few kilobytes, come on top.
@@ -21,8 +23,8 @@ def footprint(backbone: nn.Module, bank: MaskBank, statistics: NormStatistics | 
         What there is:
         - `union_bytes`: weights that any ticket keeps;
         - `mask_bytes`, `coded_mask_bytes`: masks as raw bits, and as the compact form has them;
-        - `dense_bytes`: what no mask covers, that is the other parameters and buffers, and the statistics of all
-          routes;
+        - `dense_bytes`: what no mask covers, that is the other parameters and buffers, the statistics of all routes,
+          and the router;
         - `total_bytes`: union, raw masks and dense.
 
         What files hold, also what no ticket needs:
@@ -44,6 +46,8 @@ def footprint(backbone: nn.Module, bank: MaskBank, statistics: NormStatistics | 
     rows = 0 if statistics is None else sum(rows.nbytes for rows in statistics.rows)
     rows_of_routes = 0 if statistics is None else rows * bank.num_routes // (bank.num_routes + 1)
 
+    routing = 0 if router is None else sum(tensor.nbytes for tensor in router.buffers())
+
     kept_by_any = [int(count_bits(row)) for row in bank.packed_union()]
     kept_in_all_tickets = bank.count(per_layer=True).sum(1).tolist()
     union = sum(count * weight.itemsize for count, weight in zip(kept_by_any, weights, strict=True))
@@ -53,15 +57,15 @@ def footprint(backbone: nn.Module, bank: MaskBank, statistics: NormStatistics | 
     alone = sum(encode(torch.cat([rows[k] for rows in bank.packed]))[1].nbytes for k in range(bank.num_routes))
 
     others = num_bytes - prunable
-    dense = others + rows - (tracked if statistics is not None else 0)
+    dense = others + rows + routing - (tracked if statistics is not None else 0)
     return {
         "union_bytes": union,
         "mask_bytes": masks,
         "coded_mask_bytes": coded,
         "dense_bytes": dense,
         "total_bytes": union + masks + dense,
-        "full_bytes": num_bytes + masks + rows,
-        "compact_bytes": union + coded + others + rows,
+        "full_bytes": num_bytes + masks + rows + routing,
+        "compact_bytes": union + coded + others + rows + routing,
         "tickets_bytes": alone + rows_of_routes,
         "independent_full_bytes": bank.num_routes * num_bytes,
         "independent_bytes": tickets + masks + bank.num_routes * others,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .mask_bank import MaskBank, integer_dtype, unpack_as_integers
+from .mask_bank import MaskBank, integer_dtype, unpack, unpack_as_integers
 from .prunable import parameter_aliases, parameter_at
 
 
@@ -96,7 +96,41 @@ class WeightMasker:
         else:
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
             masked = _MaskWeights.apply(masks, copies, on_backward, *weights)
-        for places, weight in zip(self.places, masked, strict=True):
+        self._put(masked)
+
+    @torch.no_grad()
+    def apply_mean(self) -> list[Tensor]:
+        """
+        Puts every weight times the fraction of routes that keep it in place, until `remove`; returns these tensors,
+        which want gradients. Masks are unpacked one at a time.
+        """
+        self.places = self._locate()
+        means = []
+        for rows, shape, weight in zip(self.bank.packed, self.bank.shapes, self.weights, strict=True):
+            kept = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            for row in rows:
+                kept += unpack(row.to(weight.device), shape)
+            means.append(torch.where(kept > 0, weight * (kept / len(rows)), 0).requires_grad_())
+        self._put(means)
+        return means
+
+    @torch.no_grad()
+    def along_masks(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """
+        `float32 [num_routes]`: by route, the sum over its kept weights of gradient times weight, which is the
+        derivative by the coefficient of its mask. A weight without a gradient counts nothing. Masks are unpacked one
+        at a time.
+        """
+        sums = torch.zeros(self.bank.num_routes, device=self.weights[0].device)
+        for rows, weight, gradient in zip(self.bank.packed, self.weights, gradients, strict=True):
+            if gradient is not None:
+                products = (gradient * weight).float()
+                for route, row in enumerate(rows):
+                    sums[route] += products[unpack(row.to(weight.device), weight.shape)].sum()
+        return sums
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for places, weight in zip(self.places, weights, strict=True):
             for module, attribute in places:
                 # An entry of the instance hides the registered parameter of the same name from attribute access only.
                 module.__dict__[attribute] = weight

@@ -79,7 +79,8 @@ class RTLModel(RoutedModel):
         - a `LongTensor [batch]` or a list of indices and names: each sample through its own, the batch being grouped
           by route once;
         - `None`: inside `route_context`, its route; else, for `ticket_task="membership"`, every ticket scores every
-          sample (K forwards), else a `ValueError`, since the router is `"given"`.
+          sample (K forwards); else the router decides, in evaluation mode (see `routing.py`); a `ValueError` if it is
+          `"given"`.
     """
 
     # What a model card says of the run that the model comes from (see `training_run.py`), after a training.
@@ -175,7 +176,7 @@ class RTLModel(RoutedModel):
                 "is not; RTLModel.from_pretrained opens it as what it is."
             )
         # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
-        own = {"mask_bank", "norm_statistics"}
+        own = {"mask_bank", "norm_statistics", "router"}
         foreign = [name for name in info["unexpected_keys"] if own & set(name.split("."))]
         mismatched = [entry[0] for entry in info["mismatched_keys"]]
         problems = {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign}
@@ -527,7 +528,7 @@ class RTLModel(RoutedModel):
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
-        return footprint(self.backbone, self.mask_bank, self.norm_statistics)
+        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.router)
 
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
@@ -542,6 +543,7 @@ class RTLModel(RoutedModel):
             "active_route": self._active.route,
             "norm_statistics": self.config.norm_statistics,
             "mask_cache": {"bytes": self.masker.cached_bytes(), "limit": self.masker.cache_bytes},
+            "router": self.config.router,
             "calibrated": self.config.thresholds is not None,
         }
 

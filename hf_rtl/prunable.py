@@ -67,7 +67,7 @@ def select_prunable(
     Raises:
         ValueError: a pattern that matches no weight, or nothing left to prune.
     """
-    head = {id(module) for part in _heads(backbone) for module in part.modules()}
+    head = {id(module) for part in heads(backbone) for module in part.modules()}
     used: set[str] = set()
     chosen: list[tuple[str, tuple[int, ...]]] = []
     module_names = {id(module): name for name, module in backbone.named_modules()}
@@ -114,7 +114,7 @@ def _prunable_by_default(module: nn.Module, attribute: str, head: set[int]) -> b
     return isinstance(module, _LAYERS) and attribute == "weight"
 
 
-def _heads(backbone: nn.Module) -> Iterator[nn.Module]:
+def heads(backbone: nn.Module) -> Iterator[nn.Module]:
     """The modules that make up the head; empty for a model without one."""
     timm_model: Any = getattr(backbone, "timm_model", None)
     if timm_model is not None:

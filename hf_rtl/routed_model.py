@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from .mask_bank import MaskBank
 from .masking import UNION, WeightMasker
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+from .routing import ROUTER_CLASSES, CentroidRouter, RouteDecision, Router, ScoreRouter
+
+
+logger = logging.getLogger(__name__)
 
 
 class RoutedModel(PreTrainedModel):
@@ -58,6 +63,7 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank = MaskBank(config.prunable, config.route_names)
         per_route = config.norm_statistics == "per_route"
         self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
+        self.router = _empty_router(config)
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
@@ -123,6 +129,12 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank.add_route(name, masks)
         if self.norm_statistics is not None:
             self.norm_statistics.insert(statistics)
+        if self.router is not None:
+            logger.warning(
+                f"the router {self.router.name!r} does not know the new route {name!r} and is taken out; fit it again "
+                "with `RTLTrainer.fit_router`, or pass `route_ids`."
+            )
+            self.set_router(None)
 
     def drop_route(self, route: int | str) -> None:
         """
@@ -142,6 +154,8 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank.drop_route(index)
         if self.norm_statistics is not None:
             self.norm_statistics.drop(index)
+        if self.router is not None:
+            self.router.drop_route(index)
 
     @contextlib.contextmanager
     def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
@@ -161,15 +175,29 @@ class RoutedModel(PreTrainedModel):
             RuntimeError: a context is active already in this thread, or in another one while training.
         """
         index = self.route_index(route)
+        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
+            yield self
+
+    @contextlib.contextmanager
+    def mixture_context(self) -> Iterator[list[Tensor]]:
+        """
+        As `route_context`, with the mean of all masks and the statistics of the union. Yields the weights in place,
+        in the mask bank's order, which want gradients.
+        """
+        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
+            yield weights
+
+    @contextlib.contextmanager
+    def _weights_in_place(self, index: int, put: Callable[[], Any]) -> Iterator[Any]:
         with self._active.hold(index, wait=not self.training):
             if self.norm_statistics is not None:
                 bound = self.norm_statistics.bind(self.backbone, index)
             else:
                 bound = BoundStatistics.own(self.backbone)
             try:
-                self.masker.apply(index, fresh=fresh)
+                placed = put()
                 self._active.statistics = bound
-                yield self
+                yield placed
             finally:
                 self.masker.remove()
                 bound.release()
@@ -205,6 +233,72 @@ class RoutedModel(PreTrainedModel):
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view
 
+    # Routers
+
+    def set_router(self, router: Router | None, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
+        """
+        Makes `router` decide the route of inputs that come without one; `None` leaves that to the caller.
+
+        Args:
+            router ([`Router`], *optional*): fitted for the routes of this model, as by `RTLTrainer.fit_router`.
+            threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
+                takes `fallback`.
+            fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
+
+        Raises:
+            ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
+                been changed then.
+        """
+        self._refuse_on_view("set_router()")
+        if router is not None and router.num_routes != self.num_routes:
+            raise ValueError(
+                f"`router` was fitted for {router.num_routes} routes, and this model has {self.num_routes}: "
+                f"{', '.join(map(repr, self.route_names))}. Fit one for these with `RTLTrainer.fit_router`."
+            )
+        index = self.route_index(fallback)
+        changed = copy.copy(self.config)
+        changed.router = "given" if router is None else router.name
+        changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
+        changed.router_threshold = threshold
+        changed.router_fallback = UNION if index == UNION else self.route_names[index]
+        changed.check()
+        self.config.__dict__.update(changed.__dict__)
+        self.router = None if router is None else router.to(self.device)
+
+    @torch.no_grad()
+    def infer_routes(self, **inputs: Any) -> RouteDecision:
+        """
+        What the model's router decides for a batch: routes, how sure it is, and the scores of all routes. No ticket
+        answers. Costs as [`Router`]s say; `inputs` are those of `forward`, without labels.
+
+        Raises:
+            ValueError: the router is `"given"`, the model is in training mode, or a batch without samples.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        router = self._require_router()
+        _check_samples(inputs)
+        return self._decide(router.evidence(self, inputs))
+
+    def _decide(self, evidence: Tensor) -> RouteDecision:
+        return self._require_router().decide(
+            evidence, threshold=self.config.router_threshold, fallback=self.route_index(self.config.router_fallback)
+        )
+
+    def _require_router(self) -> Router:
+        if self.router is None:
+            raise ValueError(
+                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
+                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
+                "pipeline, which passes none, takes `model.with_route(route)` as its model. `RTLTrainer.fit_router` "
+                "makes a router that decides."
+            )
+        if self.training:
+            raise ValueError(
+                "`route_ids` is missing, and routers decide in evaluation mode only: pass `route_ids=`, or call "
+                "`model.eval()`."
+            )
+        return self.router
+
     # Forward
 
     def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
@@ -228,6 +322,7 @@ class RoutedModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
+        _check_samples(inputs)
         active = self._active.route
         if active is not None:
             if route_ids is not None:
@@ -240,11 +335,9 @@ class RoutedModel(PreTrainedModel):
         if route_ids is None:
             if self.config.ticket_task == "membership":
                 return self._score_all(inputs, labels)
-            raise ValueError(
-                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
-                "pipeline, which passes none, takes `model.with_route(route)` as its model."
-            )
+            decision = self.infer_routes(**inputs)
+            output = self._run_mixed(inputs, labels, decision.route_ids.tolist())
+            return _with_decision(output, decision)
         if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
             raise RuntimeError(
                 "with gradient checkpointing the masks must stay in place until backward has ended: use "
@@ -320,7 +413,12 @@ class RoutedModel(PreTrainedModel):
                 )
             targets = one_hot(home_routes.long(), self.num_routes).to(logits.dtype)
             loss = binary_cross_entropy_with_logits(logits, targets)
-        return type(output)(loss=loss, logits=logits)
+        output = type(output)(loss=loss, logits=logits)
+        if self.router is None or self.training:
+            return output
+        if isinstance(self.router, ScoreRouter):
+            return _with_decision(output, self._decide(logits.detach().float()))
+        return _with_decision(output, self.infer_routes(**inputs))
 
     @property
     def _has_batch_statistics(self) -> bool:
@@ -356,7 +454,7 @@ class RoutedModel(PreTrainedModel):
             if route_ids.ndim == 0:
                 return self.route_index(int(route_ids))
             route_ids = route_ids.tolist()
-        main = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+        main = _first_tensor(inputs)
         if not route_ids:
             raise ValueError("`route_ids` is empty; give one route per sample.")
         if main is not None and len(route_ids) != len(main):
@@ -411,3 +509,26 @@ class RoutedModel(PreTrainedModel):
     def _refuse_in_context(self, action: str) -> None:
         if self._active.held:
             raise RuntimeError(f"{action} inside a route_context would see masked weights; leave the context first.")
+
+
+def _first_tensor(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+
+
+def _check_samples(inputs: Mapping[str, Any]) -> None:
+    main = _first_tensor(inputs)
+    if main is not None and main.ndim and not len(main):
+        raise ValueError(f"a batch without samples, of shape {tuple(main.shape)}: there is nothing to answer.")
+
+
+def _empty_router(config: RTLConfig) -> Router | None:
+    """The router that a configuration names, to be filled from a file."""
+    if config.router == "given":
+        return None
+    arguments = (config.num_routes,) if config.router_features is None else (config.num_routes, config.router_features)
+    return ROUTER_CLASSES[config.router](*arguments)
+
+
+def _with_decision(output: ModelOutput, decision: RouteDecision) -> ModelOutput:
+    output["route_ids"], output["route_scores"] = decision.route_ids, decision.route_scores
+    return output

@@ -141,6 +141,10 @@ def test_every_field_survives_a_file(tmp_path):
         prunable=[("b.weight", (3, 2)), ("a.weight", [4, 1, 2, 2])],
         prune_include=["b*"],
         prune_exclude=["*.c", "*.d"],
+        router="centroid",
+        router_features=17,
+        router_threshold=0.25,
+        router_fallback="aardvark",
         thresholds=[0.5, -1.25, 0.1, 1e-7],
         mask_fingerprint="f" * 64,
         base={"fingerprint": {"float32": "0" * 16}, "repo": "org/name", "revision": "1" * 40},
@@ -155,7 +159,7 @@ def test_every_field_survives_a_file(tmp_path):
     loaded = RTLConfig.from_pretrained(tmp_path)
     assert type(loaded) is RTLConfig
     default = make(bert_dict())
-    same_as_default = {"ticket_task", "router", "format_version"}
+    same_as_default = {"ticket_task", "format_version"}
     for field in fields(RTLConfig):
         if field.name in ("backbone_config", "transformers_version"):
             continue
@@ -181,7 +185,7 @@ def test_every_field_survives_a_file(tmp_path):
         assert other.to_dict() | of_this_file == config.to_dict() | of_this_file
 
 
-@pytest.mark.parametrize("router", ["given"])
+@pytest.mark.parametrize("router", ["given", "score"])
 def test_choices_survive(tmp_path, router):
     config = make(bert_dict(**ONE_LOGIT), ticket_task="membership", router=router)
     config.save_pretrained(tmp_path)
@@ -254,7 +258,7 @@ def test_a_configuration_does_not_change_the_backbones():
         ({"ticket_task": None}, "`ticket_task` must be one of 'membership', 'labels', got None"),
         ({"ticket_task": "both"}, "`ticket_task` must be one of .* got 'both'"),
         ({"norm_statistics": "per-route"}, "`norm_statistics` must be one of 'per_route', 'shared', got 'per-route'"),
-        ({"router": "psychic"}, "`router` must be one of 'given', got 'psychic'"),
+        ({"router": "psychic"}, "`router` must be one of 'given', 'score', 'centroid', 'entropy', got 'psychic'"),
         ({"router": ["given"]}, "`router` must be one of"),
         ({"route_names": None}, "`route_names` is empty"),
         ({"route_names": []}, "`route_names` is empty"),
@@ -263,6 +267,14 @@ def test_a_configuration_does_not_change_the_backbones():
         ({"backbone_config": None}, "`backbone_config` must be a configuration or a dict .* got NoneType"),
         ({"backbone_config": "resnet18"}, "got str; .*from_backbone"),
         ({"backbone_config": {}}, "`backbone_config` has model_type=None"),
+        ({"router": "centroid"}, "`router_features` = None with `router` = 'centroid'"),
+        ({"router": "score", "router_features": 4}, "`router_features` = 4 with `router` = 'score'"),
+        (
+            {"router": "entropy", "ticket_task": "membership", "backbone_config": bert_dict(**ONE_LOGIT)},
+            "'entropy' compares outputs over several labels",
+        ),
+        ({"router_threshold": -0.1}, r"`router_threshold` must be a probability in \[0, 1\], got -0.1"),
+        ({"router_fallback": "c"}, "`router_fallback` must be -1, the union of all tickets, or one of 'a', 'b'"),
         ({"thresholds": [0.5]}, "`thresholds` has 1 values, expected one per route, 2"),
     ],
 )

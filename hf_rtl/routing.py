@@ -1,0 +1,161 @@
+"""
+Routers: which route an input takes when the caller does not say. They see inputs, never labels.
+
+`router_fitting.py` fits them, on training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .features import pooled_features
+from .masking import UNION
+
+
+class RouteDecision(NamedTuple):
+    """
+    What a router decides for a batch.
+
+    Args:
+        route_ids (`Tensor`): `int64 [batch]`, the route that each sample takes.
+        confidence (`Tensor`): `float32 [batch]`, the probability of the likeliest route.
+        route_scores (`Tensor`): `float32 [batch, num_routes]`, the log probability of every route.
+    """
+
+    route_ids: Tensor
+    confidence: Tensor
+    route_scores: Tensor
+
+
+class Router(nn.Module):
+    """
+    Turns evidence for every route into a decision: the probabilities of the routes are
+    softmax(scale · evidence + offset), with a scale and an offset per route, fitted on samples whose route is known.
+
+    Where the likeliest route is less probable than `threshold`, the sample takes `fallback` instead.
+
+    Args:
+        num_routes (`int`): K.
+
+    Buffers, `float32` also in a model of another type: `scale` and `offset`, `[num_routes]`.
+    """
+
+    name: str
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, num_routes: int) -> None:
+        super().__init__()
+        # The type is given, since `from_pretrained` builds models under the default type that they are asked for in.
+        self.register_buffer("scale", torch.ones(num_routes, dtype=torch.float32))
+        self.register_buffer("offset", torch.zeros(num_routes, dtype=torch.float32))
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.scale)
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """`float32 [batch, num_routes]`, more for a likelier route, from a routed model in evaluation mode."""
+        raise NotImplementedError
+
+    def decide(self, evidence: Tensor, *, threshold: float = 0.0, fallback: int = UNION) -> RouteDecision:
+        scores = (self.scale * evidence + self.offset).log_softmax(dim=1)
+        log_confidence, route_ids = scores.max(dim=1)
+        confidence = log_confidence.exp()
+        return RouteDecision(torch.where(confidence < threshold, fallback, route_ids), confidence, scores)
+
+    def drop_route(self, route: int) -> None:
+        """Leaves a route out: those behind it move up by one."""
+        for name, rows in list(self.named_buffers()):
+            setattr(self, name, torch.cat([rows[:route], rows[route + 1 :]]))
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, rows in before.items():
+            setattr(self, name, rows.to(getattr(self, name).device))
+        return self
+
+
+class ScoreRouter(Router):
+    """
+    Every ticket scores every sample, K forwards: the evidence is its logit, of tickets for labels the log-sum-exp of
+    their logits.
+    """
+
+    name = "score"
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        columns = []
+        for route in range(model.num_routes):
+            with model.route_context(route):
+                columns.append(self.of_logits(model.backbone(**inputs, return_dict=True).logits))
+        return torch.stack(columns, dim=1)
+
+    @staticmethod
+    def of_logits(logits: Tensor) -> Tensor:
+        """The evidence of a ticket's logits `[batch, num_labels]`. Of one logit it is the logit itself."""
+        return _one_prediction_a_sample(logits).float().logsumexp(dim=1)
+
+
+class CentroidRouter(Router):
+    """
+    The nearest mean in the penultimate features of the union of all tickets, one forward. The evidence is the negative
+    squared distance.
+
+    Buffers: also `centroids`, `float32 [num_routes, num_features]`.
+    """
+
+    name = "centroid"
+    centroids: Tensor
+
+    def __init__(self, num_routes: int, num_features: int) -> None:
+        super().__init__(num_routes)
+        self.register_buffer("centroids", torch.zeros(num_routes, num_features, dtype=torch.float32))
+
+    @property
+    def num_features(self) -> int:
+        return self.centroids.shape[1]
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), model.route_context(UNION):
+            features = pooled_features(model.backbone, inputs)
+        # Not by a matrix product, whose rounding would depend on the size of the batch.
+        return -torch.cdist(features, self.centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+class EntropyRouter(Router):
+    """
+    One gradient step over mixing coefficients (Wortsman et al., "Supermasks in superposition", 2020, section 3.3), one
+    forward and one backward: under the mean of all masks, the evidence for a route is by how much the entropy of the
+    output falls with the coefficient of its mask. One decision for the whole batch, which is of one route.
+    """
+
+    name = "entropy"
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        # Inputs that were made in inference mode could not be saved for a backward.
+        with torch.inference_mode(False), torch.enable_grad(), model.mixture_context() as weights:
+            inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True).logits).float()
+            entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+            gradients = torch.autograd.grad(entropy, weights, allow_unused=True)
+        return -model.masker.along_masks(gradients).expand(len(logits), -1)
+
+
+ROUTER_CLASSES: dict[str, type[Router]] = {
+    router.name: router for router in (ScoreRouter, CentroidRouter, EntropyRouter)
+}
+
+
+def _one_prediction_a_sample(logits: Tensor) -> Tensor:
+    if logits.ndim != 2:
+        raise ValueError(
+            f"this router reads one prediction a sample, logits [batch, num_labels], got {tuple(logits.shape)}; use "
+            "the router 'centroid'."
+        )
+    return logits
