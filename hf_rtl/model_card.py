@@ -26,7 +26,7 @@ from .card_metrics import METRICS_OF_THE_HUB, describe_metric, split_metrics
 from .card_page import backbone_name, render_page
 from .files import write_bytes
 from .modeling_rtl import RTLModel
-from .readme import ALL_ROUTES, Readme, merge_metadata
+from .readme import ALL_ROUTES, Readme
 from .training_run import is_of, read_run
 
 
@@ -152,7 +152,7 @@ def write_card(
     noted = readme.record or {}
     card = RTLCardData().updated({**noted.get("given", {}), **given})
     metadata = card_metadata(model, card, run)
-    merged = merge_metadata(readme.metadata, metadata, noted.get("metadata", {}))
+    merged = readme.merged(metadata)
     for name in sorted(given.keys() & metadata.keys()):
         if not isinstance(metadata[name], list) and merged.get(name) != metadata[name]:
             logger.warning(
@@ -161,14 +161,13 @@ def write_card(
             )
     similarity = model.mask_bank.similarity().cpu()
     has_picture = find_spec("matplotlib") is not None
-    has_title = any(line.startswith("# ") for line in (readme.before + readme.after).splitlines())
     page = render_page(
         model,
         asdict(card),
         run,
         similarity=similarity,
         pipeline_tag=metadata.get("pipeline_tag"),
-        title=None if has_title else _title(model, card),
+        title=None if readme.has_title else _title(model, card),
         with_code=_has_code(target),
         picture=PICTURE if has_picture else None,
     )

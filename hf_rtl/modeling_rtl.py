@@ -44,8 +44,7 @@ from .norm_statistics import tracked_buffers
 from .prunable import coverage_table, parameter_aliases, parameter_at, select_prunable
 from .routed_model import RoutedModel
 from .structure import refuse_to_save, remove_dead_channels
-from .ticket_card import tickets_card
-from .ticket_files import base_of, load_tickets, save_tickets
+from .ticket_files import base_of, load_tickets, save_tickets, write_page
 
 
 logger = logging.getLogger(__name__)
@@ -415,7 +414,8 @@ class RTLModel(RoutedModel):
         that the base has not. About a bit per prunable weight and ticket; see `ticket_files.py`.
 
         Args:
-            save_directory (`str`): a folder; tickets of an earlier save in it are replaced.
+            save_directory (`str`): a folder; tickets of an earlier save in it are replaced. If it has the `README.md`
+                of a push of tickets, the generated part of that is brought up to date.
             routes (`Sequence[int | str]`, *optional*): whose tickets; by default all.
             base_routes (`Sequence[int | str]`, *optional*): the routes that the others' copies have, so that the
                 weights in their union need not be written. By default all but those that were added to this model.
@@ -424,7 +424,7 @@ class RTLModel(RoutedModel):
             The index that was written, as of `ticket_files.read_index`.
 
         Raises:
-            ValueError: an unknown route. Nothing is written then.
+            ValueError: an unknown route, or a `README.md` that cannot be read. Nothing is written then.
         """
         self._check_savable()
         chosen = range(self.num_routes) if routes is None else self._route_indices("routes", routes)
@@ -490,19 +490,20 @@ class RTLModel(RoutedModel):
         parent_commit: str | None = None,
     ) -> CommitInfo:
         """
-        Pushes what `save_tickets` writes, in one commit, which also removes ticket files of an earlier push.
+        Pushes what `save_tickets` writes, in one commit, which also removes ticket files of an earlier push, and a
+        page, which keeps what was written by hand into the one that is there. The page of a model stays as it is.
 
         Args: as of `save_tickets` and `push_to_hub`.
         """
         self._check_savable()
-        with tempfile.TemporaryDirectory() as folder:
-            index = self.save_tickets(Path(folder) / "tickets", routes, base_routes=base_routes)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "tickets"
+            index = self.save_tickets(folder, routes, base_routes=base_routes)
             repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             head = branch_head(repo_id, None if create_pr else revision, token=token)
-            if not HfApi().file_exists(repo_id, "README.md", revision=head, token=token):
-                tickets_card(repo_id, index).save(Path(folder) / "tickets" / "README.md")
+            write_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
             return commit_folder(
-                Path(folder) / "tickets",
+                folder,
                 repo_id,
                 outdated=TICKET_FILES,
                 parent_commit=parent_commit or head,

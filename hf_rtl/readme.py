@@ -89,6 +89,15 @@ class Readme:
         """Whether what is not ours is other than when the file was last pushed to the Hub."""
         return self.own_part() != (self.record or {}).get("pushed", Readme().own_part())
 
+    @property
+    def has_title(self) -> bool:
+        """Whether there is a heading of the first level in the text around the generated part."""
+        return any(line.startswith("# ") for line in (self.before + self.after).splitlines())
+
+    def merged(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata with `ours` in them, but where they were changed by hand since ours were written."""
+        return merge_metadata(self.metadata, ours, (self.record or {}).get("metadata", {}))
+
     def with_generated(self, part: str, metadata: Mapping[str, Any], note: Mapping[str, Any]) -> bytes:
         """
         The file with another generated part and other metadata, whose unchanged keys stay as they are written.

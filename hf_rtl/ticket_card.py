@@ -6,17 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
-from .markdown import text
+from .markdown import table, text
+from .readme import Readme
 
 
 _PAGE = """\
----
-{metadata}
----
-
-# {name}
+{title}
 
 Tickets of {base}: each is a sparse subnetwork of that model, a mask over its weights with what else the route has of
 its own. They are of use only together with a copy of it.
@@ -28,29 +25,53 @@ model = RTLModel.from_pretrained({base_name!r})
 model.load_tickets({repo_id!r})  # or routes=[…], some of them
 ```
 
-| route | kept weights | density | weights that the base has not |
-|---|---|---|---|
-{rows}
+{tickets}
 """
 
 
-def tickets_card(repo_id: str, index: Mapping[str, Any]) -> ModelCard:
-    """The card of the tickets in `index`, as of `ticket_files.read_index`, in the repository `repo_id`."""
+def tickets_page(index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> bytes | None:
+    """
+    A `README.md` with a part that shows the tickets of `index`; all other text stays byte for byte.
+
+    Args:
+        index (`Mapping[str, Any]`): as of `ticket_files.read_index`.
+        content (`bytes`): what the file holds; `b""` if there is none.
+        repo_id (`str`, *optional*): where the tickets are pushed to. Without it, only a part that shows tickets of a
+            repository already is brought up to date.
+
+    Returns:
+        The new content. `None` if the file is to stay: the generated part in it is a model's, or, without `repo_id`,
+        there is none.
+
+    Raises:
+        ValueError: the file is not UTF-8, or its metadata are no YAML.
+    """
+    readme = Readme.parse(content)
+    shown = repo_id if readme.record is None else readme.record.get("repo_id")
+    if shown is None:
+        return None
+    repo_id = repo_id or shown
     base = index["base"].get("repo")
-    num_weights = sum(math.prod(shape) for _, shape in index["weights"])
-    rows = [
-        f"| {text(ticket['name'])} | {ticket['kept']:,} | {ticket['kept'] / num_weights:.1%} | {ticket['added']:,} |"
-        for ticket in index["tickets"]
-    ]
-    data = ModelCardData(
-        library_name="hf_rtl", tags=["hf_rtl", "tickets", "pruning"], base_model=base, base_model_relation="adapter"
-    )
-    content = _PAGE.format(
-        metadata=data.to_yaml(),
-        name=repo_id.split("/")[-1],
+    metadata = ModelCardData(
+        library_name="hf_rtl",
+        tags=["hf_rtl", "tickets", "pruning"],
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+    ).to_dict()
+    part = _PAGE.format(
+        title="" if readme.has_title else f"# {repo_id.split('/')[-1]}",
         base=f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the Hub",
         base_name=base or "path/of/the/model",
         repo_id=repo_id,
-        rows="\n".join(rows),
+        tickets=_table(index),
     )
-    return ModelCard(content)
+    return readme.with_generated(part, readme.merged(metadata), {"repo_id": repo_id, "metadata": metadata})
+
+
+def _table(index: Mapping[str, Any]) -> str:
+    num_weights = sum(math.prod(shape) for _, shape in index["weights"])
+    rows = [
+        [text(ticket["name"]), f"{ticket['kept']:,}", f"{ticket['kept'] / num_weights:.1%}", f"{ticket['added']:,}"]
+        for ticket in index["tickets"]
+    ]
+    return table(["route", "kept weights", "density", "weights that the base has not"], rows)

@@ -29,6 +29,7 @@ from .routed_model import RoutedModel
 FORMAT_VERSION = 1
 INDEX = "tickets.json"
 TICKETS_PATTERN = "ticket-*.safetensors"
+PAGE = "README.md"
 
 _FILE_NAME = re.compile(r"ticket-\d{3,6}\.safetensors")
 # Tensors of a ticket's file -> whether they hold the running statistics that are floats, or the counts.
@@ -65,7 +66,7 @@ def save_tickets(
     model: RoutedModel, directory: Path, routes: Sequence[int], *, base_routes: Sequence[int]
 ) -> dict[str, Any]:
     """
-    Writes the tickets of `routes` into a folder, the index last.
+    Writes the tickets of `routes` into a folder, the index last. A page of tickets in it is brought up to date.
 
     ```
     tickets.json             the index: the base, hashes of what tickets read of it, a list of the tickets
@@ -99,6 +100,8 @@ def save_tickets(
             "tickets": tickets,
         }
         write_json(Path(staging) / INDEX, index)
+        known = directory / PAGE
+        write_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
         move_files(Path(staging), directory, last=INDEX, stale=TICKETS_PATTERN)
     return index
 
@@ -135,6 +138,20 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
         "in_base": in_base,
     }
     return tensors, about
+
+
+def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
+    """Writes `content`, that of a `README.md`, with `index` in it, if it is to change: see `ticket_card.py`."""
+    try:
+        from hf_rtl.ticket_card import tickets_page
+    except ImportError as error:
+        # Custom code from a Hub repository comes without what writes pages.
+        if error.name != "hf_rtl":
+            raise
+        return
+    page = tickets_page(index, content, repo_id=repo_id)
+    if page is not None:
+        (folder / PAGE).write_bytes(page)
 
 
 def base_of(model: RoutedModel) -> dict[str, Any]:

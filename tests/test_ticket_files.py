@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForMaskedLM, RTLModelForSequenceClassification
 from hf_rtl.mask_coding import decode
+from hf_rtl.readme import Readme
+from hf_rtl.ticket_card import tickets_page
 from hf_rtl.ticket_files import read_index
 
 
@@ -213,6 +215,52 @@ def test_what_is_in_the_files(tmp_path):
     model.save_tickets(folder, [1])
     assert {file.name for file in folder.iterdir()} == {"tickets.json", "ticket-000.safetensors"}
     assert [ticket["name"] for ticket in read_index(folder)["tickets"]] == ["bee"]
+
+
+def test_a_page_of_tickets_follows_them_and_keeps_what_a_user_wrote(tmp_path):
+    model = make_model()
+    index = model.save_tickets(tmp_path)
+    file = tmp_path / "README.md"
+    assert not file.exists()  # only a push makes a page
+
+    page = tickets_page(index, b"---\nlicense: mit # yes\n---\n# Mine\n", repo_id="ann/more").decode()
+    assert page.startswith("---\nlicense: mit # yes\n") and "\n---\n# Mine\n\n<!-- hf_rtl: begin" in page
+    assert "# more" not in page and "load_tickets('ann/more')" in page
+    assert "a model that is not on the Hub" in page and "base_model" not in page
+    by_hand = page.replace("- pruning\n", "- pruning\n- insects\n") + "\nMy own words.\n"
+    file.write_bytes(by_hand.encode())
+    assert tickets_page(index, file.read_bytes(), repo_id="ann/more") == file.read_bytes()
+
+    model.config.base = {"repo": "org/base", "revision": "0" * 40, **index["base"]}
+    index = model.save_tickets(tmp_path, ["bee"])
+    page = file.read_text()
+    kept, total = index["tickets"][0]["kept"], model.mask_bank.num_weights
+    assert [line for line in page.splitlines() if line.startswith("| ")][2:] == [
+        f"| bee | {kept:,} | {kept / total:.1%} | 0 |"
+    ]
+    assert page.startswith("---\nlicense: mit # yes\n") and page.endswith("hf_rtl: end -->\n\nMy own words.\n")
+    readme = Readme.parse(page.encode())
+    assert readme.before == "# Mine\n\n" and {"insects", "tickets"} <= set(readme.metadata["tags"])
+    assert (readme.metadata["base_model"], readme.metadata["base_model_relation"]) == ("org/base", "adapter")
+    assert "load_tickets('ann/more')" in page and "from_pretrained('org/base')" in page
+    assert b"load_tickets('ann/other')" in tickets_page(index, file.read_bytes(), repo_id="ann/other")
+
+
+def test_other_pages_are_left_alone(tmp_path):
+    model = make_model()
+    of_a_model = Readme().with_generated("A model", {"license": "mit"}, {"given": {}, "metadata": {}})
+    for content in (of_a_model, b"# A folder of mine\n"):
+        (tmp_path / "README.md").write_bytes(content)
+        index = model.save_tickets(tmp_path)
+        assert (tmp_path / "README.md").read_bytes() == content
+    assert tickets_page(index, of_a_model, repo_id="org/model") is None
+
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="README.md must be text in UTF-8"):
+        model.save_tickets(tmp_path, ["bee"])
+    after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert after == {**before, "README.md": b"\xff"}
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.25, 0.1])

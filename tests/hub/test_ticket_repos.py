@@ -68,16 +68,37 @@ def test_all_files_are_of_the_commit_of_the_index(hub, run, base, monkeypatch):
     assert repo.at("main").title == "Change" and user["outputs"] == whole["outputs"]
 
 
-def test_a_later_push_leaves_no_ticket_of_an_earlier_one_and_keeps_the_page(hub, run, base):
+def write_page(repo, content):
+    repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(content)}, "Write", "ann")
+
+
+def test_a_later_push_leaves_no_ticket_of_an_earlier_one_and_keeps_what_is_written_on_the_page(hub, run, base):
     name = "org/fewer"
     run(push_tickets, base, name)
     repo = hub.repos[name]
-    repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(b"Mine")}, "Write", "ann")
+    page = repo.at("main").files["README.md"].data
+    assert b"| ant |" in page and b"| cat |" in page
+    write_page(repo, page + b"\nMine.\n")
     run(push_tickets, base, name, routes=["cat"], commit_message="One will do", parent_commit=repo.at("main").oid)
     files = repo.at("main").files
-    assert repo.at("main").title == "One will do" and files["README.md"].data == b"Mine"
+    page = files["README.md"].data
+    assert repo.at("main").title == "One will do" and page.endswith(b"hf_rtl: end -->\n\nMine.\n")
+    assert b"| ant |" not in page and b"| cat |" in page
     assert {path for path in files if path.startswith("ticket")} == {"tickets.json", "ticket-000.safetensors"}
     assert [ticket["name"] for ticket in json.loads(files["tickets.json"].data)["tickets"]] == ["cat"]
+
+    # As of models: to a page without a part of ours it is added, and all text stays.
+    write_page(repo, b"# Mine\n")
+    run(push_tickets, base, name, routes=["ant"])
+    page = repo.at("main").files["README.md"].data
+    assert b"\n---\n# Mine\n\n<!-- hf_rtl: begin" in page and b"| ant |" in page and b"| cat |" not in page
+
+
+def test_the_page_of_a_model_stays_when_tickets_are_pushed_beside_it(hub, run):
+    run(push_model_and_tickets, "org/both", "org/both")
+    files = hub.repos["org/both"].at("main").files
+    assert {"model.safetensors", "tickets.json"} <= files.keys()
+    assert files["README.md"].data == hub.repos["org/both"].history()[1].files["README.md"].data
 
 
 def test_private_tickets_branches_and_pull_requests(hub, run, base):
