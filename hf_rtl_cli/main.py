@@ -9,22 +9,27 @@ import importlib.metadata
 import json
 import os
 import sys
+from typing import Any
 
 from .tables import encodable, printable
+
+
+# An option with one or more values, which may also be given more than once.
+_SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """
     Run the command and return its exit status: 0, or 1 after an error that it has printed. Wrong usage exits with 2.
 
-    A command is a module here with `run(args)`, which gives the plain values that `--json` prints, and
+    A command is a module of its name here, with `run(args)`, which gives the plain values that `--json` prints, and
     `text(values, args)`, which says them to people.
     """
     args = build_parser().parse_args(argv)
     try:
         # Libraries write what they like to standard output, which is for the answer alone.
         with contextlib.redirect_stdout(sys.stderr):
-            command = importlib.import_module(f"hf_rtl_cli.{args.module}")
+            command = importlib.import_module(f"hf_rtl_cli.{args.command}")
             values = command.run(args)
             answer = json.dumps(values, indent=2, allow_nan=False) if args.json else command.text(values, args)
         print(encodable(answer, sys.stdout.encoding or "utf-8"), flush=True)
@@ -92,7 +97,6 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "hf-rtl export runs/digits/final --route 3 three --format onnx --input pixel_values=2x1x8x8",
     )
     _add_model(export)
-    export.add_argument("out", metavar="OUT", help="a new folder")
     export.add_argument("--route", metavar="NAME", required=True, help="whose ticket")
     export.add_argument(
         "--format",
@@ -109,7 +113,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         action="append",
         help="an input of the graph and its sizes, as pixel_values=2x3x32x32; default: as the model is configured",
     )
-    export.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+    _add_new_folder(export)
 
 
 def _add_card(commands: argparse._SubParsersAction) -> None:
@@ -157,7 +161,6 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
         "list the tickets of a model, or of ticket files",
         "hf-rtl tickets list runs/digits/final",
         "hf-rtl tickets list ann/more-digits",
-        module="tickets",
     )
     show.add_argument("source", metavar="PATH", help="folder or repo id of ticket files, or of a model")
     _add_hub(show)
@@ -169,19 +172,14 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
         "add tickets from ticket files to a model that is a copy of their base",
         "hf-rtl tickets add runs/digits/final ann/more-digits --route ten",
         "hf-rtl tickets add org/digits-tickets ann/more-digits --rename 3=three --out digits-and-more",
-        module="tickets",
     )
     _add_model(add)
     add.add_argument(
         "tickets", metavar="TICKETS", help="folder or repo id of ticket files, as save_tickets writes them"
     )
-    add.add_argument("--route", metavar="NAME", nargs="+", action="extend", help="which of them; default: all")
+    add.add_argument("--route", metavar="NAME", **_SEVERAL, help="which of them; default: all")
     add.add_argument(
-        "--rename",
-        metavar="OLD=NEW",
-        nargs="+",
-        action="extend",
-        help="names for routes that the model has already, or: auto",
+        "--rename", metavar="OLD=NEW", **_SEVERAL, help="names for routes that the model has already, or: auto"
     )
     add.add_argument("--tickets-revision", metavar="REV", help="branch, tag or commit of TICKETS")
     _add_out(add)
@@ -191,10 +189,9 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
         "drop",
         "remove tickets from a model",
         "hf-rtl tickets drop runs/digits/final --route 3 8",
-        module="tickets",
     )
     _add_model(drop)
-    drop.add_argument("--route", metavar="NAME", nargs="+", action="extend", required=True, help="whose tickets")
+    drop.add_argument("--route", metavar="NAME", **_SEVERAL, required=True, help="whose tickets")
     _add_out(drop)
 
     save = _add_command(
@@ -202,18 +199,16 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
         "save",
         "write tickets of a model as ticket files, for others who have a copy of it",
         "hf-rtl tickets save runs/digits/final digits-tickets --route 3 8",
-        module="tickets",
     )
     _add_model(save)
-    save.add_argument("out", metavar="OUT", help="a new folder")
-    save.add_argument("--route", metavar="NAME", nargs="+", action="extend", help="whose tickets; default: all")
-    save.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+    save.add_argument("--route", metavar="NAME", **_SEVERAL, help="whose tickets; default: all")
+    _add_new_folder(save)
 
 
 def _add_command(
-    commands: argparse._SubParsersAction, name: str, what: str, *examples: str, module: str | None = None
+    commands: argparse._SubParsersAction, name: str, what: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """A command that says `what` it does in one line, run by `module`, by default the one of its name."""
+    """A command that says `what` it does in one line."""
     command = commands.add_parser(
         name,
         help=what,
@@ -222,7 +217,7 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
-    command.set_defaults(module=module or name, prog=command.prog)
+    command.set_defaults(prog=command.prog)
     return command
 
 
@@ -240,6 +235,11 @@ def _add_hub(command: argparse.ArgumentParser) -> None:
 
 def _add_token(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token", help="for the Hub; default: $HF_TOKEN, or that of `hf auth login`")
+
+
+def _add_new_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", metavar="OUT", help="a new folder")
+    command.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
