@@ -499,6 +499,16 @@ class RoutedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the backbone initialises itself, and missing masks or statistics are an error, never made up."""
 
+    def _check_savable(self) -> None:
+        self._refuse_in_context("save_pretrained()")
+        self._refuse_on_view("save_pretrained()")
+        self.config.check()
+        if self.config.route_names != self.route_names:
+            raise ValueError(
+                f"`config.route_names` is {self.config.route_names}, but the mask bank has the routes "
+                f"{self.route_names}; change both, or neither."
+            )
+
     def _refuse_on_view(self, action: str) -> None:
         if self._fixed_route is not None:
             raise ValueError(
