@@ -1,4 +1,4 @@
-"""Building, saving, loading and taking apart routed models; their numbers are in test_modeling_routing.py."""
+"""Building, saving, loading and taking apart routed models; their numbers are in routing/."""
 
 import copy
 import json
