@@ -19,7 +19,7 @@ import pytest
 
 # A server that has imported everything once: a process is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distributed.runs"])
+_CONTEXT.set_forkserver_preload(["distributed.preloaded"])
 
 
 class Team:
