@@ -49,8 +49,7 @@ class RTLConfig(PreTrainedConfig):
         router_features (`int`, *optional*): number of features of a `"centroid"` router.
         router_threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
             takes `router_fallback`.
-        router_fallback (`int` or `str`, *optional*, defaults to -1): the name of a route, or -1, the union of all
-            tickets.
+        router_fallback (`str`, *optional*): the name of a route; `None` for the union of all tickets.
         thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says
             yes.
         mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
@@ -93,7 +92,7 @@ class RTLConfig(PreTrainedConfig):
     router: str = "given"
     router_features: int | None = None
     router_threshold: float = 0.0
-    router_fallback: int | str = -1
+    router_fallback: str | None = None
     thresholds: list | None = None
     mask_fingerprint: str | None = None
     base: dict | None = None
@@ -230,9 +229,9 @@ class RTLConfig(PreTrainedConfig):
             )
         if not 0 <= self.router_threshold <= 1:
             raise ValueError(f"`router_threshold` must be a probability in [0, 1], got {self.router_threshold}.")
-        if self.router_fallback != -1 and self.router_fallback not in self.route_names:
+        if self.router_fallback is not None and self.router_fallback not in self.route_names:
             raise ValueError(
-                f"`router_fallback` must be -1, the union of all tickets, or one of "
+                f"`router_fallback` must be None, for the union of all tickets, or one of "
                 f"{', '.join(map(repr, self.route_names))}, got {self.router_fallback!r}."
             )
 

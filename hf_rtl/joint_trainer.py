@@ -19,15 +19,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
 from .checkpoints import best_checkpoint, last_usable_checkpoint, seal
+from .evaluation import TicketEvaluator, check_router
 from .failures import explain_failures
 from .files import write_json
 from .image_processing import savable_processor
 from .masking import UNION
-from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
 from .modeling_rtl import (
     RTLModel,
     RTLModelForAudioClassification,
@@ -36,7 +36,6 @@ from .modeling_rtl import (
 )
 from .norm_statistics import tracked_buffers
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
-from .partition import Partition
 from .plan import Round
 from .processes import Processes
 from .progress import RunProgress
@@ -56,7 +55,7 @@ _ONE_LABEL_PER_SAMPLE = (
 )
 
 
-class JointTrainer(Trainer):
+class JointTrainer(TicketEvaluator):
     """
     Trains and evaluates the tickets of a model jointly, over any number of processes: batches of one route, masked
     updates, statistics per route. [`RTLTrainer`] adds the search for the tickets, and has the documentation.
@@ -64,8 +63,6 @@ class JointTrainer(Trainer):
     A training belongs to a [`Round`], whose index keys its batches; which one is set by `RTLTrainer`.
     """
 
-    model: RTLModel
-    args: RTLTrainingArguments
     optimizer: Any
 
     def __init__(
@@ -104,8 +101,7 @@ class JointTrainer(Trainer):
         _check_connected(args)
         self.route_data: RouteData | None = None
         self.calibration_dataset = calibration_dataset
-        # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
-        self._partitions: list[tuple[Any, Partition]] = []
+        self._partitions = []
         if train_dataset is not None:
             partition = find_partition(
                 train_dataset,
@@ -141,13 +137,17 @@ class JointTrainer(Trainer):
                     f"{args.world_size} process(es)."
                 )
             self.route_data.sampler((), world_size=args.world_size)
+        if args.router != "given":
+            check_router(args.router, model, self.calibration_dataset)
+            if args.router_fallback is not None:
+                model.route_index(args.router_fallback)
         # Now rather than after hours of training: whether evaluation and calibration can find their routes.
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
                 self._partitions.append((dataset, self._find_partition(model, args, dataset)))
         if compute_metrics is None and isinstance(model, _ONE_LABEL_PER_SAMPLE):
-            compute_metrics = self._compute_metrics
+            compute_metrics = self.compute_ticket_metrics
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # it makes the folder
             super().__init__(
                 model=model,
@@ -168,15 +168,14 @@ class JointTrainer(Trainer):
         # Of the rounds before this one, for the log.
         self._steps_before = 0
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        # Of the data set that is being evaluated.
-        self._evaluated: Partition
 
     # Training
 
     @torch.no_grad()
     def _start_from(self, theta0: dict[str, Tensor]) -> None:
-        """Sets every parameter, buffer and statistics row to θ0; forgets thresholds, which fitted other weights."""
+        """Sets every parameter, buffer and statistics row to θ0; forgets what was fitted to others."""
         self.model.config.thresholds = None
+        self.model.set_router(None)
         for name, tensor in named_state(self.model.backbone):
             tensor.copy_(theta0[name])
         if self.model.norm_statistics is not None:
@@ -355,56 +354,6 @@ class JointTrainer(Trainer):
         for row in self._statistics(UNION):
             row.copy_(broadcast(row.clone()))  # all have computed it, maybe on devices that round differently
 
-    # Evaluation
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluation needs an `eval_dataset`.")
-        self._evaluated = self._partition_of(dataset)
-        membership = self.model.config.ticket_task == "membership"
-        samples = EvaluationData(dataset, self._evaluated, membership=membership)
-        loader = DataLoader(
-            samples, batch_size=self.args.eval_batch_size, collate_fn=self._collate(), **self._loader_arguments()
-        )
-        return self.accelerator.prepare(loader)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
-
-    def _partition_of(self, dataset: Any) -> Partition:
-        known = (partition for other, partition in self._partitions if other is dataset)
-        return next(known, None) or self._find_partition(self.model, self.args, dataset)
-
-    @staticmethod
-    def _find_partition(model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
-        """The partition of a data set to evaluate on, which need not have samples of all routes."""
-        return find_partition(
-            dataset,
-            route_column=args.route_column,
-            route_names=model.route_names,
-            ticket_task=str(model.config.ticket_task),
-            allow_empty=True,
-        )
-
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        scores = prediction.predictions
-        if self.model.config.ticket_task == "membership":
-            metrics = membership_metrics(
-                scores, prediction.label_ids, self.model.route_names, thresholds=self.model.config.thresholds
-            )
-            return {**metrics, "constant_tickets": float(len(constant_tickets(scores)))}
-        return label_metrics(scores, prediction.label_ids, self._evaluated.route_ids, self.model.route_names)
-
-    def _calibrated_thresholds(self) -> list[float] | None:
-        if self.calibration_dataset is None or self.model.config.ticket_task != "membership":
-            return None
-        loader = self.get_eval_dataloader(self.calibration_dataset)
-        output = self.evaluation_loop(loader, description="Calibration", prediction_loss_only=False)
-        return calibrate_thresholds(output.predictions, output.label_ids)
-
     # What Trainer calls
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
@@ -470,21 +419,6 @@ class JointTrainer(Trainer):
             yield
         finally:
             self.args.output_dir = before
-
-    def _require_data(self) -> RouteData:
-        if self.route_data is None:
-            raise ValueError("training needs a `train_dataset`.")
-        return self.route_data
-
-    def _collate(self) -> Callable[[list], dict]:
-        return self._get_collator_with_removed_columns(self.data_collator)
-
-    def _loader_arguments(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
 
 
 def _check_parallelism(args: RTLTrainingArguments) -> None:

@@ -35,13 +35,14 @@ def membership_metrics(
     |---|---|
     | `{route}/balanced_accuracy`, `precision`, `recall`, `f1` | of the decision score > 0 |
     | `{route}/auroc` | of the scores |
+    | `{route}/precision_at_recall_80` | see `precision_at_recall` |
     | the same without `{route}/` | mean over the routes where it is defined |
     | `worst_balanced_accuracy` | minimum over the routes where it is defined |
     | `accuracy` | fraction of samples whose home route has the highest score (the first among equals) |
 
-    With `thresholds`, all but `auroc` come a second time as `{route}/calibrated_{metric}`, `calibrated_{metric}` and
-    `worst_calibrated_balanced_accuracy`: the decision is then score > threshold of the route, and the highest score is
-    that of score − threshold.
+    With `thresholds`, all but `auroc` and `precision_at_recall_80`, which depend on none, come a second time as
+    `{route}/calibrated_{metric}`, `calibrated_{metric}` and `worst_calibrated_balanced_accuracy`: the decision is then
+    score > threshold of the route, and the highest score is that of score − threshold.
 
     Undefined figures are NaN and left out of means and minimum: every figure of a route without samples, and the
     balanced accuracy and `auroc` of a route that has all of them. Precision is 0 where nothing is predicted positive.
@@ -60,15 +61,18 @@ def membership_metrics(
         ValueError: shapes that do not match, scores or thresholds that are NaN or infinite, routes out of range.
     """
     route_names = check_route_names(route_names)
-    home_routes = _check_scores("scores", scores, "home_routes", home_routes, num_columns=len(route_names))
+    home_routes = check_scores("scores", scores, "home_routes", home_routes, num_columns=len(route_names))
     metrics = _decision_metrics(scores, home_routes, route_names, prefix="")
-    aurocs = []
+    aurocs, precisions = [], []
     for route, name in enumerate(route_names):
         is_home = home_routes == route
         defined = is_home.any() and not is_home.all()
         aurocs.append(float(roc_auc_score(is_home, scores[:, route])) if defined else float("nan"))
         metrics[f"{name}/auroc"] = aurocs[-1]
+        precisions.append(precision_at_recall(scores[:, route], is_home))
+        metrics[f"{name}/precision_at_recall_80"] = precisions[-1]
     metrics["auroc"] = _over_defined(np.mean, aurocs)
+    metrics["precision_at_recall_80"] = _over_defined(np.mean, precisions)
     if thresholds is not None:
         shifts = np.asarray(thresholds, dtype=np.float64)
         if shifts.shape != (len(route_names),) or not np.isfinite(shifts).all():
@@ -131,7 +135,7 @@ def constant_tickets(scores: np.ndarray) -> list[int]:
 
 
 def label_metrics(
-    logits: np.ndarray, labels: np.ndarray, route_ids: np.ndarray, route_names: Sequence[str]
+    logits: np.ndarray, labels: np.ndarray, route_ids: np.ndarray, route_names: Sequence[str], *, prefix: str = ""
 ) -> dict[str, float]:
     """
     Top-1 accuracies of tickets that predict the task's labels (the first label among equal logits).
@@ -147,13 +151,14 @@ def label_metrics(
         labels (`np.ndarray`): integers `[N]` from 0 to C - 1.
         route_ids (`np.ndarray`): integers `[N]`, the route of each sample.
         route_names (`Sequence[str]`): K distinct names.
+        prefix (`str`, defaults to `""`): before the name of every metric, after the route's.
 
     Raises:
         TypeError: `logits` are not a float array, `labels` or `route_ids` not integer arrays.
         ValueError: shapes that do not match, logits that are NaN or infinite, labels or routes out of range.
     """
     route_names = check_route_names(route_names)
-    labels = _check_scores("logits", logits, "labels", labels)
+    labels = check_scores("logits", logits, "labels", labels)
     route_ids = check_route_ids(route_ids, num_routes=len(route_names))
     if len(route_ids) != len(labels):
         raise ValueError(f"`route_ids` has {len(route_ids)} entries and `labels` {len(labels)}; both need the same.")
@@ -163,11 +168,59 @@ def label_metrics(
         of_route = correct[route_ids == route]
         accuracies.append(float(of_route.mean()) if of_route.size else float("nan"))
     return {
-        **{f"{name}/accuracy": accuracy for name, accuracy in zip(route_names, accuracies, strict=True)},
-        "accuracy": float(correct.mean()),
-        "mean_route_accuracy": _over_defined(np.mean, accuracies),
-        "worst_route_accuracy": _over_defined(np.min, accuracies),
+        **{f"{name}/{prefix}accuracy": accuracy for name, accuracy in zip(route_names, accuracies, strict=True)},
+        f"{prefix}accuracy": float(correct.mean()),
+        f"{prefix}mean_route_accuracy": _over_defined(np.mean, accuracies),
+        f"{prefix}worst_route_accuracy": _over_defined(np.min, accuracies),
     }
+
+
+def router_metrics(route_scores: np.ndarray, route_ids: np.ndarray, route_names: Sequence[str]) -> dict[str, float]:
+    """
+    How often a router's likeliest route is the right one, and how well its scores retrieve each route's samples.
+
+    | key | value |
+    |---|---|
+    | `route_accuracy` | fraction of samples whose likeliest route is their own (the first among equals) |
+    | `{route}/route_recall` | the same over the route's samples; NaN if it has none |
+    | `{route}/routed_precision_at_recall_80` | see `precision_at_recall`, of the route's scores |
+    | `routed_precision_at_recall_80` | mean over the routes where it is defined |
+
+    Args:
+        route_scores (`np.ndarray`): floats `[N, K]`, the log probability of every route.
+        route_ids (`np.ndarray`): integers `[N]`, the route of each sample.
+        route_names (`Sequence[str]`): K distinct names.
+
+    Raises:
+        TypeError, ValueError: as of `membership_metrics`.
+    """
+    route_names = check_route_names(route_names)
+    route_ids = check_scores("route_scores", route_scores, "route_ids", route_ids, num_columns=len(route_names))
+    correct = route_scores.argmax(axis=1) == route_ids
+    metrics, precisions = {"route_accuracy": float(correct.mean())}, []
+    for route, name in enumerate(route_names):
+        of_route = correct[route_ids == route]
+        metrics[f"{name}/route_recall"] = float(of_route.mean()) if of_route.size else float("nan")
+        precisions.append(precision_at_recall(route_scores[:, route], route_ids == route))
+        metrics[f"{name}/routed_precision_at_recall_80"] = precisions[-1]
+    metrics["routed_precision_at_recall_80"] = _over_defined(np.mean, precisions)
+    return metrics
+
+
+def precision_at_recall(scores: np.ndarray, is_home: np.ndarray, recall: float = 0.8) -> float:
+    """
+    The greatest precision of a decision score >= threshold that finds at least a part `recall` of the samples; NaN
+    where there are none to find. It depends on the order of the scores alone, so on no threshold.
+
+    Args:
+        scores (`np.ndarray`): floats `[N]`.
+        is_home (`np.ndarray`): `bool [N]`, which samples are to be found.
+        recall (`float`, defaults to 0.8): above 0, at most 1.
+    """
+    if not is_home.any():
+        return float("nan")
+    precisions, recalls, _ = precision_recall_curve(is_home, scores)
+    return float(precisions[recalls >= recall].max())
 
 
 def calibrate_thresholds(scores: np.ndarray, home_routes: np.ndarray) -> list[float]:
@@ -192,7 +245,7 @@ def calibrate_thresholds(scores: np.ndarray, home_routes: np.ndarray) -> list[fl
         TypeError: `scores` are not a float array or `home_routes` not an integer array.
         ValueError: shapes that do not match, scores that are NaN or infinite, routes out of range or without a sample.
     """
-    home_routes = _check_scores("scores", scores, "home_routes", home_routes)
+    home_routes = check_scores("scores", scores, "home_routes", home_routes)
     thresholds = []
     for route in range(scores.shape[1]):
         is_home = home_routes == route
@@ -236,7 +289,7 @@ def _check_matrix(name: str, matrix: np.ndarray) -> None:
         raise ValueError(f"`{name}` has {matrix[row, column]} at [{row}, {column}]; all values must be finite.")
 
 
-def _check_scores(
+def check_scores(
     name: str, matrix: np.ndarray, ids_name: str, ids: np.ndarray, *, num_columns: int | None = None
 ) -> np.ndarray:
     """Checks a matrix `[N, C]` and ids `[N]` of its columns, both named in errors; returns the ids as `int64`."""

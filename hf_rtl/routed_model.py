@@ -260,10 +260,16 @@ class RoutedModel(PreTrainedModel):
         changed.router = "given" if router is None else router.name
         changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
         changed.router_threshold = threshold
-        changed.router_fallback = UNION if index == UNION else self.route_names[index]
+        changed.router_fallback = None if index == UNION else self.route_names[index]
         changed.check()
         self.config.__dict__.update(changed.__dict__)
         self.router = None if router is None else router.to(self.device)
+
+    def take_router_of(self, config: RTLConfig) -> None:
+        """Takes over the router that another configuration of these routes names, to be filled from its file."""
+        router = _empty_router(config)
+        fallback = UNION if config.router_fallback is None else config.router_fallback
+        self.set_router(router, threshold=config.router_threshold, fallback=fallback)
 
     @torch.no_grad()
     def infer_routes(self, **inputs: Any) -> RouteDecision:
@@ -277,12 +283,13 @@ class RoutedModel(PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         router = self._require_router()
         _check_samples(inputs)
-        return self._decide(router.evidence(self, inputs))
+        return self.decide(router.evidence(self, inputs))
 
-    def _decide(self, evidence: Tensor) -> RouteDecision:
-        return self._require_router().decide(
-            evidence, threshold=self.config.router_threshold, fallback=self.route_index(self.config.router_fallback)
-        )
+    def decide(self, evidence: Tensor) -> RouteDecision:
+        """The decision that follows from the router's evidence, `[batch, num_routes]`; see [`Router`]."""
+        name = self.config.router_fallback
+        fallback = UNION if name is None else self.route_index(name)
+        return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
 
     def _require_router(self) -> Router:
         if self.router is None:
@@ -417,7 +424,7 @@ class RoutedModel(PreTrainedModel):
         if self.router is None or self.training:
             return output
         if isinstance(self.router, ScoreRouter):
-            return _with_decision(output, self._decide(logits.detach().float()))
+            return _with_decision(output, self.decide(logits.detach().float()))
         return _with_decision(output, self.infer_routes(**inputs))
 
     @property

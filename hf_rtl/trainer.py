@@ -20,12 +20,14 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from .configuration_rtl import RTLConfig
 from .extraction import Extraction
 from .failures import explain_failures
 from .files import hash_tensors, read_tensors, write_bytes, write_tensors
 from .hub import WEIGHT_FILES, branch_head, commit_folder, read_card
 from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
+from .masking import UNION
 from .model_card import CARD, RTLCardData, write_card
 from .modeling_rtl import RTLModel
 from .partition import Partition
@@ -47,6 +49,10 @@ _NOT_OF_A_RUN = (
     "mask_fingerprint",
     "base",
     "thresholds",
+    "router",
+    "router_features",
+    "router_threshold",
+    "router_fallback",
     "transformers_version",
     "hf_rtl_version",
     "format_version",
@@ -497,6 +503,7 @@ class RTLTrainer(JointTrainer):
                     f"{str(folder)!r} holds a model that was retrained with other masks; move it away, or choose "
                     "another `name`."
                 )
+            self.model.take_router_of(RTLConfig.from_pretrained(folder))
             self._load_from_checkpoint(str(folder))
             self.model.config.thresholds = report["thresholds"]
             self.progress.step(plan.retraining_steps)
@@ -515,6 +522,9 @@ class RTLTrainer(JointTrainer):
             with seeded((self.args.seed, Stream.RECALIBRATION, round_.index), self.args.device):
                 self._recalibrate_union()
                 self.model.config.thresholds = self._calibrated_thresholds()
+                if self.args.router != "given":
+                    fallback = self.args.router_fallback or UNION
+                    self.fit_router(self.args.router, threshold=self.args.router_threshold, fallback=fallback)
             metrics = {} if self.eval_dataset is None else self.evaluate()
             self.save_model(str(folder), _internal_call=True)
             report = self._report(round_, metrics, output, time.perf_counter() - start)

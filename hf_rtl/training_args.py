@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .configuration_rtl import ROUTERS
 from .pruning import SCHEDULES, SCOPES, round_schedule
 
 
@@ -46,6 +47,9 @@ RETRAINING_FIELDS = [
     "max_steps",
     "gradient_accumulation_steps",
     "recalibration_batches",
+    "router",
+    "router_threshold",
+    "router_fallback",
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
@@ -156,7 +160,17 @@ class RTLTrainingArguments(TrainingArguments):
         metadata={"help": "Seed random transforms per sample. Turn off for data without any: fetches whole batches."},
     )
     calibration_fraction: float = field(
-        default=0.0, metadata={"help": "Part of each route's training data held out to calibrate thresholds on."}
+        default=0.0, metadata={"help": "Part of each route's training data held out to fit thresholds and router on."}
+    )
+    router: str = field(
+        default="given",
+        metadata={"help": "Router to fit after joint retraining, on data held out: score, centroid or entropy."},
+    )
+    router_threshold: float = field(
+        default=0.0, metadata={"help": "Inputs whose likeliest route is less probable take router_fallback."}
+    )
+    router_fallback: str | None = field(
+        default=None, metadata={"help": "Route that doubtful inputs take. Default: the union of all tickets."}
     )
     debug_determinism: bool = field(
         default=False,
@@ -171,6 +185,7 @@ class RTLTrainingArguments(TrainingArguments):
             self.target_sparsity = [float(self.target_sparsity)]
         self._check_choice("prune_schedule", SCHEDULES)
         self._check_choice("prune_scope", SCOPES)
+        self._check_choice("router", ROUTERS)
         # Raises for targets and amounts out of range, whatever the model.
         round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
@@ -181,6 +196,9 @@ class RTLTrainingArguments(TrainingArguments):
         self._check_real("calibration_fraction")
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
+        self._check_real("router_threshold")
+        if not 0 <= self.router_threshold <= 1:
+            raise ValueError(f"`router_threshold` must be in [0, 1], got {self.router_threshold}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
             raise ValueError(
                 f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches "

@@ -274,7 +274,7 @@ def test_a_configuration_does_not_change_the_backbones():
             "'entropy' compares outputs over several labels",
         ),
         ({"router_threshold": -0.1}, r"`router_threshold` must be a probability in \[0, 1\], got -0.1"),
-        ({"router_fallback": "c"}, "`router_fallback` must be -1, the union of all tickets, or one of 'a', 'b'"),
+        ({"router_fallback": "c"}, "`router_fallback` must be None, for the union of all tickets, or one of 'a', 'b'"),
         ({"thresholds": [0.5]}, "`thresholds` has 1 values, expected one per route, 2"),
     ],
 )
