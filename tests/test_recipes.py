@@ -1,13 +1,15 @@
-"""The recipes as users run them: in processes of their own, on small budgets."""
+"""The recipes as users run them, on small budgets: each in a process of its own, and again in this one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,19 @@ def run(script: str, *arguments: object, check: bool = True, **variables: str) -
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`run_here(script, *arguments)` is the exit status; a new process would import everything first."""
+
+    def run_here(script: str, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(RECIPES / script), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +71,9 @@ def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, 
     assert (folder / "curve.png").stat().st_size > 10_000
 
 
-def test_a_fresh_process_recomputes_every_number(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_fresh_process_recomputes_every_number(
+    digits_run: tuple[Path, str], tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = digits_run
     moved = tmp_path / "results.json"
     moved.write_text((folder / "results.json").read_text())
@@ -67,8 +84,8 @@ def test_a_fresh_process_recomputes_every_number(digits_run: tuple[Path, str], t
     altered = json.loads(moved.read_text())
     altered["rounds"][0]["metrics"]["eval_recall"] += 1e-12
     moved.write_text(json.dumps(altered))
-    result = run("evaluate.py", *models, "--compare", moved, check=False)
-    assert result.returncode == 1 and "eval_recall" in result.stdout
+    assert run_here("evaluate.py", *models, "--compare", moved) == 1
+    assert "eval_recall" in capsys.readouterr().out
 
 
 def test_verify_accepts_a_run_and_finds_a_lie(digits_run: tuple[Path, str], tmp_path: Path) -> None:
@@ -86,15 +103,18 @@ def test_verify_accepts_a_run_and_finds_a_lie(digits_run: tuple[Path, str], tmp_
     assert [line.split()[0] for line in lines[:4]] == ["FAILED", "ok", "ok", "FAILED"]
 
 
-def test_an_unknown_key_is_refused_with_the_closest_name(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_closest_name(
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("target_sparsities: [0.5]\n")
-    result = run("prune.py", "--config", config, check=False)
-    assert result.returncode == 2 and "did you mean 'target_sparsity'" in result.stderr
+    assert run_here("prune.py", "--config", config) == 2
+    assert "did you mean 'target_sparsity'" in capsys.readouterr().err
 
 
-def test_help_lists_what_can_be_set() -> None:
-    printed = run("prune.py", "--help").stdout
+def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("prune.py", "--help") == 0
+    printed = capsys.readouterr().out
     for name in ("--target_sparsity", "--norm_statistics", "--dataset", "--sanity"):
         assert name in printed
 
