@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics
+from hf_rtl.metrics import (
+    calibrate_thresholds,
+    constant_tickets,
+    label_metrics,
+    membership_metrics,
+    precision_at_recall,
+    router_metrics,
+)
 
 
 NAMES = ["cat", "dog", "emu"]
@@ -52,6 +59,15 @@ def naive_auroc(scores, home_routes, route):
     return wins / pairs
 
 
+def naive_precision_at_recall(scores, home_routes, route):
+    best = 0.0
+    for threshold in {float(row[route]) for row in scores}:
+        accepted = [home == route for row, home in zip(scores, home_routes, strict=True) if row[route] >= threshold]
+        if sum(accepted) >= 0.8 * sum(home == route for home in home_routes):
+            best = max(best, sum(accepted) / len(accepted))
+    return best
+
+
 def naive_accuracy(scores, home_routes, thresholds):
     correct = 0
     for row, home in zip(scores, home_routes, strict=True):
@@ -78,6 +94,9 @@ def test_membership_metrics_match_loops_over_samples(seed, dtype):
     aurocs = [naive_auroc(scores, home_routes, route) for route in range(3)]
     expected |= {f"{name}/auroc": auroc for name, auroc in zip(NAMES, aurocs, strict=True)}
     expected["auroc"] = sum(aurocs) / 3
+    precisions = [naive_precision_at_recall(scores, home_routes, route) for route in range(3)]
+    expected |= {f"{name}/precision_at_recall_80": value for name, value in zip(NAMES, precisions, strict=True)}
+    expected["precision_at_recall_80"] = sum(precisions) / 3
     assert metrics == pytest.approx(expected, rel=1e-12)
     assert all(type(value) is float for value in metrics.values())
     plain = membership_metrics(scores, home_routes, NAMES)
@@ -121,7 +140,7 @@ def test_exact_figures_at_natural_prevalence():
 def test_a_route_without_samples_is_nan_and_left_out_of_the_means():
     scores = np.array([[1.0, 1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, -1.0]])
     metrics = membership_metrics(scores, np.array([0, 1, 1]), NAMES, thresholds=[0.0, 0.0, 0.0])
-    for metric in ("balanced_accuracy", "precision", "recall", "f1", "auroc"):
+    for metric in ("balanced_accuracy", "precision", "recall", "f1", "auroc", "precision_at_recall_80"):
         assert math.isnan(metrics[f"emu/{metric}"])
         assert metrics[metric] == (metrics[f"cat/{metric}"] + metrics[f"dog/{metric}"]) / 2
     assert math.isnan(metrics["emu/calibrated_f1"])
@@ -138,6 +157,33 @@ def test_a_route_with_all_samples_and_one_that_accepts_none(recwarn):
     assert rejecting["precision"] == rejecting["f1"] == 0.0
     assert rejecting["balanced_accuracy"] == 0.5
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_router_metrics_match_loops_over_samples(seed):
+    scores, route_ids = random_scores(seed)
+    metrics = router_metrics(scores, route_ids, NAMES)
+    precisions = [naive_precision_at_recall(scores, route_ids, route) for route in range(3)]
+    expected = {"route_accuracy": naive_accuracy(scores, route_ids, [0.0] * 3)}
+    expected["routed_precision_at_recall_80"] = sum(precisions) / 3
+    for route, name in enumerate(NAMES):
+        of_route = scores[route_ids == route], route_ids[route_ids == route]
+        expected[f"{name}/route_recall"] = naive_accuracy(*of_route, [0.0] * 3)
+        expected[f"{name}/routed_precision_at_recall_80"] = precisions[route]
+    assert metrics == pytest.approx(expected, rel=1e-12)
+
+
+def test_router_metrics_of_a_route_without_samples():
+    metrics = router_metrics(np.log([[0.6, 0.4], [0.7, 0.3]]), np.array([0, 0]), ["all", "none"])
+    assert math.isnan(metrics["none/route_recall"]) and math.isnan(metrics["none/routed_precision_at_recall_80"])
+    assert metrics["routed_precision_at_recall_80"] == metrics["route_accuracy"] == 1.0
+
+
+def test_precision_at_recall_of_known_scores():
+    scores, is_home = np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False, True])
+    assert precision_at_recall(scores, is_home) == 3 / 5  # all three are to be found
+    assert precision_at_recall(scores, is_home, recall=0.5) == 2 / 3
+    assert precision_at_recall(scores, is_home, recall=0.3) == 1.0
 
 
 def test_the_argmax_prefers_the_first_among_equals():
