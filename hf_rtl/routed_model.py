@@ -68,7 +68,7 @@ class RoutedModel(PreTrainedModel):
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self._active = ActiveRoute()
-        self._fixed_route: int | None = None
+        self._fixed_route: int | str | None = None
         self.post_init()
 
     # Routes
@@ -226,9 +226,11 @@ class RoutedModel(PreTrainedModel):
         For `membership` the view's labels are the route's name alone.
         """
         view = copy.copy(self)
-        view._fixed_route = self.route_index(route)
+        index = self.route_index(route)
+        # By name, since routes move up when one before them is dropped.
+        view._fixed_route = UNION if index == UNION else self.route_names[index]
         if self.config.ticket_task == "membership":
-            name = self.route_name(view._fixed_route)
+            name = self.route_name(index)
             view.config = copy.copy(self.config)
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view
@@ -322,7 +324,7 @@ class RoutedModel(PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if self._fixed_route is not None:
             if route_ids is not None:
-                raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route}.")
+                raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route!r}.")
             route_ids = self._fixed_route
         output = self._dispatch(inputs, labels, route_ids)
         return_dict = self.config.return_dict if return_dict is None else return_dict

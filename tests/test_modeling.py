@@ -407,10 +407,17 @@ def test_a_view_with_a_fixed_route(tiny_membership_model):
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"} and model(x).logits.shape == (2, 3)
     assert model.with_route(UNION).config.id2label == {0: "union"}
     assert all(one is other for one, other in zip(view.parameters(), model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="view with the fixed route 1"):
+    with pytest.raises(ValueError, match="view with the fixed route 'dog'"):
         view(x, route_ids=1)
     with pytest.raises(ValueError, match="unknown route 'cow'"):
         model.with_route("cow")
+    # Routes that move up do not take its place.
+    model.append_ticket("cow", model.mask_bank["owl"], statistics=[rows[2] for rows in model.norm_statistics.rows])
+    views, expected = [view, model.with_route("cat")], model(x, route_ids="dog").logits
+    model.drop_route("cat")
+    assert torch.equal(views[0](x).logits, expected)
+    with pytest.raises(ValueError, match="unknown route 'cat'"):
+        views[1](x)
 
 
 # What is here
