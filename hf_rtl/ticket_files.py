@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,11 +205,10 @@ class _TicketFolder:
         try:
             self.index = json.loads(text)
             check_format_version(self.index, FORMAT_VERSION, f"{self.name!r}")
-            names = [(entry["name"], entry["file"]) for entry in self.index["tickets"]]
-            plain = all(_FILE_NAME.fullmatch(file) for _, file in names)
+            whole = _is_whole(self.index)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
             raise self.damaged(INDEX) from None
-        if not plain:
+        if not whole:
             raise self.damaged(INDEX)
 
     def path(self, file: str) -> Path:
@@ -219,6 +219,29 @@ class _TicketFolder:
 
     def damaged(self, file: str) -> ValueError:
         return ValueError(f"{file} of {self.name!r} is damaged.")
+
+
+def _is_whole(index: Mapping[str, Any]) -> bool:
+    """Whether an index has what is said of its tickets, in the types that it is written in."""
+    kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "weights": list, "dense": dict, "tickets": list}
+    of_a_ticket = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
+    names = [entry["name"] for entry in index["tickets"]]
+    return (
+        all(isinstance(index[key], kind) for key, kind in kinds.items())
+        and all(type(entry[key]) is kind for entry in index["tickets"] for key, kind in of_a_ticket.items())
+        and all(names)
+        and len(set(names)) == len(names)
+        and all(_FILE_NAME.fullmatch(entry["file"]) for entry in index["tickets"])
+        and all(_is_threshold(entry["threshold"]) for entry in index["tickets"])
+        and all(isinstance(index["base"][key], str) for key in index["base"].keys() & {"repo", "revision"})
+        and len(index["weights"]) > 0
+        and all(len(weight) == 2 and type(weight[0]) is str for weight in index["weights"])
+        and all(type(size) is int and size > 0 for _, shape in index["weights"] for size in shape)
+    )
+
+
+def _is_threshold(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 @dataclass
@@ -269,10 +292,10 @@ def load_tickets(
 def _chosen(folder: _TicketFolder, routes: Sequence[str] | None) -> list[dict[str, Any]]:
     entries = {entry["name"]: entry for entry in folder.index["tickets"]}
     unknown = [route for route in routes or () if route not in entries]
-    if unknown or isinstance(routes, str):
+    if unknown or isinstance(routes, str) or len(set(routes or ())) < len(routes or ()):
         raise ValueError(
             f"`routes` = {routes!r} must be a list of names of {', '.join(map(repr, entries))}, the tickets of "
-            f"{folder.name!r}."
+            f"{folder.name!r}, each at most once."
         )
     return [entries[route] for route in (entries if routes is None else routes)]
 
@@ -281,7 +304,8 @@ def _new_names(
     names: Sequence[str], known: Sequence[str], rename: Mapping[str, str] | Literal["auto"] | None
 ) -> list[str]:
     """The names under which tickets are added to a model that has routes of the names `known`."""
-    if isinstance(rename, str) and rename != "auto":
+    is_dict = isinstance(rename, Mapping) and all(isinstance(new, str) and new for new in rename.values())
+    if not (rename is None or rename == "auto" or is_dict):
         raise ValueError(f"`rename` must be 'auto' or a dict from names in the files to new ones, got {rename!r}.")
     if isinstance(rename, Mapping):
         unknown = [name for name in rename if name not in names]

@@ -381,9 +381,10 @@ def test_names_in_conflict_are_an_error_that_shows_the_call(tmp_path):
         model.load_tickets(tmp_path, ["cat"], rename={"cat": "bee"})
     with pytest.raises(ValueError, match=r"`rename` has 'dog', but the tickets are 'cat'"):
         model.load_tickets(tmp_path, ["cat"], rename={"dog": "eel"})
-    with pytest.raises(ValueError, match=r"`rename` must be 'auto' or a dict"):
-        model.load_tickets(tmp_path, rename="numbers")
-    for routes in (["dog"], "cat"):
+    for wrong in ("numbers", ["cat"], {"ant": "eel", "bee": ""}, {"ant": "eel", "bee": 3}):
+        with pytest.raises(ValueError, match=r"`rename` must be 'auto' or a dict"):
+            model.load_tickets(tmp_path, ["ant", "bee"], rename=wrong)
+    for routes in (["dog"], "cat", ["cat", "cat"]):
         with pytest.raises(ValueError, match=r"`routes` = .* must be a list of names of 'ant', 'bee', 'cat'"):
             model.load_tickets(tmp_path, routes)
     assert_unchanged(model, before)
@@ -425,6 +426,43 @@ def test_a_damaged_or_newer_index_is_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         user.load_tickets(tmp_path, ["ant"])
     assert_unchanged(user, before)
+
+
+def test_an_index_that_says_odd_things_is_refused_before_anybody_reads_it(tmp_path):
+    make_model().save_tickets(tmp_path)
+    whole = (tmp_path / "tickets.json").read_text()
+    odd = {
+        "base": [None, {"repo": "org/base", "revision": 3}],
+        "ticket_task": [None],
+        "weights": [[], "abc", [1], [["a"]], [["a", "b"]], [["a", [0]]], [[1, [2]]]],
+        "dense": [["a"]],
+        "tickets": [{}, ["a"]],
+    }
+    odd_of_a_ticket = {
+        "name": ["", 5, ["a"], "ant"],
+        "file": [3],
+        "kept": ["3", None],
+        "added": [True],
+        "coding": [None],
+        "in_base": ["abc"],
+        "threshold": ["1", math.nan, math.inf, [0]],
+    }
+    for key, values in odd.items():
+        for value in values:
+            damaged_index(tmp_path, lambda index, key=key, value=value: index.update({key: value}))
+            with pytest.raises(ValueError, match="tickets.json of .* is damaged"):
+                read_index(tmp_path)
+            (tmp_path / "tickets.json").write_text(whole)
+    for key, values in odd_of_a_ticket.items():
+        for value in values:
+            damaged_index(tmp_path, lambda index, key=key, value=value: index["tickets"][1].update({key: value}))
+            with pytest.raises(ValueError, match="tickets.json of .* is damaged"):
+                read_index(tmp_path)
+            (tmp_path / "tickets.json").write_text(whole)
+        damaged_index(tmp_path, lambda index, key=key: index["tickets"][1].pop(key))
+        with pytest.raises(ValueError, match="tickets.json of .* is damaged"):
+            read_index(tmp_path)
+        (tmp_path / "tickets.json").write_text(whole)
 
 
 def test_damaged_files_are_refused(tmp_path):
