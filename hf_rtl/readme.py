@@ -56,6 +56,13 @@ class Readme:
                 f"the metadata of README.md must be `key: value` lines between two lines of dashes, got {metadata!r}."
             )
         self.metadata = metadata or {}
+        try:
+            _merged_index(self.metadata.get("model-index") or [], [])
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(
+                "`model-index` in the metadata of README.md must be a list of models with `name` and `results`, each "
+                f"result with a `dataset`, got {self.metadata['model-index']!r}."
+            ) from None
 
     @classmethod
     def parse(cls, content: bytes) -> Readme:

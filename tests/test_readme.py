@@ -166,6 +166,11 @@ def test_edits_since_a_push_are_seen():
     [
         (b"---\nlicense: [\n---\n", "the metadata of README.md, between its lines of dashes, is no YAML"),
         (b"---\n- a\n---\n", r"must be `key: value` lines between two lines of dashes, got \['a'\]"),
+        (b"---\nmodel-index: what\n---\n", "`model-index` in the metadata .* must be a list of models .* got 'what'"),
+        (
+            b"---\nmodel-index:\n- name: a\n---\n",
+            "`model-index` .* must be a list of models with `name` and `results`",
+        ),
         (b"\xff", "README.md must be text in UTF-8"),
     ],
 )
