@@ -56,6 +56,8 @@ def check_name(name: str, *, revision: str | None = None) -> None:
     if os.path.isdir(name):
         if revision is not None:
             raise ValueError(f"--revision {revision} is of a repo, but {name!r} is a folder: leave it out.")
+    elif os.path.exists(name):
+        raise ValueError(f"{name!r} is a file: give the folder that it is in.")
     elif not _REPO_ID.fullmatch(name):
         raise ValueError(f"there is no folder {name!r}, nor is that a repo id, as 'org/name'.")
 

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HTTPError
 
 from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder, read_card
 from hf_rtl.model_card import write_card
@@ -34,22 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 (Path(staging) / file.name).symlink_to(file.resolve())
         if args.compact:
             model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
-        repo_id = HfApi().create_repo(args.repo, private=args.private, token=args.token, exist_ok=True).repo_id
-        head = branch_head(repo_id, None if args.create_pr else args.revision, token=args.token)
-        remote = read_card(repo_id, head, token=args.token)
-        if remote or (folder / "README.md").is_file():
-            # Of the page on the Hub only our part is brought up to date: the rest is whoever's wrote it.
-            write_card(staging, remote=remote, model_id=repo_id)
-        commit = commit_folder(
-            Path(staging),
-            repo_id,
-            outdated=WEIGHT_FILES,
-            parent_commit=head,
-            revision=args.revision,
-            token=args.token,
-            create_pr=args.create_pr,
-            commit_message=args.message,
-        )
+        repo_id, commit = _pushed(Path(staging), args, with_card=(folder / "README.md").is_file())
         sent = sorted(file.name for file in Path(staging).iterdir())
     return {
         "repo": repo_id,
@@ -58,6 +44,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "files": sent,
         "left_out": left_out,
     }
+
+
+def _pushed(staging: Path, args: argparse.Namespace, *, with_card: bool) -> tuple[str, CommitInfo]:
+    """The repository's name and the commit that adds the files of `staging`, with a page if there is one already."""
+    try:
+        repo_id = HfApi().create_repo(args.repo, private=args.private, token=args.token, exist_ok=True).repo_id
+        head = branch_head(repo_id, None if args.create_pr else args.revision, token=args.token)
+        remote = read_card(repo_id, head, token=args.token)
+        if remote or with_card:
+            # Of the page on the Hub only our part is brought up to date: the rest is whoever's wrote it.
+            write_card(staging, remote=remote, model_id=repo_id)
+        commit = commit_folder(
+            staging,
+            repo_id,
+            outdated=WEIGHT_FILES,
+            parent_commit=head,
+            revision=args.revision,
+            token=args.token,
+            create_pr=args.create_pr,
+            commit_message=args.message,
+        )
+    except OSError:  # errors of the Hub are that too
+        raise
+    except HTTPError as error:  # no connection
+        raise OSError(str(error)) from error
+    except RuntimeError as error:  # an upload that failed; its cause says why
+        raise OSError(f"{error} {error.__cause__}") from error
+    return repo_id, commit
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:

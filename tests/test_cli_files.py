@@ -186,6 +186,11 @@ def test_what_tickets_refuse(call, fails, folder, tmp_path):
     assert "holds no tickets" in fails("tickets", "add", folder, folder)
     (tmp_path / "empty").mkdir()
     assert "tickets" in fails("tickets", "list", tmp_path / "empty")
+    index = json.loads((tmp_path / "tickets" / "tickets.json").read_text())
+    del index["tickets"][0]["kept"]
+    (tmp_path / "tickets" / "tickets.json").write_text(json.dumps(index))
+    assert "tickets.json of" in fails("tickets", "list", tmp_path / "tickets")
+    assert "is a file: give the folder" in fails("tickets", "list", folder / "config.json")
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -5,7 +5,7 @@ import json
 import pytest
 from hub.clients import command, pull, push, save, train
 from hub.processes import ClientError
-from hub.server import File
+from hub.server import ConnectionCut, File, HubError
 
 
 def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
@@ -26,8 +26,24 @@ def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
     assert run(pull, "org/by-command", revision="small")["outputs"] == saved["outputs"]
 
 
-def test_errors_of_the_hub_are_one_line(run):
+def test_errors_of_the_hub_are_one_line(hub, run, monkeypatch, tmp_path):
     run(push, "org/mine")
+    run(save, str(tmp_path / "model"), max_shard_size="20KB")
+    before = dict(hub.repos["org/mine"].refs)
+    for method, page, error, said in (
+        ("PUT", "/", HubError(400, "the line was cut"), "Error while uploading .* the line was cut"),
+        ("POST", "/api/repos/create", ConnectionCut(), "peer closed connection"),
+    ):
+
+        def before_request(given, path, method=method, page=page, error=error):
+            if given == method and path.startswith(page):
+                raise error
+
+        monkeypatch.setattr(hub, "before_request", before_request)
+        with pytest.raises(ClientError, match=f"RuntimeError: (.*\n)*hf-rtl push: error: .*{said}"):
+            run(command, "push", str(tmp_path / "model"), "org/mine")
+    assert hub.repos["org/mine"].refs == before
+    monkeypatch.setattr(hub, "before_request", lambda method, path: None)
     for arguments in (("inspect", "org/nowhere"), ("inspect", "org/mine", "--revision", "nowhere")):
         with pytest.raises(ClientError, match="(?s)RuntimeError: hf-rtl inspect: error: .*nowhere"):
             run(command, *arguments)
