@@ -63,6 +63,7 @@ def render_page(
     title: str | None,
     picture: str | None,
     with_code: bool,
+    with_arguments: bool,
 ) -> str:
     """
     Args:
@@ -74,6 +75,7 @@ def render_page(
         title (`str`, *optional*): none if the file has one.
         picture (`str`, *optional*): file beside the card with the heatmap.
         with_code (`bool`): whether the model is saved with its code.
+        with_arguments (`bool`): whether all arguments of the run are in a file beside it.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
@@ -90,6 +92,7 @@ def render_page(
         model_class=type(model).__name__,
         auto_class=model.backbone_class.__name__,
         with_code=with_code,
+        with_arguments=with_arguments,
         backbone=backbone_name(model),
         is_timm=model.config.backbone_config.model_type == "timm_wrapper",
         is_membership=is_membership,

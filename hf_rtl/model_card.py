@@ -27,7 +27,7 @@ from .card_page import backbone_name, render_page
 from .files import write_bytes
 from .modeling_rtl import RTLModel
 from .readme import ALL_ROUTES, Readme
-from .training_run import is_of, read_run
+from .training_run import ARGUMENTS_FILE, is_of, read_run
 
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def write_card(
             hand as the one on the Hub was. Nothing is written then.
     """
     RTLCardData().updated(given)
-    model, run, target = _opened(source, folder)
+    model, run, saved, target = _opened(source, folder)
     file = target / CARD
     readme = _to_change(file, remote)
     noted = readme.record or {}
@@ -168,7 +168,8 @@ def write_card(
         similarity=similarity,
         pipeline_tag=metadata.get("pipeline_tag"),
         title=None if readme.has_title else _title(model, card),
-        with_code=_has_code(target),
+        with_code=_has_code(saved),
+        with_arguments=(saved / ARGUMENTS_FILE).exists(),
         picture=PICTURE if has_picture else None,
     )
     noted_metadata = {name: value for name, value in metadata.items() if name != "model-index"}
@@ -261,8 +262,10 @@ def _title(model: RTLModel, card: RTLCardData) -> str:
     return f"{backbone_name(model)} with {model.num_routes} tickets"
 
 
-def _opened(source: RTLModel | str | Path, folder: str | Path | None) -> tuple[RTLModel, dict[str, Any] | None, Path]:
-    """The model, what is known of its run, and where the card is to go."""
+def _opened(
+    source: RTLModel | str | Path, folder: str | Path | None
+) -> tuple[RTLModel, dict[str, Any] | None, Path, Path]:
+    """The model, what is known of its run, where the model is saved, and where the card is to go."""
     if isinstance(source, (str, Path)):
         saved = Path(source)
         if not (saved / "config.json").is_file():
@@ -271,14 +274,15 @@ def _opened(source: RTLModel | str | Path, folder: str | Path | None) -> tuple[R
             )
         model, run = RTLModel.from_pretrained(saved), read_run(saved)
         folder = saved if folder is None else folder
-    else:
-        model, run = source, source.training_run
-    if folder is None:
+    elif folder is None:
         raise ValueError("`folder` is missing: `write_card(model, folder)` needs to know where the card is to go.")
+    else:
+        saved = Path(folder)
+        model, run = source, source.training_run or read_run(saved)
     if run is not None and not is_of(run, model):
         logger.warning("the model has other masks or weights than its run ended with, of which its card says nothing.")
         run = None
-    return model, run, Path(folder)
+    return model, run, saved, Path(folder)
 
 
 def _has_code(folder: Path) -> bool:

@@ -85,6 +85,8 @@ class RTLModel(TicketSharing):
 
     # What a model card says of the run that the model comes from (see `training_run.py`), after a training.
     training_run: dict[str, Any] | None = None
+    # Of the repository on the Hub that the model was loaded from; its name is `name_or_path`.
+    loaded_commit: str | None = None
 
     # Building, saving, loading
 
@@ -207,9 +209,11 @@ class RTLModel(TicketSharing):
             state_dict = expand_state(tensors, config.compact, keys, model.mask_bank)
             config.compact = None
         commit = extract_commit_hash(str(checkpoint_files[0]), None) if checkpoint_files else None
-        if commit is not None and not Path(name).is_dir() and config.base is not None:
-            # A copy that was pushed elsewhere is still of the base that it says.
-            config.base = {"repo": name, "revision": commit, **config.base}
+        if commit is not None and not Path(name).is_dir():
+            model.loaded_commit = commit
+            if config.base is not None:
+                # A copy that was pushed elsewhere is still of the base that it says.
+                config.base = {"repo": name, "revision": commit, **config.base}
         return RoutedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(
@@ -330,6 +334,7 @@ class RTLModel(TicketSharing):
     ) -> None:
         try:
             from hf_rtl.model_card import write_card
+            from hf_rtl.training_run import copy_run
         except ImportError as error:
             # Custom code from a Hub repository comes without what writes cards.
             if error.name != "hf_rtl":
@@ -337,6 +342,7 @@ class RTLModel(TicketSharing):
             card = create_and_tag_model_card(repo_id, [*(self.model_tags or []), *(tags or [])], token=token)
             card.save(folder / "README.md")
             return
+        copy_run(self, folder, token=token)
         remote = read_card(repo_id, revision, token=token)
         write_card(self, folder, remote=remote, model_id=repo_id, **({"tags": tags} if tags else {}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,8 +15,8 @@ import accelerate
 import timm
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import TrainerCallback
 
 from .configuration_rtl import VERSION
@@ -27,6 +28,7 @@ from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArgu
 
 
 FILE = "training_run.json"
+ARGUMENTS_FILE = "training_args.json"  # all of them, which a trainer saves beside the final model
 
 # What decides the result; nothing that could be private is among them: no path, name or token.
 _ARGUMENTS = [
@@ -123,6 +125,35 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """What `write_run` wrote; `None` if nothing is there."""
     file = folder / FILE
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None:
+    """
+    Writes into `folder` what is known of the run that `model` comes from, unless it has changed since: after a
+    training its own, else what lies beside the weights that it was loaded from.
+    """
+    if model.training_run is not None:
+        if is_of(model.training_run, model):
+            write_run(folder, model.training_run)
+        return
+    file = _loaded_with(model, FILE, token)
+    if file is not None and is_of(json.loads(file.read_text()), model):
+        shutil.copy(file, folder / FILE)
+        arguments = _loaded_with(model, ARGUMENTS_FILE, token)
+        if arguments is not None:
+            shutil.copy(arguments, folder / ARGUMENTS_FILE)
+
+
+def _loaded_with(model: RTLModel, name: str, token: bool | str | None) -> Path | None:
+    """A file of the folder, or of the commit on the Hub, that a model was loaded from; `None` if it is not there."""
+    source = model.name_or_path
+    if model.loaded_commit is None:
+        file = Path(source, name)
+        return file if source and file.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=model.loaded_commit, token=token))
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # also of a repository that is gone, or not for this token
+        return None
 
 
 def is_of(run: Mapping[str, Any], model: RTLModel) -> bool:

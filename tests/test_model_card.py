@@ -425,6 +425,9 @@ def test_code_that_is_saved_along_is_named(tmp_path):
         blocks = python_blocks(page_of(write_card(model, tmp_path, model_id="org/name")))
         trusting = 'AutoModelForImageClassification.from_pretrained("org/name", trust_remote_code=True).eval()'
         assert [trusting in block for block in blocks] == [False, False, *[True] * with_code, False]
+        # Also on a page that goes elsewhere.
+        elsewhere = write_card(tmp_path, tmp_path / f"page-{with_code}", model_id="org/name").read_text()
+        assert (trusting in elsewhere) == with_code
 
 
 # What is given
@@ -656,6 +659,7 @@ def test_a_training_ends_with_a_card(trainer):
     counts = [row["training samples"] for row in table_with(card.text, "kept weights")]
     assert counts == [*map(str, trainer.route_data.partition.counts.tolist()), "21"]
     assert f"torch {torch.__version__}" in card.text and "1 process (cpu)" in card.text
+    assert "all of them are in\n[training_args.json](training_args.json):" in card.text
 
 
 def test_nothing_in_it_is_private(trainer):
@@ -687,7 +691,8 @@ def test_a_trainer_takes_trainer_s_names_and_ours(trainer):
 
 
 def test_the_model_of_a_trainer_knows_its_run_until_it_changes(trainer, tmp_path):
-    assert "model-index" in write_card(trainer.model, tmp_path).read_text()
+    page = write_card(trainer.model, tmp_path).read_text()
+    assert "model-index" in page and "training_args.json" not in page  # which is not there
     before = trainer.model.mask_bank["cat"]
     trainer.model.mask_bank["cat"] = trainer.model.mask_bank["dog"]
     assert "model-index" not in write_card(trainer.model, tmp_path).read_text()

@@ -403,8 +403,11 @@ def base_of(name: str) -> dict[str, Any]:
     return RTLModel.from_pretrained(name).config.base
 
 
-def copy_repo(source: str, name: str) -> None:
-    RTLModel.from_pretrained(source).push_to_hub(name)
+def copy_repo(source: str, name: str, *, drop: str | None = None) -> None:
+    model = RTLModel.from_pretrained(source)
+    if drop is not None:
+        model.drop_route(drop)
+    model.push_to_hub(name)
 
 
 # The command line

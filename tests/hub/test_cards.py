@@ -12,7 +12,7 @@ from hub.card_clients import (
     read_and_validate,
     train_from_hub,
 )
-from hub.clients import push
+from hub.clients import copy_repo, push
 
 
 def card_at(hub, name, revision="main"):
@@ -33,10 +33,22 @@ def test_a_pushed_model_has_a_card_of_its_own(hub, run, kind, task):
     assert card_at(hub, name) == before
 
 
-def test_the_model_of_a_trainer_is_pushed_with_what_its_run_says(hub, run):
+def test_the_model_of_a_trainer_is_pushed_with_what_its_run_says(hub, run, tmp_path):
     run(push_trained_model, "org/card-trained")
     card = run(read_and_validate, "org/card-trained")
     assert "2 rounds: in each" in card["text"] and "the run evaluated nothing" in card["text"]
+    assert "training_args.json" not in card["text"]  # which is not there
+    page = card_at(hub, "org/card-trained")
+    # Who pulls it and pushes it again, there or elsewhere, knows no less, and whose model it no longer is, nothing.
+    run(copy_repo, "org/card-trained", "org/card-trained")
+    assert card_at(hub, "org/card-trained") == page
+    run(copy_repo, str(tmp_path / "process-1" / "run" / "final"), "org/card-copied")
+    copy = card_at(hub, "org/card-copied")
+    assert "2 rounds: in each" in copy and "all of them are in\n[training_args.json](training_args.json):" in copy
+    assert {"training_run.json", "training_args.json"} <= hub.repos["org/card-copied"].at("main").files.keys()
+    run(copy_repo, "org/card-trained", "org/card-fewer", drop="bee")
+    assert "How the tickets were found and trained is not known" in card_at(hub, "org/card-fewer")
+    assert "training_run.json" not in hub.repos["org/card-fewer"].at("main").files
 
 
 def test_text_of_the_hub_stays(hub, run):
