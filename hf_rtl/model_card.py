@@ -195,7 +195,8 @@ def _to_change(file: Path, remote: bytes | None) -> Readme:
     theirs = Readme.parse(remote)
     if not mine.is_edited or mine.own_part() == theirs.own_part():
         return theirs
-    if theirs.is_edited:
+    # What theirs says of itself is of no use: another push may have gone on from an edit that is not in mine.
+    if theirs.own_part() != mine.last_pushed:
         raise ValueError(
             f"both {str(file)!r} and the model card on the Hub were changed by hand. Bring what is to stay into that "
             "on the Hub, and delete the file, or make them the same."

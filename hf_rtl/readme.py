@@ -92,9 +92,14 @@ class Readme:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @property
+    def last_pushed(self) -> str:
+        """What `own_part` was when the file was last pushed to the Hub."""
+        return (self.record or {}).get("pushed", Readme().own_part())
+
+    @property
     def is_edited(self) -> bool:
         """Whether what is not ours is other than when the file was last pushed to the Hub."""
-        return self.own_part() != (self.record or {}).get("pushed", Readme().own_part())
+        return self.own_part() != self.last_pushed
 
     @property
     def has_title(self) -> bool:

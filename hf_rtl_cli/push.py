@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError
 
+from hf_rtl.files import write_bytes
 from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder, read_card
 from hf_rtl.model_card import write_card
 
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.compact:
             model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
         repo_id, commit = _pushed(Path(staging), args, with_card=(folder / "README.md").is_file())
+        if (folder / "README.md").is_file():
+            # With the next push it is known what was changed here since.
+            write_bytes(folder / "README.md", (Path(staging) / "README.md").read_bytes())
         sent = sorted(file.name for file in Path(staging).iterdir())
     return {
         "repo": repo_id,
@@ -69,6 +73,8 @@ def _pushed(staging: Path, args: argparse.Namespace, *, with_card: bool) -> tupl
         raise
     except HTTPError as error:  # no connection
         raise OSError(str(error)) from error
+    except ValueError as error:  # of a page that was changed by hand here and there
+        raise ValueError(str(error).replace(str(staging), args.folder)) from error
     except RuntimeError as error:  # an upload that failed; its cause says why
         raise OSError(f"{error} {error.__cause__}") from error
     return repo_id, commit

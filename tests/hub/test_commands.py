@@ -58,10 +58,20 @@ def test_what_somebody_wrote_on_the_hub_stays(hub, run, tmp_path, options):
     repo = hub.repos[name]
     page = repo.at("main").files["README.md"].data
     repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(page + b"\nMine.\n")}, "Write", "ann")
-    local = (tmp_path / "model" / "README.md").read_bytes()
+    local = tmp_path / "model" / "README.md"
+    before = local.read_bytes()
     run(command, "push", folder, name, *options)
-    assert repo.at("main").files["README.md"].data.endswith(b"\nMine.\n")
-    assert (tmp_path / "model" / "README.md").read_bytes() == local
+    page = repo.at("main").files["README.md"].data
+    assert page.endswith(b"\nMine.\n") and local.read_bytes() == page
+    # What is added here goes there.
+    local.write_bytes(page + b"\nAlso mine.\n")
+    run(command, "push", folder, name, *options)
+    assert repo.at("main").files["README.md"].data.endswith(b"\nMine.\n\nAlso mine.\n")
+    # A copy from before does not take the place of what was written since, though the last push had it.
+    local.write_bytes(before + b"\nOnly here.\n")
+    with pytest.raises(ClientError, match=f"error: both '{folder}/README.md' and .* were changed by hand"):
+        run(command, "push", folder, name, *options)
+    assert repo.at("main").files["README.md"].data.endswith(b"\nMine.\n\nAlso mine.\n")
 
 
 @pytest.mark.parametrize("options", [[], ["--compact"]])
