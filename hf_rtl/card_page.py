@@ -26,7 +26,12 @@ _PIPELINES["text-classification"] = "A sentence."
 _DECISIONS = {"balanced_accuracy": "bal. acc.", "precision": "precision", "recall": "recall", "f1": "F1"}
 _COLUMNS = {
     "membership": {**_DECISIONS, "auroc": "AUROC"},
-    "labels": {"accuracy": "accuracy"},
+    "labels": {
+        "accuracy": "accuracy",
+        "inferred_accuracy": "acc., route inferred",
+        "union_accuracy": "acc. of the union",
+        "route_recall": "routes found",
+    },
 }
 # What a round is judged by, in the table of rounds.
 _OF_A_ROUND = {
@@ -36,7 +41,14 @@ _OF_A_ROUND = {
         "accuracy": "highest-score acc.",
         "loss": "evaluation loss",
     },
-    "labels": {"accuracy": "accuracy", "worst_route_accuracy": "worst route", "loss": "evaluation loss"},
+    "labels": {
+        "accuracy": "accuracy",
+        "worst_route_accuracy": "worst route",
+        "inferred_accuracy": "acc., route inferred",
+        "route_accuracy": "route acc.",
+        "union_accuracy": "acc. of the union",
+        "loss": "evaluation loss",
+    },
 }
 _FORMS = {
     "full_bytes": "**files of this model**, as `save_pretrained` writes them",

@@ -26,9 +26,10 @@ from hf_rtl import (
     RTLTrainer,
     RTLTrainingArguments,
 )
-from hf_rtl.metrics import label_metrics, membership_metrics
+from hf_rtl.metrics import label_metrics, membership_metrics, router_metrics
 from hf_rtl.model_card import RTLCardData, write_card
 from hf_rtl.modeling_rtl import TASK_CLASSES
+from hf_rtl.routing import ScoreRouter
 from hf_rtl.training_run import describe_run, write_run
 
 
@@ -333,7 +334,7 @@ def test_undefined_figures_are_dashes_and_no_results(tmp_path):
     card = ModelCard.load(write_card(tmp_path))
     assert [row["AUROC"] == "–" for row in table_with(card.text, "kept weights")] == [False, True, False, False]
     of_dog = [result.metric_type for result in card.data.eval_results if result.dataset_config == "route dog"]
-    assert len(of_dog) == 8 and "roc_auc" not in of_dog
+    assert len(of_dog) == 9 and "roc_auc" not in of_dog
 
 
 def test_limits_are_those_of_the_model(tmp_path):
@@ -355,6 +356,37 @@ def test_limits_are_those_of_the_model(tmp_path):
     page = page_of(write_card(model, tmp_path / "other"))
     assert "**Statistics are shared.**" in page and "Layers are empty" not in page and "same score" not in page
     assert "Precision depends" not in page and "is not described here" in page
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+def test_a_router_is_told_of_with_what_it_gets_right(tmp_path, ticket_task):
+    model = make_model(ticket_task)
+    page = page_of(write_card(model, tmp_path / "before"))
+    assert "**Somebody must say the route.**" in page and "router finds" not in page
+    model.set_router(ScoreRouter(3), threshold=0.25, fallback="owl")
+    metrics = with_run(model, tmp_path)
+    names, homes = model.route_names, np.arange(30) % 3
+    routed = router_metrics(np.random.default_rng(1).normal(size=(30, 3)), homes, names)
+    if ticket_task == "labels":
+        logits = np.random.default_rng(2).normal(size=(30, 4))
+        routed |= label_metrics(logits, homes, homes, names, prefix="inferred_")
+        routed |= label_metrics(-logits, homes, homes, names, prefix="union_")
+    run = json.loads((tmp_path / "training_run.json").read_text())
+    run["evaluations"][0]["rounds"][-1].update(routed)
+    write_run(tmp_path, run)
+    page = page_of(write_card(tmp_path))
+    assert "the model's router (`score`) finds the likeliest route" in page and "**The router errs.**" in page
+    assert "Where the probability is below 0.25, it takes the route owl." in page
+    assert "Somebody must say" not in page and "no answer but an error" not in page
+    assert f"- Accuracy of the router: samples whose likeliest route is theirs: {routed['route_accuracy']:.3f}" in page
+    if ticket_task == "labels":
+        rows = table_with(page, "acc., route inferred", "acc. of the union", "routes found")
+        for row, name in zip(rows, names, strict=False):
+            assert row["acc., route inferred"] == f"{routed[f'{name}/inferred_accuracy']:.3f}"
+            assert row["acc. of the union"] == f"{routed[f'{name}/union_accuracy']:.3f}"
+            assert row["routes found"] == f"{routed[f'{name}/route_recall']:.3f}"
+            assert row["accuracy"] == f"{metrics[f'{name}/accuracy']:.3f}"
+        assert page.count('classifier("image.png")') == 2
 
 
 def test_of_a_model_without_a_run_nothing_is_made_up(tmp_path):
@@ -647,7 +679,7 @@ def test_a_training_ends_with_a_card(trainer):
     assert faults(card.data.to_dict()) == []
     assert {result.dataset_name for result in card.data.eval_results} == {"Noise"}
     measured = {(r.dataset_config, r.metric_name): r.metric_value for r in card.data.eval_results}
-    assert len(measured) == len(card.data.eval_results) == 2 * (3 * 9 + 13)
+    assert len(measured) == len(card.data.eval_results) == 2 * (3 * 10 + 14)
     for name in ("near", "near_by"):
         expected = trainer.rounds[-1]["metrics"][f"eval_{name}_cat/calibrated_balanced_accuracy"]
         assert measured[f"{name}, route cat", "Balanced accuracy, calibrated threshold"] == expected
