@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from .processes import Processes
 from .progress import RunProgress
 from .randomness import Stream, seed_of
 from .route_data import EvaluationData, RouteData, Rows, check_label_column, columns_of, find_partition, single_labels
-from .sampling import RouteBatchSampler
+from .sampling import ALL_ROUTES, RouteBatchSampler
 from .ticket_trainer import named_state
 from .training_args import RTLTrainingArguments
 
@@ -136,7 +136,13 @@ class JointTrainer(TicketEvaluator):
                     f"`route_batch_size` = {args.route_batch_size} must be a multiple of {unit}: {each} for each of "
                     f"{args.world_size} process(es)."
                 )
-            self.route_data.sampler((), world_size=args.world_size)
+            first = 0 if args.competing_epochs else None
+            self.route_data.sampler((), world_size=args.world_size, first_competing_epoch=first)
+        if args.competing_epochs and not membership:
+            raise ValueError(
+                f"`competing_epochs` = {args.competing_epochs} compares the scores of membership tickets, and these "
+                "are tickets for labels; leave it at 0."
+            )
         if args.router != "given":
             check_router(args.router, model, self.calibration_dataset)
             if args.router_fallback is not None:
@@ -162,6 +168,8 @@ class JointTrainer(TicketEvaluator):
         self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
         self.add_callback(self.progress)
         self._round: Round | None = None
+        # Whether the batch in hand is of all routes.
+        self._is_competing = False
         # Whether the joint retraining goes on from a checkpoint, and which was the best by then.
         self._is_continued = False
         self._best_before: Path | None = None
@@ -246,18 +254,36 @@ class JointTrainer(TicketEvaluator):
     def _retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
         accumulation = self.args.gradient_accumulation_steps
         key = (Stream.RETRAINING, round_index)
-        return self._require_data().sampler(key, gradient_accumulation_steps=accumulation, **part)
+        competing = self.args.competing_epochs
+        first = int(self.args.num_train_epochs) - competing if competing else None
+        return self._require_data().sampler(
+            key, gradient_accumulation_steps=accumulation, first_competing_epoch=first, **part
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         route = inputs.pop("route")
         model.train()
         # With accumulation all batches of an update are of one route; a step that the scaler skipped is forgotten.
         self.model.routes_since_update.clear()
-        with self.model.route_context(route):
+        self._is_competing = route == ALL_ROUTES
+        trained = list(range(self.model.num_routes)) if self._is_competing else [route]
+        with nullcontext() if self._is_competing else self.model.route_context(route):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self._is_competing = False
         if self.accelerator.sync_gradients:
-            self._average_statistics(route)
+            for route in trained:
+                self._average_statistics(route)
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As `Trainer`'s; where tickets compete, the cross-entropy between their scores and the home routes."""
+        if not self._is_competing:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
 
     def _average_statistics(self, route: int) -> None:
         """

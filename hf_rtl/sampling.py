@@ -16,6 +16,8 @@ from .partition import check_route_ids
 
 # First word of a spawn key, so that the two uses of one seed never draw from the same stream.
 _BATCHES, _TRANSFORMS = 0, 1
+# In place of a route, of batches whose samples every ticket scores; more than any model has.
+ALL_ROUTES = 2**31 - 1
 
 
 class RouteSample(NamedTuple):
@@ -24,7 +26,8 @@ class RouteSample(NamedTuple):
 
     Args:
         index (`int`): position in the data set.
-        route (`int`): the route whose batch this draw is in; for a negative, not the sample's own.
+        route (`int`): the route whose batch this draw is in; for a negative, not the sample's own. `ALL_ROUTES` where
+            all tickets compete for it.
         occurrence (`int`): number of the draw in its route's stream, over all epochs. (index, route, occurrence) does
             not repeat within a run.
     """
@@ -47,6 +50,10 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
     negatives of a route are drawn uniformly from all samples of all other routes, anew in each epoch, and without
     repeating one before all have come.
 
+    From the epoch `first_competing_epoch` on, batches hold samples of all routes, at their own prevalence, for all
+    tickets to score. An epoch has as many batches as any other, each of `batch_size // num_routes` samples, so that as
+    many samples pass through a network, between all tickets.
+
     Everything is a pure function of `seed`, `key`, epoch and route: nothing needs saving, and the global batches are
     the same for any number of processes. Rank r yields every `world_size`-th sample of a batch from the r-th on
     (for membership, every `world_size`-th pair of a positive and a negative), so all ranks work on the same route.
@@ -63,6 +70,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
             passes one. Negatives come from the whole data set all the same.
         key (`tuple[int, ...]`, defaults to `()`): further entropy, such as the round and the prune event.
         gradient_accumulation_steps (`int`, defaults to 1): batches per update.
+        first_competing_epoch (`int`, *optional*): see above; without it, none.
         rank (`int`, defaults to 0): this process, below `world_size`.
         world_size (`int`, defaults to 1): number of processes.
 
@@ -83,6 +91,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         routes: Sequence[int] | None = None,
         key: tuple[int, ...] = (),
         gradient_accumulation_steps: int = 1,
+        first_competing_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -107,6 +116,13 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
                 f"{self._unit * self.world_size}, for {reason}."
             )
         self.routes = self._check_routes(routes)
+        self.first_competing_epoch = first_competing_epoch
+        least = 2 * self.num_routes * self.world_size
+        if first_competing_epoch is not None and self.batch_size < least:
+            raise ValueError(
+                f"`batch_size` is {batch_size}; where {self.num_routes} tickets compete, a batch has that many times "
+                f"fewer samples, and at least 2 on each of {world_size} process(es): {least} are needed."
+            )
         self.epoch = 0
 
     def _check_routes(self, routes: Sequence[int] | None) -> list[int]:
@@ -137,6 +153,9 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         self.epoch = _check_integer("epoch", epoch, minimum=0)
 
     def __iter__(self) -> Iterator[list[RouteSample]]:
+        if self.first_competing_epoch is not None and self.epoch >= self.first_competing_epoch:
+            yield from self._competing_batches()
+            return
         num_updates = self.num_updates_per_route
         stream_length = num_updates * self.gradient_accumulation_steps * self.batch_size
         first_occurrence = self.epoch * stream_length
@@ -150,6 +169,17 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
                         RouteSample(int(streams[route][position]), route, first_occurrence + int(position))
                         for position in start + positions
                     ]
+
+    def _competing_batches(self) -> Iterator[list[RouteSample]]:
+        size = self.batch_size // self.num_routes // self.world_size * self.world_size
+        length = len(self) * size
+        stream = self._permutations(np.arange(len(self.route_ids)), length, self.num_routes, 0)
+        for start in range(0, length, size):
+            positions = range(start + self.rank, start + size, self.world_size)
+            yield [
+                RouteSample(int(stream[position]), ALL_ROUTES, self.epoch * length + position)
+                for position in positions
+            ]
 
     def _stream(self, route: int, length: int) -> np.ndarray:
         """The epoch's samples of `route`'s global batches one after the other, `int64 [length]`."""
@@ -173,7 +203,7 @@ class RoutedDataset(Dataset[dict[str, Any]]):
     A map-style data set of dicts, addressed by `RouteSample` instead of by position.
 
     An item is the base's dict with `route_ids` (`int`) added, the route of the batch. For membership, `label_column`
-    is removed and `labels` (`int`) is 1 if the sample is of that route, 0 if not.
+    is removed and `labels` (`int`) is 1 if the sample is of that route, 0 if not; in a batch of all routes, its route.
 
     With `seed_transforms`, each sample is fetched under Python's, NumPy's and torch's (CPU) global generators seeded
     from (`seed`, `key`, index, route, occurrence), so that random transforms depend on neither the order of fetching,
@@ -262,7 +292,8 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         if self.membership:
             if self.label_column is not None:
                 routed.pop(self.label_column, None)
-            routed["labels"] = int(self.route_ids[sample.index] == sample.route)
+            home = int(self.route_ids[sample.index])
+            routed["labels"] = home if sample.route == ALL_ROUTES else int(home == sample.route)
         return routed
 
 

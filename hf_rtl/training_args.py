@@ -47,6 +47,7 @@ RETRAINING_FIELDS = [
     "max_steps",
     "gradient_accumulation_steps",
     "recalibration_batches",
+    "competing_epochs",
     "router",
     "router_threshold",
     "router_fallback",
@@ -62,6 +63,7 @@ _MINIMA = {
     "route_batch_size": 1,
     "rewind_to": 0,
     "recalibration_batches": 1,
+    "competing_epochs": 0,
 }
 _OPTIONAL = ("extraction_steps",)
 _UNSUPPORTED = {
@@ -162,6 +164,13 @@ class RTLTrainingArguments(TrainingArguments):
     calibration_fraction: float = field(
         default=0.0, metadata={"help": "Part of each route's training data held out to fit thresholds and router on."}
     )
+    competing_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "The last epochs of joint retraining in which membership tickets compete: all score the same "
+            "samples, and the loss is that of one softmax over their scores."
+        },
+    )
     router: str = field(
         default="given",
         metadata={"help": "Router to fit after joint retraining, on data held out: score, centroid or entropy."},
@@ -196,6 +205,8 @@ class RTLTrainingArguments(TrainingArguments):
         self._check_real("calibration_fraction")
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
+        if self.competing_epochs:
+            self._check_competition()
         self._check_real("router_threshold")
         if not 0 <= self.router_threshold <= 1:
             raise ValueError(f"`router_threshold` must be in [0, 1], got {self.router_threshold}.")
@@ -208,6 +219,23 @@ class RTLTrainingArguments(TrainingArguments):
             if getattr(self, name):
                 raise ValueError(f"`{name}` is not supported: {reason}.")
         super().__post_init__()
+
+    def _check_competition(self) -> None:
+        if self.max_steps > 0:
+            raise ValueError(
+                f"`competing_epochs` = {self.competing_epochs} are the last of `num_train_epochs`, which "
+                f"`max_steps` = {self.max_steps} overrides; leave `max_steps` out."
+            )
+        if self.num_train_epochs != int(self.num_train_epochs) or self.competing_epochs > self.num_train_epochs:
+            raise ValueError(
+                f"`competing_epochs` = {self.competing_epochs} must be at most `num_train_epochs`, a whole number "
+                f"then, got {self.num_train_epochs}."
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "`competing_epochs` needs the masks of all routes at once, and `gradient_checkpointing` those of one; "
+                "choose one of them."
+            )
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from image_data import DataArguments, ImageTensors
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLTrainer
 from hf_rtl.backbone import build_backbone
 from hf_rtl.metrics import membership_metrics
 from hf_rtl.pruning import random_masks, shuffled_masks
+from hf_rtl.sampling import ALL_ROUTES
 from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
@@ -60,7 +61,10 @@ def _scores(trainer: RTLTrainer, model: Any, test: ImageTensors) -> tuple[np.nda
 
 
 def _dense(trainer: RTLTrainer, test: ImageTensors, backbone: str, data: DataArguments) -> dict[str, Any]:
-    """Unpruned, one logit per route; a batch of route k trains logit k alone, on the batches of the first round."""
+    """
+    Unpruned, one logit per route, on the batches of the first round; a batch of route k trains logit k alone, and one
+    that tickets compete for all of them.
+    """
     args = trainer.args
     names = trainer.model.route_names
     network = build_backbone(
@@ -74,7 +78,10 @@ def _dense(trainer: RTLTrainer, test: ImageTensors, backbone: str, data: DataArg
     theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
 
     def loss(network: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        logits = network(batch["pixel_values"]).logits[:, batch["route"]]
+        logits = network(batch["pixel_values"]).logits
+        if batch["route"] == ALL_ROUTES:
+            return cross_entropy(logits, batch["labels"])
+        logits = logits[:, batch["route"]]
         return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
 
     dense = TicketTrainer(network, theta0, [], trainer._plain_optimizer, loss, trainer.compute_loss_context_manager)

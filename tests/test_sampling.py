@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.sampling import RouteBatchSampler, RoutedDataset, RouteSample
+from hf_rtl.sampling import ALL_ROUTES, RouteBatchSampler, RoutedDataset, RouteSample
 
 
 # Three routes of 7, 4 and 10 samples, not in order.
@@ -357,3 +357,51 @@ def test_datasets_are_served_with_and_without_seeding():
         assert [item["labels"] for item in items] == [1, 0, 1, 0]
     first, second = (routed(base).__getitems__(samples) for _ in range(2))
     assert first == second
+
+
+# Tickets that compete
+
+
+def test_competing_epochs_draw_from_all_samples_alike():
+    plain, competing = sampler(batch_size=12), sampler(batch_size=12, first_competing_epoch=2)
+    assert len(competing) == len(plain)
+    (first, second, third, fourth), (_, _, otherwise) = epochs(competing, 4), epochs(plain, 3)
+    assert [first, second] == epochs(plain, 2) and third != otherwise
+    for epoch in (third, fourth):
+        assert len(epoch) == len(competing)
+        # As many samples through three tickets as through one in other batches.
+        assert all(len(batch) == 4 for batch in epoch)
+        assert {sample.route for batch in epoch for sample in batch} == {ALL_ROUTES}
+        stream = [sample.index for batch in epoch for sample in batch]
+        while len(stream) >= len(ROUTE_IDS):
+            assert sorted(stream[: len(ROUTE_IDS)]) == list(range(len(ROUTE_IDS)))
+            stream = stream[len(ROUTE_IDS) :]
+    samples = [sample for batch in third + fourth for sample in batch]
+    assert len(set(samples)) == len(samples) and [s.index for s in third[0]] != [s.index for s in fourth[0]]
+    assert epochs(sampler(batch_size=12, first_competing_epoch=2), 4)[2:] == [third, fourth]
+    assert epochs(sampler(batch_size=12, first_competing_epoch=2, seed=1), 3)[2] != third
+
+
+def test_competing_batches_are_dealt_out_to_the_processes():
+    whole = epochs(sampler(batch_size=12, first_competing_epoch=0), 1)[0]
+    parts = [epochs(sampler(batch_size=12, first_competing_epoch=0, rank=rank, world_size=2), 1)[0] for rank in (0, 1)]
+    for batch, one, other in zip(whole, *parts, strict=True):
+        assert len(one) == len(other) == 2
+        assert [sample for pair in zip(one, other, strict=True) for sample in pair] == batch
+
+
+def test_competing_batches_need_samples():
+    with pytest.raises(ValueError, match=r"`batch_size` is 4; .* at least 2 on each of 1 process\(es\): 6 are needed"):
+        sampler(batch_size=4, first_competing_epoch=0)
+    sampler(batch_size=6, first_competing_epoch=0)
+
+
+def test_labels_of_competing_batches_are_home_routes():
+    data = [{"x": index, "label": int(route)} for index, route in enumerate(ROUTE_IDS)]
+    for seeded in (False, True):
+        routed = RoutedDataset(
+            data, route_ids=ROUTE_IDS, membership=True, seed=0, label_column="label", seed_transforms=seeded
+        )
+        batch = epochs(sampler(batch_size=12, first_competing_epoch=0), 1)[0][0]
+        for item, sample in zip(routed.__getitems__(batch), batch, strict=True):
+            assert item == {"x": sample.index, "labels": ROUTE_IDS[sample.index], "route_ids": ALL_ROUTES}
