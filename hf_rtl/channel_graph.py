@@ -147,6 +147,12 @@ class ChannelGraph:
         self._parents += range(first, first + count)
         return self._parents[first:]
 
+    def _unknown(self, dim: int, count: int) -> Channels:
+        """Channels of what is not followed, which all matter."""
+        ids = self._fresh(count)
+        self._fixed += ids
+        return Channels(dim, ids, torch.full((count,), math.nan, dtype=torch.float64))
+
     def _root(self, id: int) -> int:
         while self._parents[id] != id:
             self._parents[id] = self._parents[self._parents[id]]
@@ -255,10 +261,11 @@ class ChannelGraph:
     ) -> Channels:
         """The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero."""
         ids = self._fresh(len(terms))
-        if channels is not None:
-            terms = terms & (channels.value != 0)
-            self._bind(weight, weight_dims[1], channels.ids)
-            self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
+        if channels is None:
+            channels = self._unknown(dim, terms.shape[1])
+        terms = terms & (channels.value != 0)
+        self._bind(weight, weight_dims[1], channels.ids)
+        self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
         return self._made(weight, bias, ids, terms, dim, weight_dims[0])
 
     def _made(
@@ -302,6 +309,9 @@ class ChannelGraph:
         known = ~torch.stack([channels.value for channels in tracked.values()]).isnan().any(0)
         if not others:
             values = {source: channels.value.nan_to_num() for source, channels in tracked.items()}
+            for source, constant in values.items():
+                if not source.meta["val"].is_floating_point():  # a comparison: `where` takes nothing but `bool`
+                    values[source] = constant.to(source.meta["val"].dtype)
             target: Any = node.target
             result = target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
             value = torch.where(known & result.isfinite(), result.double(), math.nan)
@@ -320,10 +330,7 @@ class ChannelGraph:
         for source in sources:
             if source not in self._channels:
                 self._release([source])
-                size = _shape(source)[dim]
-                unknown = torch.full((size,), math.nan, dtype=torch.float64)
-                parts.append(Channels(dim, self._fresh(size), unknown))
-                self._fixed += parts[-1].ids
+                parts.append(self._unknown(dim, _shape(source)[dim]))
             else:
                 parts.append(self._channels[source])
         return Channels(dim, [id for part in parts for id in part.ids], torch.cat([part.value for part in parts]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
 
 from .channel_graph import ChannelGraph
 
@@ -146,18 +145,23 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 class _TensorOutputs(nn.Module):
-    """Gives the tensors that a model returns, without the caches beside them, which `torch.export` refuses."""
+    """Gives the tensors that a model returns, without caches beside them, which `torch.export` refuses."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(**inputs)
-        if isinstance(outputs, ModelOutput):
-            outputs = outputs.to_tuple()
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        return tuple(output for output in outputs if isinstance(output, Tensor))
+        return tuple(_tensors_in(self.model(**inputs)))
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, however nested."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping | tuple | list):
+        for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(value)
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -168,11 +172,13 @@ def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tenso
     """Whether `model` still runs and gives `expected`; code of its own may count on the number of channels."""
     try:
         outputs = _TensorOutputs(model)(**inputs)
-    except (RuntimeError, ValueError, AssertionError):
+    except Exception:  # whatever that code raises
         return False
+    # In float64, as outputs may be `bool`.
+    pairs = [(output.double(), one.double()) for output, one in zip(outputs, expected, strict=True)]
     return all(
         output.shape == one.shape and bool((output - one).abs().max() <= 1e-6 * one.abs().max())
-        for output, one in zip(outputs, expected, strict=True)
+        for output, one in pairs
     )
 
 

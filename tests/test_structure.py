@@ -539,6 +539,37 @@ def test_parameters_tied_between_layers_stay_tied():
     assert model.two.weight is model.one.weight
 
 
+def test_a_layer_used_on_the_input_too_keeps_what_reads_the_input():
+    def forward(self, x):
+        return self.head(self.middle(self.shared(self.shared(x)).relu()).relu())
+
+    model = Function(forward, shared=nn.Conv2d(3, 3, 1), middle=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
+    with torch.no_grad():  # nothing reads output 1 of the first layer, but its input 1 comes from outside
+        model.shared.weight[:, 1] = 0
+        model.middle.weight[:, 1] = 0
+        model.head.weight[:, 2] = 0
+    assert_removed(model, {"middle": ([], [2]), "head": ([2], [])})
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: x.masked_fill(x < 0, 0.0),
+        lambda x: x * ~(x < 0),
+    ],
+)
+def test_activations_that_compare(activation):
+    model = Function(
+        lambda self, x: self.head(activation(self.one(x))), one=nn.Conv2d(3, 5, 1), head=nn.Conv2d(5, 2, 1)
+    )
+    with torch.no_grad():
+        model.head.weight[:, 1] = 0
+        model.one.weight[[2, 3]] = 0
+        model.one.bias[[2, 3]] = torch.tensor([0.0, 0.5])
+    assert_removed(model, {"one": ([], [1, 2]), "head": ([1, 2], [])})
+
+
 def test_concatenated_channels_are_told_apart():
     def forward(self, x):
         return self.head(torch.cat([self.one(x), x[:, :1], self.two(x)], 1).relu())
@@ -625,6 +656,7 @@ def _tied_to_something_else(self, x):
         (lambda self, x: self.head(self.norm(self.one(x))), {"norm": nn.BatchNorm2d(4, track_running_stats=False)}),
         (lambda self, x: self.head(self.norm(self.one(x))), {"norm": nn.PReLU(4)}),
         (lambda self, x: (self.head(self.one(x)), self.one(x)), {}),
+        (lambda self, x: (self.head(self.one(x)), {"maps": [self.one(x), None]}), {}),
     ],
 )
 def test_what_is_not_understood_is_left_alone(function, layers):
@@ -650,7 +682,9 @@ def test_norms_over_other_dimensions_are_left_alone_too():
 def test_code_that_counts_channels_is_noticed(caplog):
     for function in (
         lambda self, x: self.head(self.one(x).view(2, 4, 9, 9)),  # fails with another number
+        lambda self, x: self.head(self.one(x) * {4: 2.0}[self.one.out_channels]),
         lambda self, x: self.head(self.one(x) / self.one.out_channels),  # or gives something else
+        lambda self, x: self.head(self.one(x)) > self.one.out_channels - 4,  # here `bool`
     ):
         model = Function(function, one=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
         with torch.no_grad():
