@@ -67,16 +67,18 @@ def text(values: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of the given shapes, else some that the backbone takes."""
-    if not given:
+    """Inputs of the given shapes, else some that the backbone takes, in its floating point type."""
+    if given:
+        inputs = dict(map(_input, given))
+    else:
         try:
-            return example_inputs_of(backbone)
+            inputs = example_inputs_of(backbone)
         except ValueError:
             name = backbone.main_input_name
             raise ValueError(
                 f"{type(backbone).__name__} does not say how large its inputs are: give --input {name}=2x16000"
             ) from None
-    return dict(map(_input, given))
+    return {name: x.to(backbone.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def _input(given: str) -> tuple[str, Tensor]:

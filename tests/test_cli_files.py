@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification
 from hf_rtl_cli.main import main
@@ -110,6 +110,18 @@ def test_an_exported_graph_gives_the_same(call, model, folder, tmp_path):
     )
     graph = torch.export.load(tmp_path / "owl" / "model.pt2").module()
     assert torch.allclose(graph(pixel_values=IMAGES)["logits"], logits(model, route_ids="owl"), atol=1e-5)
+
+
+def test_a_graph_takes_inputs_of_the_models_type(call, tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    model = RTLModelForImageClassification.from_backbone(config, route_names=["a", "b"], ticket_task="labels", seed=0)
+    model.to(torch.bfloat16).eval().save_pretrained(tmp_path / "model")
+    shape = "pixel_values=2x3x32x32"
+    call("export", tmp_path / "model", "--route", "a", tmp_path / "a", "--format", "torch-export", "--input", shape)
+    graph = torch.export.load(tmp_path / "a" / "model.pt2").module()
+    images = IMAGES.bfloat16()
+    expected = model(images, route_ids="a").logits
+    assert torch.allclose(graph(pixel_values=images)["logits"], expected, atol=1e-2)
 
 
 def test_what_export_refuses(fails, folder, tmp_path):
