@@ -64,8 +64,8 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     activations, pooling, elementwise sums and products, concatenation, reshaping. Channels are left alone where they
     meet anything else, in particular norms over channels, so residual streams of transformers, and attention, and in
     transposed convolutions. A layer keeps one channel at least. A model whose outputs do not depend on all of its
-    parameters is left as it is. With `output_hidden_states=True` channels are missing in what comes out, and shapes no
-    longer follow the configuration.
+    parameters is left as it is. Every tensor that the model returns for `example_inputs` is an output, nested ones too;
+    hidden states that only a later call asks for lack channels. Shapes no longer follow the configuration.
 
     Args:
         model (`nn.Module`): a network that `torch.export` takes.

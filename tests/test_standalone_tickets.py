@@ -152,6 +152,15 @@ def test_a_stock_pipeline_answers_with_the_routes_name(build, tmp_path):
         assert answer[0]["score"] == pytest.approx(score.item(), rel=1e-5)
 
 
+def test_a_ticket_of_a_loaded_model_is_saved_with_its_label(build, tmp_path):
+    model, _ = build("resnet")
+    model.save_pretrained(tmp_path / "model")
+    ticket = RTLModelForImageClassification.from_pretrained(tmp_path / "model").extract_ticket("dog")
+    ticket.save_pretrained(tmp_path / "ticket")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "ticket")
+    assert (loaded.config.id2label, loaded.config.label2id) == ({0: "dog"}, {"dog": 0})
+
+
 # Saved and loaded by others
 
 
