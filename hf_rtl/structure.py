@@ -64,7 +64,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     activations, pooling, elementwise sums and products, concatenation, reshaping. Channels are left alone where they
     meet anything else, in particular norms over channels, so residual streams of transformers, and attention, and in
     transposed convolutions. A layer keeps one channel at least. A model whose outputs do not depend on all of its
-    parameters is left as it is. Every tensor that the model returns for `example_inputs` is an output, nested ones too;
+    parameters is left as it is. Every tensor that the model returns for `example_inputs` is an output, nested too;
     hidden states that only a later call asks for lack channels. Shapes no longer follow the configuration.
 
     Args:
