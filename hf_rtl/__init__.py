@@ -1,8 +1,10 @@
 """Routing the Lottery for the Hugging Face stack: one backbone, one sparse ticket per route (arXiv 2601.22141)."""
 
 from . import backbones
+from .clustering import partition_by_class_names, partition_by_features
 from .configuration_rtl import VERSION, RTLConfig
 from .image_processing import image_processor_from_timm
+from .label_groups import partition_by_groups
 from .mask_bank import MaskBank
 from .modeling_rtl import (
     RTLModel,
@@ -17,7 +19,8 @@ from .modeling_rtl import (
     register_auto_classes,
 )
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
-from .partition import Partition, partition_by_column, partition_by_label
+from .partition import ByColumn, Partition, partition_by_column, partition_by_function, partition_by_label
+from .partition_rules import ByCentres, ByGroups, load_rule, save_rule
 from .trainer import RTLTrainer
 from .training_args import RTLTrainingArguments
 
@@ -25,6 +28,9 @@ from .training_args import RTLTrainingArguments
 __version__ = VERSION
 
 __all__ = [
+    "ByCentres",
+    "ByColumn",
+    "ByGroups",
     "MaskBank",
     "MaskedAdamW",
     "MaskedSGD",
@@ -43,9 +49,15 @@ __all__ = [
     "RTLTrainingArguments",
     "backbones",
     "image_processor_from_timm",
+    "load_rule",
     "mask_updates",
+    "partition_by_class_names",
     "partition_by_column",
+    "partition_by_features",
+    "partition_by_function",
+    "partition_by_groups",
     "partition_by_label",
+    "save_rule",
 ]
 
 register_auto_classes()

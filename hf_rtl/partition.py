@@ -1,19 +1,51 @@
-"""Partitions of a data set into routes: which sample belongs to which route, read from a column."""
+"""Partitions of a data set into routes: which sample belongs to which route, read from a column or by a function."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from .columns import find_label_column, read_column, read_function
 from .mask_bank import check_route_names
 
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+logger = logging.getLogger(__name__)
+
 TICKET_TASKS = ("membership", "labels")
+# A route is tiny with fewer samples than this, of which a tenth is not one sample to calibrate on, …
+TINY_ROUTE = 10
+# … or with less than this part of an even share, N / K.
+TINY_SHARE = 0.1
+
+
+class Rule(ABC):
+    """
+    How data that comes later gets its routes, sample by sample, whatever is beside a sample in the same data.
+
+    A frozen dataclass, whose fields are JSON-able values and tensors. `kind` names the class in files.
+    """
+
+    kind: ClassVar[str]
+    route_names: list[str]
+
+    @abstractmethod
+    def assign(self, data: Any, *, allow_empty: bool = True) -> Partition:
+        """The partition of new data; unless `allow_empty`, it must have two samples of every route."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, JSON-able, with the `kind`."""
+        fields = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        return {"kind": self.kind, **fields}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +58,7 @@ class Partition:
         route_names (`list[str]`): K distinct names.
         allow_empty (`bool`, defaults to `False`): whether a route may have no sample, or a single one; for evaluation
             data, which need not hold all the routes of a model. A route to be trained needs two samples.
+        rule (`Rule`, *optional*): what assigns new data in the same way, if there is such a thing.
 
     Raises:
         TypeError: `route_ids` is not an array of integers.
@@ -36,6 +69,7 @@ class Partition:
     route_ids: np.ndarray
     route_names: list[str]
     allow_empty: bool = False
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         route_names = check_route_names(self.route_names)
@@ -43,7 +77,7 @@ class Partition:
         object.__setattr__(self, "route_ids", check_route_ids(self.route_ids, num_routes=len(route_names)))
         if self.allow_empty:
             return
-        for name, count in zip(self.route_names, self.counts, strict=True):
+        for name, count in self._named_counts():
             if count < 2:
                 raise ValueError(
                     f"Route {name!r} has {'no samples' if count == 0 else 'a single sample'}; every route needs at "
@@ -54,6 +88,29 @@ class Partition:
     def counts(self) -> np.ndarray:
         """Number of samples per route, `int64 [K]`."""
         return np.bincount(self.route_ids, minlength=len(self.route_names))
+
+    def report(self) -> str:
+        """A table of the routes: name, number of samples, share of all samples."""
+        counts = self.counts.tolist()
+        rows = [(name, f"{count:,}", f"{count / sum(counts):.1%}") for name, count in self._named_counts()]
+        rows = [("route", "samples", "share"), *rows, ("all", f"{sum(counts):,}", "100.0%")]
+        width = max(len(name) for name, *_ in rows)
+        return "\n".join(f"{name:{width}} {count:>12} {share:>8}" for name, count, share in rows)
+
+    def warn_of_tiny_routes(self) -> None:
+        """Logs a warning that names routes of fewer than 10 samples, or of less than a tenth of an even share."""
+        enough = max(TINY_ROUTE, TINY_SHARE * len(self.route_ids) / len(self.route_names))
+        tiny = [f"{name!r} ({count})" for name, count in self._named_counts() if count < enough]
+        if tiny:
+            logger.warning(
+                "Tiny routes, of fewer than %d samples or less than a tenth of an even share: %s. A ticket learns "
+                "little from so few; join them with other routes.",
+                TINY_ROUTE,
+                ", ".join(tiny),
+            )
+
+    def _named_counts(self) -> list[tuple[str, int]]:
+        return list(zip(self.route_names, self.counts.tolist(), strict=True))
 
     def check(self, ticket_task: str, labels: Sequence[Any] | np.ndarray | None = None) -> None:
         """
@@ -110,11 +167,39 @@ def check_route_ids(route_ids: np.ndarray, *, num_routes: int | None = None) -> 
     return route_ids.astype(np.int64)
 
 
+@dataclass(frozen=True)
+class ByColumn(Rule):
+    """
+    A column spells out the route, as for [`partition_by_column`].
+
+    Args:
+        column (`str`): the column's name.
+        route_names (`list[str]`): the names that the values must be among.
+
+    Raises:
+        ValueError: `column` is not a name, or `route_names` are not.
+    """
+
+    kind = "column"
+    column: str
+    route_names: list[str]
+
+    def __post_init__(self) -> None:
+        check_column_name(self.column)
+        object.__setattr__(self, "route_names", check_route_names(self.route_names))
+
+    def assign(self, data: Any, *, allow_empty: bool = True) -> Partition:
+        """`data` is a data set with the column. Raises as [`partition_by_column`]."""
+        values, _ = read_column(data, self.column)
+        route_ids, _ = _routes(f"Column {self.column!r} has", values, self.route_names)
+        return Partition(route_ids, self.route_names, allow_empty, rule=self)
+
+
 def partition_by_column(
     dataset: Any, column: str, *, route_names: Sequence[str] | None = None, allow_empty: bool = False
 ) -> Partition:
     """
-    The partition that a column of a data set spells out.
+    The partition that a column of a data set spells out; its `rule` is a [`ByColumn`].
 
     | column | without `route_names` | with `route_names` |
     |---|---|---|
@@ -129,7 +214,7 @@ def partition_by_column(
             column is read, and its transforms do not run; of any other, every sample is fetched once.
         column (`str`): the column's name.
         route_names (`Sequence[str]`, *optional*): the names that the values must be among.
-        allow_empty (`bool`, defaults to `False`): as for `Partition`.
+        allow_empty (`bool`, defaults to `False`): as for `Partition`. If false, tiny routes are warned of.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
@@ -138,35 +223,9 @@ def partition_by_column(
     """
     if route_names is not None:
         route_names = check_route_names(route_names)
-    columns = _columns(dataset)
-    if column not in columns:
-        raise ValueError(
-            f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
-        )
-
-    class_names: list[str] | None = None
-    if _is_hf_dataset(dataset):
-        # Without the format a user's transform does not run, and integers with gaps do not turn into floats.
-        values = list(dataset.with_format(None).select_columns(column)[column][:])
-        class_names = getattr(dataset.features[column], "names", None)
-    else:
-        values = [_scalar(dataset[index][column]) for index in range(len(dataset))]
-    _check_values(column, values)
-
-    if class_names is not None:
-        values = [class_names[value] for value in values]
-        known = route_names or class_names
-    elif isinstance(values[0], str):
-        known = route_names or sorted(set(values))
-    else:
-        return Partition(*_integer_routes(column, values, route_names), allow_empty=allow_empty)
-
-    ids = {name: route for route, name in enumerate(known)}
-    unknown = next((value for value in values if value not in ids), None)
-    if unknown is not None:
-        raise ValueError(f"Column {column!r} has {unknown!r}; `route_names` allows {', '.join(map(repr, known))}.")
-    route_ids = np.array([ids[value] for value in values], dtype=np.int64)
-    return Partition(route_ids, list(known), allow_empty=allow_empty)
+    values, class_names = read_column(dataset, column)
+    route_ids, names = _routes(f"Column {column!r} has", values, route_names or class_names)
+    return _partition(route_ids, names, allow_empty, ByColumn(column, names))
 
 
 def partition_by_label(
@@ -188,80 +247,74 @@ def partition_by_label(
             several of them.
     """
     if label_column is None:
-        columns = _columns(dataset)
-        found = [name for name in LABEL_COLUMNS if name in columns]
-        if len(found) != 1:
-            raise ValueError(
-                f"`label_column` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the "
-                f"usual label columns; its columns are {', '.join(map(repr, columns))}."
-            )
-        label_column = found[0]
+        label_column = find_label_column(dataset)
     return partition_by_column(dataset, label_column, route_names=route_names, allow_empty=allow_empty)
 
 
-def _is_hf_dataset(dataset: Any) -> bool:
-    """Told by its attributes, because `datasets` need not be installed."""
-    return hasattr(dataset, "features") and hasattr(dataset, "select_columns")
+def partition_by_function(
+    dataset: Any,
+    function: Callable[[Any], int | str],
+    *,
+    route_names: Sequence[str] | None = None,
+    allow_empty: bool = False,
+) -> Partition:
+    """
+    The partition by what a function says of each sample.
+
+    It has no `rule`, since code is not saved: call this again, with the `route_names` of the first partition, for new
+    data.
+
+    Args:
+        dataset (map-style data set): every sample is fetched once, as the data set gives it, transforms included.
+        function (`Callable`): from a sample to its route, an integer or a string, read as the values of a column are.
+        route_names, allow_empty: as for `partition_by_column`.
+
+    Raises:
+        TypeError, ValueError: as `partition_by_column`.
+    """
+    if route_names is not None:
+        route_names = check_route_names(route_names)
+    route_ids, names = _routes("`function` gives", read_function(dataset, function), route_names)
+    return _partition(route_ids, names, allow_empty, None)
 
 
-def _columns(dataset: Any) -> list[str]:
-    if isinstance(dataset, Mapping):
-        raise TypeError(
-            f"`dataset` is a `{type(dataset).__name__}` of {', '.join(map(repr, dataset))}; pass one split, as in "
-            f"`dataset[{next(iter(dataset), 'train')!r}]`."
-        )
-    if (
-        isinstance(dataset, torch.utils.data.IterableDataset)
-        or not hasattr(dataset, "__len__")
-        or not hasattr(dataset, "__getitem__")
-    ):
-        raise TypeError(
-            f"`dataset` is a `{type(dataset).__name__}`; a map-style data set with a length is needed, since a "
-            "partition assigns every sample to a route."
-        )
-    if len(dataset) == 0:
-        raise ValueError("`dataset` is empty; a partition needs samples.")
-    if _is_hf_dataset(dataset):
-        return list(dataset.column_names)
-    sample = dataset[0]
-    if not isinstance(sample, Mapping):
-        raise TypeError(f"`dataset[0]` is a `{type(sample).__name__}`; samples must be dicts with named columns.")
-    return list(sample)
+def check_column_name(column: Any) -> None:
+    if not isinstance(column, str) or not column:
+        raise ValueError(f"`column` is {column!r}; a column's name is needed.")
 
 
-def _scalar(value: Any) -> Any:
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
-        return value.item()
-    return value
+def _partition(route_ids: np.ndarray, route_names: list[str], allow_empty: bool, rule: Rule | None) -> Partition:
+    partition = Partition(route_ids, route_names, allow_empty, rule)
+    if not allow_empty:
+        partition.warn_of_tiny_routes()
+    return partition
 
 
-def _check_values(column: str, values: list[Any]) -> None:
-    for index, value in enumerate(values):
-        if value is None or (isinstance(value, int) and value < 0):
-            raise ValueError(
-                f"Column {column!r} has {value} at sample {index}, which is no route. Every sample needs one: filter "
-                "such samples out first."
-            )
-        if type(value) is not type(values[0]) or not isinstance(value, (int, str)) or isinstance(value, bool):
-            raise TypeError(
-                f"Column {column!r} has {value!r}, a `{type(value).__name__}`, at sample {index}; a route column "
-                "holds either integers or strings."
-            )
+def _routes(came: str, values: list[Any], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+    """The route ids of values, and the names of the routes: `route_names`, if there are any."""
+    if isinstance(values[0], int):
+        return _integer_routes(came, values, route_names)
+    known = route_names or sorted(set(values))
+    ids = {name: route for route, name in enumerate(known)}
+    unknown = next((value for value in values if value not in ids), None)
+    if unknown is not None:
+        raise ValueError(f"{came} {unknown!r}; `route_names` allows {', '.join(map(repr, known))}.")
+    return np.array([ids[value] for value in values], dtype=np.int64), known
 
 
-def _integer_routes(column: str, values: list[int], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+def _integer_routes(came: str, values: list[int], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
     largest = max(values)
     if route_names is None:
         # Checked before any name is made: a column of time stamps would ask for billions of them.
         if largest >= len(values):
             raise ValueError(
-                f"Column {column!r} has {largest} among {len(values)} samples; integers are route ids, from 0 up with "
+                f"{came} {largest} among {len(values)} samples; integers are route ids, from 0 up with "
                 "none left out. Cast other numbers to strings to make each distinct value a route."
             )
         route_names = [str(route) for route in range(largest + 1)]
     elif largest >= len(route_names):
         raise ValueError(
-            f"Column {column!r} has {largest}; allowed are the ids 0 to {len(route_names) - 1} of the routes "
+            f"{came} {largest}; allowed are the ids 0 to {len(route_names) - 1} of the routes "
             f"{', '.join(map(repr, route_names))}."
         )
     return np.array(values, dtype=np.int64), route_names

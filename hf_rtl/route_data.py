@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .partition import LABEL_COLUMNS, Partition, partition_by_column, partition_by_label
+from .columns import LABEL_COLUMNS
+from .partition import Partition, partition_by_column, partition_by_label
 from .sampling import RouteBatchSampler, RoutedDataset
 
 
