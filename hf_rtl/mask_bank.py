@@ -295,7 +295,11 @@ class MaskBank(nn.Module):
 
 def check_route_names(names: Sequence[str]) -> list[str]:
     """`names` as a list. Raises `ValueError` unless they are at least one, non-empty and distinct."""
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise ValueError(f"`route_names` must be a list of non-empty strings, got {names!r}.")
     if not names:
         raise ValueError("`route_names` is empty; at least one route is needed.")

@@ -181,7 +181,7 @@ def rule_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | No
     """
     kinds: dict[str, type[Rule]] = {cls.kind: cls for cls in (ByColumn, ByGroups, ByCentres)}
     kind = values.get("kind") if isinstance(values, Mapping) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"the rule's `kind` is {kind!r}; known are {', '.join(map(repr, kinds))}.")
     given = {name: value for name, value in values.items() if name != "kind"} | dict(tensors or {})
     needed = [field.name for field in fields(kinds[kind])]  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Routes read from every kind of column, and everything that is refused."""
 
+import logging
 import subprocess
 import sys
 
@@ -7,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.partition import Partition, check_route_ids, partition_by_column, partition_by_label
+from hf_rtl.partition import (
+    ByColumn,
+    Partition,
+    check_route_ids,
+    partition_by_column,
+    partition_by_function,
+    partition_by_label,
+)
 
 
 class DictDataset(torch.utils.data.Dataset):
@@ -247,6 +255,106 @@ def test_no_label_column_or_two_are_refused():
         partition_by_label(DictDataset(**{"class": [0, 0]}))
     with pytest.raises(ValueError, match="has 'label' and 'labels' of"):
         partition_by_label(DictDataset(label=[0, 0], labels=[0, 0]))
+
+
+@both_kinds
+def test_a_function_of_a_sample(kind):
+    dataset = make({"text": ["aa", "b", "cc", "d", "ee"], "x": [1, 2, 3, 4, 5]}, kind)
+    by_name = partition_by_function(dataset, lambda sample: "long" if len(sample["text"]) > 1 else "brief")
+    assert by_name.route_names == ["brief", "long"]
+    assert by_name.route_ids.tolist() == [1, 0, 1, 0, 1]
+    assert by_name.rule is None
+    by_number = partition_by_function(dataset, lambda sample: np.int64(sample["x"] % 2), route_names=["even", "odd"])
+    assert by_number.route_names == ["even", "odd"]
+    assert by_number.route_ids.tolist() == [1, 0, 1, 0, 1]
+    later = partition_by_function(
+        make({"x": [7]}, kind), lambda sample: "b", route_names=["a", "b", "c"], allow_empty=True
+    )
+    assert later.route_ids.tolist() == [1]
+
+
+def test_samples_of_a_function_need_not_be_dicts():
+    dataset = torch.utils.data.TensorDataset(torch.tensor([1.0, -1.0, 2.0, -2.0]))
+    assert partition_by_function(dataset, lambda sample: int(sample[0] > 0)).route_ids.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda sample: None, ValueError, "`function` gives None at sample 0"),
+        (lambda sample: -sample["x"], ValueError, "`function` gives -1 at sample 1"),
+        (lambda sample: sample["x"] / 2, TypeError, "`function` gives 0.0, a `float`, at sample 0"),
+        (lambda sample: sample["x"] > 1, TypeError, "`function` gives False, a `bool`, at sample 0"),
+        (lambda sample: str(sample["x"]), ValueError, "Route '0' has a single sample"),
+    ],
+)
+def test_what_a_function_must_not_give(function, error, message):
+    with pytest.raises(error, match=message):
+        partition_by_function(DictDataset(x=[0, 1, 2]), function)
+
+
+def test_a_function_must_give_known_routes():
+    with pytest.raises(ValueError, match="`function` gives 'c'; `route_names` allows 'a', 'b'"):
+        partition_by_function(DictDataset(x=["a", "b", "c"]), lambda sample: sample["x"], route_names=["a", "b"])
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        partition_by_function([], str)
+    with pytest.raises(TypeError, match="`dataset` is a `generator`"):
+        partition_by_function((sample for sample in [1, 2]), str)
+
+
+@both_kinds
+def test_the_rule_of_a_column_assigns_new_data(kind):
+    rule = partition_by_column(make({"scene": ["street", "park", "street", "park"]}, kind), "scene").rule
+    assert rule == ByColumn("scene", ["park", "street"])
+    later = rule.assign(make({"scene": ["street"]}, kind))
+    assert later.route_ids.tolist() == [1]
+    assert later.route_names == ["park", "street"]
+    assert later.rule is rule
+    with pytest.raises(ValueError, match="Column 'scene' has 'metro'; `route_names` allows 'park', 'street'"):
+        rule.assign(make({"scene": ["street", "metro"]}, kind))
+    with pytest.raises(ValueError, match="Route 'park' has no samples"):
+        rule.assign(make({"scene": ["street", "street"]}, kind), allow_empty=False)
+
+
+def test_the_rule_of_labels_goes_by_name():
+    rule = partition_by_label(hf_dataset({"label": [0, 1, 1, 0]}, label=["zebra", "ant"])).rule
+    assert rule == ByColumn("label", ["zebra", "ant"])
+    assert rule.assign(hf_dataset({"label": [0, 1]}, label=["ant", "zebra"])).route_ids.tolist() == [1, 0]
+
+
+def test_the_report_has_a_line_for_each_route():
+    partition = Partition(np.array([0] * 3 + [1] * 1500), ["rare", "a route with a long name"])
+    assert [line.split() for line in partition.report().splitlines()] == [
+        ["route", "samples", "share"],
+        ["rare", "3", "0.2%"],
+        ["a", "route", "with", "a", "long", "name", "1,500", "99.8%"],
+        ["all", "1,503", "100.0%"],
+    ]
+    assert len({len(line) for line in partition.report().splitlines()}) == 1
+    evaluated = Partition(np.array([0]), ["some", "none"], allow_empty=True)
+    assert [line.split() for line in evaluated.report().splitlines()][2] == ["none", "0", "0.0%"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "tiny"),
+    [
+        ([9, 10, 30], ["'0' (9)"]),
+        ([10, 10, 10], []),
+        ([1000, 50, 49], []),  # a tenth of an even share is 36.6
+        ([1000, 35, 37], ["'1' (35)"]),  # … 35.7
+        ([2000, 60, 3, 70], ["'2' (3)"]),
+        ([2, 2], ["'0' (2)", "'1' (2)"]),
+    ],
+)
+def test_tiny_routes_are_warned_of(counts, tiny, caplog):
+    dataset = DictDataset(r=np.repeat(np.arange(len(counts)), counts))
+    with caplog.at_level(logging.WARNING, logger="hf_rtl"):
+        partition_by_column(dataset, "r")
+    warned = [record.getMessage() for record in caplog.records]
+    assert [f"an even share: {', '.join(tiny)}. A ticket" in message for message in warned] == [True] * bool(tiny)
+    caplog.clear()
+    partition_by_column(dataset, "r", allow_empty=True)
+    assert not caplog.records
 
 
 def test_datasets_need_not_be_installed():
