@@ -83,7 +83,7 @@ def partition_by_class_names(
     label_column: str | None = None,
     *,
     min_cluster_size: int = 4,
-    num_neighbors: int = 15,
+    num_neighbors: int = 5,
     num_dimensions: int = 2,
     seed: int = 0,
 ) -> Partition:
@@ -122,7 +122,7 @@ def group_class_names(
     encoder: Callable[[list[str]], Any],
     *,
     min_cluster_size: int = 4,
-    num_neighbors: int = 15,
+    num_neighbors: int = 5,
     num_dimensions: int = 2,
     seed: int = 0,
 ) -> dict[str, list[str]]:
@@ -138,7 +138,7 @@ def group_class_names(
         encoder (`Callable`): from a list of C strings to their embeddings, floats `[C, D]`, an array or a tensor; any
             sentence encoder, as the `encode` of a sentence-transformers model.
         min_cluster_size (`int`, defaults to 4): names that a cluster has at least, before others join.
-        num_neighbors (`int`, defaults to 15): UMAP's `n_neighbors`, at most C - 1 of which are taken.
+        num_neighbors (`int`, defaults to 5): UMAP's `n_neighbors`, or C - 1 if that is less; more give larger groups.
         num_dimensions (`int`, defaults to 2): of the projection.
         seed (`int`, defaults to 0): of UMAP.
 
@@ -164,7 +164,8 @@ def group_class_names(
             f"`num_dimensions` is {num_dimensions}; at most {len(names) - 2} is allowed for {len(names)} names."
         )
     points = _umap(embeddings, min(num_neighbors, len(names) - 1), num_dimensions, seed)
-    clusters = _hdbscan(points, min_cluster_size)
+    # With its default, `min_cluster_size`, HDBSCAN often tells just one group of so few points from all the others.
+    clusters = _hdbscan(points, min_cluster_size, min_samples=1)
     means = _means(points, clusters)
     for index in np.flatnonzero(clusters < 0):
         clusters[index] = np.square(means - points[index]).sum(axis=1).argmin()
@@ -204,12 +205,12 @@ def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     return _largest_first(clusters)
 
 
-def _hdbscan(points: np.ndarray, min_cluster_size: int) -> np.ndarray:
+def _hdbscan(points: np.ndarray, min_cluster_size: int, min_samples: int | None = None) -> np.ndarray:
     """The cluster of each point, `int64 [N]`, the largest first; -1 for points that are left out."""
     from sklearn.cluster import HDBSCAN
 
     with threadpool_limits(limits=1):
-        clusters = HDBSCAN(min_cluster_size, copy=True).fit(points.astype(np.float64)).labels_
+        clusters = HDBSCAN(min_cluster_size, min_samples=min_samples, copy=True).fit(points.astype(np.float64)).labels_
     num_clusters = int(clusters.max()) + 1
     if num_clusters < 2:
         raise ValueError(

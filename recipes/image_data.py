@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_rtl import partition_by_groups
+
 
 @dataclass
 class DataArguments:
@@ -31,6 +33,12 @@ class DataArguments:
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, which are the routes."})
+    route_groups: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON or YAML file of {route: [classes]}, each class in one; by default every class is a route."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="test", metadata={"help": "Split to evaluate on, never trained or calibrated on."})
     image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; by default they stay."})
@@ -87,7 +95,7 @@ class ImageTensors(Dataset):
 
 
 def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, ImageTensors]:
-    """The training and the test images."""
+    """The training and the test images. With `route_groups`, their labels are the groups."""
     loaders = {"digits": _digits}
     folder = Path(arguments.dataset).expanduser()
     if arguments.dataset in loaders:
@@ -97,7 +105,16 @@ def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, I
     else:
         splits = _datasets(arguments, folder)
     limits = (arguments.max_train_samples, arguments.max_test_samples)
-    return tuple(_tensors(arguments, *split, limit, seed) for split, limit in zip(splits, limits, strict=True))
+    train, test = (_tensors(arguments, *split, limit, seed) for split, limit in zip(splits, limits, strict=True))
+    if arguments.route_groups is not None:
+        partition = partition_by_groups(_named_labels(train), arguments.route_groups)
+        for images, routes in ((train, partition), (test, partition.rule.assign(_named_labels(test)))):
+            images.labels, images.label_names = torch.from_numpy(routes.route_ids), routes.route_names
+    return train, test
+
+
+def _named_labels(images: ImageTensors) -> list[dict[str, str]]:
+    return [{"label": images.label_names[label]} for label in images.labels.tolist()]
 
 
 def _digits() -> list[tuple[Any, np.ndarray, list[str]]]:

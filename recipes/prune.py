@@ -1,5 +1,5 @@
 """
-Find one ticket per class of an image classification data set.
+Find one ticket per class, or per group of classes, of an image classification data set.
 
     python recipes/prune.py --config recipes/configs/digits.yaml
     python recipes/prune.py --config recipes/configs/cifar10.yaml --target_sparsity 0.5 --seed 1

@@ -202,10 +202,10 @@ def test_the_projection_depends_on_the_seed_alone():
 
 
 def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
-    # Ten names in two clusters on a line, and two between them, projected as they are.
-    line = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 9.1, 9.2, 9.3, 3.0, 7.0]
+    # Ten names in two clusters on a line, and five far outside them, which make the smaller cluster the larger one.
+    line = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 9.1, 9.2, 9.3, -20.0, 40.0, 70.0, 110.0, 160.0]
     monkeypatch.setattr(clustering, "_umap", lambda points, *options: points)
-    names = [f"name {index:02}" for index in range(12)]
+    names = [f"name {index:02}" for index in range(15)]
     given = []
 
     def encoder(texts):
@@ -217,10 +217,18 @@ def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
     expected = {"cluster-0": [], "cluster-1": []}
     for name, place in zip(names, line, strict=True):
         first, second = sum(line[:6]) / 6, sum(line[6:10]) / 4
-        expected["cluster-0" if abs(place - first) < abs(place - second) else "cluster-1"].append(name)
+        expected["cluster-1" if abs(place - first) < abs(place - second) else "cluster-0"].append(name)
     assert groups == expected
-    assert [len(group) for group in groups.values()] == [7, 5]
+    assert [len(group) for group in groups.values()] == [8, 7]
     assert given == [names]
+
+
+def test_groups_that_are_not_far_apart_are_told_apart(monkeypatch):
+    # Three groups, two of them near each other; HDBSCAN's default, the density of four points, joins these.
+    line = [0.6, 0.3, 0.0, 0.0, 0.8, 0.9, 2.1, 2.2, 2.0, 2.4, 2.3, 1.5, 8.9, 8.0, 8.7, 8.2, 8.9, 8.5]
+    monkeypatch.setattr(clustering, "_umap", lambda points, *options: points)
+    groups = group_class_names(NAMES, lambda names: np.array(line)[:, None])
+    assert sorted(groups.values()) == sorted([NAMES[:6], NAMES[6:12], NAMES[12:]])
 
 
 def test_umap_is_told_what_was_asked_for(monkeypatch):
@@ -228,7 +236,7 @@ def test_umap_is_told_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(clustering, "_umap", lambda points, *options: asked.append(options) or points)
     group_class_names(NAMES, encode)
     group_class_names(NAMES, encode, num_neighbors=4, num_dimensions=3, seed=7)
-    assert asked == [(15, 2, 0), (4, 3, 7)]
+    assert asked == [(5, 2, 0), (4, 3, 7)]
     asked.clear()
     group_class_names(NAMES, encode, num_neighbors=100)
     assert asked == [(17, 2, 0)]

@@ -112,6 +112,19 @@ def test_an_unknown_key_is_refused_with_the_closest_name(
     assert "did you mean 'target_sparsity'" in capsys.readouterr().err
 
 
+def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
+    from image_data import DataArguments, load_images
+
+    file = tmp_path / "groups.yaml"
+    file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
+    classes = load_images(DataArguments(num_channels=1), seed=0)
+    groups = load_images(DataArguments(num_channels=1, route_groups=str(file)), seed=0)
+    for by_class, by_group in zip(classes, groups, strict=True):
+        assert by_group.label_names == ["odd", "even"]
+        digits, routes = ([images[index]["label"] for index in range(len(images))] for images in (by_class, by_group))
+        assert routes == [0 if digit % 2 else 1 for digit in digits]
+
+
 def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("prune.py", "--help") == 0
     printed = capsys.readouterr().out
