@@ -26,6 +26,9 @@ _MEMBERSHIP_COLUMNS = {
     "cal. b.a.": "calibrated_balanced_accuracy",
     "cal. prec.": "calibrated_precision",
     "cal. F1": "calibrated_f1",
+    "prec. at recall .8": "precision_at_recall_80",
+    "router: K-way acc.": "route_accuracy",
+    "router: prec. at recall .8": "routed_precision_at_recall_80",
 }
 
 
