@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -265,22 +265,30 @@ class JointTrainer(TicketEvaluator):
         model.train()
         # With accumulation all batches of an update are of one route; a step that the scaler skipped is forgotten.
         self.model.routes_since_update.clear()
-        self._is_competing = route == ALL_ROUTES
-        trained = list(range(self.model.num_routes)) if self._is_competing else [route]
-        with nullcontext() if self._is_competing else self.model.route_context(route):
+        if route == ALL_ROUTES:
+            self._is_competing = True
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._is_competing = False
+            self._is_competing = False
+            return loss
+        with self.model.route_context(route):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            for route in trained:
-                self._average_statistics(route)
+            self._average_statistics(route)
         return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As `Trainer`'s; where tickets compete, the cross-entropy between their scores and the home routes."""
+        """
+        As `Trainer`'s; where tickets compete, the cross-entropy between their scores and the home routes. Then the
+        running statistics of each ticket normalise, and stay as they are: those of a batch that is so much smaller
+        would be too uncertain.
+        """
         if not self._is_competing:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        for module in self.model.backbone.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss = nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
         return (loss, outputs) if return_outputs else loss

@@ -117,11 +117,11 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
             )
         self.routes = self._check_routes(routes)
         self.first_competing_epoch = first_competing_epoch
-        least = 2 * self.num_routes * self.world_size
+        least = self.num_routes * self.world_size
         if first_competing_epoch is not None and self.batch_size < least:
             raise ValueError(
                 f"`batch_size` is {batch_size}; where {self.num_routes} tickets compete, a batch has that many times "
-                f"fewer samples, and at least 2 on each of {world_size} process(es): {least} are needed."
+                f"fewer samples, and at least 1 on each of {world_size} process(es): {least} are needed."
             )
         self.epoch = 0
 

@@ -134,12 +134,13 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
+    from baselines import ComparisonArguments
     from image_data import DataArguments
     from prune import ModelArguments
 
     from hf_rtl import RTLTrainingArguments
 
-    classes = (ModelArguments, DataArguments, RTLTrainingArguments)
+    classes = (ComparisonArguments if "baselines" in config else ModelArguments, DataArguments, RTLTrainingArguments)
     known = {name for cls in classes for name in cls.__dataclass_fields__}
     values = yaml.safe_load((RECIPES / "configs" / config).read_text())
     assert set(values) <= known
@@ -215,6 +216,59 @@ def test_a_run_is_made_into_cards(
     render_card.main()
     html = (tmp_path / "x").read_text()
     assert html.count("<table>") == html.count("</table>") == 6 and 'src="data:image/png;base64,' in html
+
+
+def test_tickets_are_compared_with_single_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import baselines
+
+    arguments = (
+        *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0, "--methods", "competing", "IMP single, union"),
+        *("--target_sparsity", 0.5, "--extraction_steps", 1, "--num_train_epochs", 1, "--competing_epochs", 1),
+        *("--route_batch_size", 120, "--output_dir", tmp_path / "run"),
+    )
+    monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, arguments)])
+    baselines.main()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    competing, single = results["runs"]
+    assert (competing["method"], single["method"]) == ("competing", "IMP single, union")
+    assert competing["samples in retraining"] == single["samples in retraining"]
+    assert competing["samples in extraction"] == 10 * single["samples in extraction"]
+    assert competing["MFLOPs an image"] == pytest.approx(10 * single["MFLOPs an image"], rel=0.01)
+    assert competing["density"] == 0.5 and single["union"] == pytest.approx(single["density"] * 370320, abs=10)
+    per_route, report = (
+        json.loads((tmp_path / "run" / "seed-0" / method / "round-01-sparsity-0.5" / "round.json").read_text())
+        for method in ("per-route", "competing")
+    )
+    assert per_route["union"] == report["union"] == single["union"]
+    assert competing["calibrated acc."] == report["metrics"]["eval_route_accuracy"]
+    printed = capsys.readouterr().out
+    assert all(f"{line['K-way acc.']:.3f}" in printed for line in results["runs"])
+    # Nothing is trained twice, and the same comes out.
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/round-*/model.safetensors")}
+    baselines.main()
+    assert files == {file: file.stat().st_mtime_ns for file in files} and len(files) == 3
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["runs"] == results["runs"]
+
+
+def test_comparisons_are_summarised_over_the_seeds() -> None:
+    from baselines import summarise
+
+    lines = [
+        {"method": method, "at": at, "seed": seed, "K-way acc.": accuracy, "calibrated acc.": None, "union": 10 * seed}
+        for method, at, seed, accuracy in (
+            ("IMP single", 0.5, 1, 0.5),
+            ("IMP single", 0.5, 2, 0.7),
+            ("shared", 0.75, 1, 0.25),
+            ("shared", 0.5, 1, 0.375),
+        )
+    ]
+    shared, single, sparser = summarise(lines)
+    assert shared == {"method": "shared", "sparsity": 0.5, "seeds": 1, "K-way acc.": "0.375", "union": 10}
+    # (0.7 - 0.5) / √2, with one degree of freedom.
+    assert single == {"method": "IMP single", "sparsity": 0.5, "seeds": 2, "K-way acc.": "0.600 ± 0.141", "union": 15}
+    assert sparser["sparsity"] == 0.75 and sparser["K-way acc."] == "0.250"
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_a_competing_step_is_that_of_one_softmax(tmp_path, monkeypatch):
     for index in range(half, len(steps) - 1):
         _, before, batch, loss, after = steps[index]
         assert batch["pixel_values"].shape[0] == 12 // 3 and batch["labels"].max() < 3
-        tickets = [before.extract_ticket(name).train() for name in ROUTES]
+        tickets = [before.extract_ticket(name).eval() for name in ROUTES]
         scores = torch.cat([ticket(pixel_values=batch["pixel_values"]).logits for ticket in tickets], dim=1).double()
         rows = [row.exp()[label] / row.exp().sum() for row, label in zip(scores, batch["labels"], strict=True)]
         expected = -torch.stack(rows).log().mean()
@@ -65,11 +65,9 @@ def test_a_competing_step_is_that_of_one_softmax(tmp_path, monkeypatch):
         bias = new.backbone.get_parameter("timm_model.fc.bias")
         gradient = sum(ticket.get_parameter("timm_model.fc.bias").grad for ticket in tickets)
         assert torch.allclose(bias, before.backbone.get_parameter("timm_model.fc.bias") - 0.1 * gradient, rtol=1e-4)
-        # Every ticket's statistics have moved as its own training does, those of the union not at all.
+        # Nobody's statistics have moved.
         for rows_before, rows_after in zip(before.norm_statistics.rows, after.norm_statistics.rows, strict=True):
-            assert same(rows_before[-1], rows_after[-1])
-        for k, ticket in enumerate(tickets):
-            assert torch.allclose(after.norm_statistics.rows[0][k], ticket.get_buffer("timm_model.bn1.running_mean"))
+            assert same(rows_before, rows_after)
     assert made.model.routes_since_update <= {0, 1, 2}
 
 
@@ -104,7 +102,7 @@ def contents_without_competition(folder, values):
         ({"competing_epochs": 3}, "`competing_epochs` = 3 must be at most `num_train_epochs`"),
         ({"competing_epochs": -1}, "`competing_epochs` must be at least 0, got -1"),
         ({"gradient_checkpointing": True}, "needs the masks of all routes at once"),
-        ({"route_batch_size": 4}, "6 are needed"),
+        ({"route_batch_size": 2}, "3 are needed"),
     ],
 )
 def test_competition_that_cannot_be_is_refused_at_once(tmp_path, values, message):
