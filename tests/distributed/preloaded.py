@@ -3,6 +3,7 @@
 import gc
 import tempfile
 
+import sklearn.metrics  # noqa: F401
 from distributed import runs
 
 from hf_rtl.model_card import write_card
