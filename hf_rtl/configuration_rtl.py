@@ -41,6 +41,8 @@ class RTLConfig(PreTrainedConfig):
             `"labels"`, a ticket predicts the task's labels on its own data.
         norm_statistics (`str`, *optional*, defaults to `"per_route"`): whose running mean and variance normalisation
             layers use: each ticket its own, or `"shared"` (the paper's).
+        private_parameters (`list[str]`, *optional*): `fnmatch` patterns of parameters that every route has for itself,
+            as norms, biases and head; of those that no mask covers and that are not tied. Default: none.
         prunable (`list[tuple[str, list[int]]]`): names and shapes of the prunable weights, in the mask bank's order.
         prune_include (`list[str]`, *optional*), prune_exclude (`list[str]`, *optional*): the patterns that led to
             `prunable`, kept for the record.
@@ -86,6 +88,7 @@ class RTLConfig(PreTrainedConfig):
     route_names: list[str] = field(default_factory=list)
     ticket_task: str = ""
     norm_statistics: str = "per_route"
+    private_parameters: list[str] = field(default_factory=list)
     prunable: list[tuple[str, list[int]]] = field(default_factory=list)
     prune_include: list[str] = field(default_factory=list)
     prune_exclude: list[str] = field(default_factory=list)
@@ -114,6 +117,7 @@ class RTLConfig(PreTrainedConfig):
         self._check_choice("ticket_task", TICKET_TASKS)
         self._check_choice("norm_statistics", NORM_STATISTICS)
         self._check_choice("router", ROUTERS)
+        self.private_parameters = _checked_patterns(self.private_parameters)
         self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
         self.prune_include = list(self.prune_include or [])
         self.prune_exclude = list(self.prune_exclude or [])
@@ -265,6 +269,12 @@ class RTLConfig(PreTrainedConfig):
             f"`num_labels`/`id2label` of an RTLConfig follow {owner}: expected {len(expected)} ({expected}), got "
             f"{given}. Set them where the backbone is made: `from_backbone(…, num_labels={len(expected)})`."
         )
+
+
+def _checked_patterns(patterns: Any) -> list[str]:
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+        raise ValueError(f"`private_parameters` must be a list of patterns, as ['*.bias'], got {patterns!r}.")
+    return list(patterns or ())
 
 
 def check_format_version(saved: Mapping[str, Any], known: int, what: str) -> None:

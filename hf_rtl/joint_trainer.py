@@ -181,13 +181,14 @@ class JointTrainer(TicketEvaluator):
 
     @torch.no_grad()
     def _start_from(self, theta0: dict[str, Tensor]) -> None:
-        """Sets every parameter, buffer and statistics row to θ0; forgets what was fitted to others."""
+        """Sets every parameter, buffer, private and statistics row to θ0; forgets what was fitted to others."""
         self.model.config.thresholds = None
         self.model.set_router(None)
         for name, tensor in named_state(self.model.backbone):
             tensor.copy_(theta0[name])
         if self.model.norm_statistics is not None:
             self.model.norm_statistics.reset(self.model.backbone)
+        self.model.private_parameters.reset(self.model.backbone)
 
     def _retrain(self, folder: Path) -> TrainOutput:
         """Algorithm 2 in the Trainer's own loop, with a fresh optimizer, schedule and scaler."""
@@ -338,7 +339,14 @@ class JointTrainer(TicketEvaluator):
     def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """Trained parameters with and without weight decay, as `Trainer` splits them."""
         decayed = set(self.get_decay_parameter_names(network))
-        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        # Of rows of private parameters what they are rows of decides: their own names tell nothing.
+        private = self.model.private_parameters
+        rows_of = {id(rows): f"backbone.{name}" for rows, name in zip(private.rows, private.names, strict=True)}
+        named = [
+            (rows_of.get(id(parameter), name), parameter)
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
+        ]
         return [
             {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},

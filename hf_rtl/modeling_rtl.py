@@ -100,6 +100,7 @@ class RTLModel(TicketSharing):
         pretrained: bool | None = None,
         seed: int | None = None,
         norm_statistics: str = "per_route",
+        private_parameters: Sequence[str] = (),
         prune_include: Sequence[str] = (),
         prune_exclude: Sequence[str] | None = None,
         **backbone_kwargs: Any,
@@ -115,6 +116,8 @@ class RTLModel(TicketSharing):
             pretrained (`bool`, *optional*): whether to load weights; by default for repo ids and folders.
             seed (`int`, *optional*): seed of what is initialised afresh.
             norm_statistics (`str`, *optional*, defaults to `"per_route"`): or `"shared"`.
+            private_parameters (`Sequence[str]`, *optional*): `fnmatch` patterns of parameters that every route has for
+                itself, as `"*.bias"`; see [`RTLConfig`].
             prune_include (`Sequence[str]`, *optional*): `fnmatch` patterns of weights to add to the default choice.
             prune_exclude (`Sequence[str]`, *optional*): patterns of weights to leave out. Defaults to the backbone's
                 own `rtl_prune_exclude`, if it has one.
@@ -139,6 +142,7 @@ class RTLModel(TicketSharing):
             route_names=list(route_names),
             ticket_task=ticket_task,
             norm_statistics=norm_statistics,
+            private_parameters=private_parameters,
             prunable=select_prunable(model, include=prune_include, exclude=prune_exclude),
             prune_include=list(prune_include),
             prune_exclude=list(prune_exclude),
@@ -178,7 +182,7 @@ class RTLModel(TicketSharing):
                 "is not; RTLModel.from_pretrained opens it as what it is."
             )
         # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
-        own = {"mask_bank", "norm_statistics", "router"}
+        own = {"mask_bank", "norm_statistics", "private_parameters", "router"}
         foreign = [name for name in info["unexpected_keys"] if own & set(name.split("."))]
         mismatched = [entry[0] for entry in info["mismatched_keys"]]
         problems = {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign}
@@ -195,6 +199,7 @@ class RTLModel(TicketSharing):
                 "cannot be checked: it was not written by `save_pretrained`."
             )
         model.mask_bank.validate(model.config.mask_fingerprint)
+        model.private_parameters.freeze(model.backbone)  # loading makes new parameters
         _align(model)
         return (model, info) if with_info else model
 
@@ -355,7 +360,8 @@ class RTLModel(TicketSharing):
         example_inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> PreTrainedModel:
         """
-        A new plain backbone holding the masked weights and the statistics of `route`; its outputs are bit-equal.
+        A new plain backbone holding the masked weights, the private parameters and the statistics of `route`; its
+        outputs are bit-equal.
 
         It shares nothing with this model and is what the library's own Auto class loads; for `membership` its only
         label is the route's name. A ticket of a backbone of ours, as `ghostnet_rtl`, is a plain timm model too, but
@@ -384,6 +390,10 @@ class RTLModel(TicketSharing):
         if self.norm_statistics is not None:
             for (module, name), rows in zip(tracked_buffers(ticket), self.norm_statistics.rows, strict=True):
                 module.get_buffer(name).copy_(rows[index])
+        private = self.private_parameters
+        for own, rows, row in zip(private.own(ticket), private.rows, private.row(index), strict=True):
+            own.copy_(row)
+            own.requires_grad_(rows.requires_grad)
         if self._is_membership:
             name = self.route_name(index)
             ticket.config.id2label, ticket.config.label2id = {0: name}, {name: 0}
@@ -405,7 +415,7 @@ class RTLModel(TicketSharing):
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
-        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.router)
+        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.private_parameters, self.router)
 
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
@@ -419,6 +429,7 @@ class RTLModel(TicketSharing):
             "core": self.mask_bank.core_count(),
             "active_route": self._active.route,
             "norm_statistics": self.config.norm_statistics,
+            "private_parameters": list(self.private_parameters.names),
             "mask_cache": {"bytes": self.masker.cached_bytes(), "limit": self.masker.cache_bytes},
             "router": self.config.router,
             "calibrated": self.config.thresholds is not None,

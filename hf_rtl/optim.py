@@ -21,7 +21,8 @@ _CHUNK = 2**18
 
 class _MaskedOptimizer(Optimizer):
     """
-    Shared by the two below: prunable weights get our own masked update, all other parameters torch's fused one.
+    Shared by the two below: prunable weights and private parameters get our own masked update, all other parameters
+    torch's fused one.
 
     Masking the gradient alone would not do: momentum of earlier routes' steps and weight decay would move weights
     outside the ticket. Here the update and the per-element state both stand still where the mask is 0.
@@ -47,8 +48,10 @@ class _MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weights = self._model.masker.weights
-        masks = dict(zip(weights, self._model.update_masks(), strict=True)) if _has_gradient(self._model) else {}
+        masked_parameters = self._model.masked_parameters
+        masks: dict[Tensor, Tensor] = {}
+        if _has_gradient(masked_parameters):
+            masks = dict(zip(masked_parameters, self._model.update_masks(), strict=True))
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             masked = [parameter for parameter in parameters if parameter in masks]
@@ -233,17 +236,17 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     """
     Makes any torch optimizer's step move the weights of the trained routes' tickets and no others.
 
-    Before a step the prunable weights and their per-element state are kept aside; after it they are put back where the
-    mask is 0. That costs a copy of both, and counts of steps are shared by all elements: [`MaskedAdamW`] and
-    [`MaskedSGD`] have neither drawback. Returns the same optimizer.
+    Before a step the prunable weights, the private parameters and their per-element state are kept aside; after it
+    they are put back where the mask is 0. That costs a copy of both, and counts of steps are shared by all elements:
+    [`MaskedAdamW`] and [`MaskedSGD`] have neither drawback. Returns the same optimizer.
     """
     before: dict[Tensor, list[tuple[str | None, Tensor]]] = {}
 
     def keep(*_: Any) -> None:
-        if not _has_gradient(model):
+        if not _has_gradient(model.masked_parameters):
             return
         model.update_masks()
-        for parameter in model.masker.weights:
+        for parameter in model.masked_parameters:
             state = optimizer.state.get(parameter, {})
             own = [(name, value.clone()) for name, value in state.items() if _is_per_element(value, parameter)]
             before[parameter] = [(None, parameter.detach().clone()), *own]
@@ -252,7 +255,7 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     def put_back(*_: Any) -> None:
         if not before:
             return
-        for parameter, mask in zip(model.masker.weights, model.update_masks(), strict=True):
+        for parameter, mask in zip(model.masked_parameters, model.update_masks(), strict=True):
             state = optimizer.state.get(parameter, {})
             old = dict(before.pop(parameter))
             _restore(parameter, old.pop(None), mask)
@@ -274,9 +277,9 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     return optimizer
 
 
-def _has_gradient(model: RTLModel) -> bool:
-    """Whether any prunable weight has one: if not, none moves, and no route need have been trained."""
-    return any(weight.grad is not None for weight in model.masker.weights)
+def _has_gradient(parameters: Sequence[Tensor]) -> bool:
+    """Whether any of the masked parameters has one: if not, none moves, and no route need have been trained."""
+    return any(parameter.grad is not None for parameter in parameters)
 
 
 def _is_per_element(value: Any, parameter: Tensor) -> bool:

@@ -7,6 +7,7 @@ import copy
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .mask_bank import MaskBank
 from .masking import UNION, WeightMasker
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+from .private_parameters import PrivateParameters, select_private
 from .routing import ROUTER_CLASSES, CentroidRouter, RouteDecision, Router, ScoreRouter
 
 
@@ -63,6 +65,8 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank = MaskBank(config.prunable, config.route_names)
         per_route = config.norm_statistics == "per_route"
         self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
+        private = select_private(backbone, config.private_parameters, self.mask_bank.weight_names)
+        self.private_parameters = PrivateParameters(backbone, private, config.num_routes)
         self.router = _empty_router(config)
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
@@ -99,6 +103,7 @@ class RoutedModel(PreTrainedModel):
         masks: Sequence[Tensor],
         *,
         statistics: Sequence[Tensor] = (),
+        private_parameters: Mapping[str, Tensor] | None = None,
         threshold: float | None = None,
         brings_weights: bool = False,
     ) -> None:
@@ -110,16 +115,22 @@ class RoutedModel(PreTrainedModel):
             masks (`Sequence[Tensor]`): `bool`, one per prunable weight, of its shape.
             statistics (`Sequence[Tensor]`): the route's row of running statistics, one tensor per buffer of
                 `norm_statistics`. Those of the union stay as they are.
+            private_parameters (`Mapping[str, Tensor]`, *optional*): the route's row of private parameters, by name in
+                the backbone. Without, it has what the backbone has. Parameters that were shared so far become private,
+                and the other routes go on with what was shared.
             threshold (`float`, *optional*): of a calibrated membership ticket; without, 0 if others are calibrated.
             brings_weights (`bool`, *optional*, defaults to `False`): whether it keeps weights that are not of the
                 base, which goes on to be what it was without them.
 
         Raises:
-            ValueError: the name is taken, or a mask does not fit. Nothing has been changed then.
+            ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing has been changed
+                then.
         """
         self._refuse_in_context("append_ticket()")
         self._refuse_on_view("append_ticket()")
         self.mask_bank.check_masks(masks)
+        row = dict(private_parameters or {})
+        self._check_private_row(row)
         thresholds = self.config.thresholds
         if thresholds is not None or threshold is not None:
             thresholds = [*(thresholds or [0.0] * self.num_routes), threshold or 0.0]
@@ -129,12 +140,39 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank.add_route(name, masks)
         if self.norm_statistics is not None:
             self.norm_statistics.insert(statistics)
+        self.make_private(list(row))
+        self.private_parameters.insert(self.backbone, row)
         if self.router is not None:
             logger.warning(
                 f"the router {self.router.name!r} does not know the new route {name!r} and is taken out; fit it again "
                 "with `RTLTrainer.fit_router`, or pass `route_ids`."
             )
             self.set_router(None)
+
+    def make_private(self, names: Sequence[str]) -> None:
+        """
+        Makes parameters private that were shared; every route goes on with what was shared.
+
+        Args:
+            names (`Sequence[str]`): in the backbone, or `fnmatch` patterns; see `private_parameters` of [`RTLConfig`].
+
+        Raises:
+            ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing has been changed
+                then.
+        """
+        self._refuse_in_context("make_private()")
+        self._refuse_on_view("make_private()")
+        chosen = select_private(self.backbone, names, self.mask_bank.weight_names)
+        if not set(chosen) <= set(self.private_parameters.names):
+            self.config.private_parameters = [*self.config.private_parameters, *names]
+            self.private_parameters.extend(self.backbone, chosen)
+
+    def _check_private_row(self, row: Mapping[str, Tensor]) -> None:
+        names = select_private(self.backbone, list(row), self.mask_bank.weight_names)
+        for name in names:
+            expected, found = self.backbone.get_parameter(name).shape, row[name].shape
+            if found != expected:
+                raise ValueError(f"`private_parameters` has {name!r} {tuple(found)}, expected {tuple(expected)}.")
 
     def drop_route(self, route: int | str) -> None:
         """
@@ -154,13 +192,15 @@ class RoutedModel(PreTrainedModel):
         self.mask_bank.drop_route(index)
         if self.norm_statistics is not None:
             self.norm_statistics.drop(index)
+        self.private_parameters.drop(index)
         if self.router is not None:
             self.router.drop_route(index)
 
     @contextlib.contextmanager
     def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
         """
-        Within the context the backbone is the ticket of `route`: masked weights, and its row of per-route statistics.
+        Within the context the backbone is the ticket of `route`: masked weights, its rows of private parameters and of
+        per-route statistics.
 
         Spans forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that entered
         it: another one waits for its end if the model is in evaluation mode.
@@ -196,10 +236,13 @@ class RoutedModel(PreTrainedModel):
                 bound = BoundStatistics.own(self.backbone)
             try:
                 placed = put()
+                on_backward = partial(self.routes_since_update.add, index)
+                self.private_parameters.bind(self.backbone, index, on_backward)
                 self._active.statistics = bound
                 yield placed
             finally:
                 self.masker.remove()
+                self.private_parameters.release(self.backbone)
                 bound.release()
 
     @property
@@ -207,17 +250,23 @@ class RoutedModel(PreTrainedModel):
         """Routes that a gradient has flowed through since the last optimizer step or `zero_grad`."""
         return self.masker.routes_since_update
 
+    @property
+    def masked_parameters(self) -> list[nn.Parameter]:
+        """Those of which a route's step moves a part: the prunable weights, then the rows of private parameters."""
+        return [*self.masker.weights, *self.private_parameters.rows]
+
     def update_masks(self) -> list[Tensor]:
         """
         What the next optimizer step may move: the union of the routes trained since the last one, as integers with all
-        bits set where kept, in the order of `masker.weights`. Raises `RuntimeError` if no route was trained.
+        bits set where kept, in the order of `masked_parameters`. Raises `RuntimeError` if no route was trained.
         """
         if not self.routes_since_update:
             raise RuntimeError(
                 "no gradient has flowed through a route since the last optimizer step, so no weight may move: call "
                 "`model(…, route_ids=route).loss.backward()`, or the same inside `route_context`, before the step."
             )
-        return self.masker.masks(sorted(self.routes_since_update))
+        routes = sorted(self.routes_since_update)
+        return [*self.masker.masks(routes), *self.private_parameters.masks(routes)]
 
     def with_route(self, route: int | str) -> RoutedModel:
         """

@@ -24,6 +24,7 @@ from .identity import are_known, hashes
 from .mask_bank import count_bits, unpack
 from .mask_coding import decode, encode
 from .norm_statistics import tracked_buffers
+from .prunable import parameter_aliases
 from .routed_model import RoutedModel
 
 
@@ -49,7 +50,10 @@ def base_tensors(model: RoutedModel, routes: Sequence[int]) -> dict[str, Tensor]
 
 
 def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
-    """Parameters and buffers of the backbone that no mask covers, and of which no route has a row of its own."""
+    """
+    Parameters and buffers of the backbone that no mask covers, without the buffers of which routes have rows of their
+    own. Private parameters are in with what was shared before they became private, as a copy that shares them has it.
+    """
     others = {weight.data_ptr() for weight in model.masker.weights}
     if model.norm_statistics is not None:
         others |= {module.get_buffer(name).data_ptr() for module, name in tracked_buffers(model.backbone)}
@@ -71,8 +75,8 @@ def save_tickets(
 
     ```
     tickets.json             the index: the base, hashes of what tickets read of it, a list of the tickets
-    ticket-000.safetensors   mask: coded bits; statistics, num_batches_tracked: the route's rows, one after the other;
-                             added: coded bits of kept weights that the base has not; values: these
+    ticket-000.safetensors   mask: coded bits; statistics, num_batches_tracked, private: the route's rows, one after
+                             the other; added: coded bits of kept weights that the base has not; values: these
     ```
 
     Args:
@@ -96,6 +100,7 @@ def save_tickets(
             "base": base_of(model),
             "ticket_task": model.config.ticket_task,
             "norm_statistics": model.config.norm_statistics,
+            "private_parameters": list(model.private_parameters.names),
             "weights": [[name, list(shape)] for name, shape in model.config.prunable],
             "dense": {name: hashes({name: tensor}) for name, tensor in dense_tensors(model).items()},
             "tickets": tickets,
@@ -131,6 +136,8 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
             parts = [row for row in statistics if row.is_floating_point() == is_float]
             if parts:
                 tensors[name] = torch.cat(parts)
+    if model.private_parameters.names:
+        tensors["private"] = torch.cat([row.detach().reshape(-1) for row in model.private_parameters.row(route)])
     about = {
         "kept": sum(int(count_bits(row)) for row in rows),
         "added": num_added,
@@ -223,7 +230,8 @@ class _TicketFolder:
 
 def _is_whole(index: Mapping[str, Any]) -> bool:
     """Whether an index has what is said of its tickets, in the types that it is written in."""
-    kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "weights": list, "dense": dict, "tickets": list}
+    kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "dense": dict}
+    kinds |= dict.fromkeys(("private_parameters", "weights", "tickets"), list)
     of_a_ticket = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
     names = [entry["name"] for entry in index["tickets"]]
     return (
@@ -232,6 +240,7 @@ def _is_whole(index: Mapping[str, Any]) -> bool:
         and all(names)
         and len(set(names)) == len(names)
         and all(_FILE_NAME.fullmatch(entry["file"]) for entry in index["tickets"])
+        and all(type(name) is str for name in index["private_parameters"])
         and all(_is_threshold(entry["threshold"]) for entry in index["tickets"])
         and all(isinstance(index["base"][key], str) for key in index["base"].keys() & {"repo", "revision"})
         and len(index["weights"]) > 0
@@ -253,6 +262,7 @@ class _Ticket:
     added: list[Tensor]
     values: list[Tensor]  # of the weights in `added`, in the order of their positions
     statistics: list[Tensor]  # the route's row, one tensor per buffer
+    private: dict[str, Tensor]  # the route's row, by name
     threshold: float | None
 
 
@@ -283,6 +293,7 @@ def load_tickets(
             ticket.name,
             ticket.masks,
             statistics=ticket.statistics,
+            private_parameters=ticket.private,
             threshold=ticket.threshold,
             brings_weights=any(map(len, ticket.values)),
         )
@@ -346,6 +357,14 @@ def _check_same_kind(model: RoutedModel, folder: _TicketFolder) -> None:
             f"as {', '.join(f'{name} {shape}' for name, shape in differing[:3]) or 'in their order'}."
         )
 
+    alone = {name for name, places in parameter_aliases(model.backbone).items() if len(places) == 1}
+    foreign = set(folder.index["private_parameters"]) - (alone - set(model.mask_bank.weight_names))
+    if foreign:
+        raise ValueError(
+            f"the tickets of {folder.name!r} are for another backbone: they bring {', '.join(sorted(foreign)[:3])}, "
+            "which the model has not, has tied, or covers with masks."
+        )
+
 
 def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, Any], name: str) -> _Ticket:
     tensors = read_tensors(folder.path(entry["file"]))
@@ -368,7 +387,20 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
     ):
         raise folder.damaged(entry["file"])
     statistics = _split_statistics(model, folder, entry["file"], tensors)
-    return _Ticket(name, masks, added, list(values.split(counts)), statistics, entry["threshold"])
+    private = _split_private(model, folder, entry["file"], tensors)
+    return _Ticket(name, masks, added, list(values.split(counts)), statistics, private, entry["threshold"])
+
+
+def _split_private(
+    model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    parameters = {name: model.backbone.get_parameter(name) for name in folder.index["private_parameters"]}
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    flat = tensors.get("private", torch.empty(0))
+    if len(flat) != sum(sizes):
+        raise folder.damaged(file)
+    parts = flat.split(sizes) if sizes else ()
+    return {name: part.view(parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
 
 
 def _split_statistics(

@@ -436,8 +436,12 @@ class RTLTrainer(JointTrainer):
         )
 
     def _ticket_trainer(self, theta0: dict[str, Tensor]) -> TicketTrainer:
+        network = copy.deepcopy(self.model.backbone).to(self.args.device)
+        private = self.model.private_parameters
+        for own, rows in zip(private.own(network), private.rows, strict=True):
+            own.requires_grad_(rows.requires_grad)
         return TicketTrainer(
-            network=copy.deepcopy(self.model.backbone).to(self.args.device),
+            network=network,
             theta0=theta0,
             weight_names=self.model.mask_bank.weight_names,
             make_optimizer=self._plain_optimizer,

@@ -1,0 +1,214 @@
+"""Parameters that no mask covers and that every route has for itself: a row per route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .mask_bank import integer_dtype
+from .masking import UNION
+from .prunable import parameter_aliases, parameter_at
+
+
+def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Sequence[str]) -> list[str]:
+    """
+    Names of the parameters that any of the `fnmatch` `patterns` matches, in the order of the backbone's modules.
+
+    Args:
+        backbone (`nn.Module`): holds the parameters.
+        patterns (`Sequence[str]`): over whole names, as in `"*.bias"`.
+        prunable (`Sequence[str]`): names of the weights that masks cover.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a weight that masks cover, or a tied parameter.
+    """
+    places = parameter_aliases(backbone)
+    module_names = {id(module): name for name, module in backbone.named_modules()}
+    chosen: list[str] = []
+    used: set[str] = set()
+    for name, locations in places.items():
+        names = [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in locations]
+        matching = {pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in names)}
+        if not matching:
+            continue
+        used |= matching
+        if name in prunable:
+            raise ValueError(
+                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: masks cover that "
+                "weight, so that every route has its own part of it already. Narrow the pattern, or leave the weight "
+                "out of the masks with `prune_exclude`."
+            )
+        if len(locations) > 1:
+            raise ValueError(
+                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: that parameter is "
+                f"tied, it is also {', '.join(map(repr, names[1:]))}, and only one in a single place can be private."
+            )
+        chosen.append(name)
+    for pattern in patterns:
+        if pattern not in used:
+            free = [name for name in places if name not in prunable]
+            raise ValueError(
+                f"`private_parameters` has the pattern {pattern!r}, which matches no parameter of "
+                f"{type(backbone).__name__}; those that no mask covers are "
+                f"{', '.join(map(repr, free[:3])) or 'none'}{', …' if len(free) > 3 else ''}. Patterns are those of "
+                f"fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
+            )
+    return chosen
+
+
+class PrivateParameters(nn.Module):
+    """
+    The rows of a backbone's private parameters.
+
+    Parameters `p0000, p0001, …` of shape `[num_routes, *shape]`, in the order of the backbone's modules; a new one
+    repeats the backbone's own in every row. One parameter for all routes, since DDP wants a gradient for each in every
+    step. Route -1, the union of all tickets, has no row: it uses their mean.
+
+    While bound, the layers see a copy of a row under the parameter's attribute, and the row gets the gradient. The
+    backbone's own parameters stay registered as they were, frozen: they are what rows start from.
+
+    Args:
+        backbone (`nn.Module`): holds the parameters.
+        names (`Sequence[str]`): of the private ones, as of `select_private`.
+        num_routes (`int`): K.
+    """
+
+    def __init__(self, backbone: nn.Module, names: Sequence[str], num_routes: int) -> None:
+        super().__init__()
+        self.num_routes = num_routes
+        self.names: list[str] = []
+        self.extend(backbone, names)
+
+    @property
+    def rows(self) -> list[nn.Parameter]:
+        return list(self._parameters.values())  # type: ignore[arg-type]
+
+    def own(self, backbone: nn.Module) -> list[nn.Parameter]:
+        """The backbone's own parameters of these names."""
+        return [parameter_at(place) for place in self._places(backbone)]
+
+    def row(self, route: int) -> list[Tensor]:
+        """What `route` has, a tensor of the parameter's shape each; of -1 the mean of all rows."""
+        return [_row_of(rows, route) for rows in self.rows]
+
+    def masks(self, routes: Sequence[int]) -> list[Tensor]:
+        """Which elements belong to `routes` (-1: all), as integers with all bits set, of the rows' shapes."""
+        masks = [torch.zeros_like(rows, dtype=integer_dtype(rows.dtype)) for rows in self.rows]
+        for mask in masks:
+            for route in range(self.num_routes) if UNION in routes else routes:
+                mask[route] = -1
+        return masks
+
+    def extend(self, backbone: nn.Module, names: Sequence[str]) -> None:
+        """Makes more parameters private; every route goes on with what the backbone has."""
+        known = dict(zip(self.names, self.rows, strict=True))
+        places = parameter_aliases(backbone)
+        for name in names:
+            if name not in known:
+                own = parameter_at(places[name][0])
+                known[name] = _as_rows([own.detach()] * self.num_routes, own.requires_grad)
+        self.names = [name for name in places if name in known]
+        self._replace([known[name] for name in self.names])
+        self.freeze(backbone)
+
+    def freeze(self, backbone: nn.Module) -> None:
+        """Lets the backbone's own parameters get no gradient, since no route reads them."""
+        for own in self.own(backbone):
+            own.requires_grad_(False)
+
+    @torch.no_grad()
+    def reset(self, backbone: nn.Module) -> None:
+        """Fills every row with the backbone's own parameter."""
+        for rows, own in zip(self.rows, self.own(backbone), strict=True):
+            rows.copy_(own.expand_as(rows))
+
+    def insert(self, backbone: nn.Module, row: Mapping[str, Tensor]) -> None:
+        """Adds a route after the others, with the backbone's own parameters where `row` has none, by name."""
+        new = [row.get(name, own) for name, own in zip(self.names, self.own(backbone), strict=True)]
+        self.num_routes += 1
+        parts = zip(self.rows, new, strict=True)
+        self._replace(
+            [_as_rows([*rows.detach(), added.detach().to(rows)], rows.requires_grad) for rows, added in parts]
+        )
+
+    def drop(self, route: int) -> None:
+        """Removes the row of a route."""
+        self.num_routes -= 1
+        kept = ([*rows.detach()[:route], *rows.detach()[route + 1 :]] for rows in self.rows)
+        self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
+
+    def bind(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> None:
+        """Puts the row of `route` into the layers, until `release`. `on_backward` is called with its gradient."""
+        if not self.names:
+            return
+        bound = _TakeRows.apply(route, self.own(backbone), on_backward, *self.rows)
+        for (module, attribute), tensor in zip(self._places(backbone), bound, strict=True):
+            # An entry of the instance hides the registered parameter of the same name from attribute access only.
+            module.__dict__[attribute] = tensor
+
+    def release(self, backbone: nn.Module) -> None:
+        for module, attribute in self._places(backbone):
+            module.__dict__.pop(attribute, None)
+
+    def _places(self, backbone: nn.Module) -> list[tuple[nn.Module, str]]:
+        parts = [name.rpartition(".") for name in self.names]
+        return [(backbone.get_submodule(prefix), attribute) for prefix, _, attribute in parts]
+
+    def _replace(self, rows: Sequence[nn.Parameter]) -> None:
+        self._parameters.clear()
+        for index, parameter in enumerate(rows):
+            self.register_parameter(f"p{index:04d}", parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        # A memory format such as `channels_last` is one for a single parameter, not for several in a row.
+        return super()._apply(
+            lambda rows: fn(rows) if rows.ndim < 4 else torch.stack([fn(row) for row in rows]), recurse
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_routes={self.num_routes}, names={self.names}"
+
+
+def _as_rows(parts: Sequence[Tensor], requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.stack(list(parts)), requires_grad=requires_grad)
+
+
+def _row_of(rows: Tensor, route: int) -> Tensor:
+    if route != UNION:
+        return rows[route]
+    # Not `rows.mean(0)`, which rounds, so that the mean of equal rows would be another value.
+    return rows[0] + (rows - rows[0]).mean(0)
+
+
+class _TakeRows(torch.autograd.Function):
+    """A route's row of each parameter, in memory laid out as the backbone's own; gradients go to that row."""
+
+    @staticmethod
+    def forward(
+        ctx, route: int, own: list[Tensor], on_backward: Callable[[], Any], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.route, ctx.num_routes, ctx.on_backward = route, len(parameters[0]), on_backward
+        ctx.set_materialize_grads(False)
+        # Copies, since kernels round differently on memory that is not aligned, as that of a single row may be.
+        return tuple(
+            torch.empty_like(like).copy_(_row_of(rows, route)) for rows, like in zip(parameters, own, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.on_backward()
+        return None, None, None, *(None if gradient is None else _in_rows(gradient, ctx) for gradient in gradients)
+
+
+def _in_rows(gradient: Tensor, ctx: Any) -> Tensor:
+    if ctx.route == UNION:
+        return (gradient / ctx.num_routes).expand(ctx.num_routes, *gradient.shape).contiguous()
+    rows = gradient.new_zeros(ctx.num_routes, *gradient.shape)
+    rows[ctx.route] = gradient
+    return rows
