@@ -284,6 +284,19 @@ def test_an_extracted_ticket_is_bit_equal_and_shares_nothing(fill_masks, kind, l
         assert torch.equal(outputs(model, route), before)
 
 
+def test_layers_see_rows_as_a_ticket_of_its_own_would_have_them(fill_masks):
+    """Kernels round by memory layout and alignment, which a row within its parameter may lack."""
+    model = models("timm", fill_masks).to(memory_format=torch.channels_last)
+    assert any(rows[1].data_ptr() % 64 for rows in model.private_parameters.rows)
+    with model.route_context(1):
+        for name, own in zip(
+            model.private_parameters.names, model.private_parameters.own(model.backbone), strict=True
+        ):
+            module, _, attribute = name.rpartition(".")
+            bound = getattr(model.backbone.get_submodule(module), attribute)
+            assert bound.stride() == own.stride() and bound.data_ptr() % 64 == 0
+
+
 def test_copies_and_casts(fill_masks):
     model = models("timm", fill_masks)
     before = outputs(model, 1)
@@ -386,6 +399,25 @@ def test_what_was_shared_becomes_private_with_a_ticket_that_brings_its_own(fill_
     with pytest.raises(ValueError, match=r"'timm_model.fc.bias' \(3,\), expected \(4,\)"):
         base.append_ticket("dog", masks, **{**rest, "private_parameters": {"timm_model.fc.bias": torch.zeros(3)}})
     assert base.route_names == ROUTES and not base.private_parameters.names and not base.config.private_parameters
+
+
+def test_parameters_become_private_one_after_the_other(fill_masks, tmp_path):
+    model = shared_model(fill_masks)
+    before = {route: outputs(model, route) for route in (0, 1, 2, UNION)}
+    for patterns in (["*.fc.*"], ["*bn*"], ["*.fc.bias"]):
+        model.make_private(patterns)
+    assert all(torch.equal(outputs(model, route), before[route]) for route in before)
+    names = [name for name, _ in model.backbone.named_parameters() if ".bn" in name or ".fc." in name]
+    assert model.private_parameters.names == names and model.config.private_parameters == ["*.fc.*", "*bn*"]
+    spread_rows(model)
+    model.save_pretrained(tmp_path)
+    assert_same_rows(RTLModel.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        model.make_private(["*nonsense*"])
+    with pytest.raises(ValueError, match="view with a fixed route"):
+        model.with_route(0).make_private(["*conv*.bias"])
+    with model.route_context(0), pytest.raises(RuntimeError, match="inside a route_context"):
+        model.make_private(["*.bias"])
 
 
 @pytest.mark.parametrize("copy_of_base", ["full", "compact", "bfloat16"])

@@ -177,11 +177,15 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            weights[:] = [weight.detach().clone() for weight in trainer.model.masker.weights]
+            weights[:] = [weight.detach().clone() for weight in trainer.model.masked_parameters]
 
         def on_optimizer_step(self, args, state, control, **kwargs):
-            masks = trainer.model.mask_bank[batches[-1]["route"]]
-            for mask, before, after in zip(masks, weights, trainer.model.masker.weights, strict=True):
+            route = batches[-1]["route"]
+            rows = [torch.zeros_like(rows, dtype=torch.bool) for rows in trainer.model.private_parameters.rows]
+            for row in rows:
+                row[route] = True
+            masks = [*trainer.model.mask_bank[route], *rows]
+            for mask, before, after in zip(masks, weights, trainer.model.masked_parameters, strict=True):
                 moved_outside.append(int(((before != after) & ~mask).sum()))
 
     trainer.training_step, trainer._average_statistics = training_step, average

@@ -166,16 +166,19 @@ def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("norm_statistics", "options"),
+    ("norm_statistics", "private", "options"),
     [
-        ("per_route", {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
-        ("shared", {}),
-        ("per_route", {"torch_compile": True, "torch_compile_backend": "aot_eager", "target_sparsity": [0.3]}),
+        ("per_route", [], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
+        ("shared", [], {}),
+        ("per_route", [], {"torch_compile": True, "torch_compile_backend": "aot_eager", "target_sparsity": [0.3]}),
+        ("per_route", ["*.bn?.*", "*.fc.*"], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     ],
-    ids=["accumulation", "shared", "compiled"],
+    ids=["accumulation", "shared", "compiled", "private"],
 )
-def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(say, tmp_path, norm_statistics, options):
-    options = {"model_options": {"norm_statistics": norm_statistics}, **options}
+def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(
+    say, tmp_path, norm_statistics, private, options
+):
+    options = {"model_options": {"norm_statistics": norm_statistics, "private_parameters": private}, **options}
     made = run_in_worlds(say, runs.train_watched, tmp_path, [2], "timm", options)[2]
     assert made[0]["moved_outside"] and not any(any(result["moved_outside"]) for result in made)
     for name, tensor in made[0]["state"].items():
