@@ -117,11 +117,12 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
             )
         self.routes = self._check_routes(routes)
         self.first_competing_epoch = first_competing_epoch
-        least = self.num_routes * self.world_size
-        if first_competing_epoch is not None and self.batch_size < least:
+        competing_size = self.batch_size // self.num_routes
+        if first_competing_epoch is not None and (competing_size < world_size or competing_size % world_size):
             raise ValueError(
                 f"`batch_size` is {batch_size}; where {self.num_routes} tickets compete, a batch has that many times "
-                f"fewer samples, and at least 1 on each of {world_size} process(es): {least} are needed."
+                f"fewer samples, {competing_size}, and needs as many on each of {world_size} process(es): take a "
+                f"multiple of {self.num_routes * self.world_size}."
             )
         self.epoch = 0
 
@@ -171,7 +172,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
                     ]
 
     def _competing_batches(self) -> Iterator[list[RouteSample]]:
-        size = self.batch_size // self.num_routes // self.world_size * self.world_size
+        size = self.batch_size // self.num_routes
         length = len(self) * size
         stream = self._permutations(np.arange(len(self.route_ids)), length, self.num_routes, 0)
         for start in range(0, length, size):

@@ -391,9 +391,10 @@ def test_competing_batches_are_dealt_out_to_the_processes():
 
 
 def test_competing_batches_need_samples():
-    with pytest.raises(ValueError, match=r"`batch_size` is 4; .* at least 1 on each of 2 process\(es\): 6 are needed"):
-        sampler(batch_size=4, first_competing_epoch=0, membership=False, world_size=2)
-    sampler(batch_size=6, first_competing_epoch=0, membership=False, world_size=2)
+    for batch_size, size in ((4, 1), (16, 5)):
+        with pytest.raises(ValueError, match=rf"fewer samples, {size}, .* take a multiple of 6\."):
+            sampler(batch_size=batch_size, first_competing_epoch=0, membership=False, world_size=2)
+    sampler(batch_size=20, first_competing_epoch=0, world_size=2)
 
 
 def test_labels_of_competing_batches_are_home_routes():

@@ -102,7 +102,7 @@ def contents_without_competition(folder, values):
         ({"competing_epochs": 3}, "`competing_epochs` = 3 must be at most `num_train_epochs`"),
         ({"competing_epochs": -1}, "`competing_epochs` must be at least 0, got -1"),
         ({"gradient_checkpointing": True}, "needs the masks of all routes at once"),
-        ({"route_batch_size": 2}, "3 are needed"),
+        ({"route_batch_size": 2}, "take a multiple of 3"),
     ],
 )
 def test_competition_that_cannot_be_is_refused_at_once(tmp_path, values, message):
