@@ -14,12 +14,24 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .masking import UNION
 from .metrics import calibrate_thresholds, constant_tickets, label_metrics, membership_metrics, router_metrics
-from .modeling_rtl import RTLModel
+from .modeling_rtl import (
+    RTLModel,
+    RTLModelForAudioClassification,
+    RTLModelForImageClassification,
+    RTLModelForSequenceClassification,
+)
 from .partition import Partition
 from .route_data import EvaluationData, RouteData, find_partition
 from .router_fitting import Batches, evidence_of_each, fit_router
 from .routing import ROUTER_CLASSES, ScoreRouter
 from .training_args import RTLTrainingArguments
+
+
+ONE_PREDICTION_PER_SAMPLE = (
+    RTLModelForImageClassification,
+    RTLModelForAudioClassification,
+    RTLModelForSequenceClassification,
+)
 
 
 class TicketEvaluator(Trainer):
@@ -98,14 +110,16 @@ class TicketEvaluator(Trainer):
         return next(known, None) or self._find_partition(self.model, self.args, dataset)
 
     @staticmethod
-    def _find_partition(model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
-        """The partition of a data set to evaluate on, which need not have samples of all routes."""
+    def _find_partition(
+        model: RTLModel, args: RTLTrainingArguments, dataset: Any, allow_empty: bool = True
+    ) -> Partition:
+        """The partition of a data set to evaluate on, which may have samples of some routes only."""
         return find_partition(
             dataset,
             route_column=args.route_column,
             route_names=model.route_names,
             ticket_task=str(model.config.ticket_task),
-            allow_empty=True,
+            allow_empty=allow_empty,
         )
 
     def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -120,10 +134,15 @@ class TicketEvaluator(Trainer):
                 metrics |= router_metrics(routed["route_scores"], home_routes, model.route_names)
             return {**metrics, "constant_tickets": float(len(constant_tickets(scores)))}
         labels, route_ids = prediction.label_ids, self._evaluated.route_ids
-        metrics = label_metrics(scores, labels, route_ids, model.route_names)
-        metrics |= label_metrics(routed["union_logits"], labels, route_ids, model.route_names, prefix="union_")
+        answers = {"": scores, "union_": routed["union_logits"]}
         if model.router is not None:
-            metrics |= label_metrics(routed["logits"], labels, route_ids, model.route_names, prefix="inferred_")
+            answers["inferred_"] = routed["logits"]
+        metrics = {}
+        # Of numbers to regress, or several labels a sample, the loss says how good they are.
+        if labels.ndim == 1 and labels.dtype.kind in "iu" and scores.shape[1] > 1:
+            for prefix, logits in answers.items():
+                metrics |= label_metrics(logits, labels, route_ids, model.route_names, prefix=prefix)
+        if model.router is not None:
             metrics |= router_metrics(routed["route_scores"], route_ids, model.route_names)
             metrics["fallback_fraction"] = float((routed["route_ids"] != routed["route_scores"].argmax(axis=1)).mean())
         return metrics
@@ -190,6 +209,13 @@ def check_router(name: str, model: RTLModel, calibration_dataset: Any) -> None:
         raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTER_CLASSES))}, got {name!r}.")
     if name == "entropy" and model.config.ticket_task == "membership":
         raise ValueError("`router` = 'entropy' suits tickets for labels; for membership use 'score'.")
+    if name == "entropy" and model.config.num_labels == 1:
+        raise ValueError("`router` = 'entropy' compares several labels, and these tickets have one; use 'centroid'.")
+    if name != "centroid" and not isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+        raise ValueError(
+            f"`router` = {name!r} reads one prediction a sample, which {type(model).__name__} does not give; use "
+            "'centroid'."
+        )
     if calibration_dataset is None:
         raise ValueError(
             f"`router` = {name!r} is fitted on data that no ticket was trained on: set `calibration_fraction`, as "

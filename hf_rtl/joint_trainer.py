@@ -23,17 +23,12 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
 from .checkpoints import best_checkpoint, last_usable_checkpoint, seal
-from .evaluation import TicketEvaluator, check_router
+from .evaluation import ONE_PREDICTION_PER_SAMPLE, TicketEvaluator, check_router
 from .failures import explain_failures
 from .files import write_json
 from .image_processing import savable_processor
 from .masking import UNION
-from .modeling_rtl import (
-    RTLModel,
-    RTLModelForAudioClassification,
-    RTLModelForImageClassification,
-    RTLModelForSequenceClassification,
-)
+from .modeling_rtl import RTLModel
 from .norm_statistics import tracked_buffers
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
@@ -47,12 +42,6 @@ from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-_ONE_LABEL_PER_SAMPLE = (
-    RTLModelForImageClassification,
-    RTLModelForAudioClassification,
-    RTLModelForSequenceClassification,
-)
 
 
 class JointTrainer(TicketEvaluator):
@@ -110,7 +99,7 @@ class JointTrainer(TicketEvaluator):
                 ticket_task=model.config.ticket_task,
             )
             labels = None
-            if not membership and isinstance(model, _ONE_LABEL_PER_SAMPLE):
+            if not membership and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
                 labels = single_labels(train_dataset)
                 if kwargs.get("data_collator") is None:
                     check_label_column(columns_of(train_dataset))
@@ -151,8 +140,10 @@ class JointTrainer(TicketEvaluator):
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
-                self._partitions.append((dataset, self._find_partition(model, args, dataset)))
-        if compute_metrics is None and isinstance(model, _ONE_LABEL_PER_SAMPLE):
+                # Thresholds and routers are fitted for every route.
+                allow_empty = dataset is not calibration_dataset
+                self._partitions.append((dataset, self._find_partition(model, args, dataset, allow_empty)))
+        if compute_metrics is None and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
             compute_metrics = self.compute_ticket_metrics
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # it makes the folder
             super().__init__(

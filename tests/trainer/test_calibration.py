@@ -93,3 +93,9 @@ def test_held_out_samples_keep_their_route_where_classes_are_ordered_otherwise(t
         made.train()
         results.append(made.rounds[0]["thresholds"])
     assert results[0] == results[1]
+
+
+def test_a_calibration_dataset_without_samples_of_a_route_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="'cat'"):
+        make_trainer(tmp_path / "run", options={"calibration_dataset": Images(8, num_routes=2)})
+    assert not (tmp_path / "run").exists()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from trainer.small_runs import DOMAINS, ROUNDS, Images, contents, figures, image_model, make_trainer, run, same
+from trainer.small_runs import DOMAINS, ROUNDS, ROUTES, Images, contents, figures, image_model, make_trainer, run, same
 
-from hf_rtl import RTLModel
+from hf_rtl import RTLModel, RTLModelForTokenClassification
 from hf_rtl.router_fitting import fit_scale_and_offset
 
 
@@ -114,6 +114,29 @@ def test_membership_scores_decide_like_the_model_itself(tmp_path) -> None:
     homes = torch.tensor([sample["label"] for sample in samples])
     assert metrics["eval_route_accuracy"] == pytest.approx((output.route_ids == homes).float().mean().item())
     assert metrics["eval_accuracy"] == pytest.approx((output.logits.argmax(1) == homes).float().mean().item())
+
+
+def test_numbers_that_are_regressed_have_a_loss_and_a_route(tmp_path) -> None:
+    train, evaluate = labels_data(48), labels_data(18, 1)
+    for data in (train, evaluate):
+        for index, sample in enumerate(data.samples):
+            sample["labels"] = index % 5 / 2
+    model = image_model(ticket_task="labels", num_labels=1)
+    (report,) = run(tmp_path / "run", model, train=train, evaluate=evaluate, router="centroid", **LABELS).rounds
+    assert report["metrics"]["eval_loss"] > 0 and 0 <= report["metrics"]["eval_route_accuracy"] <= 1
+    assert not any(name.endswith(("eval_accuracy", "inferred_accuracy")) for name in report["metrics"])
+
+
+def test_routers_that_do_not_suit_a_model_are_refused_at_once(tmp_path, tiny_bert_config) -> None:
+    model = RTLModelForTokenClassification.from_backbone(tiny_bert_config, route_names=ROUTES, ticket_task="labels")
+    data = [{"input_ids": [1, 2], "labels": [0, 1], "domain": index % 3} for index in range(24)]
+    message = "'score' reads one prediction a sample, which RTLModelForTokenClassification does not give"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", model, train=data, evaluate=data, router="score", **LABELS)
+    one_label = image_model(ticket_task="labels", num_labels=1)
+    with pytest.raises(ValueError, match="'entropy' compares several labels, and these tickets have one"):
+        make_trainer(tmp_path / "run", one_label, train=labels_data(24), router="entropy", **LABELS)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
