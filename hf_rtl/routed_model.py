@@ -297,10 +297,15 @@ class RoutedModel(PreTrainedModel):
             fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
 
         Raises:
+            TypeError: `router` is none.
             ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
                 been changed then.
         """
         self._refuse_on_view("set_router()")
+        if not (router is None or isinstance(router, Router)):
+            raise TypeError(
+                f"`router` must be a fitted Router or None, got {router!r}; `RTLTrainer.fit_router(name)` fits one."
+            )
         if router is not None and router.num_routes != self.num_routes:
             raise ValueError(
                 f"`router` was fitted for {router.num_routes} routes, and this model has {self.num_routes}: "
@@ -565,6 +570,12 @@ class RoutedModel(PreTrainedModel):
             raise ValueError(
                 f"`config.route_names` is {self.config.route_names}, but the mask bank has the routes "
                 f"{self.route_names}; change both, or neither."
+            )
+        router = "given" if self.router is None else self.router.name
+        if self.config.router != router:
+            raise ValueError(
+                f"`config.router` is {self.config.router!r}, but the model's router is {router!r}; change it by "
+                "`set_router`."
             )
 
     def _refuse_on_view(self, action: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .features import pooled_features
 from .masking import UNION
 from .metrics import check_scores
+from .mixed_batch import select_samples
 from .modeling_rtl import RTLModel
 from .routing import CentroidRouter, EntropyRouter, Router, ScoreRouter
 
@@ -76,10 +77,7 @@ def evidence_of_each(router: Router, model: RTLModel, inputs: Mapping[str, Any])
     if not isinstance(router, EntropyRouter):
         return router.evidence(model, inputs)
     batch_size = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
-    samples = (
-        {name: value[[index]] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        for index in range(batch_size)
-    )
+    samples = (select_samples(inputs, position, batch_size) for position in torch.arange(batch_size).split(1))
     return torch.cat([router.evidence(model, sample) for sample in samples])
 
 

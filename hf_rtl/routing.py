@@ -93,13 +93,9 @@ class ScoreRouter(Router):
         columns = []
         for route in range(model.num_routes):
             with model.route_context(route):
-                columns.append(self.of_logits(model.backbone(**inputs, return_dict=True).logits))
+                logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True))
+            columns.append(logits.float().logsumexp(dim=1))  # of one logit, the logit itself
         return torch.stack(columns, dim=1)
-
-    @staticmethod
-    def of_logits(logits: Tensor) -> Tensor:
-        """The evidence of a ticket's logits `[batch, num_labels]`. Of one logit it is the logit itself."""
-        return _one_prediction_a_sample(logits).float().logsumexp(dim=1)
 
 
 class CentroidRouter(Router):
@@ -124,6 +120,11 @@ class CentroidRouter(Router):
     def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         with torch.no_grad(), model.route_context(UNION):
             features = pooled_features(model.backbone, inputs)
+        if features.shape[1] != self.num_features:
+            raise ValueError(
+                f"this router was fitted for another backbone: it knows {self.num_features} features, and there are "
+                f"{features.shape[1]}."
+            )
         # Not by a matrix product, whose rounding would depend on the size of the batch.
         return -torch.cdist(features, self.centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
 
@@ -141,7 +142,7 @@ class EntropyRouter(Router):
         # Inputs that were made in inference mode could not be saved for a backward.
         with torch.inference_mode(False), torch.enable_grad(), model.mixture_context() as weights:
             inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True).logits).float()
+            logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True)).float()
             entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
             gradients = torch.autograd.grad(entropy, weights, allow_unused=True)
         return -model.masker.along_masks(gradients).expand(len(logits), -1)
@@ -152,10 +153,11 @@ ROUTER_CLASSES: dict[str, type[Router]] = {
 }
 
 
-def _one_prediction_a_sample(logits: Tensor) -> Tensor:
-    if logits.ndim != 2:
+def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
+    logits = output.get("logits")
+    if logits is None or logits.ndim != 2:
         raise ValueError(
-            f"this router reads one prediction a sample, logits [batch, num_labels], got {tuple(logits.shape)}; use "
-            "the router 'centroid'."
+            "this router reads one prediction a sample, logits [batch, num_labels], got "
+            f"{'none' if logits is None else tuple(logits.shape)}; use the router 'centroid'."
         )
     return logits

@@ -8,9 +8,16 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Wav2Vec2Config
 
-from hf_rtl import RTLModel, RTLModelForSequenceClassification, RTLModelForTokenClassification
+from hf_rtl import (
+    RTLModel,
+    RTLModelForAudioClassification,
+    RTLModelForSeq2SeqLM,
+    RTLModelForSequenceClassification,
+    RTLModelForTokenClassification,
+)
+from hf_rtl.router_fitting import evidence_of_each
 from hf_rtl.routing import CentroidRouter, EntropyRouter, Router, ScoreRouter
 
 
@@ -91,6 +98,64 @@ def test_features_of_tokens_are_averaged_without_padding(tiny_bert_config) -> No
     alone = router.evidence(model, {"input_ids": ids})
     assert torch.allclose(router.evidence(model, {"input_ids": padded, "attention_mask": mask}), alone, rtol=1e-4)
     assert not torch.allclose(router.evidence(model, {"input_ids": padded}), alone, rtol=1e-2)
+
+
+@pytest.mark.parametrize("num_positions", [8, 9])  # as many as the decoder's, and others
+def test_features_of_what_is_generated_are_those_of_the_encoder(tiny_t5_config, num_positions: int) -> None:
+    model = RTLModelForSeq2SeqLM.from_backbone(
+        tiny_t5_config, route_names=["a", "b"], ticket_task="labels", seed=0
+    ).eval()
+    router = randomised(CentroidRouter(2, 16))
+    ids, answers = torch.randint(1, 40, (3, 6)), torch.randint(1, 40, (3, 8))
+    encoded = model.backbone.encoder(ids).last_hidden_state.mean(1)
+    expected = [[-((row - mean) ** 2).sum().item() for mean in router.centroids] for row in encoded]
+    size = num_positions - 6
+    padded, mask = nn.functional.pad(ids, (0, size)), nn.functional.pad(torch.ones_like(ids), (0, size))
+    inputs = {"input_ids": padded, "attention_mask": mask, "decoder_input_ids": answers}
+    assert router.evidence(model, inputs).tolist() == [pytest.approx(row, rel=1e-4) for row in expected]
+    model.set_router(router)
+    # Where nothing but the answer is known to the decoder, which is not for the router's eyes.
+    output = model(input_ids=padded, attention_mask=mask, labels=answers)
+    assert torch.equal(output.route_ids, router.decide(torch.tensor(expected)).route_ids)
+
+
+def test_features_of_audio_are_those_that_the_head_has_averaged() -> None:
+    """It alone knows which positions are padding, since the mask has an entry for every number of the waveform."""
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=[8, 8],
+        conv_stride=[5, 2],
+        conv_kernel=[10, 3],
+        feat_extract_norm="layer",
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=8,
+    )
+    model = RTLModelForAudioClassification.from_backbone(
+        config, route_names=["a", "b"], ticket_task="labels", seed=0
+    ).eval()
+    router = randomised(CentroidRouter(2, 8))
+    waves, mask = torch.randn(2, 400), torch.ones(2, 400, dtype=torch.long)
+    hidden = model.backbone.projector(model.backbone.wav2vec2(waves, attention_mask=mask).last_hidden_state).mean(1)
+    expected = -((hidden[:, None] - router.centroids) ** 2).sum(2)
+    padded = {"input_values": nn.functional.pad(waves, (0, 300)), "attention_mask": nn.functional.pad(mask, (0, 300))}
+    assert torch.allclose(router.evidence(model, padded), expected, rtol=1e-4)
+
+
+def test_evidence_of_each_sample_is_that_of_the_sample_alone(tiny_bert_config, fill_masks) -> None:
+    model = RTLModelForSequenceClassification.from_backbone(
+        tiny_bert_config, route_names=["a", "b"], ticket_task="labels", seed=0
+    ).eval()
+    fill_masks(model)
+    ids, shared = torch.randint(1, 40, (4, 5)), {"position_ids": torch.arange(5)[None], "output_attentions": True}
+    evidence = evidence_of_each(EntropyRouter(2), model, {"input_ids": ids, **shared})
+    for index in range(4):
+        alone = EntropyRouter(2).evidence(model, {"input_ids": ids[index : index + 1], **shared})
+        assert torch.equal(evidence[index], alone[0])
+    assert len(set(evidence[:, 0].tolist())) == 4
 
 
 def test_entropy_evidence_is_the_derivative_by_the_coefficients(tiny_attention_config) -> None:
@@ -281,8 +346,17 @@ def test_bad_routers_are_refused(model: RTLModel, members: RTLModel, tiny_bert_c
         model.set_router(ScoreRouter(3), fallback="noon")
     with pytest.raises(ValueError, match="'entropy' compares outputs over several labels"):
         members.set_router(EntropyRouter(3))
+    with pytest.raises(TypeError, match="`router` must be a fitted Router or None, got 'score'"):
+        model.set_router("score")
     for unchanged in (model, members):
         assert unchanged.router is None and unchanged.config.router == "given"
+    model.set_router(CentroidRouter(3, 5))
+    with pytest.raises(ValueError, match="fitted for another backbone: it knows 5 features, and there are 96"):
+        model(pixel_values=IMAGES)
+    headless = RTLModel.from_backbone("test_resnet", route_names=["a", "b"], ticket_task="labels").eval()
+    headless.set_router(ScoreRouter(2))
+    with pytest.raises(ValueError, match="one prediction a sample.*got none"):
+        headless(pixel_values=IMAGES)
     tokens = RTLModelForTokenClassification.from_backbone(
         tiny_bert_config, route_names=["a", "b"], ticket_task="labels", seed=0
     ).eval()
@@ -311,3 +385,10 @@ def test_a_router_of_other_routes_in_a_file_is_refused(model: RTLModel, tmp_path
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="wrong sizes.*router"):
         RTLModel.from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_names_another_router_is_not_saved(model: RTLModel, tmp_path) -> None:
+    model.config.router = "score"
+    with pytest.raises(ValueError, match="`config.router` is 'score', but the model's router is 'given'"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
