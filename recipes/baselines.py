@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import transformers
 from arguments import parse
-from image_data import DataArguments, ImageTensors, load_images
+from data_arguments import DataArguments
+from image_data import ImageTensors, load_images
 from report import table, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction

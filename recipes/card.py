@@ -5,6 +5,7 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py step_overhead
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
+    python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
 Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
 model is kept too, with its picture; `recipes/render_card.py` shows it as a page.
@@ -16,6 +17,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from report import table
@@ -65,15 +67,21 @@ def render(card: str) -> str:
         return template.format(table=figures, **{name: value for name, value in results.items() if name != "figures"})
     first = next(iter(results.values()))
     routes = first["rounds"][0]["kept"]
+    if first.get("routes"):
+        lines = over_seeds([result["table"] for result in results.values()])
+        per_route = table(over_seeds([result["routes"] for result in results.values()]), style="github")
+    else:
+        lines = [line for name, result in results.items() for line in rows(name, result)]
+        per_route = per_route_table(results)
     return template.format(
         commands="\n".join(result["command"] for result in results.values()),
         environment=", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         python=first["python"],
         num_test=f"{first['num_test']:,}",
         num_routes=len(routes),
-        seed=first["training"]["seed"],
-        table=table([line for name, result in results.items() for line in rows(name, result)], style="github"),
-        per_route=per_route_table(results),
+        seed=", ".join(dict.fromkeys(str(result["training"]["seed"]) for result in results.values())),
+        table=table(lines, style="github"),
+        per_route=per_route,
         masks=masks_table(first),
     )
 
@@ -81,6 +89,21 @@ def render(card: str) -> str:
 def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of a run's own table, with the run's name."""
     return [{**line, "method": f"{line['method']}, {name}" if name else line["method"]} for line in result["table"]]
+
+
+def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The lines of runs that differ in the seed alone: of numbers the mean ± the sample standard deviation."""
+    lines = []
+    for same in zip(*tables, strict=True):
+        line = {"method": same[0]["method"], "sparsity": same[0]["sparsity"]}
+        for title in same[0]:
+            values = [other[title] for other in same]
+            if title not in line and isinstance(values[0], float):
+                line[title] = f"{mean(values):.3f} ± {stdev(values):.3f}"
+            elif title not in line:
+                line[title] = None if values[0] is None else round(mean(values))
+        lines.append(line)
+    return lines
 
 
 def per_route_table(results: dict[str, dict[str, Any]]) -> str:

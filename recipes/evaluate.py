@@ -20,8 +20,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from image_data import DataArguments, load_images
+from data_arguments import DataArguments
+from image_data import load_images
 from report import row, table
+from text_data import load_text
+from transformers import AutoTokenizer
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 
@@ -57,7 +60,11 @@ def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
     data = DataArguments.load(folder.absolute().parent)
     data.dataset = dataset or data.dataset
     saved = json.loads((folder / "training_args.json").read_text())
-    _, test = load_images(data, seed=saved["seed"])
+    if data.text_column is None:
+        tokenizer, (_, test) = None, load_images(data, seed=saved["seed"])
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        _, test = load_text(data, tokenizer, route_column=saved["route_column"], seed=saved["seed"])
     with tempfile.TemporaryDirectory() as output_dir:
         args = RTLTrainingArguments(
             output_dir=output_dir,
@@ -65,8 +72,9 @@ def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
             bf16=saved["bf16"],
             fp16=saved["fp16"],
             seed=saved["seed"],
+            route_column=saved["route_column"],
         )
-        metrics = RTLTrainer(model, args, eval_dataset=test).evaluate()
+        metrics = RTLTrainer(model, args, eval_dataset=test, processing_class=tokenizer).evaluate()
     return {
         "metrics": metrics,
         "density": float(model.mask_bank.density().mean()),

@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from data_arguments import DataArguments, read_splits
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_rtl import partition_by_groups
-
-
-@dataclass
-class DataArguments:
-    """Which images, and how they become tensors."""
-
-    dataset: str = field(
-        default="digits",
-        metadata={
-            "help": "'digits' (scikit-learn's, nothing to download), a folder of idx.gz files as of Debian's "
-            "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
-        },
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the Hub data set, if it has several."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the classes, which are the routes."})
-    route_groups: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON or YAML file of {route: [classes]}, each class in one; by default every class is a route."
-        },
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, never trained or calibrated on."})
-    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; by default they stay."})
-    num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
-    mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
-    std: float = field(default=0.5, metadata={"help": "Divided by after that."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Take this many training images, drawn by data_seed."}
-    )
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "Take this many test images, drawn by data_seed."}
-    )
-
-    def on_card(self) -> dict[str, str]:
-        """What a model card says of the data. Of a folder of this machine, nothing."""
-        if self.dataset == "digits":
-            return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
-        if Path(self.dataset).expanduser().exists():
-            return {}
-        of_hub = {"datasets": self.dataset, "dataset_split": self.test_split}
-        return of_hub if self.config_name is None else {**of_hub, "dataset_config": self.config_name}
-
-    def save(self, folder: str | Path) -> None:
-        (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> DataArguments:
-        return cls(**json.loads((Path(folder) / "data.json").read_text()))
 
 
 class ImageTensors(Dataset):
@@ -103,7 +50,7 @@ def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, I
     elif folder.is_dir() and list(folder.glob("*-ubyte.gz")):
         splits = _idx(folder)
     else:
-        splits = _datasets(arguments, folder)
+        splits = _datasets(arguments)
     limits = (arguments.max_train_samples, arguments.max_test_samples)
     train, test = (_tensors(arguments, *split, limit, seed) for split, limit in zip(splits, limits, strict=True))
     if arguments.route_groups is not None:
@@ -147,24 +94,10 @@ def _idx(folder: Path) -> list[tuple[Any, np.ndarray, list[str]]]:
     return splits
 
 
-def _datasets(arguments: DataArguments, folder: Path) -> list[tuple[Any, np.ndarray, list[str]]]:
-    from datasets import load_dataset
-
-    if folder.is_dir():
-        splits = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}
-        loaded = load_dataset("parquet", data_dir=str(folder), data_files=splits)
-    else:
-        loaded = load_dataset(arguments.dataset, arguments.config_name)
+def _datasets(arguments: DataArguments) -> list[tuple[Any, np.ndarray, list[str]]]:
     result = []
-    for split in (arguments.train_split, arguments.test_split):
-        data = loaded[split]
-        for column in (arguments.image_column, arguments.label_column):
-            if column not in data.column_names:
-                raise ValueError(
-                    f"the data set {arguments.dataset!r} has no column {column!r}; it has "
-                    f"{', '.join(data.column_names)}. "
-                    "Name them with --image_column and --label_column."
-                )
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    for data in read_splits(arguments, columns):
         labels = np.asarray(data[arguments.label_column])
         names = getattr(data.features[arguments.label_column], "names", None) or [
             str(i) for i in range(labels.max() + 1)

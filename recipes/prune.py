@@ -1,8 +1,10 @@
 """
-Find one ticket per class, or per group of classes, of an image classification data set.
+Find one ticket per class, or per group of classes, of an image classification data set, or per domain of a text
+classification data set.
 
     python recipes/prune.py --config recipes/configs/digits.yaml
     python recipes/prune.py --config recipes/configs/cifar10.yaml --target_sparsity 0.5 --seed 1
+    python recipes/prune.py --config recipes/configs/sentiment.yaml --dataset FOLDER --backbone FOLDER
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/prune.py --config FILE
     python -m torch.distributed.run --nproc_per_node 2 recipes/prune.py --config FILE --use_cpu
 
@@ -14,17 +16,28 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from arguments import parse
-from image_data import DataArguments, load_images
-from report import plan_text, plot, row, table, write_results
+from data_arguments import DataArguments
+from image_data import load_images
+from report import plan_text, plot, routes_rows, row, table, write_results
 from sanity import controls
+from single_mask import baselines
+from text_data import load_text
+from transformers import AutoTokenizer
 
-from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
+from hf_rtl import (
+    RTLModelForImageClassification,
+    RTLModelForSequenceClassification,
+    RTLTrainer,
+    RTLTrainingArguments,
+)
 
 
 @dataclass
@@ -42,9 +55,37 @@ class ModelArguments:
     sanity: bool = field(
         default=False,
         metadata={
-            "help": "Also random and layer-shuffled masks, routes shifted by one, and a dense one-vs-rest model."
+            "help": "Also, of images: random and layer-shuffled masks, routes shifted by one, and a dense one-vs-rest "
+            "model; of texts: the other router, a single mask for all data, and a dense model."
         },
     )
+
+
+def prepare_images(data: DataArguments, args: RTLTrainingArguments) -> tuple:
+    """Training and test data, no processor, and what makes a model whose tickets tell the images of a class."""
+    train, test = load_images(data, seed=args.seed)
+    make_model = partial(
+        RTLModelForImageClassification.from_backbone,
+        route_names=train.label_names,
+        ticket_task="membership",
+        in_chans=data.num_channels,
+    )
+    return train, test, None, make_model
+
+
+def prepare_texts(data: DataArguments, args: RTLTrainingArguments, backbone: str) -> tuple:
+    """Training and test data, their tokenizer, and what makes a model whose tickets label the texts of a domain."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    train, test = load_text(data, tokenizer, route_column=args.route_column, seed=args.seed)
+    label_names = train.features["label"].names
+    make_model = partial(
+        RTLModelForSequenceClassification.from_backbone,
+        route_names=train.features[args.route_column].names,
+        ticket_task="labels",
+        id2label=dict(enumerate(label_names)),
+        label2id={name: label for label, name in enumerate(label_names)},
+    )
+    return train, test, tokenizer, make_model
 
 
 def main() -> None:
@@ -53,18 +94,19 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if model_arguments.threads is not None:
         torch.set_num_threads(model_arguments.threads)
-    train, test = load_images(data, seed=args.seed)
-    model = RTLModelForImageClassification.from_backbone(
+    if data.text_column is None:
+        train, test, processor, make_model = prepare_images(data, args)
+    else:
+        train, test, processor, make_model = prepare_texts(data, args, model_arguments.backbone)
+    make_model = partial(
+        make_model,
         model_arguments.backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
         seed=args.seed,
         norm_statistics=model_arguments.norm_statistics,
         prune_include=model_arguments.prune_include,
         prune_exclude=model_arguments.prune_exclude,
-        in_chans=data.num_channels,
     )
-    trainer = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
+    trainer = RTLTrainer(make_model(), args, train_dataset=train, eval_dataset=test, processing_class=processor)
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -74,7 +116,11 @@ def main() -> None:
     rows = [row("RTL", report["sparsity"], report) for report in trainer.rounds]
     # Before the controls, which train and evaluate with the same trainer.
     reports = list(trainer.rounds)
-    extra = controls(trainer, train, test, model_arguments.backbone, data) if model_arguments.sanity else []
+    extra: list[dict[str, Any]] = []
+    if model_arguments.sanity and data.text_column is None:
+        extra = controls(trainer, train, test, model_arguments.backbone, data)
+    elif model_arguments.sanity:
+        extra = baselines(trainer, make_model, train, test)
     rows += [row(control["method"], control["sparsity"], control) for control in extra]
     if not main_process:
         return
@@ -82,6 +128,9 @@ def main() -> None:
     # Not in the models' folders, which are pushed: it may name a place on this machine.
     data.save(output_dir)
     print(table(rows))
+    of_routes = routes_rows([{"method": "RTL", **report} for report in reports] + extra)
+    if of_routes:
+        print("\nAccuracy of every route", table(of_routes), sep="\n")
     for report in reports:
         report.pop("log_history", None)
     for control in extra:
@@ -96,6 +145,7 @@ def main() -> None:
         rounds=reports,
         controls=extra,
         table=rows,
+        routes=of_routes,
     )
     if find_spec("matplotlib"):
         plot(output_dir / "curve.png", rows, {report["sparsity"]: report["mean_similarity"] for report in reports})

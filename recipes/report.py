@@ -30,19 +30,44 @@ _MEMBERSHIP_COLUMNS = {
     "router: K-way acc.": "route_accuracy",
     "router: prec. at recall .8": "routed_precision_at_recall_80",
 }
+_LABELS_COLUMNS = {
+    "accuracy": "accuracy",
+    "inferred acc.": "inferred_accuracy",
+    "route acc.": "route_accuracy",
+    "worst route": "worst_route_accuracy",
+    "inferred worst": "inferred_worst_route_accuracy",
+    "union acc.": "union_accuracy",
+}
 
 
 def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str, Any]:
     """One line of the table from a report of `RTLTrainer.rounds`, or any dict with `metrics`."""
-    metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
+    metrics = _without_prefix(report["metrics"])
+    columns = _LABELS_COLUMNS if "worst_route_accuracy" in metrics else _MEMBERSHIP_COLUMNS
     line: dict[str, Any] = {"method": method, "sparsity": sparsity}
-    line.update({title: metrics[key] for title, key in _MEMBERSHIP_COLUMNS.items() if key in metrics})
+    line.update({title: metrics[key] for title, key in columns.items() if key in metrics})
     emptied = report.get("emptied_layers")
     line["union"] = report.get("union")
     line["bytes"] = report["footprint"]["total_bytes"] if "footprint" in report else None
     line["emptied layers"] = None if emptied is None else max(map(len, emptied.values()), default=0)
     line["constant tickets"] = None if "constant_tickets" not in metrics else int(metrics["constant_tickets"])
     return line
+
+
+def routes_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The accuracy of every route of tickets that predict labels; with a router, also in a line of its own."""
+    lines = []
+    for report in reports:
+        metrics = _without_prefix(report["metrics"])
+        for suffix, metric in (("", "/accuracy"), (", inferred", "/inferred_accuracy")):
+            figures = {name.removesuffix(metric): value for name, value in metrics.items() if name.endswith(metric)}
+            if figures:
+                lines.append({"method": report["method"] + suffix, "sparsity": report["sparsity"], **figures})
+    return lines
+
+
+def _without_prefix(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
 
 def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
@@ -92,23 +117,24 @@ def write_results(file: Path, **content: Any) -> None:
 
 
 def plot(file: Path, rows: list[dict[str, Any]], similarities: dict[float, float]) -> None:
-    """Balanced accuracy of every method, and the mean similarity of the tickets, against sparsity."""
+    """Balanced accuracy (of labels, accuracy) of every method and mean similarity of the tickets, against sparsity."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=(3, 2))
+    title = "bal. acc." if "bal. acc." in rows[0] else "accuracy"
     methods = list(dict.fromkeys(line["method"] for line in rows))
     for method, marker in zip(methods, "osD^vX*", strict=False):
-        points = [(line["sparsity"], line["bal. acc."]) for line in rows if line["method"] == method]
+        points = [(line["sparsity"], line[title]) for line in rows if line["method"] == method]
         known = [(100 * sparsity, value) for sparsity, value in points if sparsity is not None]
         if known:
             upper.plot(*zip(*known, strict=True), marker=marker, label=method)
         for sparsity, value in points:
             if sparsity is None:
                 upper.axhline(value, linestyle="--", color="grey", label=method)
-    upper.set_ylabel("balanced accuracy")
+    upper.set_ylabel("balanced accuracy" if title == "bal. acc." else "accuracy")
     upper.legend(fontsize="small")
     lower.plot([100 * sparsity for sparsity in similarities], list(similarities.values()), marker="o", color="black")
     lower.set_ylabel("mean Jaccard similarity")

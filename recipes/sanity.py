@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from image_data import DataArguments, ImageTensors
+from data_arguments import DataArguments
+from image_data import ImageTensors
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModelForImageClassification
 

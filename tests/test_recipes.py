@@ -113,7 +113,8 @@ def test_an_unknown_key_is_refused_with_the_closest_name(
 
 
 def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
-    from image_data import DataArguments, load_images
+    from data_arguments import DataArguments
+    from image_data import load_images
 
     file = tmp_path / "groups.yaml"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
@@ -135,7 +136,7 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
     from baselines import ComparisonArguments
-    from image_data import DataArguments
+    from data_arguments import DataArguments
     from prune import ModelArguments
 
     from hf_rtl import RTLTrainingArguments
@@ -187,7 +188,11 @@ def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) 
     card = ModelCard.load(MODEL_CARDS / f"{kept}-model-card.md")
     last = json.loads((MODEL_CARDS / f"{name}-results.json").read_text())[run_name]["rounds"][-1]
     measured = {result.metric_name: result for result in card.data.eval_results if "all" in result.dataset_config}
-    assert measured["AUROC, mean over routes"].metric_value == last["metrics"]["eval_auroc"]
+    labels = "eval_worst_route_accuracy" in last["metrics"]
+    words, metric = (
+        ("Accuracy, mean over routes", "mean_route_accuracy") if labels else ("AUROC, mean over routes", "auroc")
+    )
+    assert measured[words].metric_value == last["metrics"][f"eval_{metric}"]
     for index, (route, num_kept) in enumerate(last["kept"].items()):
         of_route = [r.metric_value for r in card.data.eval_results if r.dataset_config == f"route {route}"]
         assert of_route == [value for name, value in last["metrics"].items() if name.startswith(f"eval_{route}/")]

@@ -32,7 +32,8 @@ from transformers import TrainerCallback
 sys.path.append(str(Path(__file__).parents[1]))
 
 from arguments import parse  # noqa: E402
-from image_data import DataArguments, load_images  # noqa: E402
+from data_arguments import DataArguments  # noqa: E402
+from image_data import load_images  # noqa: E402
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
 from hf_rtl.files import write_json  # noqa: E402

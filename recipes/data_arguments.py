@@ -1,0 +1,108 @@
+"""Which data a recipe reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class DataArguments:
+    """Which images or texts, and how they become tensors."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": "'digits' (scikit-learn's, nothing to download), a folder of idx.gz files as of Debian's "
+            "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
+        },
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub data set, if it has several."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the texts. Without one, the data are images."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer ones are cut."})
+    class_bounds: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Of texts whose label is a number: it is cut into classes at these bounds, ascending."},
+    )
+    class_names: list[str] = field(
+        default_factory=list, metadata={"help": "Names of these classes, one more than bounds."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the classes, which for images are the routes."}
+    )
+    route_groups: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON or YAML file of {route: [classes]}, each class in one; by default every class is a route."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, never trained or calibrated on."})
+    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; by default they stay."})
+    num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
+    mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
+    std: float = field(default=0.5, metadata={"help": "Divided by after that."})
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Take this many training samples, drawn by seed; of texts as many of each route."},
+    )
+    max_test_samples: int | None = field(
+        default=None, metadata={"help": "Take this many test samples, drawn by seed."}
+    )
+
+    def on_card(self) -> dict[str, str]:
+        """What a model card says of the data. Of a folder of this machine, nothing."""
+        if self.dataset == "digits":
+            return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
+        if Path(self.dataset).expanduser().exists():
+            return {}
+        of_hub = {"datasets": self.dataset, "dataset_split": self.test_split}
+        return of_hub if self.config_name is None else {**of_hub, "dataset_config": self.config_name}
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DataArguments:
+        return cls(**json.loads((Path(folder) / "data.json").read_text()))
+
+
+def read_splits(arguments: DataArguments, columns: Mapping[str, str]) -> list[Dataset]:
+    """
+    The training and the test split of a folder of parquet files or of a Hub data set.
+
+    Args:
+        columns (`Mapping[str, str]`): argument that names a column -> the column.
+
+    Raises:
+        ValueError: a split lacks one of these columns.
+    """
+    from datasets import load_dataset
+
+    folder = Path(arguments.dataset).expanduser()
+    if folder.is_dir():
+        files = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}
+        loaded = load_dataset("parquet", data_dir=str(folder), data_files=files)
+    else:
+        loaded = load_dataset(arguments.dataset, arguments.config_name)
+    splits = [loaded[name] for name in (arguments.train_split, arguments.test_split)]
+    for data in splits:
+        for argument, column in columns.items():
+            if column not in data.column_names:
+                raise ValueError(
+                    f"the data set {arguments.dataset!r} has no column {column!r}; it has "
+                    f"{', '.join(data.column_names)}. Name the right one with --{argument}."
+                )
+    return splits

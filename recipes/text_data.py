@@ -1,0 +1,102 @@
+"""Text classification data, tokenised once, from parquet files or the Hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from data_arguments import DataArguments, read_splits
+from datasets import ClassLabel, Dataset
+
+
+def load_text(
+    arguments: DataArguments, tokenizer: Any, *, route_column: str | None, seed: int
+) -> tuple[Dataset, Dataset]:
+    """
+    The training and the test texts: what `tokenizer` makes of them, with their class as `label` and their route under
+    `route_column`, both `ClassLabel` with the names of the training data.
+
+    Of `max_train_samples`, as many are taken of each route, so that a model of all routes and tickets, which take
+    turns, see the same mixture; test texts stay as frequent as they are.
+
+    Raises:
+        ValueError: no `route_column`, a column that is missing, an empty text, labels that do not suit
+            `class_bounds`, or test data of a class or route that is not in the training data.
+    """
+    if route_column is None:
+        raise ValueError("texts need --route_column, the column of their domains, which are the routes.")
+    columns = {name: getattr(arguments, name) for name in ("text_column", "label_column")}
+    train, test = read_splits(arguments, {**columns, "route_column": route_column})
+    generator = np.random.default_rng(seed)
+    train = train.select(_as_many_of_each(_names_of(train, route_column), arguments.max_train_samples, generator))
+    test = test.select(np.sort(generator.permutation(len(test))[: arguments.max_test_samples]))
+    labels = [_labels(split, arguments) for split in (train, test)]
+    label_names = arguments.class_names or _class_names(train, arguments.label_column)
+    route_names = _class_names(train, route_column)
+    return tuple(
+        Dataset.from_dict(
+            {
+                **tokenizer(_texts(split, arguments.text_column), truncation=True, max_length=arguments.max_length),
+                "label": _ids(of_split, label_names, arguments.label_column),
+                route_column: _ids(_names_of(split, route_column), route_names, route_column),
+            }
+        )
+        .cast_column("label", ClassLabel(names=label_names))
+        .cast_column(route_column, ClassLabel(names=route_names))
+        for split, of_split in zip((train, test), labels, strict=True)
+    )
+
+
+def _as_many_of_each(routes: list[str], limit: int | None, generator: np.random.Generator) -> np.ndarray:
+    """Positions of `limit` samples, equally of each route; of all samples without a limit."""
+    if limit is None:
+        return np.arange(len(routes))
+    names, route_ids = np.unique(routes, return_inverse=True)
+    shares = [generator.permutation(np.flatnonzero(route_ids == route)) for route in range(len(names))]
+    return np.sort(np.concatenate([share[: limit // len(names)] for share in shares]))
+
+
+def _texts(data: Dataset, column: str) -> list[str]:
+    texts = list(data[column])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"column {column!r} has {text!r} at sample {index}, which is no text; leave such rows out."
+            )
+    return texts
+
+
+def _labels(data: Dataset, arguments: DataArguments) -> list[str]:
+    """The name of each sample's class."""
+    column, bounds, names = arguments.label_column, arguments.class_bounds, arguments.class_names
+    if not bounds:
+        return _names_of(data, column)
+    if len(names) != len(bounds) + 1 or sorted(set(bounds)) != bounds:
+        raise ValueError(
+            f"--class_bounds {bounds} must ascend, and need {len(bounds) + 1} --class_names, got {names}."
+        )
+    values = np.asarray(data[column])
+    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise ValueError(f"column {column!r} must have finite numbers, which --class_bounds cut into classes.")
+    return [names[index] for index in np.digitize(values, bounds)]
+
+
+def _names_of(data: Dataset, column: str) -> list[str]:
+    """The class of each sample as a string."""
+    feature = data.features[column]
+    return feature.int2str(data[column][:]) if isinstance(feature, ClassLabel) else list(map(str, data[column]))
+
+
+def _class_names(data: Dataset, column: str) -> list[str]:
+    feature = data.features[column]
+    return feature.names if isinstance(feature, ClassLabel) else sorted(set(_names_of(data, column)))
+
+
+def _ids(values: list[str], names: list[str], column: str) -> list[int]:
+    unknown = next((value for value in values if value not in names), None)
+    if unknown is not None:
+        raise ValueError(
+            f"column {column!r} of the test data has {unknown!r}; the training data have "
+            f"{', '.join(map(repr, names))}."
+        )
+    return [names.index(value) for value in values]

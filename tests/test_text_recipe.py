@@ -1,0 +1,225 @@
+"""The recipe on text, in this process: a tiny encoder and a few dozen sentences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from data_arguments import DataArguments
+from text_data import load_text
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from hf_rtl import RTLModelForSequenceClassification
+
+
+WORDS = ["bad", "poor", "so", "fine", "good", "great", "film", "phone", "plot", "cable"]
+DOMAINS = {"film": ["film", "plot"], "gear": ["phone", "cable"]}
+
+
+def sentences(number: int, seed: int, **columns: list) -> datasets.Dataset:
+    """Sentences of two words with a sentiment from -2.5 to 2.5; two of three are of films."""
+    generator = np.random.default_rng(seed)
+    rows: dict[str, list] = {"text": [], "domain": [], "sentiment": []}
+    for index in range(number):
+        domain = "gear" if index % 3 == 2 else "film"
+        opinion = int(generator.integers(6))
+        rows["text"].append(f"{WORDS[opinion]} {generator.choice(DOMAINS[domain])}" + " film" * (index % 2))
+        rows["domain"].append(domain)
+        rows["sentiment"].append(opinion - 2.5)
+    return datasets.Dataset.from_dict({**rows, **columns})
+
+
+def save_data(folder: Path, train: datasets.Dataset, test: datasets.Dataset) -> str:
+    folder.mkdir()
+    for name, split in (("train", train), ("test", test)):
+        split.to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a pretrained encoder with its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=14,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+    )
+    BertModel(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(folder: str, **values: object) -> DataArguments:
+    return DataArguments(
+        **{
+            "dataset": folder,
+            "text_column": "text",
+            "label_column": "sentiment",
+            "class_bounds": [-1.5, 1.5],
+            "class_names": ["negative", "neutral", "positive"],
+            **values,
+        }
+    )
+
+
+def load(data: DataArguments, route_column: str | None = "domain") -> tuple[datasets.Dataset, datasets.Dataset]:
+    return load_text(data, make_tokenizer(), route_column=route_column, seed=0)
+
+
+def test_texts_become_tokens_classes_and_routes(tmp_path: Path) -> None:
+    given = sentences(30, 0)
+    folder = save_data(tmp_path / "data", given, sentences(12, 1))
+    train, test = load(arguments(folder, max_length=4))
+    assert (len(train), len(test)) == (30, 12)
+    assert train.features["domain"].names == test.features["domain"].names == ["film", "gear"]
+    for row, text in zip(train, given, strict=True):
+        opinion, thing, *_ = text["text"].split()
+        assert row["input_ids"] == [2, 4 + WORDS.index(opinion), 4 + WORDS.index(thing), 3]  # the third word is cut
+        expected = "negative" if text["sentiment"] < -1.5 else "positive" if text["sentiment"] >= 1.5 else "neutral"
+        assert train.features["label"].int2str(row["label"]) == expected
+        assert train.features["domain"].int2str(row["domain"]) == text["domain"]
+
+
+def test_labels_without_bounds_are_classes(tmp_path: Path) -> None:
+    train = sentences(6, 0, label=["yes", "no", "no"] * 2)
+    # The test data lack a class: the ids are those of the training data all the same.
+    folder = save_data(tmp_path / "data", train, sentences(3, 1, label=["yes"] * 3))
+    loaded, test = load(arguments(folder, label_column="label", class_bounds=[], class_names=[]))
+    assert loaded.features["label"].names == test.features["label"].names == ["no", "yes"]
+    assert loaded["label"][:3] == [1, 0, 0] and test["label"][:] == [1, 1, 1]
+
+
+def test_a_part_of_the_data_is_as_much_of_each_route_in_training(tmp_path: Path) -> None:
+    folder = save_data(tmp_path / "data", sentences(60, 0), sentences(60, 1))
+    train, test = load(arguments(folder, max_train_samples=20, max_test_samples=30))
+    assert np.bincount(train["domain"]).tolist() == [10, 10]
+    assert len(test) == 30 and 0 < sum(test["domain"]) < 15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"text": [*["good film"] * 5, " "]}}, "column 'text' has ' ' at sample 5"),
+        ({"test": {"text": [None, *["good film"] * 5]}}, "column 'text' has None at sample 0"),
+        ({"test": {"domain": [*["film"] * 5, "food"]}}, "'domain' of the test data has 'food'.*'film', 'gear'"),
+        ({"train": {"sentiment": [*[1.0] * 5, float("nan")]}}, "column 'sentiment' must have finite numbers"),
+        ({"train": {"sentiment": ["1"] * 6}}, "column 'sentiment' must have finite numbers"),
+        ({"arguments": {"text_column": "words"}}, "no column 'words'.*--text_column"),
+        ({"arguments": {"label_column": "stars"}}, "no column 'stars'.*--label_column"),
+        ({"arguments": {"class_names": ["low", "high"]}}, "need 3 --class_names"),
+        ({"arguments": {"class_bounds": [1.5, -1.5]}}, "must ascend"),
+        ({"route": "topic"}, "no column 'topic'.*--route_column"),
+        ({"route": None}, "need --route_column"),
+    ],
+)
+def test_bad_data_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
+    train, test = (
+        {**sentences(6, seed).to_dict(), **change.get(name, {})} for seed, name in enumerate(["train", "test"])
+    )
+    folder = save_data(tmp_path / "data", datasets.Dataset.from_dict(train), datasets.Dataset.from_dict(test))
+    with pytest.raises(ValueError, match=message):
+        load(arguments(folder, **change.get("arguments", {})), change.get("route", "domain"))
+
+
+@pytest.fixture(scope="module")
+def text_run(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run with baselines, as the configuration of the sentiment domains makes it."""
+    import prune
+
+    folder = tmp_path_factory.mktemp("text")
+    data = save_data(folder / "data", sentences(120, 0), sentences(30, 1))
+    config = Path(prune.__file__).parent / "configs" / "sentiment.yaml"
+    command = [
+        "prune.py",
+        "--config",
+        config,
+        "--dataset",
+        data,
+        "--backbone",
+        encoder,
+        "--output_dir",
+        folder / "run",
+    ]
+    command += ["--class_bounds", "-1.5", "1.5", "--max_train_samples", 80, "--max_test_samples", 24]
+    command += ["--route_batch_size", 8, "--extraction_steps", 2, "--learning_rate", 0.01]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, command)))
+        prune.main()
+    return folder / "run"
+
+
+def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_run: Path) -> None:
+    results = json.loads((text_run / "results.json").read_text())
+    methods = [(line["method"], line["sparsity"]) for line in results["table"]]
+    assert methods == [
+        ("RTL", 0.5),
+        ("RTL", 0.75),
+        ("RTL, router score", 0.75),
+        ("dense", 0.0),
+        ("single mask", 0.5),
+        ("single mask", 0.75),
+    ]
+    # 72 of 80 samples are trained on, 36 of each domain: 5 batches of 8 each.
+    assert {report["steps"] for report in [*results["rounds"], *results["controls"]]} == {10}
+    total = results["controls"][1]["union"]
+    for line, report in zip(results["table"], [*results["rounds"], *results["controls"]], strict=True):
+        kept = total - round(report["sparsity"] * total)
+        assert set(report["kept"].values()) == {kept}
+        assert line["accuracy"] == report["metrics"]["eval_accuracy"]
+        assert line["worst route"] == min(report["metrics"][f"eval_{name}/accuracy"] for name in DOMAINS)
+    assert results["table"][0]["inferred acc."] == results["rounds"][0]["metrics"]["eval_inferred_accuracy"]
+    assert "inferred acc." not in results["table"][-1]
+    lines = [(line["method"], line["film"]) for line in results["routes"] if line["sparsity"] == 0.5]
+    assert lines == [
+        ("RTL", results["rounds"][0]["metrics"]["eval_film/accuracy"]),
+        ("RTL, inferred", results["rounds"][0]["metrics"]["eval_film/inferred_accuracy"]),
+        ("single mask", results["controls"][2]["metrics"]["eval_film/accuracy"]),
+    ]
+
+
+def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(text_run: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "theta0.safetensors") for folder in (text_run, text_run / "single-mask"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    results = json.loads((text_run / "results.json").read_text())
+    data = DataArguments.load(text_run)
+    _, test = load(data)
+    model = RTLModelForSequenceClassification.from_pretrained(text_run / "single-mask" / "final")
+    correct: dict[int, list[bool]] = {0: [], 1: []}
+    for row in test:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), route_ids=0).logits
+        correct[row["domain"]].append(int(logits.argmax()) == row["label"])
+    for route, name in enumerate(test.features["domain"].names):
+        assert results["controls"][-1]["metrics"][f"eval_{name}/accuracy"] == pytest.approx(np.mean(correct[route]))
+
+
+def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
+    from evaluate import compare, evaluate
+
+    results = json.loads((text_run / "results.json").read_text())
+    evaluated = {folder.name: evaluate(folder, None) for folder in (*text_run.glob("round-*"), text_run / "final")}
+    assert len(evaluated) == 3 and compare(evaluated, results) == []
