@@ -282,7 +282,8 @@ class JointTrainer(TicketEvaluator):
             if isinstance(module, _NormBase):
                 module.eval()
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
+        scores = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        loss = nn.functional.cross_entropy(scores, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def _average_statistics(self, route: int) -> None:

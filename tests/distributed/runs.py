@@ -71,6 +71,14 @@ class Images(Dataset):
         return {"pixel_values": image + self.noise * torch.randn_like(image), "label": self.labels[index]}
 
 
+class Domains(Images):
+    """As `Images`, but what the colour says is the domain, and the label is something else."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        return {**sample, "domain": sample["label"], "label": index // 3 % 2}
+
+
 def make_model(kind: str, **options: Any) -> RTLModelForImageClassification:
     """A network with batch norm (`"timm"`) or a transformer (`"vit"`), with three membership routes."""
     backbone: Any = "test_resnet"
@@ -199,6 +207,38 @@ def train_in(folder: str, kind: str, dtype: str, options: dict[str, Any]) -> dic
     """As `train`, with weights and images of `dtype`."""
     model = make_model(kind).to(getattr(torch, dtype))
     return train(folder, kind, {"model": model, "data": Images(dtype=getattr(torch, dtype)), **options})
+
+
+def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
+    """Every router of tickets with random masks, and the metrics with it, on samples that fill no last batch."""
+    of_labels = ticket_task == "labels"
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
+    )
+    generator = torch.Generator().manual_seed(0)
+    for route in range(3):
+        masks = [torch.rand(shape, generator=generator) < 0.5 for shape in model.mask_bank.shapes]
+        model.mask_bank[route] = masks
+    args = RTLTrainingArguments(
+        output_dir=folder,
+        route_column="domain" if of_labels else None,
+        calibration_fraction=0.25,
+        per_device_eval_batch_size=2,
+        route_batch_size=12,
+        report_to=[],
+        use_cpu=True,
+    )
+    data = Domains if of_labels else Images
+    trainer = RTLTrainer(model, args, train_dataset=data(noise=0.0), eval_dataset=data(11, noise=0.0))
+    found = {}
+    for name in ("score", "centroid", "entropy") if of_labels else ("score", "centroid"):
+        trainer.fit_router(name)
+        tensors = {key: buffer.numpy().copy() for key, buffer in model.router.named_buffers()}
+        # The loss is a mean over batches, and the other metrics say how long it took.
+        metrics = {key: value for key, value in trainer.evaluate().items() if "loss" not in key and "time" not in key}
+        found[name] = tensors, {key: value for key, value in metrics.items() if not key.endswith("_second")}
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return {"world_size": world_size, "rank": args.process_index, "routers": found}
 
 
 def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,15 @@ def test_processes_that_would_find_other_tickets_are_refused_before_the_work(tmp
 # Joint retraining
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+        {"max_steps": -1, "num_train_epochs": 4, "competing_epochs": 3, "route_batch_size": 36},
+    ],
+    ids=["plain", "accumulation", "competition"],
+)
 def test_joint_weights_agree_to_rounding_in_double_precision(say, tmp_path, options):
     made = run_in_worlds(say, runs.train_in, tmp_path, WORLDS, "vit", "float64", options)
     start = initial_weights("vit")
@@ -205,3 +213,20 @@ def test_mixed_precision_moves_its_ticket_alone(say, tmp_path):
     for name, tensor in made[0]["state"].items():
         assert np.array_equal(tensor, made[1]["state"][name]), name
     assert made[0]["fingerprint"] != plain[0]["fingerprint"]  # extraction was in bfloat16 too
+
+
+# Routers
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticket_task):
+    made = run_in_worlds(say, runs.fit_routers, tmp_path, [1, 2], ticket_task)
+    (alone,) = made[1]
+    assert all("eval_route_accuracy" in metrics for _, metrics in alone["routers"].values())
+    for name, (tensors, metrics) in alone["routers"].items():
+        for result in made[2]:
+            there, metrics_there = result["routers"][name]
+            assert metrics_there == pytest.approx(metrics, rel=1e-6, nan_ok=True)
+            for key, tensor in tensors.items():
+                np.testing.assert_allclose(there[key], tensor, rtol=1e-3, atol=1e-4)
+                assert np.array_equal(there[key], made[2][0]["routers"][name][0][key])
