@@ -8,7 +8,12 @@ import transformers
 from safetensors.torch import load_file
 from trainer.small_runs import DOMAINS, Images, Recorder, figures, image_model, make_trainer, run, same
 
-from hf_rtl import RTLModel, RTLModelForSequenceClassification
+from hf_rtl import (
+    RTLModel,
+    RTLModelForAudioClassification,
+    RTLModelForSequenceClassification,
+    RTLModelForTokenClassification,
+)
 from hf_rtl.files import hash_tensors, read_tensors
 from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
@@ -61,6 +66,84 @@ def test_a_labels_run_with_a_route_column(tmp_path):
     assert metrics["eval_accuracy"] == (logits.argmax(1) == torch.tensor(data["label"])).float().mean()
     predicted = made.predict(sentences(12, seed=1))
     assert predicted.metrics["test_accuracy"] == metrics["eval_accuracy"]
+
+
+def test_a_run_of_token_classification(tmp_path, tiny_bert_config):
+    """Sentences of different lengths; the class of a token is whether it is high."""
+
+    def tokens(number, seed):
+        generator = np.random.default_rng(seed)
+        rows = [generator.integers(2, 40, size=5 + index % 3).tolist() for index in range(number)]
+        return [
+            {"input_ids": row, "labels": [int(token > 20) for token in row], "domain": ("law", "news")[index % 2]}
+            for index, row in enumerate(rows)
+        ]
+
+    def pad(samples):
+        length = max(len(sample["input_ids"]) for sample in samples)
+        return {
+            name: torch.tensor([sample[name] + [fill] * (length - len(sample[name])) for sample in samples])
+            for name, fill in (("input_ids", 0), ("labels", -100))
+        } | {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0] if name == "route_ids"}
+
+    model = RTLModelForTokenClassification.from_backbone(
+        tiny_bert_config, route_names=["law", "news"], ticket_task="labels", seed=0
+    )
+    values = {"train": tokens(24, 0), "evaluate": tokens(12, 1), "route_column": "domain"}
+    made = run(tmp_path / "run", model, options={"data_collator": pad}, num_train_epochs=10, **values)
+    saved = RTLModelForTokenClassification.from_pretrained(tmp_path / "run" / "final")
+    assert (
+        saved.mask_bank.count().tolist()
+        == [saved.mask_bank.num_weights - round(0.6 * saved.mask_bank.num_weights)] * 2
+    )
+    losses = [report["loss"] for report in made.rounds[-1]["log_history"] if "loss" in report]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[-40:-30])
+    # As the mean over all labelled tokens, each sentence through the ticket of its domain.
+    batch = pad(values["evaluate"])
+    logits = saved(input_ids=batch["input_ids"], route_ids=[sample["domain"] for sample in values["evaluate"]]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    evaluated = make_trainer(
+        tmp_path / "unused", saved, options={"data_collator": pad}, per_device_eval_batch_size=12, **values
+    ).evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_run_of_audio_classification(tmp_path):
+    """Noise with a louder half; which half it is is the class."""
+
+    def sounds(number, seed):
+        generator = torch.Generator().manual_seed(seed)
+        spectra = torch.randn(number, 32, 16, generator=generator)
+        for index in range(number):
+            spectra[index, :, 8 * (index // 2 % 2) :][:, :8] += 2
+        return [
+            {"input_values": spectrum, "label": index // 2 % 2, "domain": ("indoor", "street")[index % 2]}
+            for index, spectrum in enumerate(spectra)
+        ]
+
+    config = transformers.ASTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_length=32,
+        num_mel_bins=16,
+        num_labels=2,
+    )
+    model = RTLModelForAudioClassification.from_backbone(
+        config, route_names=["indoor", "street"], ticket_task="labels", seed=0
+    )
+    values = {"train": sounds(24, 0), "evaluate": sounds(12, 1), "route_column": "domain"}
+    made = run(tmp_path / "run", model, learning_rate=1e-2, num_train_epochs=10, **values)
+    metrics = made.rounds[-1]["metrics"]
+    saved = RTLModel.from_pretrained(tmp_path / "run" / "final")
+    assert isinstance(saved, RTLModelForAudioClassification)
+    correct = []
+    for sample in values["evaluate"]:
+        ticket = saved.extract_ticket(sample["domain"])
+        correct.append(int(ticket(sample["input_values"][None]).logits.argmax()) == sample["label"])
+    assert metrics["eval_accuracy"] == pytest.approx(np.mean(correct)) and np.mean(correct) > 0.8
+    assert metrics["eval_street/accuracy"] == pytest.approx(np.mean(correct[1::2]))
 
 
 def test_shared_statistics_of_a_labels_run(tmp_path):
