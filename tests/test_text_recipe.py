@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -223,3 +225,34 @@ def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
     results = json.loads((text_run / "results.json").read_text())
     evaluated = {folder.name: evaluate(folder, None) for folder in (*text_run.glob("round-*"), text_run / "final")}
     assert len(evaluated) == 3 and compare(evaluated, results) == []
+
+
+def test_runs_of_several_seeds_become_a_card_of_means(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import card
+
+    other = tmp_path / "other"
+    shutil.copytree(text_run, other)
+    results = json.loads((other / "results.json").read_text())
+    results["training"]["seed"] = 1
+    first, route = results["table"][0]["accuracy"], results["routes"][0]["gear"]
+    results["table"][0].update(accuracy=first + 0.25, union=results["table"][0]["union"] + 2)
+    results["routes"][0]["gear"] = route - 0.125
+    (other / "results.json").write_text(json.dumps(results))
+
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "text.md").write_text("seeds {seed}\n{table}\n{per_route}\n{masks}\n")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["card.py", "text", str(text_run), str(other), "--names", "seed 0", "seed 1"])
+    card.main()
+    lines = (tmp_path / "text.md").read_text().splitlines()
+    assert lines[0] == "seeds 0, 1"
+    of_all, of_routes = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
+    # Of two values, the sample standard deviation is their distance over the root of two.
+    assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in of_all
+    assert f"| {results['table'][0]['union'] - 1:,} " in of_all
+    assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in of_routes
+    assert sum("| dense " in line for line in lines) == 2
+    kept = {path.name for path in tmp_path.glob("text-*")}
+    assert {"text-results.json", "text-seed-0-model-card.md", "text-seed-1-curve.png"} <= kept
