@@ -106,14 +106,14 @@ class Extraction:
             self.progress.begin_route(name, number, len(round_.kept))
             pruned = self.run_directory.load_masks(event, route, self.bank.shapes)
             if pruned is None:
-                pruned, started_from = self._train_and_prune(route, event, mask, num_kept, self.progress.step)
+                pruned, started_from = self.train_and_prune(route, event, mask, num_kept, self.progress.step)
                 self.run_directory.save_masks(event, route, pruned, started_from=started_from)
             else:
                 self.progress.step(self.num_steps[route])
             mask = pruned
         return mask
 
-    def _train_and_prune(
+    def train_and_prune(
         self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
     ) -> tuple[list[Tensor], str]:
         """One prune event: train from m ⊙ θ0, remove the smallest weights. Also a hash of what training began with."""
@@ -186,7 +186,7 @@ class Extraction:
                     )
                 before = loaded
             with reproducible(self.args.extraction_threads):
-                again, _ = self._train_and_prune(route, event, before, round_.kept[-1], lambda: None)
+                again, _ = self.train_and_prune(route, event, before, round_.kept[-1], lambda: None)
             differing = sum(int((one != two).sum()) for one, two in zip(again, found[route], strict=True))
         self.lifeline.meet()
         differing = sum(self.processes.gather(differing))

@@ -388,6 +388,9 @@ class JointTrainer(TicketEvaluator):
         for row in self._statistics(UNION):
             row.copy_(broadcast(row.clone()))  # all have computed it, maybe on devices that round differently
 
+    def _explained_failures(self) -> AbstractContextManager:
+        return explain_failures(self.args.output_dir, batch_size=self.args.route_batch_size)
+
     # What Trainer calls
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:

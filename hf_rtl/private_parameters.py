@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
 from .masking import UNION
-from .prunable import parameter_aliases, parameter_at
+from .prunable import heads, parameter_aliases, parameter_at
 
 
 def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Sequence[str]) -> list[str]:
@@ -59,6 +59,19 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
                 f"fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
             )
     return chosen
+
+
+def norms_biases_and_head(backbone: nn.Module, prunable: Sequence[str]) -> list[str]:
+    """
+    Names of the parameters that a ticket of its own may have of its own: those of one dimension, which are biases and
+    the scales of norms, and those of the head; not what masks cover, and nothing tied.
+    """
+    head = {id(module) for part in heads(backbone) for module in part.modules()}
+    return [
+        name
+        for name, places in parameter_aliases(backbone).items()
+        if len(places) == 1 and name not in prunable and (parameter_at(places[0]).ndim < 2 or id(places[0][0]) in head)
+    ]
 
 
 class PrivateParameters(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from .columns import LABEL_COLUMNS
 from .partition import Partition, partition_by_column, partition_by_label
@@ -169,6 +169,14 @@ class Rows(Subset):
     @property
     def column_names(self) -> list[str]:
         return columns_of(self.dataset)
+
+
+class Chained(ConcatDataset):
+    """Several data sets of dicts with the same columns, one after the other."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return columns_of(self.datasets[0])
 
 
 class EvaluationData(Dataset[dict[str, Any]]):

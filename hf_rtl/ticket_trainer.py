@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from .files import hash_tensors
@@ -32,6 +33,8 @@ class TicketTrainer:
         make_optimizer (`Callable`): a fresh optimizer for the network.
         compute_loss (`Callable`): (network, batch) -> scalar loss.
         autocast (`Callable`): context in which the loss is computed.
+        frozen (`list[Tensor]`, *optional*): `bool`, one per prunable weight: what training leaves as it is to the bit,
+            but pruning may remove.
         max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
         fp16 (`bool`): whether to scale losses.
     """
@@ -42,6 +45,7 @@ class TicketTrainer:
     make_optimizer: Callable[[nn.Module], Optimizer]
     compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    frozen: Sequence[Tensor] | None = None
     max_grad_norm: float = 0.0
     fp16: bool = False
 
@@ -67,6 +71,7 @@ class TicketTrainer:
         *,
         seed: Sequence[int],
         on_step: Callable[[], None] = lambda: None,
+        make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> list[Tensor]:
         """
         Trains from m ⊙ θ0 on `batches`; gradients are masked, so pruned weights stay 0.
@@ -76,6 +81,7 @@ class TicketTrainer:
             batches (`Iterable`): what `compute_loss` takes.
             seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
             on_step (`Callable`): called after every step.
+            make_scheduler (`Callable`, *optional*): of the learning rate, which is constant without.
 
         Returns:
             The trained prunable weights, on the CPU.
@@ -86,9 +92,12 @@ class TicketTrainer:
         device = next(self.network.parameters()).device
         with seeded(seed, device):
             self.begin(masks)
+            scheduler = None if make_scheduler is None else make_scheduler(self._optimizer)
             total_loss = torch.zeros((), device=device)
             for batch in batches:
                 total_loss += self.step(batch)
+                if scheduler is not None:
+                    scheduler.step()
                 on_step()
             # Looked at once, since a look at every step would wait for the device.
             if not torch.isfinite(total_loss):
@@ -107,6 +116,16 @@ class TicketTrainer:
         device = next(self.network.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
         self._masks: list[Tensor] = []
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+        if self.frozen is not None:
+            kept = [~frozen for frozen in self.frozen]
+            masks = (
+                kept if masks is None else [mask & own.to(mask.device) for mask, own in zip(masks, kept, strict=True)]
+            )
+            self._frozen = [
+                (frozen.to(weight.device), weight.detach().clone())
+                for frozen, weight in zip(self.frozen, self.weights, strict=True)
+            ]
         if masks is not None and not all(bool(mask.all()) for mask in masks):
             self._masks = [_as_integers(mask, weight) for mask, weight in zip(masks, self.weights, strict=True)]
 
@@ -124,6 +143,10 @@ class TicketTrainer:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        with torch.no_grad():
+            # A masked gradient does not do: weight decay moves weights without one.
+            for weight, (frozen, value) in zip(self.weights, self._frozen, strict=False):
+                weight.copy_(torch.where(frozen, value, weight))
         return loss.detach()
 
     @torch.no_grad()

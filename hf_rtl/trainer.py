@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,10 +20,8 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .configuration_rtl import RTLConfig
 from .extraction import Extraction
-from .failures import explain_failures
 from .files import hash_tensors, read_tensors, write_bytes, write_tensors
 from .hub import WEIGHT_FILES, branch_head, commit_folder, read_card
-from .joint_trainer import JointTrainer
 from .lifeline import Lifeline
 from .masking import UNION
 from .model_card import CARD, RTLCardData, write_card
@@ -34,10 +30,9 @@ from .partition import Partition
 from .plan import Plan, Round, make_rounds
 from .pruning import emptied_layers, round_schedule
 from .randomness import Stream, reproducible, seeded, surroundings
-from .route_data import RouteData
+from .route_adding import RouteAddingTrainer
 from .run_directory import RunDirectory
-from .sampling import RouteBatchSampler
-from .ticket_trainer import TicketTrainer, named_state
+from .ticket_trainer import named_state
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 from .training_run import ModelCardCallback, describe_run, write_run
 
@@ -60,7 +55,7 @@ _NOT_OF_A_RUN = (
 )
 
 
-class RTLTrainer(JointTrainer):
+class RTLTrainer(RouteAddingTrainer):
     """
     Finds one ticket per route and retrains them jointly (paper, Algorithms 1 and 2), on the Hugging Face `Trainer`.
 
@@ -435,47 +430,10 @@ class RTLTrainer(JointTrainer):
             progress=self.progress,
         )
 
-    def _ticket_trainer(self, theta0: dict[str, Tensor]) -> TicketTrainer:
-        network = copy.deepcopy(self.model.backbone).to(self.args.device)
-        private = self.model.private_parameters
-        for own, rows in zip(private.own(network), private.rows, strict=True):
-            own.requires_grad_(rows.requires_grad)
-        return TicketTrainer(
-            network=network,
-            theta0=theta0,
-            weight_names=self.model.mask_bank.weight_names,
-            make_optimizer=self._plain_optimizer,
-            compute_loss=lambda network, batch: self.compute_loss(network, self._inputs_of(batch)),
-            autocast=self.compute_loss_context_manager,
-            max_grad_norm=self.args.max_grad_norm,
-            fp16=self.args.mixed_precision == "fp16",
-        )
-
-    def _extraction_steps(self, route: int) -> int:
-        if self.args.extraction_steps is not None:
-            return self.args.extraction_steps
-        updates = self._require_data().sampler((), routes=[route]).num_updates_per_route
-        return max(1, round(self.args.extraction_epochs * updates))
-
-    def _extraction_batches(self, route: int, event: int) -> Iterator[dict[str, Any]]:
-        data = self._require_data()
-        sampler = data.sampler((Stream.EXTRACTION, event), routes=[route])
-        return islice(self._endless(data, sampler), self._extraction_steps(route))
-
     def _dense_batches(self) -> Iterator[dict[str, Any]]:
         """Batches over all samples as if they were one route, for rewinding."""
         data = self._require_data().as_one_route()
         return islice(self._endless(data, data.sampler((Stream.REWINDING,))), self.args.rewind_to)
-
-    def _endless(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
-        return data.endless_batches(sampler, self._collate(), **self._loader_arguments())
-
-    def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the plain backbone takes it."""
-        batch = self._prepare_inputs({name: value for name, value in batch.items() if name != "route"})
-        if self._require_data().membership:
-            batch["labels"] = self.model.ticket_labels(batch["labels"])
-        return batch
 
     def _put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
         for route, mask in enumerate(masks):
@@ -568,6 +526,3 @@ class RTLTrainer(JointTrainer):
             "surroundings": self._card_callback.surroundings,
             "log_history": self._log_before + self.state.log_history,
         }
-
-    def _explained_failures(self) -> AbstractContextManager:
-        return explain_failures(self.args.output_dir, batch_size=self.args.route_batch_size)

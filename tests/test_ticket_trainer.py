@@ -130,6 +130,36 @@ def test_pruned_weights_stay_zero_and_everything_else_is_trained(optimizer, clip
         assert changed[MASKS[NAMES.index(name)]].all() if name in NAMES else changed.any(), name
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("masks", [None, MASKS])
+def test_frozen_weights_are_read_and_pruned_but_never_moved(optimizer, clip, masks):
+    frozen = [
+        torch.tensor([[True, True], [False, False]]),
+        torch.tensor([[True, True], [False, True], [False, False]]),
+    ]
+    trainer = ticket_trainer(optimizer=optimizer, max_grad_norm=clip, frozen=frozen)
+    trainer.train(masks, batches(5), seed=(0,))
+    for name, weight, fixed, kept in zip(NAMES, trainer.weights, frozen, masks or FULL, strict=True):
+        initial = torch.where(kept, trainer.theta0[name], 0.0)
+        assert torch.equal(bits(weight)[fixed], bits(initial)[fixed])
+        assert (weight != initial)[kept & ~fixed].all()
+        assert not weight[~kept].any()
+    assert not torch.equal(trainer.network.head.weight, trainer.theta0["head.weight"])
+
+
+def test_the_learning_rate_can_follow_a_schedule():
+    trainer, rates = ticket_trainer(optimizer="sgd"), []
+
+    def halved(optimizer):
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return scheduler
+
+    trainer.train(MASKS, batches(4), seed=(0,), make_scheduler=halved)
+    assert rates == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+
+
 def test_returned_weights_are_copies():
     trainer = ticket_trainer()
     first = trainer.train(FULL, batches(2), seed=(0,))

@@ -167,7 +167,7 @@ class Stops:
 
             return called
 
-        self._wrap(Extraction, "_train_and_prune", train_and_prune)
+        self._wrap(Extraction, "train_and_prune", train_and_prune)
         self._wrap(TicketTrainer, "step", step)
 
     def _stop_in_writes(self, owner: Any, name: str, number: int) -> None:

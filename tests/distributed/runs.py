@@ -203,6 +203,23 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
     return {**summary(trainer), **watched}
 
 
+def add_route(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A route that is added to a model whose router is fitted again, and what it is then."""
+    model = make_model(kind)
+    generator = torch.Generator().manual_seed(0)
+    for route in range(3):
+        model.mask_bank[route] = [torch.rand(shape, generator=generator) < 0.3 for shape in model.mask_bank.shapes]
+    trainer = make_trainer(folder, kind, model=model, data=Images(48, noise=0.0), calibration_fraction=0.25, **options)
+    trainer.fit_router("score")
+    report = trainer.add_route("dog", Images(24, noise=0.0))
+    return {
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "rank": trainer.args.process_index,
+        "report": report,
+        "state": {name: tensor.numpy() for name, tensor in model.state_dict().items()},
+    }
+
+
 def train_in(folder: str, kind: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, with weights and images of `dtype`."""
     model = make_model(kind).to(getattr(torch, dtype))

@@ -230,3 +230,19 @@ def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticke
             for key, tensor in tensors.items():
                 np.testing.assert_allclose(there[key], tensor, rtol=1e-3, atol=1e-4)
                 assert np.array_equal(there[key], made[2][0]["routers"][name][0][key])
+
+
+# A further route
+
+
+def test_an_added_route_is_the_same_for_any_number_of_processes(say, tmp_path):
+    made = run_in_worlds(say, runs.add_route, tmp_path, [1, 2], "timm", {"target_sparsity": [0.6]})
+    alone = made[1][0]
+    assert alone["report"]["added"] > 0 and list(alone["report"]["changed_decisions"]) == runs.ROUTES
+    for result in made[2]:
+        assert result["report"] == alone["report"]
+        for name, tensor in result["state"].items():
+            if name.startswith("router."):  # fitted on outputs of other batches
+                np.testing.assert_allclose(tensor, alone["state"][name], rtol=1e-2, atol=1e-3)
+            else:
+                assert np.array_equal(tensor, alone["state"][name]), name

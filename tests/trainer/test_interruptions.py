@@ -283,7 +283,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished, tmp_p
 def test_runs_that_differ_in_statistics_share_one_extraction(tmp_path, monkeypatch):
     shared = str(tmp_path / "masks")
     first = run(tmp_path / "per_route", extraction_dir=shared)
-    monkeypatch.setattr(Extraction, "_train_and_prune", None)  # not called: all masks are there
+    monkeypatch.setattr(Extraction, "train_and_prune", None)  # not called: all masks are there
     second = run(tmp_path / "shared", image_model(norm_statistics="shared"), extraction_dir=shared)
     assert [r["mask_fingerprint"] for r in first.rounds] == [r["mask_fingerprint"] for r in second.rounds]
     assert not (tmp_path / "shared" / "extraction").exists()
