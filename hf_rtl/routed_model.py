@@ -24,13 +24,14 @@ from .masking import UNION, WeightMasker
 from .mixed_batch import group_by_route, merge_outputs, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
 from .private_parameters import PrivateParameters, select_private
-from .routing import ROUTER_CLASSES, CentroidRouter, RouteDecision, Router, ScoreRouter
+from .route_inference import RouteInference, check_samples, empty_router, first_tensor, with_decision
+from .routing import ScoreRouter
 
 
 logger = logging.getLogger(__name__)
 
 
-class RoutedModel(PreTrainedModel):
+class RoutedModel(RouteInference):
     """
     The computing part of [`RTLModel`], which adds building, saving and sharing, and has the documentation.
     """
@@ -67,7 +68,7 @@ class RoutedModel(PreTrainedModel):
         self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
         private = select_private(backbone, config.private_parameters, self.mask_bank.weight_names)
         self.private_parameters = PrivateParameters(backbone, private, config.num_routes)
-        self.router = _empty_router(config)
+        self.router = empty_router(config)
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
@@ -284,84 +285,6 @@ class RoutedModel(PreTrainedModel):
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view
 
-    # Routers
-
-    def set_router(self, router: Router | None, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
-        """
-        Makes `router` decide the route of inputs that come without one; `None` leaves that to the caller.
-
-        Args:
-            router ([`Router`], *optional*): fitted for the routes of this model, as by `RTLTrainer.fit_router`.
-            threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
-                takes `fallback`.
-            fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
-
-        Raises:
-            TypeError: `router` is none.
-            ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
-                been changed then.
-        """
-        self._refuse_on_view("set_router()")
-        if not (router is None or isinstance(router, Router)):
-            raise TypeError(
-                f"`router` must be a fitted Router or None, got {router!r}; `RTLTrainer.fit_router(name)` fits one."
-            )
-        if router is not None and router.num_routes != self.num_routes:
-            raise ValueError(
-                f"`router` was fitted for {router.num_routes} routes, and this model has {self.num_routes}: "
-                f"{', '.join(map(repr, self.route_names))}. Fit one for these with `RTLTrainer.fit_router`."
-            )
-        index = self.route_index(fallback)
-        changed = copy.copy(self.config)
-        changed.router = "given" if router is None else router.name
-        changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
-        changed.router_threshold = threshold
-        changed.router_fallback = None if index == UNION else self.route_names[index]
-        changed.check()
-        self.config.__dict__.update(changed.__dict__)
-        self.router = None if router is None else router.to(self.device)
-
-    def take_router_of(self, config: RTLConfig) -> None:
-        """Takes over the router that another configuration of these routes names, to be filled from its file."""
-        router = _empty_router(config)
-        fallback = UNION if config.router_fallback is None else config.router_fallback
-        self.set_router(router, threshold=config.router_threshold, fallback=fallback)
-
-    @torch.no_grad()
-    def infer_routes(self, **inputs: Any) -> RouteDecision:
-        """
-        What the model's router decides for a batch: routes, how sure it is, and the scores of all routes. No ticket
-        answers. Costs as [`Router`]s say; `inputs` are those of `forward`, without labels.
-
-        Raises:
-            ValueError: the router is `"given"`, the model is in training mode, or a batch without samples.
-        """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        router = self._require_router()
-        _check_samples(inputs)
-        return self.decide(router.evidence(self, inputs))
-
-    def decide(self, evidence: Tensor) -> RouteDecision:
-        """The decision that follows from the router's evidence, `[batch, num_routes]`; see [`Router`]."""
-        name = self.config.router_fallback
-        fallback = UNION if name is None else self.route_index(name)
-        return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
-
-    def _require_router(self) -> Router:
-        if self.router is None:
-            raise ValueError(
-                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
-                "pipeline, which passes none, takes `model.with_route(route)` as its model. `RTLTrainer.fit_router` "
-                "makes a router that decides."
-            )
-        if self.training:
-            raise ValueError(
-                "`route_ids` is missing, and routers decide in evaluation mode only: pass `route_ids=`, or call "
-                "`model.eval()`."
-            )
-        return self.router
-
     # Forward
 
     def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
@@ -385,7 +308,7 @@ class RoutedModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
-        _check_samples(inputs)
+        check_samples(inputs)
         active = self._active.route
         if active is not None:
             if route_ids is not None:
@@ -400,7 +323,7 @@ class RoutedModel(PreTrainedModel):
                 return self._score_all(inputs, labels)
             decision = self.infer_routes(**inputs)
             output = self._run_mixed(inputs, labels, decision.route_ids.tolist())
-            return _with_decision(output, decision)
+            return with_decision(output, decision)
         if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
             raise RuntimeError(
                 "with gradient checkpointing the masks must stay in place until backward has ended: use "
@@ -480,8 +403,8 @@ class RoutedModel(PreTrainedModel):
         if self.router is None or self.training:
             return output
         if isinstance(self.router, ScoreRouter):
-            return _with_decision(output, self.decide(logits.detach().float()))
-        return _with_decision(output, self.infer_routes(**inputs))
+            return with_decision(output, self.decide(logits.detach().float()))
+        return with_decision(output, self.infer_routes(**inputs))
 
     @property
     def _has_batch_statistics(self) -> bool:
@@ -517,7 +440,7 @@ class RoutedModel(PreTrainedModel):
             if route_ids.ndim == 0:
                 return self.route_index(int(route_ids))
             route_ids = route_ids.tolist()
-        main = _first_tensor(inputs)
+        main = first_tensor(inputs)
         if not route_ids:
             raise ValueError("`route_ids` is empty; give one route per sample.")
         if main is not None and len(route_ids) != len(main):
@@ -588,26 +511,3 @@ class RoutedModel(PreTrainedModel):
     def _refuse_in_context(self, action: str) -> None:
         if self._active.held:
             raise RuntimeError(f"{action} inside a route_context would see masked weights; leave the context first.")
-
-
-def _first_tensor(inputs: Mapping[str, Any]) -> Tensor | None:
-    return next((value for value in inputs.values() if isinstance(value, Tensor)), None)
-
-
-def _check_samples(inputs: Mapping[str, Any]) -> None:
-    main = _first_tensor(inputs)
-    if main is not None and main.ndim and not len(main):
-        raise ValueError(f"a batch without samples, of shape {tuple(main.shape)}: there is nothing to answer.")
-
-
-def _empty_router(config: RTLConfig) -> Router | None:
-    """The router that a configuration names, to be filled from a file."""
-    if config.router == "given":
-        return None
-    arguments = (config.num_routes,) if config.router_features is None else (config.num_routes, config.router_features)
-    return ROUTER_CLASSES[config.router](*arguments)
-
-
-def _with_decision(output: ModelOutput, decision: RouteDecision) -> ModelOutput:
-    output["route_ids"], output["route_scores"] = decision.route_ids, decision.route_scores
-    return output
