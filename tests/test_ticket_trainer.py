@@ -148,6 +148,15 @@ def test_frozen_weights_are_read_and_pruned_but_never_moved(optimizer, clip, mas
     assert not torch.equal(trainer.network.head.weight, trainer.theta0["head.weight"])
 
 
+def test_gradients_of_frozen_weights_are_no_part_of_what_is_clipped():
+    frozen = [torch.ones(2, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.bool)]
+    trainer = ticket_trainer(frozen=frozen, max_grad_norm=0.1)
+    trainer.make_optimizer = lambda network: torch.optim.SGD(network.parameters(), lr=1.0)
+    trainer.train(None, batches(1), seed=(0,))
+    moved = [p - trainer.theta0[name] for name, p in trainer.network.named_parameters()]
+    assert torch.cat([change.flatten() for change in moved]).norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
 def test_the_learning_rate_can_follow_a_schedule():
     trainer, rates = ticket_trainer(optimizer="sgd"), []
 

@@ -138,6 +138,19 @@ def test_others_add_its_file_to_their_copy(tmp_path, kind):
     assert torch.equal(ticket(images).logits, outputs(author, "dog"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_answers_as_the_network_that_was_trained(tmp_path, monkeypatch, kind):
+    networks, begin = [], TicketTrainer.begin
+    monkeypatch.setattr(
+        TicketTrainer, "begin", lambda self, masks: (networks.append(self.network), begin(self, masks))
+    )
+    made = adding_trainer(tmp_path, kind)
+    made.add_route("dog", new_data(24, columns_of(kind)))
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(networks[-1].eval()(pixel_values=images).logits, outputs(made.model, "dog"))
+
+
 def test_every_training_starts_from_the_current_weights(tmp_path, monkeypatch):
     model, starts = trained_model("private"), []
     begin = TicketTrainer.begin
@@ -195,6 +208,9 @@ def test_a_router_is_fitted_again(tmp_path):
     changed = (decisions() != before).double()
     domains = torch.tensor([held_out[index]["domain"] for index in range(len(held_out))])
     assert report["changed_decisions"] == {n: float(changed[domains == k].mean()) for k, n in enumerate(ROUTES)}
+    for dataset, counts in ((made.route_data.dataset, [12, 12, 12, 18]), (made.calibration_dataset, [4, 4, 4, 6])):
+        # Whatever the new samples' column says, which was not to be looked at.
+        assert made._partition_of(dataset).counts.tolist() == counts
     assert model.router.num_routes == 4 and len(made.calibration_dataset) == len(held_out) + 6
     assert (model.config.router, model.config.router_threshold, model.config.router_fallback) == ("score", 0.1, "bee")
 
