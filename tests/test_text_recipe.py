@@ -227,6 +227,18 @@ def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
     assert len(evaluated) == 3 and compare(evaluated, results) == []
 
 
+def test_verify_claims_nothing_of_wrong_routes(
+    text_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import verify
+
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(text_run)])
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert ended.value.code == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 4
+
+
 def test_runs_of_several_seeds_become_a_card_of_means(
     text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
