@@ -73,6 +73,7 @@ class RouteAddingTrainer(JointTrainer):
             TypeError, ValueError: a name that is taken, data that does not suit, or running statistics that all
                 tickets share. The model has not been changed then.
             FloatingPointError: a loss became NaN or infinite, or the ticket was cut from its input. Likewise.
+            If a router cannot be fitted again, the error comes when the ticket has been added, without a router.
         """
         bank = MaskBank(self.model.config.prunable, [*self.model.route_names, name])
         if self.model.norm_statistics is None and any(tracked_buffers(self.model.backbone)):
