@@ -17,8 +17,9 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 	$(PYTHON) recipes/verify.py runs/digits --results runs/digits-results.json
 	mv runs/digits-results.json runs/digits/results.json
 
-test: quality  ## Run the checks, then the tests
-	$(PYTHON) -m pytest
+test: quality  ## Run the checks, then the tests, those of several processes by themselves
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed
+	$(PYTHON) -m pytest tests/distributed
 
 test-kill: venv  ## Kill runs at all moments that the kill test knows, and continue them; ordinary tests do it at a few
 	$(PYTHON) -m pytest tests/distributed/test_kill.py -m ""

@@ -141,6 +141,7 @@ def test_every_field_survives_a_file(tmp_path):
         prunable=[("b.weight", (3, 2)), ("a.weight", [4, 1, 2, 2])],
         prune_include=["b*"],
         prune_exclude=["*.c", "*.d"],
+        private_parameters=["c.bias", "d.bias"],
         router="centroid",
         router_features=17,
         router_threshold=0.25,
