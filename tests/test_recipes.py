@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
+
+from hf_rtl.markdown import text
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -196,7 +197,7 @@ def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) 
     for index, (route, num_kept) in enumerate(last["kept"].items()):
         of_route = [r.metric_value for r in card.data.eval_results if r.dataset_config == f"route {route}"]
         assert of_route == [value for name, value in last["metrics"].items() if name.startswith(f"eval_{route}/")]
-        assert re.search(rf"^\| {index} \| {route} \| {num_kept:,} \|", card.text, re.MULTILINE)
+        assert f"\n| {index} | {text(route)} | {num_kept:,} |" in card.text
     assert f"| {last['footprint']['full_bytes']:,} |" in card.text
     for link in (f"{kept}-similarity.png", f"{name}-results.json"):
         assert f"]({link})" in card.text and (MODEL_CARDS / link).exists()
