@@ -60,9 +60,10 @@ def fit_router(
 
     router: Router
     if name == "centroid":
-        means = route_means(*over(training, features), num_routes=model.num_routes)
-        router = CentroidRouter(model.num_routes, means.shape[1])
-        router.centroids.copy_(torch.from_numpy(means))
+        directions, bias = nearest_mean(*over(training, features), num_routes=model.num_routes)
+        router = CentroidRouter(model.num_routes, directions.shape[1])
+        router.directions.copy_(torch.from_numpy(directions))
+        router.bias.copy_(torch.from_numpy(bias))
     else:
         router = ScoreRouter(model.num_routes) if name == "score" else EntropyRouter(model.num_routes)
     router.to(model.device)
@@ -81,17 +82,26 @@ def evidence_of_each(router: Router, model: RTLModel, inputs: Mapping[str, Any])
     return torch.cat([router.evidence(model, sample) for sample in samples])
 
 
-def route_means(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int) -> np.ndarray:
+def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    The mean features of every route, `float64 [num_routes, num_features]`.
+    The linear rule features · directions + bias, by which the greatest of K numbers is that of the route whose mean is
+    the nearest, in units of how features differ within a route: Mahalanobis' distance, with the covariance within the
+    routes, whose correlations are shrunk after Ledoit and Wolf (2004), since there may be more features than samples.
 
     Args:
         features (`np.ndarray`): floats `[N, num_features]`.
         route_ids (`np.ndarray`): integers `[N]`.
+        num_routes (`int`): K.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: directions `float64 [K, num_features]` and bias `float64 [K]`; minus half the
+        squared distances, up to what is the same for all routes of a sample.
 
     Raises:
         ValueError: a route without samples, features that are not finite, or the same for all samples.
     """
+    from sklearn.covariance import ledoit_wolf
+
     features = features.astype(np.float64)
     counts = np.bincount(route_ids, minlength=num_routes)
     if not counts.all():
@@ -100,7 +110,15 @@ def route_means(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int)
         raise ValueError("the features of the union of tickets have NaN or infinite values.")
     if (features == features[0]).all():
         raise ValueError("the features of the union of tickets are the same for all samples: no router can use them.")
-    return np.stack([features[route_ids == route].mean(axis=0) for route in range(num_routes)])
+    means = np.stack([features[route_ids == route].mean(axis=0) for route in range(num_routes)])
+    within = features - means[route_ids]
+    # Features with a large spread must not decide how much the others are shrunk; one without any counts as it is.
+    spread = within.std(axis=0)
+    spread[spread == 0] = 1
+    covariance = ledoit_wolf(within / spread, assume_centered=True)[0] if within.any() else np.eye(len(spread))
+    middle = means.mean(axis=0)
+    directions = np.linalg.solve(covariance, ((means - middle) / spread).T).T / spread
+    return directions, -((means + middle) / 2 * directions).sum(axis=1)
 
 
 def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -100,22 +100,26 @@ class ScoreRouter(Router):
 
 class CentroidRouter(Router):
     """
-    The nearest mean in the penultimate features of the union of all tickets, one forward. The evidence is the negative
-    squared distance.
+    The nearest mean in the penultimate features of the union of all tickets, one forward. Near is meant in units of
+    how features differ within a route (Mahalanobis' distance), or else what the task is about would drown what tells
+    the routes apart. The evidence is minus half the squared distance, up to what is the same for all routes, which
+    makes it linear in the features.
 
-    Buffers: also `centroids`, `float32 [num_routes, num_features]`.
+    Buffers: also `directions`, `float32 [num_routes, num_features]`, and `bias`, `float32 [num_routes]`.
     """
 
     name = "centroid"
-    centroids: Tensor
+    directions: Tensor
+    bias: Tensor
 
     def __init__(self, num_routes: int, num_features: int) -> None:
         super().__init__(num_routes)
-        self.register_buffer("centroids", torch.zeros(num_routes, num_features, dtype=torch.float32))
+        self.register_buffer("directions", torch.zeros(num_routes, num_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(num_routes, dtype=torch.float32))
 
     @property
     def num_features(self) -> int:
-        return self.centroids.shape[1]
+        return self.directions.shape[1]
 
     def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         with torch.no_grad(), model.route_context(UNION):
@@ -125,8 +129,7 @@ class CentroidRouter(Router):
                 f"this router was fitted for another backbone: it knows {self.num_features} features, and there are "
                 f"{features.shape[1]}."
             )
-        # Not by a matrix product, whose rounding would depend on the size of the batch.
-        return -torch.cdist(features, self.centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return nn.functional.linear(features, self.directions, self.bias)
 
 
 class EntropyRouter(Router):

@@ -1,11 +1,12 @@
-"""Fitted scales and offsets against scikit-learn and brute force, means against loops."""
+"""Fitted scales and offsets against brute force, the nearest mean against Mahalanobis' formula."""
 
 import math
 
 import numpy as np
 import pytest
+from sklearn.covariance import ledoit_wolf
 
-from hf_rtl.router_fitting import fit_scale_and_offset, route_means
+from hf_rtl.router_fitting import fit_scale_and_offset, nearest_mean
 
 
 def samples(seed=0, num_samples=400):
@@ -63,14 +64,48 @@ def test_the_units_of_the_evidence_do_not_matter() -> None:
     assert tiny_scale * 2.0**-20 == pytest.approx(scale, rel=1e-6) and tiny_offset == pytest.approx(offset, rel=1e-6)
 
 
-def test_means_are_those_of_loops() -> None:
-    generator = np.random.default_rng(1)
-    features, route_ids = generator.normal(size=(20, 4)).astype(np.float32), np.array([0, 1, 2, 1] * 5)
-    means = route_means(features, route_ids, num_routes=3)
-    for route in range(3):
-        rows = [features[index] for index in range(20) if route_ids[index] == route]
-        for column in range(4):
-            assert means[route, column] == pytest.approx(math.fsum(row[column] for row in rows) / len(rows), rel=1e-12)
+def grouped_features(seed=1, num_samples=60, num_features=4):
+    """Features whose routes differ little in the first and whose samples differ much in the last."""
+    generator = np.random.default_rng(seed)
+    route_ids = generator.integers(0, 3, num_samples)
+    features = generator.normal(size=(num_samples, num_features)) * [0.1, *[1.0] * (num_features - 2), 30.0] + 7.0
+    features[:, 0] += route_ids
+    return features.astype(np.float32), route_ids
+
+
+def test_the_nearest_mean_is_that_of_mahalanobis() -> None:
+    features, route_ids = grouped_features()
+    directions, bias = nearest_mean(features, route_ids, num_routes=3)
+    means = [features[route_ids == route].astype(np.float64).mean(axis=0) for route in range(3)]
+    within = np.stack([row - means[route] for row, route in zip(features, route_ids, strict=True)])
+    spread = np.sqrt((within**2).mean(axis=0))
+    covariance = ledoit_wolf(within / spread, assume_centered=True)[0] * np.outer(spread, spread)
+    precision = np.linalg.inv(covariance)
+    for row in features.astype(np.float64):
+        distances = [(row - mean) @ precision @ (row - mean) for mean in means]
+        evidence = directions @ row + bias
+        for route in (1, 2):
+            expected = -(distances[route] - distances[0]) / 2
+            assert evidence[route] - evidence[0] == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("num_features", [4, 200])  # fewer than samples, and more
+def test_what_differs_within_the_routes_does_not_drown_what_differs_between(num_features: int) -> None:
+    features, route_ids = grouped_features(num_features=num_features, num_samples=90)
+    directions, bias = nearest_mean(features, route_ids, num_routes=3)
+    others, expected = grouped_features(seed=2, num_features=num_features, num_samples=300)
+    found = (others @ directions.T + bias).argmax(axis=1) == expected
+    means = np.stack([features[route_ids == route].mean(axis=0) for route in range(3)])
+    plain = ((others[:, None] - means) ** 2).sum(axis=2).argmin(axis=1) == expected
+    assert found.mean() > plain.mean() + 0.1
+    if num_features == 4:
+        assert found.mean() > 0.95
+
+
+def test_routes_without_any_spread_are_told_apart() -> None:
+    features = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
+    directions, bias = nearest_mean(features, np.array([0, 1, 0, 1]), num_routes=2)
+    assert (features @ directions.T + bias).argmax(axis=1).tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -98,4 +133,4 @@ def test_bad_evidence_is_refused(change, message) -> None:
 )
 def test_bad_features_are_refused(features, ids, message) -> None:
     with pytest.raises(ValueError, match=message):
-        route_means(features, np.array(ids), num_routes=3)
+        nearest_mean(features, np.array(ids), num_routes=3)
