@@ -413,8 +413,8 @@ def copy_repo(source: str, name: str, *, drop: str | None = None) -> None:
 # The command line
 
 
-def save(folder: str, **options: Any) -> dict[str, Any]:
-    model = make_model("vit")
+def save(folder: str, *, seed: int = 0, **options: Any) -> dict[str, Any]:
+    model = make_model("vit", seed=seed)
     model.save_pretrained(folder, **options)
     return describe(model)
 
