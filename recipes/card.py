@@ -92,14 +92,18 @@ def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The lines of runs that differ in the seed alone: of numbers the mean ± the sample standard deviation."""
+    """
+    The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
+    deviation after ±.
+    """
     lines = []
     for same in zip(*tables, strict=True):
         line = {"method": same[0]["method"], "sparsity": same[0]["sparsity"]}
         for title in same[0]:
             values = [other[title] for other in same]
             if title not in line and isinstance(values[0], float):
-                line[title] = f"{mean(values):.3f} ± {stdev(values):.3f}"
+                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+                line[title] = f"{mean(values):.3f}{spread}"
             elif title not in line:
                 line[title] = None if values[0] is None else round(mean(values))
         lines.append(line)
