@@ -37,7 +37,7 @@ class RouteInference(PreTrainedModel):
             fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
 
         Raises:
-            TypeError: `router` is none.
+            TypeError: `router` is neither a [`Router`] nor `None`.
             ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
                 been changed then.
         """
