@@ -32,7 +32,7 @@ import torch
 import transformers
 from arguments import parse
 from data_arguments import DataArguments
-from image_data import ImageTensors, load_images
+from image_data import ImageTensors, channels_last, load_images
 from report import table, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
@@ -142,7 +142,7 @@ def tickets(
         norm_statistics=norm_statistics,
         in_chans=train.images.shape[1],
     )
-    return RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
+    return RTLTrainer(model, args, data_collator=channels_last, train_dataset=train, eval_dataset=test)
 
 
 def single(
@@ -160,7 +160,9 @@ def single(
         seed=args.seed,
         in_chans=train.images.shape[1],
     )
-    return RTLTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=of_logits)
+    return RTLTrainer(
+        model, args, data_collator=channels_last, train_dataset=train, eval_dataset=test, compute_metrics=of_logits
+    )
 
 
 def of_logits(prediction: EvalPrediction) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from data_arguments import DataArguments, read_splits
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
 from hf_rtl import partition_by_groups
 
@@ -39,6 +40,12 @@ class ImageTensors(Dataset):
         pixel_values = (self.images[list(indices)].float().div_(255) - self.mean) / self.std
         labels = self.labels[list(indices)].tolist()
         return [{"pixel_values": image, "label": label} for image, label in zip(pixel_values, labels, strict=True)]
+
+
+def channels_last(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch in which the channels of a pixel lie together; convolutions on CPUs are up to twice as fast then."""
+    batch = default_data_collator(samples)
+    return {**batch, "pixel_values": batch["pixel_values"].contiguous(memory_format=torch.channels_last)}
 
 
 def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, ImageTensors]:
