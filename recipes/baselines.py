@@ -1,57 +1,60 @@
 """
-Tickets against single masks on the same data: which class is it, when nobody tells the route?
+Tickets against what they must be compared with, on the same data: which class is it, when nobody tells the route?
 
     python recipes/baselines.py --config recipes/configs/cifar10_baselines.yaml
     python recipes/baselines.py --config recipes/configs/digits.yaml --seeds 0 --methods shared "IMP single"
 
 The methods, each for every seed and sparsity:
 
+- `dense`: one network for all classes, a logit per class, not pruned;
+- `IMP single`: the same with one mask, of the tickets' density, by iterative magnitude pruning;
+- `IMP single, union`: with one mask of the density that the union of the tickets of `per route` has;
+- `one-vs-rest`: the masks of `IMP single`; a logit per class, each trained on balanced batches as tickets are;
+- `IMP multiple`: a network per class that shares nothing, under the mask of the class's ticket, on its batches;
+- `random masks`, `layer-shuffled masks`: in the place of the tickets of `per route`, of the same densities;
 - `shared`: the paper's, membership tickets with shared statistics;
 - `per route`: with statistics of their own, and a router that compares calibrated scores;
-- `competing`: those, and in the last --competing_epochs all tickets compete for the same samples;
-- `IMP single`: one mask for all classes at the tickets' density, in a network with a logit per class;
-- `IMP single, union`: the same at the density of the union of the tickets that `per route` finds.
+- `competing`: those, and in the last --competing_epochs all tickets compete for the same samples.
 
 All start from the same initial weights, and retraining sees equally many samples, counted each time that one passes
-through a network. Extraction is shared by the three kinds of tickets. Prints a table of means and standard deviations
-over the seeds, and writes it with all reports into `results.json` in --output_dir. Given again, the command continues
+through a network. Extraction is shared by all kinds of tickets. Prints tables of means and standard deviations over
+the seeds, and writes them with all reports into `results.json` in --output_dir. Given again, the command continues
 where it was interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from arguments import parse
 from data_arguments import DataArguments
 from image_data import ImageTensors, channels_last, load_images
-from report import table, write_results
+from report import over_seeds, row, table, write_results
+from sanity import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
-from hf_rtl.metrics import precision_at_recall
+from hf_rtl.files import write_json
+from hf_rtl.metrics import membership_metrics
 
 
+DENSE, SINGLE, SINGLE_UNION = "dense", "IMP single", "IMP single, union"
+ONE_VS_REST, MULTIPLE = "one-vs-rest", "IMP multiple"
 # Tickets -> their normalisation statistics.
 TICKETS = {"shared": "shared", "per route": "per_route", "competing": "per_route"}
-SINGLE, SINGLE_UNION = "IMP single", "IMP single, union"
-METHODS = [*TICKETS, SINGLE, SINGLE_UNION]
-# Column title -> key in the metrics.
-MEASURED = {
-    "K-way acc.": "eval_accuracy",
-    "calibrated acc.": "eval_route_accuracy",
-    "prec. at recall .8": "eval_precision_at_recall_80",
-    "calibrated prec. at recall .8": "eval_routed_precision_at_recall_80",
-}
+METHODS = [DENSE, SINGLE, SINGLE_UNION, ONE_VS_REST, MULTIPLE, *CONTROL_MASKS, *TICKETS]
+# What a decision for the highest score changes: with a logit per class it is never "none of them", nor two.
+DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
 
 
 @dataclass
@@ -82,124 +85,200 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if comparison.threads is not None:
         torch.set_num_threads(comparison.threads)
-    lines = [line for seed in comparison.seeds for line in of_seed(comparison, data, args, seed)]
-    summary = summarise(lines)
-    print(table(summary))
+    runs = []
+    for number in comparison.seeds:
+        seed = Seed(comparison, data, args, number)
+        methods = [method for method in METHODS if method in comparison.methods]
+        runs.append([(method, report) for method in methods for report in seed.reports(method)])
+    tables = {
+        "figures": over_seeds([[row(method, report["at"], report) for method, report in run] for run in runs]),
+        "costs": over_seeds([[cost_row(method, report) for method, report in run] for run in runs]),
+    }
+    for lines in tables.values():
+        lines.sort(key=lambda line: line["sparsity"])
+        print(table(lines), end="\n\n")
     write_results(
         Path(args.output_dir) / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},
         comparison=asdict(comparison),
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
-        figures=summary,
-        runs=lines,
+        **tables,
+        runs={
+            number: [{"method": method, **report} for method, report in run]
+            for number, run in zip(comparison.seeds, runs, strict=True)
+        },
     )
 
 
-def of_seed(
-    comparison: ComparisonArguments, data: DataArguments, args: RTLTrainingArguments, seed: int
-) -> Iterator[dict[str, Any]]:
-    """A line of results for every method and sparsity, of the runs below `output_dir/seed-N`."""
-    folder = Path(args.output_dir) / f"seed-{seed}"
-    splits = load_images(data, seed=seed)
-    num_classes = len(splits[0].label_names)
-    args = replace(args, seed=seed, router="score", extraction_dir=str(folder / "extraction"))
-    methods = [
-        method
-        for method in METHODS
-        if method in comparison.methods or (method == "per route" and SINGLE_UNION in comparison.methods)
-    ]
-    unions: list[float] = []
-    for method in methods:
-        own = {"output_dir": str(folder / method.replace(",", "").replace(" ", "-"))}
-        if method in TICKETS:
-            competing = args.competing_epochs if method == "competing" else 0
-            trainer = tickets(comparison, splits, replace(args, **own, competing_epochs=competing), TICKETS[method])
+class Seed:
+    """The runs of one seed, below `output_dir/seed-N`, each trained when it is first asked for."""
+
+    def __init__(
+        self, comparison: ComparisonArguments, data: DataArguments, args: RTLTrainingArguments, seed: int
+    ) -> None:
+        self.backbone, self.data = comparison.backbone, data
+        self.folder = Path(args.output_dir) / f"seed-{seed}"
+        self.args = replace(args, seed=seed, router="score", extraction_dir=str(self.folder / "extraction"))
+        self.train, self.test = load_images(data, seed=seed)
+
+    def reports(self, method: str) -> Iterator[dict[str, Any]]:
+        """Of every round of a method, with `at`, the sparsity of the tickets that it is to be compared with."""
+        if method == DENSE:
+            yield from self._of_trainer(self._single(method, [0.0]), [0.0])
+        elif method == SINGLE:
+            yield from self._of_trainer(self.imp_single, self.args.target_sparsity)
+        elif method == SINGLE_UNION:
+            weights = self.per_route.model.mask_bank.num_weights
+            sparsities = [1 - report["union"] / weights for report in self.per_route.rounds]
+            yield from self._of_trainer(self._single(method, sparsities), self.args.target_sparsity)
+        elif method == "per route":
+            yield from self._of_trainer(self.per_route, self.args.target_sparsity)
+        elif method in TICKETS:
+            yield from self._of_trainer(self._tickets(method), self.args.target_sparsity)
         else:
-            own |= {"router": "given", "competing_epochs": 0, "extraction_dir": None, "route_column": "route"}
-            own |= {"target_sparsity": unions if method == SINGLE_UNION else args.target_sparsity}
-            planned = tickets(comparison, splits, replace(args, output_dir=own["output_dir"]), "shared").plan()
-            trainer = single(comparison, splits, replace(args, **own, max_steps=planned.retraining_steps))
+            for index, report in enumerate(self.per_route.rounds):
+                yield self._of_round(method, index, report)
+
+    @cached_property
+    def per_route(self) -> RTLTrainer:
+        return self._tickets("per route")
+
+    @cached_property
+    def imp_single(self) -> RTLTrainer:
+        return self._single(SINGLE, self.args.target_sparsity)
+
+    def _arguments(self, method: str, **changed: Any) -> RTLTrainingArguments:
+        folder = self.folder / method.replace(",", "").replace(" ", "-")
+        return replace(self.args, output_dir=str(folder), **changed)
+
+    def _tickets(self, method: str) -> RTLTrainer:
+        """One membership ticket per class."""
+        competing = self.args.competing_epochs if method == "competing" else 0
+        trainer = self._ticket_trainer(self._arguments(method, competing_epochs=competing), TICKETS[method])
         trainer.train()
-        if method == "per route":
-            unions = [1 - report["union"] / trainer.model.mask_bank.num_weights for report in trainer.rounds]
-        if method in comparison.methods:
-            yield from report_lines(method, seed, trainer, args.target_sparsity, num_classes)
+        return trainer
 
+    def _ticket_trainer(self, args: RTLTrainingArguments, norm_statistics: str) -> RTLTrainer:
+        model = RTLModelForImageClassification.from_backbone(
+            self.backbone,
+            route_names=self.train.label_names,
+            ticket_task="membership",
+            seed=args.seed,
+            norm_statistics=norm_statistics,
+            in_chans=self.train.images.shape[1],
+        )
+        data = {"train_dataset": self.train, "eval_dataset": self.test, "data_collator": channels_last}
+        return RTLTrainer(model, args, **data)
 
-def tickets(
-    comparison: ComparisonArguments,
-    splits: tuple[ImageTensors, ImageTensors],
-    args: RTLTrainingArguments,
-    norm_statistics: str,
-) -> RTLTrainer:
-    """One membership ticket per class."""
-    train, test = splits
-    model = RTLModelForImageClassification.from_backbone(
-        comparison.backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
-        seed=args.seed,
-        norm_statistics=norm_statistics,
-        in_chans=train.images.shape[1],
-    )
-    return RTLTrainer(model, args, data_collator=channels_last, train_dataset=train, eval_dataset=test)
+    def _single(self, method: str, sparsities: Sequence[float]) -> RTLTrainer:
+        """Iterative magnitude pruning of one network for all classes: the same trainer, with a single route."""
+        changed = {"router": "given", "competing_epochs": 0, "extraction_dir": None}
+        args = self._arguments(method, **changed, route_column="route", target_sparsity=list(sparsities))
+        steps = self._ticket_trainer(replace(self.args, competing_epochs=0), "shared").plan().retraining_steps
+        train, test = (
+            OneRoute(split.images, split.labels, split.label_names, mean=split.mean, std=split.std)
+            for split in (self.train, self.test)
+        )
+        model = RTLModelForImageClassification.from_backbone(
+            self.backbone,
+            route_names=["all"],
+            ticket_task="labels",
+            num_labels=len(train.label_names),
+            seed=args.seed,
+            in_chans=train.images.shape[1],
+        )
+        trainer = RTLTrainer(
+            model,
+            replace(args, max_steps=steps),
+            data_collator=channels_last,
+            train_dataset=train,
+            eval_dataset=test,
+            compute_metrics=lambda prediction: of_logits(prediction, train.label_names),
+        )
+        trainer.train()
+        return trainer
 
+    def _of_trainer(self, trainer: RTLTrainer, at: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """The reports of a run, with what was spent until the end of each round."""
+        plan = trainer.plan()
+        num_routes, events = trainer.model.num_routes, 0
+        for report, round_, tickets_at in zip(trainer.rounds, plan.rounds, at, strict=True):
+            events += len(round_.kept)
+            yield {
+                **{name: value for name, value in report.items() if name != "log_history"},
+                "at": tickets_at,
+                "costs": {
+                    "trainings": events * num_routes + 1,
+                    "samples in extraction": events * sum(plan.extraction_steps) * self.args.route_batch_size,
+                    "samples in retraining": plan.retraining_steps * self.args.route_batch_size,
+                    "kFLOPs an image": round(num_routes * forward_flops(trainer) / 1e3),
+                    "minutes of retraining": report["seconds"] / 60,
+                },
+            }
 
-def single(
-    comparison: ComparisonArguments, splits: tuple[ImageTensors, ImageTensors], args: RTLTrainingArguments
-) -> RTLTrainer:
-    """Iterative magnitude pruning of one network for all classes: the same trainer, with a single route."""
-    train, test = (
-        OneRoute(split.images, split.labels, split.label_names, mean=split.mean, std=split.std) for split in splits
-    )
-    model = RTLModelForImageClassification.from_backbone(
-        comparison.backbone,
-        route_names=["all"],
-        ticket_task="labels",
-        num_labels=len(train.label_names),
-        seed=args.seed,
-        in_chans=train.images.shape[1],
-    )
-    return RTLTrainer(
-        model, args, data_collator=channels_last, train_dataset=train, eval_dataset=test, compute_metrics=of_logits
-    )
-
-
-def of_logits(prediction: EvalPrediction) -> dict[str, float]:
-    """Of a network with a logit per class what the tables show of tickets."""
-    logits, labels = torch.from_numpy(prediction.predictions).double(), prediction.label_ids
-    scores = logits.log_softmax(dim=1).numpy()
-    precisions = [precision_at_recall(scores[:, label], labels == label) for label in range(scores.shape[1])]
-    return {
-        "accuracy": float((scores.argmax(axis=1) == labels).mean()),
-        "precision_at_recall_80": float(np.mean(precisions)),
-    }
-
-
-def report_lines(
-    method: str, seed: int, trainer: RTLTrainer, at: Sequence[float], num_classes: int
-) -> Iterator[dict[str, Any]]:
-    """A line for every round. `at`: the sparsity of the tickets that it is to be compared with."""
-    plan, model = trainer.plan(), trainer.model
-    num_forwards = num_classes if method in TICKETS else 1
-    flops = num_forwards * forward_flops(trainer)
-    events = 0
-    for report, round_, tickets_at in zip(trainer.rounds, plan.rounds, at, strict=True):
-        events += len(round_.kept)
-        yield {
-            "method": method,
-            "at": tickets_at,
-            "seed": seed,
-            **{title: report["metrics"].get(key) for title, key in MEASURED.items()},
-            "density": next(iter(report["kept"].values())) / model.mask_bank.num_weights,
-            "union": report["union"],
-            "bytes": report["footprint"]["total_bytes"],
-            "samples in extraction": events * sum(plan.extraction_steps) * trainer.args.route_batch_size,
-            "samples in retraining": plan.retraining_steps * trainer.args.route_batch_size,
-            "MFLOPs an image": flops / 1e6,
-            "emptied layers": max(map(len, report["emptied_layers"].values()), default=0),
-            "minutes of retraining": report["seconds"] / 60,
+    def _of_round(self, method: str, index: int, report: dict[str, Any]) -> dict[str, Any]:
+        """The report of what takes the place of the tickets of a round."""
+        trainer, at = self.per_route, self.args.target_sparsity[index]
+        tickets_model = model_of_round(trainer, report)
+        tickets = [tickets_model.mask_bank[route] for route in range(tickets_model.num_routes)]
+        of_tickets = list(self._of_trainer(trainer, self.args.target_sparsity))[index]
+        if method in CONTROL_MASKS:
+            control = with_other_masks(trainer, report, tickets, method)
+            costs = {"trainings": 1, "samples in extraction": 0, "minutes of retraining": control["seconds"] / 60}
+            control = {name: value for name, value in control.items() if name != "log_history"}
+            return {**control, "at": at, "costs": {**of_tickets["costs"], **costs}}
+        if method == MULTIPLE:
+            result = self._kept(method, at, lambda: independent_models(trainer, self.test, tickets, round_index=index))
+            num_kept, trainings = sum(report["kept"].values()), of_tickets["costs"]["trainings"] - 1 + len(tickets)
+            num_bytes = report["footprint"]["independent_bytes"]
+            costs, emptied = {**of_tickets["costs"], "trainings": trainings}, report["emptied_layers"]
+        else:
+            of_single = list(self._of_trainer(self.imp_single, self.args.target_sparsity))[index]
+            masks = model_of_round(self.imp_single, of_single).mask_bank[0]
+            result = self._kept(
+                method,
+                at,
+                lambda: one_vs_rest(trainer, self.test, self.backbone, self.data, round_index=index, masks=masks),
+            )
+            num_kept, costs, emptied = of_single["union"], of_single["costs"], of_single["emptied_layers"]
+            num_bytes = of_single["footprint"]["total_bytes"]
+        return {
+            "metrics": result["metrics"],
+            "at": at,
+            "kept": report["kept"],
+            "union": num_kept,
+            "footprint": {"total_bytes": num_bytes},
+            "emptied_layers": emptied,
+            "costs": {**costs, "minutes of retraining": result["seconds"] / 60},
         }
+
+    def _kept(self, method: str, at: float, measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
+        """Metrics that `measure` gives, and its time; from disk if it was done already."""
+        file = self.folder / method.replace(" ", "-") / f"sparsity-{at:g}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            metrics = measure()
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"metrics": metrics, "seconds": time.perf_counter() - start})
+        return json.loads(file.read_text())
+
+
+def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
+    """
+    Of a network with a logit per class the same figures as of tickets. A class is predicted where its logit is the
+    highest, as the paper scores its single model; curves are of the logarithms of probabilities.
+    """
+    logits, labels = torch.from_numpy(prediction.predictions).double(), prediction.label_ids
+    first, second = logits.topk(2, dim=1).values.T
+    margins = logits - torch.where(logits == first[:, None], second[:, None], first[:, None])
+    decided = membership_metrics(margins.numpy(), labels, names)
+    metrics = membership_metrics(logits.log_softmax(dim=1).numpy(), labels, names)
+    return {**metrics, **{name: value for name, value in decided.items() if name.rsplit("/")[-1] in DECIDED}}
+
+
+def cost_row(method: str, report: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table of what was spent."""
+    return {"method": method, "sparsity": report["at"], **report["costs"]}
 
 
 @torch.no_grad()
@@ -209,24 +288,6 @@ def forward_flops(trainer: RTLTrainer) -> int:
     with FlopCounterMode(display=False) as counter:
         trainer.model.eval()(pixel_values=pixel_values, route_ids=0)
     return counter.get_total_flops()
-
-
-def summarise(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds, of what is measured with the sample standard deviation: a line per method and sparsity."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["method"], line["at"]), []).append(line)
-    summary = []
-    for (method, at), group in sorted(groups.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0]))):
-        columns: dict[str, Any] = {"method": method, "sparsity": at, "seeds": len(group)}
-        for title in group[0]:
-            values = [line[title] for line in group]
-            if title in ("method", "at", "seed") or None in values:
-                continue
-            spread = f" ± {stdev(values):.3f}" if title in MEASURED and len(values) > 1 else ""
-            columns[title] = f"{mean(values):.3f}{spread}" if title in MEASURED else round(mean(values), 3)
-        summary.append(columns)
-    return summary
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from report import table
+from report import over_seeds, table
 from tabulate import tabulate
 
 from hf_rtl.files import write_json
@@ -63,8 +62,9 @@ def render(card: str) -> str:
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
     if "figures" in results:
-        figures = tabulate(results["figures"], headers="keys", tablefmt="github", floatfmt=".3f")
-        return template.format(table=figures, **{name: value for name, value in results.items() if name != "figures"})
+        tables = {name: results.get(name, []) for name in ("figures", "costs")}
+        texts = {name: tabulate(lines, "keys", "github", ".3f", intfmt=",") for name, lines in tables.items()}
+        return template.format(**{**results, **texts})
     first = next(iter(results.values()))
     routes = first["rounds"][0]["kept"]
     if first.get("routes"):
@@ -89,25 +89,6 @@ def render(card: str) -> str:
 def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of a run's own table, with the run's name."""
     return [{**line, "method": f"{line['method']}, {name}" if name else line["method"]} for line in result["table"]]
-
-
-def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """
-    The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
-    deviation after ±.
-    """
-    lines = []
-    for same in zip(*tables, strict=True):
-        line = {"method": same[0]["method"], "sparsity": same[0]["sparsity"]}
-        for title in same[0]:
-            values = [other[title] for other in same]
-            if title not in line and isinstance(values[0], float):
-                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-                line[title] = f"{mean(values):.3f}{spread}"
-            elif title not in line:
-                line[title] = None if values[0] is None else round(mean(values))
-        lines.append(line)
-    return lines
 
 
 def per_route_table(results: dict[str, dict[str, Any]]) -> str:

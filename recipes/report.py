@@ -6,7 +6,9 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from tabulate import tabulate
@@ -72,10 +74,29 @@ def _without_prefix(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
     """The rows as text; columns that no row fills are left out. `style` as of `tabulate`, as `"github"`."""
-    titles = [title for title in rows[0] if any(line.get(title) is not None for line in rows)]
-    titles += [title for line in rows for title in line if title not in titles and line[title] is not None]
+    filled = [title for line in rows for title, value in line.items() if value is not None]
+    titles = list(dict.fromkeys([title for title in rows[0] if title in filled] + filled))
     cells = [[_cell(title, line.get(title)) for title in titles] for line in rows]
     return tabulate(cells, headers=titles, tablefmt=style, disable_numparse=True)
+
+
+def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """
+    The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
+    deviation after ±. Integers, which are counts, are rounded means.
+    """
+    lines = []
+    for same in zip(*tables, strict=True):
+        line = {"method": same[0]["method"], "sparsity": same[0]["sparsity"]}
+        for title in same[0]:
+            values = [other[title] for other in same]
+            if title not in line and isinstance(values[0], float):
+                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+                line[title] = f"{mean(values):.3f}{spread}"
+            elif title not in line:
+                line[title] = None if values[0] is None else round(mean(values))
+        lines.append(line)
+    return lines
 
 
 def _cell(title: str, value: Any) -> str:

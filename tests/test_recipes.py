@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
+from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
+from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl.markdown import text
 
@@ -224,57 +227,86 @@ def test_a_run_is_made_into_cards(
     assert html.count("<table>") == html.count("</table>") == 6 and 'src="data:image/png;base64,' in html
 
 
-def test_tickets_are_compared_with_single_masks(
+def test_tickets_are_compared_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import baselines
 
     arguments = (
-        *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0, "--methods", "competing", "IMP single, union"),
+        *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0),
         *("--target_sparsity", 0.5, "--extraction_steps", 1, "--num_train_epochs", 1, "--competing_epochs", 1),
         *("--route_batch_size", 120, "--output_dir", tmp_path / "run"),
     )
     monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, arguments)])
     baselines.main()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    competing, single = results["runs"]
-    assert (competing["method"], single["method"]) == ("competing", "IMP single, union")
-    assert competing["samples in retraining"] == single["samples in retraining"]
-    assert competing["samples in extraction"] == 10 * single["samples in extraction"]
-    assert competing["MFLOPs an image"] == pytest.approx(10 * single["MFLOPs an image"], rel=0.01)
-    assert competing["density"] == 0.5 and single["union"] == pytest.approx(single["density"] * 370320, abs=10)
-    per_route, report = (
-        json.loads((tmp_path / "run" / "seed-0" / method / "round-01-sparsity-0.5" / "round.json").read_text())
-        for method in ("per-route", "competing")
+    of = {report["method"]: report for report in results["runs"]["0"]}
+    assert list(of) == baselines.METHODS
+
+    assert len({report["costs"]["samples in retraining"] for report in of.values()}) == 1
+    extraction = {method: report["costs"]["samples in extraction"] for method, report in of.items()}
+    assert extraction["dense"] == extraction["random masks"] == extraction["layer-shuffled masks"] == 0
+    assert extraction["IMP single"] == extraction["IMP single, union"] == extraction["one-vs-rest"] == 2 * 120
+    assert extraction["shared"] == extraction["competing"] == extraction["IMP multiple"] == 10 * 2 * 120
+    trainings = {method: report["costs"]["trainings"] for method, report in of.items()}
+    assert (trainings["IMP single"], trainings["per route"], trainings["IMP multiple"]) == (3, 21, 30)
+    flops = {method: report["costs"]["kFLOPs an image"] for method, report in of.items()}
+    assert flops["per route"] == pytest.approx(10 * flops["dense"], rel=0.01)
+
+    half, union = 370320 // 2, of["per route"]["union"]
+    assert of["dense"]["union"] == 370320 and of["one-vs-rest"]["union"] == of["IMP single"]["union"] == half
+    assert of["IMP multiple"]["union"] == 10 * half and half < union < 370320
+    assert of["IMP single, union"]["union"] == pytest.approx(union, abs=1)
+    assert (
+        of["shared"]["mask_fingerprint"] == of["competing"]["mask_fingerprint"] == of["per route"]["mask_fingerprint"]
     )
-    assert per_route["union"] == report["union"] == single["union"]
-    assert competing["calibrated acc."] == report["metrics"]["eval_route_accuracy"]
+    assert of["random masks"]["mask_fingerprint"] != of["per route"]["mask_fingerprint"]
+    assert len({json.dumps(report["metrics"]) for report in of.values()}) == len(of)
+
     printed = capsys.readouterr().out
-    assert all(f"{line['K-way acc.']:.3f}" in printed for line in results["runs"])
+    lines = {line["method"]: line for line in results["figures"]}
+    assert lines["competing"]["router: K-way acc."] == f"{of['competing']['metrics']['eval_route_accuracy']:.3f}"
+    assert all(line["K-way acc."] in printed and line["bal. acc."] in printed for line in lines.values())
+
     # Nothing is trained twice, and the same comes out.
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/round-*/model.safetensors")}
+    files |= {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/sparsity-*.json")}
     baselines.main()
-    assert files == {file: file.stat().st_mtime_ns for file in files} and len(files) == 3
+    assert files == {file: file.stat().st_mtime_ns for file in files} and len(files) == 8
     assert json.loads((tmp_path / "run" / "results.json").read_text())["runs"] == results["runs"]
 
 
-def test_comparisons_are_summarised_over_the_seeds() -> None:
-    from baselines import summarise
+def test_a_network_with_a_logit_per_class_is_scored_by_its_highest() -> None:
+    from baselines import of_logits
 
-    lines = [
-        {"method": method, "at": at, "seed": seed, "K-way acc.": accuracy, "calibrated acc.": None, "union": 10 * seed}
-        for method, at, seed, accuracy in (
-            ("IMP single", 0.5, 1, 0.5),
-            ("IMP single", 0.5, 2, 0.7),
-            ("shared", 0.75, 1, 0.25),
-            ("shared", 0.5, 1, 0.375),
-        )
+    logits = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    labels = np.random.default_rng(1).integers(4, size=60)
+    metrics = of_logits(EvalPrediction(predictions=logits, label_ids=labels), ["a", "b", "c", "d"])
+    predicted = logits.argmax(axis=1)
+    assert metrics["accuracy"] == np.mean(predicted == labels)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for label, name in enumerate("abcd"):
+        assert metrics[f"{name}/precision"] == pytest.approx(precision[label])
+        assert metrics[f"{name}/recall"] == pytest.approx(recall[label])
+        assert metrics[f"{name}/f1"] == pytest.approx(f1[label])
+        balanced = balanced_accuracy_score(labels == label, predicted == label)
+        assert metrics[f"{name}/balanced_accuracy"] == pytest.approx(balanced)
+        assert metrics[f"{name}/auroc"] == pytest.approx(roc_auc_score(labels == label, probabilities[:, label]))
+    assert metrics["worst_balanced_accuracy"] == min(metrics[f"{name}/balanced_accuracy"] for name in "abcd")
+
+
+def test_tables_are_summarised_over_seeds() -> None:
+    from report import over_seeds
+
+    tables = [
+        [{"method": "shared", "sparsity": 0.5, "K-way acc.": accuracy, "union": union, "cal. b.a.": None}]
+        for accuracy, union in ((0.5, 10), (0.7, 21))
     ]
-    shared, single, sparser = summarise(lines)
-    assert shared == {"method": "shared", "sparsity": 0.5, "seeds": 1, "K-way acc.": "0.375", "union": 10}
     # (0.7 - 0.5) / √2, with one degree of freedom.
-    assert single == {"method": "IMP single", "sparsity": 0.5, "seeds": 2, "K-way acc.": "0.600 ± 0.141", "union": 15}
-    assert sparser["sparsity"] == 0.75 and sparser["K-way acc."] == "0.250"
+    summary = {"method": "shared", "sparsity": 0.5, "K-way acc.": "0.600 ± 0.141", "union": 16, "cal. b.a.": None}
+    assert over_seeds(tables) == [summary]
+    assert over_seeds(tables[:1])[0]["K-way acc."] == "0.500"
 
 
 @pytest.mark.slow
