@@ -76,6 +76,7 @@ def render_page(
     picture: str | None,
     with_code: bool,
     with_arguments: bool,
+    rule: str | None,
 ) -> str:
     """
     Args:
@@ -88,6 +89,7 @@ def render_page(
         picture (`str`, *optional*): file beside the card with the heatmap.
         with_code (`bool`): whether the model is saved with its code.
         with_arguments (`bool`): whether all arguments of the run are in a file beside it.
+        rule (`str`, *optional*): what the route of new data is, if a file beside it says so.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
@@ -105,6 +107,7 @@ def render_page(
         auto_class=model.backbone_class.__name__,
         with_code=with_code,
         with_arguments=with_arguments,
+        rule=rule,
         backbone=backbone_name(model),
         is_timm=model.config.backbone_config.model_type == "timm_wrapper",
         is_membership=is_membership,

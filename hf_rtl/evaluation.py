@@ -44,6 +44,8 @@ class TicketEvaluator(Trainer):
     args: RTLTrainingArguments
     route_data: RouteData | None
     calibration_dataset: Any
+    # Of the training data, if it was given.
+    _given_partition: Partition | None
     # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
     _partitions: list[tuple[Any, Partition]]
     # Of the data set that is being evaluated: its partition, and what came out without a given route.
@@ -109,9 +111,8 @@ class TicketEvaluator(Trainer):
         known = (partition for other, partition in self._partitions if other is dataset)
         return next(known, None) or self._find_partition(self.model, self.args, dataset)
 
-    @staticmethod
     def _find_partition(
-        model: RTLModel, args: RTLTrainingArguments, dataset: Any, allow_empty: bool = True
+        self, model: RTLModel, args: RTLTrainingArguments, dataset: Any, allow_empty: bool = True
     ) -> Partition:
         """The partition of a data set to evaluate on, which may have samples of some routes only."""
         return find_partition(
@@ -120,6 +121,7 @@ class TicketEvaluator(Trainer):
             route_names=model.route_names,
             ticket_task=str(model.config.ticket_task),
             allow_empty=allow_empty,
+            training=self._given_partition,
         )
 
     def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -10,8 +10,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 
-# What a push replaces.
 WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+# What a push replaces: of a model also the rule of the partition that it was trained on.
+MODEL_FILES = re.compile(rf"{WEIGHT_FILES.pattern}|partition\.(json|safetensors)")
 TICKET_FILES = re.compile(r"ticket-\d+\.safetensors")
 
 

@@ -31,11 +31,21 @@ from .masking import UNION
 from .modeling_rtl import RTLModel
 from .norm_statistics import tracked_buffers
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
+from .partition import Partition, Rule
+from .partition_rules import remove_rule, remove_unfitting_rule, save_rule
 from .plan import Round
 from .processes import Processes
 from .progress import RunProgress
 from .randomness import Stream, seed_of
-from .route_data import EvaluationData, RouteData, Rows, check_label_column, columns_of, find_partition, single_labels
+from .route_data import (
+    EvaluationData,
+    RouteData,
+    Rows,
+    check_label_column,
+    check_partition,
+    columns_of,
+    single_labels,
+)
 from .sampling import ALL_ROUTES, RouteBatchSampler
 from .ticket_trainer import named_state
 from .training_args import RTLTrainingArguments
@@ -60,6 +70,7 @@ class JointTrainer(TicketEvaluator):
         args: RTLTrainingArguments,
         *,
         train_dataset: Any = None,
+        partition: Partition | None = None,
         eval_dataset: Any = None,
         calibration_dataset: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
@@ -91,13 +102,12 @@ class JointTrainer(TicketEvaluator):
         self.route_data: RouteData | None = None
         self.calibration_dataset = calibration_dataset
         self._partitions = []
+        self._given_partition = partition
+        if partition is not None:
+            partition = check_partition(partition, train_dataset, model.route_names)
         if train_dataset is not None:
-            partition = find_partition(
-                train_dataset,
-                route_column=args.route_column,
-                route_names=model.route_names,
-                ticket_task=model.config.ticket_task,
-            )
+            if partition is None:
+                partition = self._find_partition(model, args, train_dataset, allow_empty=False)
             labels = None
             if not membership and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
                 labels = single_labels(train_dataset)
@@ -433,6 +443,16 @@ class JointTrainer(TicketEvaluator):
             (folder / "training_args.bin").unlink(missing_ok=True)
             arguments = self.args.to_dict()
             write_json(folder / "training_args.json", {k: v for k, v in arguments.items() if not k.endswith("_dir")})
+            if self.route_data is not None:
+                self._save_rule(folder, self.route_data.partition.rule)
+
+    def _save_rule(self, folder: Path, rule: Rule | None) -> None:
+        """Beside the model; where a rule does not fit, or there is none, also none of an earlier save is left."""
+        if rule is None:
+            remove_rule(folder)
+        else:
+            save_rule(folder, rule)
+            remove_unfitting_rule(folder, self.model.route_names)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)

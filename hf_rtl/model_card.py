@@ -26,6 +26,7 @@ from .card_metrics import METRICS_OF_THE_HUB, describe_metric, split_metrics
 from .card_page import backbone_name, render_page
 from .files import write_bytes
 from .modeling_rtl import RTLModel
+from .partition_rules import load_rule
 from .readme import ALL_ROUTES, Readme
 from .training_run import ARGUMENTS_FILE, is_of, read_run
 
@@ -170,6 +171,7 @@ def write_card(
         title=None if readme.has_title else _title(model, card),
         with_code=_has_code(saved),
         with_arguments=(saved / ARGUMENTS_FILE).exists(),
+        rule=_rule(saved, model),
         picture=PICTURE if has_picture else None,
     )
     noted_metadata = {name: value for name, value in metadata.items() if name != "model-index"}
@@ -284,6 +286,14 @@ def _opened(
         logger.warning("the model has other masks or weights than its run ended with, of which its card says nothing.")
         run = None
     return model, run, saved, Path(folder)
+
+
+def _rule(folder: Path, model: RTLModel) -> str | None:
+    """What the route of new data is, by a rule beside the model that fits it."""
+    try:
+        return load_rule(folder, model.route_names).describe() if folder.is_dir() else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _has_code(folder: Path) -> bool:

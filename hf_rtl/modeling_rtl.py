@@ -36,7 +36,7 @@ from .compact import compact_state, expand_state
 from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
-from .hub import WEIGHT_FILES, branch_head, commit_folder, read_card
+from .hub import MODEL_FILES, branch_head, commit_folder, read_card
 from .hub_code import save_code
 from .image_processing import savable_processor
 from .masking import and_masks
@@ -85,6 +85,8 @@ class RTLModel(TicketSharing):
 
     # What a model card says of the run that the model comes from (see `training_run.py`), after a training.
     training_run: dict[str, Any] | None = None
+    # How data that comes later gets its routes (see `partition.Rule`), likewise.
+    partition_rule: Any = None
     # Of the repository on the Hub that the model was loaded from; its name is `name_or_path`.
     loaded_commit: str | None = None
 
@@ -323,7 +325,7 @@ class RTLModel(TicketSharing):
             commit = commit_folder(
                 Path(folder),
                 repo_id,
-                outdated=WEIGHT_FILES,
+                outdated=MODEL_FILES,
                 parent_commit=parent_commit or head,
                 revision=revision,
                 token=token,

@@ -38,6 +38,10 @@ class Rule(ABC):
     def assign(self, data: Any, *, allow_empty: bool = True) -> Partition:
         """The partition of new data; unless `allow_empty`, it must have two samples of every route."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """What a sample's route is, to end the sentence "A sample's route is …"."""
+
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, JSON-able, with the `kind`."""
         fields = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
@@ -193,6 +197,9 @@ class ByColumn(Rule):
         values, _ = read_column(data, self.column)
         route_ids, _ = _routes(f"Column {self.column!r} has", values, self.route_names)
         return Partition(route_ids, self.route_names, allow_empty, rule=self)
+
+    def describe(self) -> str:
+        return f"what its column {self.column!r} says"
 
 
 def partition_by_column(

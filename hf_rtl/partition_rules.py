@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from torch import Tensor
 
 from .columns import read_column
@@ -18,8 +22,11 @@ from .mask_bank import check_route_names
 from .partition import ByColumn, Partition, Rule, check_column_name
 
 
+logger = logging.getLogger(__name__)
+
 RULE_FILE = "partition.json"
 TENSORS_FILE = "partition.safetensors"
+CONFIG_FILE = "config.json"  # of the model that lies beside
 _BLOCK = 2**22  # numbers that are compared with a centre at a time
 
 
@@ -71,6 +78,9 @@ class ByGroups(Rule):
         route_ids = np.array([routes[name] for name in names], dtype=np.int64)
         return Partition(route_ids, self.route_names, allow_empty, rule=self)
 
+    def describe(self) -> str:
+        return f"the group of the label in its column {self.column!r}"
+
 
 @dataclass(frozen=True, eq=False)
 class ByCentres(Rule):
@@ -119,6 +129,9 @@ class ByCentres(Rule):
         route_ids = np.concatenate([_nearest(block, centres) for block in blocks])
         return Partition(route_ids, self.route_names, allow_empty, rule=self)
 
+    def describe(self) -> str:
+        return "the nearest of {} centres to its {} features".format(*self.centres.shape)
+
 
 def check_features(name: str, features: Any) -> np.ndarray:
     """
@@ -153,23 +166,87 @@ def save_rule(folder: str | Path, rule: Rule) -> None:
         (folder / TENSORS_FILE).unlink(missing_ok=True)
 
 
-def load_rule(folder: str | Path) -> Rule:
+def load_rule(
+    name_or_path: str | Path,
+    route_names: Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> Rule:
     """
-    The rule that `save_rule` wrote into `folder`.
+    The rule that `RTLTrainer` or `save_rule` wrote into a folder, or that was pushed to the Hub.
+
+    Args:
+        name_or_path (`str` or `Path`): a folder, or a repository on the Hub; then all files are of one commit.
+        route_names (`Sequence[str]`, *optional*): the routes, in their order, that the rule must be for. By default
+            those of the model that lies beside it, if one does.
+        revision, token: as of `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no `partition.json`.
-        ValueError: the files are damaged, or hold no rule that is known.
+        ValueError: the files are damaged, hold no rule that is known, or one for other routes.
+        HfHubHTTPError: the Hub has no such repository, or not for this `token`.
     """
-    file = Path(folder) / RULE_FILE
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _downloaded(folder.as_posix(), revision, token)
+    file = folder / RULE_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no rule: it has no {RULE_FILE}, which `save_rule` writes.")
+    values = _read_json(file)
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
-    try:
-        return rule_from_dict(values, read_tensors(file.with_name(TENSORS_FILE)) or {})
+        rule = rule_from_dict(values, (_has_tensors(values) and read_tensors(folder / TENSORS_FILE)) or {})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+    if route_names is None and (folder / CONFIG_FILE).exists():
+        route_names = _read_json(folder / CONFIG_FILE).get("route_names")
+    if route_names is not None and rule.route_names != list(route_names):
+        raise ValueError(
+            f"{file} is a rule for other routes, {', '.join(map(repr, rule.route_names))}, than those of the model, "
+            f"{', '.join(map(repr, route_names))}; make a partition of these, and save its rule."
+        )
+    return rule
+
+
+def remove_unfitting_rule(folder: Path, route_names: Sequence[str]) -> None:
+    """Removes the rule in a folder, if there is one that is damaged or for others than these routes, and says so."""
+    try:
+        load_rule(folder, route_names)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        logger.warning(f"the rule of the partition is left out: {error}")
+        remove_rule(folder)
+
+
+def remove_rule(folder: Path) -> None:
+    for name in (RULE_FILE, TENSORS_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _downloaded(repo_id: str, revision: str | None, token: bool | str | None) -> Path:
+    """The folder of a commit in the cache, with its rule and, if it has a model, the configuration."""
+    try:
+        file = Path(hf_hub_download(repo_id, RULE_FILE, revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{repo_id!r} holds no rule: it has no {RULE_FILE}, which `RTLTrainer` pushes with a model."
+        ) from None
+    for name in [CONFIG_FILE, *([TENSORS_FILE] if _has_tensors(_read_json(file)) else [])]:
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repo_id, name, revision=file.parent.name, token=token)
+    return file.parent
+
+
+def _has_tensors(values: Any) -> bool:
+    return isinstance(values, Mapping) and values.get("kind") == ByCentres.kind
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
 
 
 def rule_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Rule:

@@ -141,7 +141,7 @@ class RouteAddingTrainer(JointTrainer):
     def _chained(self, name: str, others: tuple[Any, Partition] | None, new: RouteData) -> RouteData:
         """`others`, samples of the model's routes, followed by those of a `new` one."""
         chained = copy.copy(new)
-        route_ids = new.partition.route_ids + self.model.mask_bank.num_routes
+        route_ids, rule = new.partition.route_ids + self.model.mask_bank.num_routes, None
         if others is not None:
             if set(columns_of(new.dataset)) != set(columns_of(others[0])):
                 raise ValueError(
@@ -149,8 +149,9 @@ class RouteAddingTrainer(JointTrainer):
                     f"that of the trainer {', '.join(columns_of(others[0]))}; both need the same."
                 )
             chained.dataset = Chained([others[0], new.dataset])
-            route_ids = np.concatenate([others[1].route_ids, route_ids])
-        chained.partition = Partition(route_ids, [*self.model.route_names, name], allow_empty=True)
+            route_ids, rule = np.concatenate([others[1].route_ids, route_ids]), others[1].rule
+        # The rule of the others does not know the new route, which is said when the model is saved without it.
+        chained.partition = Partition(route_ids, [*self.model.route_names, name], allow_empty=True, rule=rule)
         return chained
 
     def _find_ticket(

@@ -5,33 +5,89 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from .columns import LABEL_COLUMNS
-from .partition import Partition, partition_by_column, partition_by_label
+from .partition import ByColumn, Partition, Rule, partition_by_column, partition_by_label
+from .partition_rules import ByGroups
 from .sampling import RouteBatchSampler, RoutedDataset
 
 
 def find_partition(
-    dataset: Any, *, route_column: str | None, route_names: Sequence[str], ticket_task: str, allow_empty: bool = False
+    dataset: Any,
+    *,
+    route_column: str | None,
+    route_names: Sequence[str],
+    ticket_task: str,
+    allow_empty: bool = False,
+    training: Partition | None = None,
 ) -> Partition:
     """
-    The partition of a data set by `route_column`, by default its label column.
+    The partition of a data set by `route_column`; without one, by the rule of the partition that was given of the
+    `training` data; without that, by its label column.
 
     Raises:
-        TypeError, ValueError: what `partition_by_column` refuses; `labels` tickets without a `route_column`.
+        TypeError, ValueError: what `partition_by_column` refuses; without a `route_column`, `labels` tickets, or a
+            `training` partition whose rule reads no column or is for other routes.
     """
     if route_column is not None:
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
+    if training is not None:
+        return _column_rule(training, route_names).assign(dataset, allow_empty=allow_empty)
     if ticket_task == "labels":
         raise ValueError(
             "`route_column` is missing: tickets of `ticket_task='labels'` predict the label, so another column must "
-            "say the route, as in `RTLTrainingArguments(route_column='domain', …)`."
+            "say the route, as in `RTLTrainingArguments(route_column='domain', …)`; or pass a `partition` with "
+            "`train_dataset`."
         )
     return partition_by_label(dataset, route_names=route_names, allow_empty=allow_empty)
+
+
+def _column_rule(training: Partition, route_names: Sequence[str]) -> Rule:
+    """The rule of the training data's partition, for other data sets."""
+    rule, otherwise = training.rule, "put their route ids into a column, and name it: `route_column='route'`."
+    if not isinstance(rule, (ByColumn, ByGroups)):
+        what = "has no rule" if rule is None else "has a rule that reads features"
+        raise ValueError(f"the `partition` of `train_dataset` {what}, so it cannot assign other data: {otherwise}")
+    if rule.route_names != list(route_names):
+        raise ValueError(
+            f"the rule of `partition` is for other routes, {', '.join(map(repr, rule.route_names))}, than the model "
+            f"has now, {', '.join(map(repr, route_names))}, so it cannot assign other data: {otherwise}"
+        )
+    return rule
+
+
+def check_partition(partition: Partition, dataset: Any, route_names: Sequence[str]) -> Partition:
+    """
+    `partition` as the one to train on: with two samples of every route.
+
+    Raises:
+        TypeError: it is not a `Partition`.
+        ValueError: no `dataset`, other routes than the model's, another length, or a route with too few samples.
+    """
+    if not isinstance(partition, Partition):
+        raise TypeError(
+            f"`partition` must be a Partition, got {type(partition).__name__}; make one of an array of integers by "
+            "`Partition(route_ids, route_names)`."
+        )
+    if dataset is None:
+        raise ValueError("`partition` is of a `train_dataset`, which is missing; pass both, or neither.")
+    if partition.route_names != list(route_names):
+        raise ValueError(
+            f"`partition` has the routes {', '.join(map(repr, partition.route_names))}, but the model "
+            f"{', '.join(map(repr, route_names))}; both need the same in the same order: make the model with "
+            "`route_names=partition.route_names`."
+        )
+    if len(partition.route_ids) != len(dataset):
+        raise ValueError(
+            f"`partition` has {len(partition.route_ids)} samples, but `train_dataset` {len(dataset)}; it must say the "
+            "route of each, in their order."
+        )
+    return replace(partition, allow_empty=False)
 
 
 def label_column(dataset: Any) -> str | None:
@@ -159,7 +215,8 @@ class RouteData:
     def _rows(self, indices: np.ndarray, *, allow_empty: bool = False) -> RouteData:
         part = copy.copy(self)
         part.dataset = Rows(self.dataset, indices.tolist())
-        part.partition = Partition(self.partition.route_ids[indices], self.partition.route_names, allow_empty)
+        route_ids = self.partition.route_ids[indices]
+        part.partition = replace(self.partition, route_ids=route_ids, allow_empty=allow_empty)
         return part
 
 

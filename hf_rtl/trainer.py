@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from .configuration_rtl import RTLConfig
 from .extraction import Extraction
 from .files import hash_tensors, read_tensors, write_bytes, write_tensors
-from .hub import WEIGHT_FILES, branch_head, commit_folder, read_card
+from .hub import MODEL_FILES, branch_head, commit_folder, read_card
 from .lifeline import Lifeline
 from .masking import UNION
 from .model_card import CARD, RTLCardData, write_card
@@ -62,13 +62,17 @@ class RTLTrainer(RouteAddingTrainer):
     `train()` runs the rounds of `args.target_sparsity`. A round extracts every route's ticket, rewinds, retrains all
     tickets jointly over shared weights in the Trainer's own loop, evaluates, and saves a complete model; the last one
     is also in `final/`. Every round starts from the same initial weights: of extraction only the masks survive. Called
-    again, also in a new process, it continues an interrupted run in `args.output_dir`.
+    again, also in a new process, it continues an interrupted run in `args.output_dir`. The rule of the training data's
+    partition, if it has one, is written beside every model; [`load_rule`] reads it.
 
     Args:
         model ([`RTLModel`]): its backbone's weights are θ0.
         args ([`RTLTrainingArguments`]): see there.
         train_dataset (map-style data set of dicts, *optional*): its `args.route_column`, by default the label, says
-            the route of a sample.
+            the route of a sample, unless `partition` does.
+        partition ([`Partition`], *optional*): the routes of `train_dataset`, those of the model in their order. Other
+            data have theirs from `args.route_column`, or if that is not set from the partition's rule, which must read
+            a column then.
         eval_dataset (map-style data set, or a dict of them, *optional*): evaluated whole, at its own prevalence.
         calibration_dataset (map-style data set, *optional*): thresholds of membership tickets are calibrated on it;
             alternatively on `args.calibration_fraction` of the training data, which is then not trained on.
@@ -86,6 +90,7 @@ class RTLTrainer(RouteAddingTrainer):
         args: RTLTrainingArguments,
         *,
         train_dataset: Any = None,
+        partition: Partition | None = None,
         eval_dataset: Any = None,
         calibration_dataset: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
@@ -95,6 +100,7 @@ class RTLTrainer(RouteAddingTrainer):
             model,
             args,
             train_dataset=train_dataset,
+            partition=partition,
             eval_dataset=eval_dataset,
             calibration_dataset=calibration_dataset,
             compute_metrics=compute_metrics,
@@ -192,6 +198,7 @@ class RTLTrainer(RouteAddingTrainer):
             self._round = None
             self.progress.finish()
         self.save_model(str(self.run_directory.final_folder), _internal_call=True)
+        self.model.partition_rule = self._require_data().partition.rule
         if self.is_world_process_zero():
             self.model.training_run = self._describe_run()
             write_run(self.run_directory.final_folder, self.model.training_run)
@@ -389,7 +396,7 @@ class RTLTrainer(RouteAddingTrainer):
             return commit_folder(
                 folder,
                 self.hub_model_id,
-                outdated=WEIGHT_FILES,
+                outdated=MODEL_FILES,
                 parent_commit=parent_commit or head,
                 revision=revision,
                 token=token,

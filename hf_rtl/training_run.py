@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from .configuration_rtl import VERSION
 from .files import write_json
 from .modeling_rtl import RTLModel
+from .partition_rules import RULE_FILE, TENSORS_FILE, remove_unfitting_rule, save_rule
 from .randomness import surroundings
 from .ticket_files import base_of
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
@@ -130,8 +131,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None:
     """
     Writes into `folder` what is known of the run that `model` comes from, unless it has changed since: after a
-    training its own, else what lies beside the weights that it was loaded from.
+    training its own, else what lies beside the weights that it was loaded from. Likewise the rule of the partition,
+    unless the model has other routes since.
     """
+    _copy_rule(model, folder, token)
     if model.training_run is not None:
         if is_of(model.training_run, model):
             write_run(folder, model.training_run)
@@ -142,6 +145,17 @@ def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None
         arguments = _loaded_with(model, ARGUMENTS_FILE, token)
         if arguments is not None:
             shutil.copy(arguments, folder / ARGUMENTS_FILE)
+
+
+def _copy_rule(model: RTLModel, folder: Path, token: bool | str | None) -> None:
+    if model.partition_rule is not None:
+        save_rule(folder, model.partition_rule)
+    elif model.training_run is None:
+        for name in (RULE_FILE, TENSORS_FILE):
+            file = _loaded_with(model, name, token)
+            if file is not None:
+                shutil.copy(file, folder / name)
+    remove_unfitting_rule(folder, model.route_names)
 
 
 def _loaded_with(model: RTLModel, name: str, token: bool | str | None) -> Path | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from statistics import fmean
 from typing import Any
 
-from hf_rtl import RTLModel
+from hf_rtl import RTLModel, load_rule
 
 from .models import load_model
 from .similarity import pairs_text, similarity_of
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "router": config.router,
         "norm_statistics": config.norm_statistics,
         "calibrated": config.thresholds is not None,
+        "rule": _rule(args),
         "hf_rtl_version": config.hf_rtl_version,
         "format_version": config.format_version,
         "base": config.base,
@@ -43,6 +45,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "similarity": similarity_of(bank),
         "footprint": model.footprint(),
     }
+
+
+def _rule(args: argparse.Namespace) -> str | None:
+    """What the route of new data is, if a rule that fits lies beside the model."""
+    try:
+        return load_rule(args.model, revision=args.revision, token=args.token).describe()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        print(f"Left out, as no rule of this model: {error}", file=sys.stderr)
+        return None
 
 
 def _routes(model: RTLModel) -> list[dict[str, Any]]:
@@ -89,6 +102,7 @@ def _description_text(values: dict[str, Any]) -> str:
         "router": values["router"],
         "statistics": values["norm_statistics"],
         "calibrated": "yes" if values["calibrated"] else "no",
+        **({} if values["rule"] is None else {"routes": f"of new data: {printable(values['rule'])}"}),
         "saved": f"as {values['dtype']} by hf_rtl {printable(values['hf_rtl_version'])}, "
         f"format {values['format_version']}",
     }

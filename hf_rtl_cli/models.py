@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_rtl import RTLModel
 from hf_rtl.files import move_files
+from hf_rtl.partition_rules import TENSORS_FILE
 
 
 # What pipelines read beside a model, whatever it is: image processors, feature extractors, tokenizers.
@@ -31,11 +32,11 @@ PROCESSOR_FILES = (
     "chat_template*",
 )
 # What a model's folder has beside its weights: no pickles, no state of a training.
-_OTHER_FILES = (*PROCESSOR_FILES, "*.json", "*.txt", "*.md", "*.png", "*.svg", "LICENSE")
+_OTHER_FILES = (*PROCESSOR_FILES, "*.json", TENSORS_FILE, "*.txt", "*.md", "*.png", "*.svg", "LICENSE")
 _CHECKPOINT_FILES = ("trainer_state.json", "checkpoint.json")
 _WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
 # What a card is made of.
-CARD_SOURCES = [*_WEIGHT_FILES, "*.json", "README.md"]
+CARD_SOURCES = [*_WEIGHT_FILES, "*.json", TENSORS_FILE, "README.md"]
 _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 

@@ -12,8 +12,9 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError
 
 from hf_rtl.files import write_bytes
-from hf_rtl.hub import WEIGHT_FILES, branch_head, commit_folder, read_card
+from hf_rtl.hub import MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
 from hf_rtl.model_card import write_card
+from hf_rtl.partition_rules import remove_unfitting_rule
 
 from .models import form_of, load_model, model_files
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 (Path(staging) / file.name).symlink_to(file.resolve())
         if args.compact:
             model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
+        remove_unfitting_rule(Path(staging), model.route_names)
         repo_id, commit = _pushed(Path(staging), args, with_card=(folder / "README.md").is_file())
         if (folder / "README.md").is_file():
             # With the next push it is known what was changed here since.
@@ -62,7 +64,7 @@ def _pushed(staging: Path, args: argparse.Namespace, *, with_card: bool) -> tupl
         commit = commit_folder(
             staging,
             repo_id,
-            outdated=WEIGHT_FILES,
+            outdated=MODEL_FILES,
             parent_commit=head,
             revision=args.revision,
             token=args.token,

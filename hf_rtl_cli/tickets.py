@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers.utils import has_file
 
 from hf_rtl import RTLModel
+from hf_rtl.partition_rules import remove_unfitting_rule
 from hf_rtl.ticket_files import INDEX, read_index
 
 from .models import check_free, check_name, copy_beside, form_of, load_model, written_whole
@@ -134,10 +135,12 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
     form = form_of(args.model, revision=args.revision, token=args.token)
     if args.out is None:
         model.save_pretrained(folder, **form)
+        remove_unfitting_rule(folder, model.route_names)
     else:
         with written_whole(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
             model.save_pretrained(staging, **form)
+            remove_unfitting_rule(staging, model.route_names)
     if (folder / "README.md").is_file():
         print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
-from hf_rtl import partition_by_groups
+from hf_rtl import ByGroups, partition_by_groups
 
 
 class ImageTensors(Dataset):
     """
     Images held as `uint8 [N, channels, side, side]`, served as normalised `pixel_values` with their `label`.
 
-    `column_names` and `label_names` say what is in it.
+    `column_names` and `label_names` say what is in it, and if labels are groups of classes, `rule` which class is in
+    which group.
     """
 
     column_names = ["pixel_values", "label"]
+    rule: ByGroups | None = None
 
     def __init__(self, images: Tensor, labels: Tensor, label_names: Sequence[str], *, mean: float, std: float) -> None:
         self.images, self.labels, self.label_names = images, labels, list(label_names)
@@ -64,6 +67,8 @@ def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, I
         partition = partition_by_groups(_named_labels(train), arguments.route_groups)
         for images, routes in ((train, partition), (test, partition.rule.assign(_named_labels(test)))):
             images.labels, images.label_names = torch.from_numpy(routes.route_ids), routes.route_names
+            # As it assigns the data set itself.
+            images.rule = replace(partition.rule, column=arguments.label_column)
     return train, test
 
 

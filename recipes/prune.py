@@ -33,6 +33,7 @@ from text_data import load_text
 from transformers import AutoTokenizer
 
 from hf_rtl import (
+    Partition,
     RTLModelForImageClassification,
     RTLModelForSequenceClassification,
     RTLTrainer,
@@ -94,8 +95,13 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if model_arguments.threads is not None:
         torch.set_num_threads(model_arguments.threads)
+    partition = None
     if data.text_column is None:
         train, test, processor, make_model = prepare_images(data, args)
+        if train.rule is not None:
+            # The labels are the groups already, here and in the test data; the rule is for data with classes.
+            partition = Partition(train.labels.numpy(), train.label_names, rule=train.rule)
+            args.route_column = "label"
     else:
         train, test, processor, make_model = prepare_texts(data, args, model_arguments.backbone)
     make_model = partial(
@@ -106,7 +112,9 @@ def main() -> None:
         prune_include=model_arguments.prune_include,
         prune_exclude=model_arguments.prune_exclude,
     )
-    trainer = RTLTrainer(make_model(), args, train_dataset=train, eval_dataset=test, processing_class=processor)
+    trainer = RTLTrainer(
+        make_model(), args, train_dataset=train, partition=partition, eval_dataset=test, processing_class=processor
+    )
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
