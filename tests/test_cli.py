@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from hf_rtl import RTLModel, RTLModelForImageClassification
+from hf_rtl import ByColumn, RTLModel, RTLModelForImageClassification, save_rule
 from hf_rtl_cli.main import main
 from hf_rtl_cli.models import load_model
 from hf_rtl_cli.tables import fraction
@@ -190,6 +190,18 @@ def test_inspect_of_one_route(call, model, saved):
     assert "Density of the ticket 'owl' in each weight" in text
     (line,) = [line for line in text.splitlines() if line.startswith(model.mask_bank.weight_names[EMPTY])]
     assert line.endswith(f"0.000  {'░' * 12}  empty")
+
+
+def test_inspect_says_how_new_data_get_their_routes(call, folder, capsys):
+    assert call("inspect", folder, "--json")["rule"] is None and "new data" not in call("inspect", folder)
+    save_rule(folder, ByColumn("scene\x1b", ROUTES))
+    assert call("inspect", folder, "--json")["rule"] == "what its column 'scene\\x1b' says"
+    assert "of new data: what its column 'scene" in call("inspect", folder)
+    save_rule(folder, ByColumn("scene", ["dog", "cat", "owl"]))
+    assert main(["inspect", str(folder), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rule"] is None
+    assert "is a rule for other routes, 'dog', 'cat', 'owl', than those of the model" in printed.err
 
 
 @pytest.mark.parametrize("width", [80, 120])

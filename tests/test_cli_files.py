@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ResNetConfig
 
-from hf_rtl import RTLModel, RTLModelForImageClassification
+from hf_rtl import ByCentres, RTLModel, RTLModelForImageClassification, load_rule, save_rule
 from hf_rtl_cli.main import main
 
 
@@ -175,6 +175,24 @@ def test_tickets_are_listed_saved_dropped_and_added(call, model, folder, tmp_pat
     assert (added["tickets"], added["routes"]) == (["wolf"], ["cat", "owl", "wolf"])
     assert torch.equal(logits(RTLModel.from_pretrained(folder), route_ids="wolf"), logits(model, route_ids="dog"))
     assert (folder / "preprocessor_config.json").is_file()
+
+
+def test_a_rule_goes_along_until_the_routes_change(call, folder, tmp_path, caplog):
+    rule = ByCentres(torch.eye(3, dtype=torch.float64), ROUTES)
+    save_rule(folder, rule)
+    tickets = call("tickets", "save", folder, tmp_path / "tickets", "--route", "owl", "--json")["tickets"]
+    copy = tmp_path / "copy"
+    call("tickets", "add", folder, tmp_path / "tickets", "--rename", "owl=eagle", "--out", copy)
+    assert tickets == ["owl"] and not list(copy.glob("partition.*"))
+    assert "the rule of the partition is left out: " in caplog.text and "'owl', than those of the model" in caplog.text
+    assert load_rule(folder).to_dict() == rule.to_dict()
+    call("tickets", "drop", copy, "--route", "eagle", "--out", tmp_path / "again")
+    assert not list((tmp_path / "again").glob("partition.*"))
+
+    assert len(list(folder.glob("partition.*"))) == 2
+    call("tickets", "drop", folder, "--route", "owl")
+    assert not list(folder.glob("partition.*"))
+    assert call("inspect", folder, "--json")["rule"] is None
 
 
 def test_a_changed_model_can_go_elsewhere_and_stays_compact(call, model, folder, tmp_path):

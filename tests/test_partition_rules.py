@@ -10,7 +10,7 @@ from test_partition import DictDataset, both_kinds, hf_dataset, make
 
 from hf_rtl.label_groups import partition_by_groups
 from hf_rtl.partition import ByColumn
-from hf_rtl.partition_rules import ByCentres, ByGroups, load_rule, rule_from_dict, save_rule
+from hf_rtl.partition_rules import ByCentres, ByGroups, load_rule, remove_unfitting_rule, rule_from_dict, save_rule
 
 
 GROUPS = {"fruit": ["pear", "apple"], "flower": ["rose", "lily", "iris"]}
@@ -249,6 +249,55 @@ def test_damaged_files_are_refused(tmp_path, by_centres):
     (tmp_path / "partition.json").write_text("{")
     with pytest.raises(ValueError, match=r"partition.json is damaged"):
         load_rule(tmp_path)
+
+
+def test_a_rule_for_other_routes_than_the_models_is_refused(tmp_path):
+    rule = ByGroups("label", GROUPS)
+    save_rule(tmp_path, rule)
+    assert load_rule(tmp_path, ["fruit", "flower"]) == rule
+    for names in (["flower", "fruit"], ["fruit"], ["fruit", "flower", "tree"]):
+        routes = ", ".join(map(repr, names))
+        message = f"partition.json is a rule for other routes, 'fruit', 'flower', than those of the model, {routes};"
+        with pytest.raises(ValueError, match=message):
+            load_rule(tmp_path, names)
+        (tmp_path / "config.json").write_text(json.dumps({"route_names": names}))
+        with pytest.raises(ValueError, match=message):
+            load_rule(tmp_path)
+        # What is asked for counts, not what lies beside it.
+        assert load_rule(tmp_path, rule.route_names) == rule
+    for config in ({"route_names": ["fruit", "flower"]}, {"model_type": "bert"}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert load_rule(str(tmp_path)) == rule
+
+
+def test_a_rule_that_does_not_fit_is_removed(tmp_path, by_centres, caplog):
+    remove_unfitting_rule(tmp_path, ["a"])
+    save_rule(tmp_path, by_centres)
+    remove_unfitting_rule(tmp_path, ["a", "b", "c", "d", "e"])
+    assert load_rule(tmp_path).to_dict() == by_centres.to_dict() and caplog.text == ""
+    (tmp_path / "config.json").write_text("{}")
+    remove_unfitting_rule(tmp_path, ["a", "b", "c", "d"])
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert len(caplog.records) == 1 and "'e', than those of the model" in caplog.text
+    save_rule(tmp_path, by_centres)
+    (tmp_path / "partition.safetensors").write_bytes(b"torn")
+    remove_unfitting_rule(tmp_path, by_centres.route_names)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_tensors_of_an_earlier_rule_do_not_count(tmp_path, by_centres):
+    """As when the process ended between the two files."""
+    save_rule(tmp_path, by_centres)
+    tensors = (tmp_path / "partition.safetensors").read_bytes()
+    save_rule(tmp_path, ByColumn("scene", ["y", "x"]))
+    (tmp_path / "partition.safetensors").write_bytes(tensors)
+    assert load_rule(tmp_path) == ByColumn("scene", ["y", "x"])
+
+
+def test_what_rules_say_of_themselves(by_centres):
+    assert ByColumn("scene", ["y", "x"]).describe() == "what its column 'scene' says"
+    assert ByGroups("kind", GROUPS).describe() == "the group of the label in its column 'kind'"
+    assert by_centres.describe() == "the nearest of 5 centres to its 37 features"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 import hf_rtl.model_card
-from hf_rtl import (
-    RTLTrainer,
-    RTLTrainingArguments,
-)
+from hf_rtl import ByColumn, RTLTrainer, RTLTrainingArguments, save_rule
 from hf_rtl.model_card import RTLCardData, write_card
 
 
@@ -66,6 +63,20 @@ def test_code_that_is_saved_along_is_named(tmp_path):
 
 
 # What is given
+
+
+def test_a_rule_beside_the_model_is_named(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    assert "load_rule" not in page_of(write_card(tmp_path))
+    save_rule(tmp_path, ByColumn("a_b*", model.route_names))
+    for source, folder in ((tmp_path, None), (model, tmp_path)):
+        page = page_of(write_card(source, folder, model_id="org/name"))
+        says = r"what its column 'a\_b\*' says: " + '`hf_rtl.load_rule("org/name").assign(data)`.'
+        assert f"\nThe route of a sample in other data is {says}\n" in page
+        assert not faults(page)
+    save_rule(tmp_path, ByColumn("label", ["dog", "cat", "owl"]))
+    assert "load_rule" not in page_of(write_card(tmp_path))
 
 
 def test_what_is_given_is_said_and_remembered(tmp_path):

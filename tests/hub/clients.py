@@ -44,6 +44,7 @@ from transformers import (
 import hf_rtl
 import hf_rtl.plots
 from hf_rtl import (
+    Partition,
     RTLModel,
     RTLModelForImageClassification,
     RTLModelForSequenceClassification,
@@ -288,7 +289,7 @@ def ask_one(name: str, task: str) -> dict[str, float]:
 # Training
 
 
-def make_trainer(**arguments: Any) -> RTLTrainer:
+def make_trainer(*, partition: Partition | None = None, **arguments: Any) -> RTLTrainer:
     """Two rounds of a small network on noise, in the folder `run`."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(24, 3, 32, 32, generator=generator)
@@ -310,6 +311,7 @@ def make_trainer(**arguments: Any) -> RTLTrainer:
         make_model("vit"),
         RTLTrainingArguments(**{**settings, **arguments}),
         train_dataset=samples,
+        partition=partition,
         processing_class=timm_processor(),
     )
 

@@ -7,7 +7,7 @@ from hub.processes import ClientError
 
 MODEL_FILES = {
     *("model.safetensors", "config.json", "preprocessor_config.json"),
-    *("training_args.json", "training_run.json", "README.md", "similarity.png"),
+    *("training_args.json", "training_run.json", "partition.json", "README.md", "similarity.png"),
 }
 
 
