@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
 from transformers.trainer_utils import EvalPrediction
 
+from hf_rtl import load_rule
 from hf_rtl.markdown import text
 
 
@@ -128,6 +129,23 @@ def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
         assert by_group.label_names == ["odd", "even"]
         digits, routes = ([images[index]["label"] for index in range(len(images))] for images in (by_class, by_group))
         assert routes == [0 if digit % 2 else 1 for digit in digits]
+
+
+def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
+    file, folder = tmp_path / "groups.yaml", tmp_path / "run"
+    file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
+    run(
+        "prune.py",
+        *("--config", RECIPES / "configs/digits.yaml", "--route_groups", file, "--output_dir", folder),
+        *("--target_sparsity", 0.3, "--num_train_epochs", 1, "--extraction_steps", 1),
+        *("--max_train_samples", 300, "--max_test_samples", 60),
+    )
+    for model in (*folder.glob("round-*"), folder / "final"):
+        rule = load_rule(model)
+        assert rule.assign_labels([3, 8, 1, 0]).route_ids.tolist() == [0, 1, 0, 1]
+        assert (rule.column, rule.route_names) == ("label", ["odd", "even"])
+    result = run("evaluate.py", folder / "final", "--compare", folder / "results.json")
+    assert "0 of the recorded metrics differ" in result.stdout
 
 
 def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
