@@ -27,8 +27,8 @@ def find_partition(
     training: Partition | None = None,
 ) -> Partition:
     """
-    The partition of a data set by `route_column`; without one, by the rule of the partition that was given of the
-    `training` data; without that, by its label column.
+    The partition of a data set by `route_column`. Without one: all samples are of the route, if there is a single one;
+    else by the rule of the partition that was given of the `training` data; without that, by the label column.
 
     Raises:
         TypeError, ValueError: what `partition_by_column` refuses; without a `route_column`, `labels` tickets, or a
@@ -36,6 +36,8 @@ def find_partition(
     """
     if route_column is not None:
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
+    if len(route_names) == 1:
+        return Partition(np.zeros(len(dataset), dtype=np.int64), list(route_names), allow_empty)
     if training is not None:
         return _column_rule(training, route_names).assign(dataset, allow_empty=allow_empty)
     if ticket_task == "labels":

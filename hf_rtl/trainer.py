@@ -69,7 +69,7 @@ class RTLTrainer(RouteAddingTrainer):
         model ([`RTLModel`]): its backbone's weights are θ0.
         args ([`RTLTrainingArguments`]): see there.
         train_dataset (map-style data set of dicts, *optional*): its `args.route_column`, by default the label, says
-            the route of a sample, unless `partition` does.
+            the route of a sample, unless `partition` does, or there is a single route (plain magnitude pruning).
         partition ([`Partition`], *optional*): the routes of `train_dataset`, those of the model in their order. Other
             data have theirs from `args.route_column`, or if that is not set from the partition's rule, which must read
             a column then.

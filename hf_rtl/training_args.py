@@ -145,7 +145,8 @@ class RTLTrainingArguments(TrainingArguments):
         default=64, metadata={"help": "Samples of one route per batch, over all processes, in both phases."}
     )
     route_column: str | None = field(
-        default=None, metadata={"help": "Column that names a sample's route. Default: the label column."}
+        default=None,
+        metadata={"help": "Column that names a sample's route. Default: the label column; none for a single route."},
     )
     retrain_every_round: bool = field(
         default=True, metadata={"help": "Retrain, evaluate and save after every round, not only after the last."}

@@ -37,7 +37,7 @@ import torch
 import transformers
 from arguments import parse
 from data_arguments import DataArguments
-from image_data import ImageTensors, channels_last, load_images
+from image_data import channels_last, load_images
 from report import over_seeds, row, table, write_results
 from sanity import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,15 +65,6 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and batches."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Some of the above."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
-
-
-class OneRoute(ImageTensors):
-    """The same images, all of the route `all`; their class is the label that its ticket predicts."""
-
-    column_names = ["pixel_values", "label", "route"]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [{**sample, "route": "all"} for sample in super().__getitems__(indices)]
 
 
 def main() -> None:
@@ -173,27 +164,23 @@ class Seed:
     def _single(self, method: str, sparsities: Sequence[float]) -> RTLTrainer:
         """Iterative magnitude pruning of one network for all classes: the same trainer, with a single route."""
         changed = {"router": "given", "competing_epochs": 0, "extraction_dir": None}
-        args = self._arguments(method, **changed, route_column="route", target_sparsity=list(sparsities))
+        args = self._arguments(method, **changed, target_sparsity=list(sparsities))
         steps = self._ticket_trainer(replace(self.args, competing_epochs=0), "shared").plan().retraining_steps
-        train, test = (
-            OneRoute(split.images, split.labels, split.label_names, mean=split.mean, std=split.std)
-            for split in (self.train, self.test)
-        )
         model = RTLModelForImageClassification.from_backbone(
             self.backbone,
             route_names=["all"],
             ticket_task="labels",
-            num_labels=len(train.label_names),
+            num_labels=len(self.train.label_names),
             seed=args.seed,
-            in_chans=train.images.shape[1],
+            in_chans=self.train.images.shape[1],
         )
         trainer = RTLTrainer(
             model,
             replace(args, max_steps=steps),
             data_collator=channels_last,
-            train_dataset=train,
-            eval_dataset=test,
-            compute_metrics=lambda prediction: of_logits(prediction, train.label_names),
+            train_dataset=self.train,
+            eval_dataset=self.test,
+            compute_metrics=lambda prediction: of_logits(prediction, self.train.label_names),
         )
         trainer.train()
         return trainer

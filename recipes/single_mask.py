@@ -43,7 +43,7 @@ def _single_mask(
     extraction and in retraining as all tickets have together. Its round at sparsity 0 prunes nothing: a dense model.
     """
     args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
-    column, route_ids = args.route_column, np.array(test[trainer.args.route_column])
+    route_ids = np.array(test[args.route_column])
     single = RTLTrainer(
         make_model(route_names=["all"]),
         replace(
@@ -53,15 +53,12 @@ def _single_mask(
             extraction_steps=sum(plan.extraction_steps),
             max_steps=plan.retraining_steps,
             router="given",
+            route_column=None,
         ),
-        train_dataset=_as_one_route(train, column),
-        eval_dataset=_as_one_route(test, column),
+        train_dataset=train,
+        eval_dataset=test,
         compute_metrics=lambda output: label_metrics(output.predictions, output.label_ids, route_ids, names),
         processing_class=trainer.processing_class,
     )
     single.train()
     return single.rounds
-
-
-def _as_one_route(data: Dataset, column: str) -> Dataset:
-    return data.remove_columns(column).add_column(column, ["all"] * len(data))

@@ -79,6 +79,21 @@ def test_a_partition_trains_as_a_column_of_its_routes(finished, tmp_path):
     make_trainer(tmp_path / "run", **saving).train()
 
 
+def test_a_single_route_has_all_samples_without_a_column(tmp_path):
+    def single(folder, **values):
+        model = image_model(routes=["all"], ticket_task="labels", num_labels=2)
+        train, evaluate = (Broken(number, lambda i, x: {**x, "domain": 0}, columns=DOMAINS) for number in (24, 12))
+        return run(tmp_path / folder, model, train=train, evaluate=evaluate, **values)
+
+    plain, by_column = single("plain"), single("column", route_column="domain")
+    assert plain.plan().route_sizes == {"all": 24}
+    for report, expected in zip(plain.rounds, by_column.rounds, strict=True):
+        assert report["mask_fingerprint"] == expected["mask_fingerprint"]
+        assert figures(report["metrics"]) == figures(expected["metrics"])
+    with pytest.raises(FileNotFoundError, match="partition.json"):
+        load_rule(tmp_path / "plain/final")
+
+
 def test_the_rule_of_a_column_is_saved_too(finished):
     for name in (*ROUNDS, "final"):
         assert load_rule(finished.folder / name) == ByColumn("label", ROUTES)
