@@ -36,6 +36,7 @@ from .compact import compact_state, expand_state
 from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
+from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, branch_head, commit_folder, read_card
 from .hub_code import save_code
 from .image_processing import savable_processor
@@ -490,12 +491,12 @@ class RTLModelForMaskedLM(_RTLTextModel):
     backbone_class = AutoModelForMaskedLM
 
 
-class RTLModelForCausalLM(_RTLTextModel):
+class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
     backbone_class = AutoModelForCausalLM
     _shifts_labels = True
 
 
-class RTLModelForSeq2SeqLM(_RTLTextModel):
+class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
     backbone_class = AutoModelForSeq2SeqLM
 
 

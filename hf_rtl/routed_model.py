@@ -271,7 +271,7 @@ class RoutedModel(RouteInference):
 
     def with_route(self, route: int | str) -> RoutedModel:
         """
-        A light view of this model whose `forward` fixes the route, for pipelines and export. Nothing is copied.
+        A light view of this model that fixes the route of its calls, for pipelines and export. Nothing is copied.
 
         For `membership` the view's labels are the route's name alone.
         """
@@ -299,24 +299,32 @@ class RoutedModel(RouteInference):
         self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any
     ):
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if self._fixed_route is not None:
-            if route_ids is not None:
-                raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route!r}.")
-            route_ids = self._fixed_route
-        output = self._dispatch(inputs, labels, route_ids)
+        output = self._dispatch(inputs, labels, self._route_ids_told(route_ids))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
+    def _route_ids_told(self, route_ids: Any) -> Any:
+        """Those of the call, or the route of a view that has a fixed one."""
+        if self._fixed_route is None:
+            return route_ids
+        if route_ids is not None:
+            raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route!r}.")
+        return self._fixed_route
+
+    def _is_in_place(self, route_ids: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the call is inside a context of this thread, of which `route_ids` must not say anything else."""
+        active = self._active.route
+        if active is not None and route_ids is not None:
+            routes = self._routes_of(route_ids, inputs)
+            if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
+                raise ValueError(
+                    f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there."
+                )
+        return active is not None
+
     def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
         check_samples(inputs)
-        active = self._active.route
-        if active is not None:
-            if route_ids is not None:
-                routes = self._routes_of(route_ids, inputs)
-                if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
-                    raise ValueError(
-                        f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there."
-                    )
+        if self._is_in_place(route_ids, inputs):
             return self._run(inputs, labels)
         if route_ids is None:
             if self.config.ticket_task == "membership":
