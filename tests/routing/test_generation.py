@@ -7,7 +7,6 @@ import pytest
 import torch
 from routing.test_routers import randomised
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LogitsProcessor,
@@ -468,18 +467,6 @@ def test_a_model_that_was_saved_without_a_generation_config(build, tmp_path):
     assert loaded.generation_config.eos_token_id == ENDS and loaded.generation_config.pad_token_id == PAD
     options = {"route_ids": ROUTES[0], "max_new_tokens": NUM_NEW}
     assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
-
-
-def test_loading_says_nothing_and_runs_no_generate_of_a_repository(build, tmp_path, caplog, monkeypatch):
-    model, inputs = build("gpt2")
-    monkeypatch.setattr(hf_rtl.modeling_rtl.logger.parent, "propagate", True)
-    caplog.set_level("WARNING")
-    model.save_pretrained(tmp_path)
-    (tmp_path / "custom_generate").mkdir()
-    (tmp_path / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs):\n    return 'evil'\n")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    assert loaded.generate(**inputs, route_ids=ROUTES[0], max_new_tokens=2).shape == (5, 7)
-    assert not caplog.records
 
 
 def test_who_can_generate(tiny_bert_config, tiny_attention_config, tmp_path):
