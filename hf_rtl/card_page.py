@@ -19,9 +19,13 @@ from .modeling_rtl import RTLModel
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _MAX_COMPARED = 12  # routes up to which all pairs are in a table
-# Tasks whose stock pipeline answers from tickets.
-_PIPELINES = {"image-classification": "image.png", "audio-classification": "sound.wav"}
-_PIPELINES["text-classification"] = "A sentence."
+# Tasks whose stock pipeline answers from tickets: what it is called on the page, and what it is given.
+_PIPELINES = {
+    "image-classification": ("classifier", "image.png"),
+    "audio-classification": ("classifier", "sound.wav"),
+    "text-classification": ("classifier", "A sentence."),
+    "text-generation": ("generator", "Once upon a time"),
+}
 
 _DECISIONS = {"balanced_accuracy": "bal. acc.", "precision": "precision", "recall": "recall", "f1": "F1"}
 _COLUMNS = {
@@ -112,7 +116,8 @@ def render_page(
         is_timm=model.config.backbone_config.model_type == "timm_wrapper",
         is_membership=is_membership,
         route_names=model.route_names,
-        pipeline=(pipeline_tag, _PIPELINES[pipeline_tag]) if pipeline_tag in _PIPELINES else None,
+        generates=model.can_generate(),
+        pipeline=(pipeline_tag, *_PIPELINES[pipeline_tag]) if pipeline_tag in _PIPELINES else None,
         routes_table=_routes_table(model, run),
         evaluations=_evaluations(model, run) if run else [],
         constant_tickets=max((int(metrics.get("constant_tickets") or 0) for metrics in last), default=0),

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers
+from cards import page_of, python_blocks
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline, set_seed
 
 from hf_rtl import RTLModel, RTLModelForCausalLM
+from hf_rtl.model_card import write_card
 from hf_rtl.routing import CentroidRouter
 
 
@@ -116,3 +118,17 @@ def test_saving_and_loading_say_nothing(model, tokenizer, answers, said, tmp_pat
     assert ask(TEXTS, batch_size=4, route_ids="z") == answers[2]
     loaded.save_pretrained(tmp_path / "again")
     assert not said.records
+
+
+def test_the_code_on_the_page_of_a_language_model_runs(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.generation_config.max_new_tokens = 5
+    model.generation_config.do_sample = False
+    model.save_pretrained("org/name", processing_class=tokenizer)
+    blocks = python_blocks(page_of(write_card("org/name", model_id="org/name")))
+    names = {"inputs": dict(tokenizer(TEXTS[:1], return_tensors="pt", return_token_type_ids=False))}
+    for block in blocks:
+        exec(block, names)
+    tokens = model.generate(**names["inputs"], route_ids="x")
+    assert len(blocks) == 3 and torch.equal(names["tokens"], tokens)
+    assert names["generator"](TEXTS[0])[0]["generated_text"].endswith(tokenizer.decode(tokens[0, 3:]))

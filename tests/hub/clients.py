@@ -30,6 +30,7 @@ from transformers import (
     AutoImageProcessor,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
     ImageClassificationPipeline,
     PreTrainedTokenizerFast,
     TextClassificationPipeline,
@@ -46,6 +47,7 @@ import hf_rtl.plots
 from hf_rtl import (
     Partition,
     RTLModel,
+    RTLModelForCausalLM,
     RTLModelForImageClassification,
     RTLModelForSequenceClassification,
     RTLTrainer,
@@ -69,7 +71,8 @@ def make_model(
     kind: str, *, seed: int = 0, ticket_task: str = "membership", route_names: Sequence[str] = ROUTES
 ) -> RTLModel:
     """
-    A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`), with random masks and statistics.
+    A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`, `"gpt2"`), with random masks and
+    statistics.
 
     Of `"odd"` the rows of masks do not end where a byte ends.
     """
@@ -79,6 +82,11 @@ def make_model(
     if kind == "bert":
         config = BertConfig(**small, vocab_size=len(WORDS), max_position_embeddings=12)
         model = RTLModelForSequenceClassification.from_backbone(config, **routes, **labels)
+    elif kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "vocab_size": len(WORDS)}
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        config = GPT2Config(**sizes, **tokens, tie_word_embeddings=False, initializer_range=1.0)
+        model = RTLModelForCausalLM.from_backbone(config, **routes)
     else:
         if kind == "odd":
             small.update(hidden_size=18, intermediate_size=25)
@@ -96,13 +104,17 @@ def make_model(
 @torch.no_grad()
 def describe(model: RTLModel) -> dict[str, Any]:
     """All that is to be the same after a model has been pushed and loaded, to the bit."""
-    if isinstance(model, RTLModelForSequenceClassification):
+    if model.main_input_name == "input_ids":
         inputs = {"input_ids": torch.arange(8).view(2, 4)}
     else:
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     outputs = {name: model(**inputs, route_ids=name).logits for name in model.route_names}
+    generated = None
+    if model.can_generate():
+        generated = model.generate(**inputs, route_ids=model.route_names[:2], max_new_tokens=4).tolist()
     return {
         "class": type(model).__name__,
+        "generated": generated,
         "training": model.training,
         "route_names": model.route_names,
         "mask_fingerprint": model.mask_bank.fingerprint(),
@@ -223,7 +235,7 @@ def push_with_processor(
     name: str, kind: str, *, seed: int = 0, ticket_task: str = "membership", **options: Any
 ) -> dict[str, Any]:
     """What was pushed."""
-    processors = {"bert": tokenizer, "vit": image_processor, "timm": timm_processor}
+    processors = {"bert": tokenizer, "gpt2": tokenizer, "vit": image_processor, "timm": timm_processor}
     model = make_model(kind, seed=seed, ticket_task=ticket_task)
     model.push_to_hub(name, processing_class=processors[kind](), **options)
     return describe(model)
@@ -276,6 +288,12 @@ def answers_of(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[fl
 def pull_and_ask(name: str, image: str) -> tuple[str, list[dict[str, Any]]]:
     """The masks' hash, and what the stock pipeline says of the image in a file."""
     return RTLModel.from_pretrained(name).mask_bank.fingerprint(), pipeline("image-classification", model=name)(image)
+
+
+def ask_to_generate(name: str, **options: Any) -> str:
+    """What the stock pipeline makes of a text."""
+    ask = pipeline("text-generation", model=name)
+    return ask(TEXTS[1], max_new_tokens=4, do_sample=False, **options)[0]["generated_text"]
 
 
 def ask_one(name: str, task: str) -> dict[str, float]:

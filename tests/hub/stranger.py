@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     pipeline,
@@ -23,18 +24,40 @@ from transformers import (
 
 torch.set_num_threads(1)
 
+# Its name in the class -> the pipeline, the Auto class, and what is asked.
+ORANGE = Image.new("RGB", (40, 50), "orange")
+TASKS = {
+    "ImageClassification": ("image-classification", AutoModelForImageClassification, ORANGE, {"top_k": None}),
+    "SequenceClassification": (
+        "text-classification",
+        AutoModelForSequenceClassification,
+        "rain and honey",
+        {"top_k": None},
+    ),
+    "CausalLM": (
+        "text-generation",
+        AutoModelForCausalLM,
+        "rain and honey",
+        {"max_new_tokens": 4, "do_sample": False, "route_ids": "bee"},
+    ),
+}
+
 
 @torch.no_grad()
 def describe(model):
-    if "SequenceClassification" in type(model).__name__:
+    if model.main_input_name == "input_ids":
         inputs = {"input_ids": torch.arange(8).view(2, 4)}
     else:
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     outputs = {name: model(**inputs, route_ids=name).logits for name in model.route_names}
     mixed = model(**inputs, route_ids=torch.tensor([2, 0])).logits
     torch.testing.assert_close(mixed, torch.stack([outputs["cat"][0], outputs["ant"][1]]))
+    generated = None
+    if model.can_generate():
+        generated = model.generate(**inputs, route_ids=model.route_names[:2], max_new_tokens=4).tolist()
     return {
         "class": type(model).__name__,
+        "generated": generated,
         "training": model.training,
         "route_names": model.route_names,
         "mask_fingerprint": model.mask_bank.fingerprint(),
@@ -45,20 +68,18 @@ def describe(model):
 def load(name):
     """By every Auto class, and again after it was saved."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    text = config.architectures == ["RTLModelForSequenceClassification"]
-    task_class = AutoModelForSequenceClassification if text else AutoModelForImageClassification
+    task, task_class, said, options = TASKS[config.architectures[0].removeprefix("RTLModelFor")]
     model = task_class.from_pretrained(name, trust_remote_code=True)
     folder = name.replace("/", "-")
     model.save_pretrained(folder)
-    ask = pipeline("text-classification" if text else "image-classification", model=name, trust_remote_code=True)
-    answers = ask("rain and honey" if text else Image.new("RGB", (40, 50), "orange"), top_k=None)
+    answers = pipeline(task, model=name, trust_remote_code=True)(said, **options)
     return {
         "config": type(config).__name__,
         "module": type(model).__module__,
         "task_class": describe(model),
         "base_class": describe(AutoModel.from_pretrained(name, trust_remote_code=True)),
         "saved_again": describe(task_class.from_pretrained(folder, trust_remote_code=True)),
-        "scores": {answer["label"]: answer["score"] for answer in answers},
+        "answers": answers,
     }
 
 

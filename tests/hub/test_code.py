@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hub.clients import ask_one, pull, pull_executed, push, push_own_backbone, push_with_processor
+from hub.clients import ask_one, ask_to_generate, pull, pull_executed, push, push_own_backbone, push_with_processor
 from hub.processes import ClientError
 from hub.server import File
 
@@ -27,10 +27,11 @@ def have_code_leave(marker, repo):
 def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_path):
     marker = tmp_path / "executed"
     pushed = {}
-    for kind in ("timm", "vit", "bert"):
+    for kind in ("timm", "vit", "gpt2", "bert"):
+        task = {"ticket_task": "labels"} if kind == "gpt2" else {}
         for seed, options in enumerate(({}, {"max_shard_size": "20KB", "compact": kind == "bert"})):
             name = f"org/code-{kind}-{seed}"
-            pushed[name] = run(push_with_processor, name, kind, seed=seed, with_code=True, **options)
+            pushed[name] = run(push_with_processor, name, kind, seed=seed, with_code=True, **task, **options)
     have_code_leave(marker, hub.repos["org/code-timm-0"])
 
     folder = tmp_path / "stranger"
@@ -44,8 +45,12 @@ def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_pat
         assert loaded["config"] == "RTLConfig"
         assert loaded["module"].startswith("transformers_modules.org.")
         assert loaded["task_class"] == loaded["base_class"] == loaded["saved_again"] == expected
-        task = "text-classification" if "bert" in name else "image-classification"
-        assert loaded["scores"] == run(ask_one, name, task)
+        if "gpt2" in name:
+            assert loaded["answers"] == [{"generated_text": run(ask_to_generate, name, route_ids="bee")}]
+        else:
+            task = "text-classification" if "bert" in name else "image-classification"
+            scores = {answer["label"]: answer["score"] for answer in loaded["answers"]}
+            assert scores == run(ask_one, name, task)
     # What a stranger saved is a model like any other.
     assert run(pull, str(folder / "org-code-vit-1")) == pushed["org/code-vit-1"]
     # What was pushed in the compact form has lost the weights of no ticket.

@@ -1,7 +1,7 @@
 """The stock pipelines of transformers, given nothing but the name of a repository."""
 
 import pytest
-from hub.clients import ask, push_with_processor
+from hub.clients import ask, ask_to_generate, push_with_processor
 from hub.processes import ClientError
 
 
@@ -33,6 +33,15 @@ def test_labels_tickets_answer_only_when_somebody_says_which(run, kind):
             assert answer == pytest.approx(scores, rel=CLOSE[kind]) and len(answer) == 4
         said.append(asked)
     assert said[0] != said[1]
+
+
+def test_a_language_model_generates_through_the_ticket_that_is_asked_for(hub, run):
+    pushed = run(push_with_processor, "org/says", "gpt2", ticket_task="labels")
+    assert pushed["generated"] and "generation_config.json" in hub.repos["org/says"].at("main").files
+    with pytest.raises(ClientError, match="ValueError: `route_ids` is missing.*'ant', 'bee', 'cat'.*with_route"):
+        run(ask_to_generate, "org/says")
+    answers = [run(ask_to_generate, "org/says", route_ids=route) for route in ("ant", "bee")]
+    assert all(answer.startswith("rain and honey") for answer in answers) and answers[0] != answers[1]
 
 
 def test_with_pil_a_pipeline_prepares_images_as_timm_does(run):

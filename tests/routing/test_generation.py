@@ -172,7 +172,7 @@ def test_what_is_no_prompt_but_has_a_row_per_sample_goes_with_it(build):
 
 def test_settings_may_be_tensors_as_long_as_the_batch(build):
     model, inputs = build("gpt2")
-    options = {"max_new_tokens": NUM_NEW, "eos_token_id": torch.tensor([9, 20, 21, 22, 23]), "pad_token_id": PAD}
+    options = {"max_new_tokens": NUM_NEW, "eos_token_id": torch.tensor(ENDS[1:]), "pad_token_id": PAD}
     expected = padded(alone(model, inputs, ROUTES[0], **options))
     assert torch.equal(model.generate(**inputs, route_ids=ROUTES[0], **options), expected)
 
@@ -186,6 +186,7 @@ def test_a_route_is_masked_once_and_the_cache_is_used(build, monkeypatch):
     apply = model.masker.apply
 
     def noted(route, **options):
+        assert not torch.is_grad_enabled()
         masked.append(route)
         return apply(route, **options)
 
