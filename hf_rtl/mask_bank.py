@@ -169,6 +169,14 @@ class MaskBank(nn.Module):
         """Number of weights that every ticket keeps."""
         return sum(int(count_bits(fold(rows, torch.bitwise_and))) for rows in self.packed)
 
+    def intersection_count(self, *, per_layer: bool = False) -> Tensor:
+        """
+        Number of weights that each pair of tickets both keep: `int64 [num_routes, num_routes]`, or
+        `[num_layers, num_routes, num_routes]` with `per_layer`.
+        """
+        counts = torch.stack([_intersections(rows) for rows in self.packed])
+        return counts if per_layer else counts.sum(0)
+
     def similarity(self, *, per_layer: bool = False) -> Tensor:
         """
         Jaccard similarity of every pair of tickets, |m_i ∩ m_j| / |m_i ∪ m_j| (paper section 4.4).
@@ -177,10 +185,7 @@ class MaskBank(nn.Module):
             `float64 [num_routes, num_routes]`, or `[num_layers, num_routes, num_routes]` with `per_layer`. NaN where
             both masks are empty.
         """
-        intersections = torch.stack([_intersections(rows) for rows in self.packed])
-        kept = self.count(per_layer=True)
-        if not per_layer:
-            intersections, kept = intersections.sum(0), kept.sum(0)
+        intersections, kept = self.intersection_count(per_layer=per_layer), self.count(per_layer=per_layer)
         unions = kept.unsqueeze(-1) + kept.unsqueeze(-2) - intersections
         return intersections.double() / unions
 

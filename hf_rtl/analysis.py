@@ -1,0 +1,422 @@
+"""
+What masks alone tell of tickets: how alike they are beyond chance, when that changes sharply as they grow sparser, and
+whether it follows how alike their classes are (paper, section 4.4). Knows mask banks, nothing of models or training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .mask_bank import MaskBank
+
+
+Array = NDArray[np.float64]
+
+# Constants of `detect_change`, which says why.
+WINDOW = 3  # points that a trend is drawn through
+LAGS = (1, 2)  # points over which a move may extend
+LEAST_MOVE = 0.05  # of the excess similarity
+LEAST_SURPRISE = 3.0  # as a multiple of the median earlier surprise
+LEAST_DEVIATIONS = 6.0  # as a multiple of the standard deviation that random masks would have
+
+# Permutations that are ranked at once, so that a hundred routes stay within tens of megabytes.
+_BLOCK = 512
+
+
+# Similarity and chance
+
+
+@lru_cache(maxsize=2**16)
+def expected_jaccard(num_first: int, num_second: int, num_weights: int) -> float:
+    """
+    The expected Jaccard similarity of two independent, uniformly random masks that keep `num_first` and `num_second`
+    of `num_weights` weights.
+
+    The number X of weights that both keep is hypergeometric, P(X = x) = C(a, x) C(n - a, b - x) / C(n, b), and the
+    similarity is x / (a + b - x). So the expectation is the sum of P(X = x) · x / (a + b - x), taken here over all x
+    that are not improbable beyond 1e-30: exact to rounding. NaN if both masks keep nothing.
+    """
+    if num_first + num_second == 0:
+        return math.nan
+    mean = num_first * num_second / num_weights
+    # Bernstein's inequality with the binomial's variance, which is no less than the hypergeometric's.
+    reach = 12 * math.sqrt(mean * (1 - num_second / num_weights)) + 50
+    low = max(0, num_first + num_second - num_weights, math.floor(mean - reach))
+    high = min(num_first, num_second, math.ceil(mean + reach))
+    both = np.arange(low, high + 1, dtype=np.float64)
+    outside = num_weights - num_first - num_second + both
+    counts = np.stack([both, num_first - both, num_second - both, outside])
+    logarithm = -torch.lgamma(torch.from_numpy(counts + 1)).numpy().sum(0)
+    probability = np.exp(logarithm - logarithm.max())
+    return float(probability @ (both / (num_first + num_second - both)) / probability.sum())
+
+
+def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]:
+    """
+    Mean and variance of the Jaccard similarity, over all weights together, of independent random masks that keep as
+    many weights in each layer as the given ones.
+
+    This is the chance level for tickets of global magnitude pruning: layers differ in density, and the tickets agree
+    on that, so even with layers shuffled they are more alike than uniformly random masks of the same total.
+
+    With X = Σ X_l, the X_l hypergeometric and independent, μ = Σ a_l b_l / n_l and σ² = Σ a_l b_l (n_l - a_l)
+    (n_l - b_l) / (n_l² (n_l - 1)) are the mean and variance of X. The similarity is g(X) = X / (S - X) with
+    S = Σ (a_l + b_l), so to second order its mean is g(μ) + σ² S / (S - μ)³ and its variance (σ S / (S - μ)²)². What
+    is left out is of order n^-2, below 1e-4 from some hundred kept weights on.
+
+    Args:
+        kept (`[L, K]`): weights that each of K masks keeps in each of L layers.
+        sizes (`[L]`): weights of each layer.
+
+    Returns:
+        Two arrays `float64 [K, K]`; NaN where both masks keep nothing. The diagonal is for two independent masks, too.
+    """
+    kept, sizes = np.asarray(kept, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    size = sizes[:, None, None]
+    removed = sizes[:, None] - kept
+    both = kept[:, :, None] * kept[:, None, :]
+    mean = (both / size).sum(0)
+    variance = (both * removed[:, :, None] * removed[:, None, :] / (size**2 * np.maximum(size - 1, 1))).sum(0)
+    total = kept.sum(0)[:, None] + kept.sum(0)[None, :]
+    with np.errstate(invalid="ignore"):
+        union = total - mean
+        return mean / union + variance * total / union**3, variance * (total / union**2) ** 2
+
+
+@dataclass(frozen=True)
+class TicketSimilarity:
+    """
+    How alike the tickets of a bank are; see [`ticket_similarity`]. K routes, L layers (prunable weights); arrays are
+    `float64`. Means over the other tickets are NaN where there is none that has a value.
+
+    Args:
+        route_names (`list[str]`), layer_names (`list[str]`): in the bank's order.
+        sparsity (`float`): mean over the tickets.
+        jaccard (`[K, K]`): similarity over all weights.
+        similarity (`[K]`): its mean over the other tickets (paper, section 4.4).
+        chance (`[K]`): the mean expected of random masks with the same densities in every layer.
+        uniform_chance (`[K]`): the mean expected of random masks with the same density over all layers together.
+        excess (`[K]`): `similarity - chance`.
+        spread (`[K]`): standard deviation that `similarity` would have, were all masks random as in `chance`.
+        layer_similarity, layer_chance, layer_excess (`[L, K]`): the same in each layer.
+        emptied_layers (`dict[str, list[str]]`): layers in which a ticket keeps nothing, of those that have any.
+    """
+
+    route_names: list[str]
+    layer_names: list[str]
+    sparsity: float
+    jaccard: Array
+    similarity: Array
+    chance: Array
+    uniform_chance: Array
+    excess: Array
+    spread: Array
+    layer_similarity: Array
+    layer_chance: Array
+    layer_excess: Array
+    emptied_layers: dict[str, list[str]]
+
+
+def ticket_similarity(bank: MaskBank) -> TicketSimilarity:
+    """
+    How alike each ticket is to the others, over all weights and in each layer, and what is so by chance.
+
+    A layer in which a ticket keeps nothing has no similarity to any other: such pairs are left out of the layer's
+    means (NaN), and the layer is listed in `emptied_layers`. Over all weights they count as they are.
+    """
+    sizes = np.array([shape.numel() for shape in bank.shapes], dtype=np.float64)
+    counts = bank.count(per_layer=True).cpu().numpy()
+    intersections = bank.intersection_count(per_layer=True).cpu().numpy()
+    totals = counts.sum(0)
+    jaccard = _jaccard(intersections.sum(0), totals)
+    chance, variance = expected_jaccard_of_layers(counts, sizes)
+    uniform = _expected_pairs(totals, bank.num_weights)
+    similarity = _mean_over_others(jaccard)
+    num_others = max(bank.num_routes - 1, 1)
+
+    empty = counts == 0
+    no_value = empty[:, :, None] | empty[:, None, :]
+    of_layers = np.where(no_value, np.nan, _jaccard(intersections, counts))
+    by_chance = np.stack([_expected_pairs(kept, int(size)) for kept, size in zip(counts, sizes, strict=True)])
+    by_chance[no_value] = np.nan
+    layer_similarity, layer_chance = _mean_over_others(of_layers), _mean_over_others(by_chance)
+    emptied = {
+        name: [bank.weight_names[layer] for layer in np.flatnonzero(empty[:, route])]
+        for route, name in enumerate(bank.route_names)
+    }
+    return TicketSimilarity(
+        route_names=list(bank.route_names),
+        layer_names=list(bank.weight_names),
+        sparsity=1 - float(totals.mean()) / bank.num_weights,
+        jaccard=jaccard,
+        similarity=similarity,
+        chance=_mean_over_others(chance),
+        uniform_chance=_mean_over_others(uniform),
+        excess=similarity - _mean_over_others(chance),
+        # Given one mask, its intersections with independent others are independent.
+        spread=np.sqrt(_mean_over_others(variance) / num_others),
+        layer_similarity=layer_similarity,
+        layer_chance=layer_chance,
+        layer_excess=layer_similarity - layer_chance,
+        emptied_layers={name: layers for name, layers in emptied.items() if layers},
+    )
+
+
+def _jaccard(both: NDArray[np.int64], kept: NDArray[np.int64]) -> Array:
+    """From the numbers that pairs share `[..., K, K]` and that each keeps `[..., K]`; NaN where both keep nothing."""
+    with np.errstate(invalid="ignore"):
+        return both / (kept[..., :, None] + kept[..., None, :] - both)
+
+
+def _expected_pairs(kept: NDArray[np.int64], num_weights: int) -> Array:
+    """`expected_jaccard` of all pairs of K masks: `[K, K]`."""
+    values = np.empty((len(kept), len(kept)))
+    for first, second in zip(*np.triu_indices(len(kept)), strict=True):
+        pair = sorted((int(kept[first]), int(kept[second])))
+        values[first, second] = values[second, first] = expected_jaccard(*pair, num_weights)
+    return values
+
+
+def _mean_over_others(matrices: Array) -> Array:
+    """`[..., K, K]` -> `[..., K]`: the mean of each row without its diagonal and without NaN."""
+    known = ~np.isnan(matrices) & ~np.eye(matrices.shape[-1], dtype=bool)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, matrices, 0).sum(-1) / known.sum(-1)
+
+
+# Collapse
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    A sharp move of a ticket's similarity to the others.
+
+    Args:
+        point (`int`): index of the point at which it is seen.
+        sparsity (`float`): of that point.
+        direction (`str`): `"up"` or `"down"`.
+        before (`float`): excess similarity at the last point before the move.
+        expected (`float`): what the earlier trend leads to expect at `point`.
+        found (`float`): what is there.
+    """
+
+    point: int
+    sparsity: float
+    direction: str
+    before: float
+    expected: float
+    found: float
+
+
+def detect_change(sparsity: Sequence[float], excess: Sequence[float], spread: Sequence[float]) -> Change | None:
+    """
+    The first sharp move, up or down, of one ticket's excess similarity against its earlier trend; `None` if there is
+    none, or fewer than five points. Sees no labels and no accuracy.
+
+    A trend is the least-squares line through `WINDOW` = 3 successive points (the fewest that average at all), and is
+    carried on to the next point, or over the next to the one after (`LAGS`: a collapse may take two events). The
+    surprise is by how much the value misses it. A smooth trend bends, and nobody knows in which unit it bends less:
+    geometric schedules take even steps in the logarithm of density, linear ones in sparsity. So both lines are tried,
+    and the smaller surprise counts; if they miss on different sides, it is zero. A move is sharp if all of these hold:
+
+    - The value has moved in the direction of the surprise. A steep trend that levels off surprises; it is no collapse.
+    - Move and surprise exceed `LEAST_MOVE` = 0.05. That is about as much as tickets of alike classes differ from those
+      of unlike ones in the paper's deep layers (.33-.36 against .27-.31): less is what meaning makes of similarity.
+    - The surprise exceeds `LEAST_SURPRISE` = 3 times the median of all earlier ones over the same lag: of a trend that
+      bends, or points that scatter, that much is usual. There must be an earlier one, so the fifth point is the first
+      that can be judged; a run to 25, 50 and 75 % says nothing, its prune events may.
+    - The surprise exceeds `LEAST_DEVIATIONS` = 6 times its standard deviation under random masks, from `spread`. In
+      very small networks 0.05 is within chance; 6 makes it less than one in 10^8 at every point.
+
+    The constants were fixed before any run was looked at, from the paper and from smooth curves alone (overlaps of the
+    largest of correlated normal variables, powers of density and of sparsity, logistic curves).
+
+    Args:
+        sparsity (`Sequence[float]`): strictly increasing, in [0, 1).
+        excess (`Sequence[float]`): similarity beyond chance, as `TicketSimilarity.excess`, at each of them.
+        spread (`Sequence[float]`): as `TicketSimilarity.spread`.
+
+    Raises:
+        ValueError: sequences of different lengths, or `sparsity` that does not increase or is out of range.
+    """
+    clock, values, deviations = (np.asarray(given, dtype=np.float64) for given in (sparsity, excess, spread))
+    if not len(clock) == len(values) == len(deviations):
+        raise ValueError(
+            f"`sparsity`, `excess` and `spread` have {len(clock)}, {len(values)} and {len(deviations)} values; one of "
+            "each per point is needed."
+        )
+    if np.any(np.diff(clock) <= 0) or np.any(clock < 0) or np.any(clock >= 1):
+        raise ValueError(f"`sparsity` is {clock.tolist()}; it must increase strictly within [0, 1).")
+    earlier: dict[int, list[float]] = {lag: [] for lag in LAGS}
+    for point in range(len(values)):
+        for lag in LAGS:
+            last = point - lag
+            if last + 1 < WINDOW:
+                continue
+            trend = slice(last + 1 - WINDOW, last + 1)
+            weights = [_trend_weights(unit[trend], unit[point]) for unit in (clock, -np.log1p(-clock))]
+            surprises = [float(values[point] - w @ values[trend]) for w in weights]
+            nearest = int(np.argmin(np.abs(surprises)))
+            surprise = surprises[nearest] if surprises[0] * surprises[1] > 0 else 0.0
+            move = float(values[point] - values[last])
+            noise = math.sqrt(deviations[point] ** 2 + weights[nearest] ** 2 @ deviations[trend] ** 2)
+            if (
+                earlier[lag]
+                and move * surprise > 0
+                and min(abs(move), abs(surprise)) > LEAST_MOVE
+                and abs(surprise) > LEAST_SURPRISE * float(np.median(earlier[lag]))
+                and abs(surprise) > LEAST_DEVIATIONS * noise
+            ):
+                return Change(
+                    point=point,
+                    sparsity=float(clock[point]),
+                    direction="up" if move > 0 else "down",
+                    before=float(values[last]),
+                    expected=float(values[point]) - surprise,
+                    found=float(values[point]),
+                )
+            earlier[lag].append(abs(surprise))
+    return None
+
+
+def _trend_weights(at: Array, target: float) -> Array:
+    """Weights of the values at `at`, whose sum is what their least-squares line has at `target`."""
+    centred = at - at.mean()
+    return 1 / len(at) + centred * (target - at.mean()) / (centred @ centred)
+
+
+def detect_collapse(points: Sequence[TicketSimilarity]) -> dict[str, Change]:
+    """
+    The routes whose similarity to the others changes sharply over successive rounds or prune events, each with its
+    first [`Change`]; see [`detect_change`].
+
+    Args:
+        points (`Sequence[TicketSimilarity]`): of the same routes, at increasing sparsity.
+
+    Raises:
+        ValueError: points of other routes, or sparsity that does not increase.
+    """
+    if not points:
+        return {}
+    names = points[0].route_names
+    for point in points:
+        if point.route_names != names:
+            raise ValueError(f"`points` are of different routes: {names} and {point.route_names}.")
+    changes = {}
+    for route, name in enumerate(names):
+        change = detect_change(
+            [point.sparsity for point in points],
+            [point.excess[route] for point in points],
+            [point.spread[route] for point in points],
+        )
+        if change is not None:
+            changes[name] = change
+    return changes
+
+
+# Semantic alignment
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """
+    How far the similarity of tickets follows that of their classes.
+
+    Args:
+        rho (`float`): Spearman's rank correlation over the pairs of routes; NaN if it is undefined.
+        p_value (`float`): one-sided, of the Mantel test; NaN with `rho`.
+        num_permutations (`int`): compared with; all there are if `exact`.
+        exact (`bool`): whether all permutations were enumerated.
+    """
+
+    rho: float
+    p_value: float
+    num_permutations: int
+    exact: bool
+
+
+def spearman(first: Array, second: Array) -> Array:
+    """Spearman's rank correlation along the last axis, ties at their mean rank; NaN where one side is constant."""
+    from scipy.stats import rankdata  # a third of a second, which `import hf_rtl` is not to take
+
+    ranks = [rankdata(values, axis=-1) for values in np.broadcast_arrays(first, second)]
+    one, two = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (one * two).sum(-1) / np.sqrt((one**2).sum(-1) * (two**2).sum(-1))
+
+
+def semantic_alignment(
+    similarity: Array, class_similarity: Array, *, num_permutations: int = 9999, seed: int = 0
+) -> Alignment:
+    """
+    Spearman's correlation between the upper triangles of two similarity matrices, with a Mantel test.
+
+    Pairs are not independent, so the test permutes routes: rows and columns of `class_similarity` together. The
+    p-value is (1 + c) / (1 + `num_permutations`), c the number of permutations that correlate at least as much. If
+    there are no more than `num_permutations` permutations in all (up to 7 routes by default), all are taken once, the
+    identity among them, and p is the exact fraction.
+
+    Args:
+        similarity (`[K, K]`): of masks; pairs that are NaN are left out.
+        class_similarity (`[K, K]`): of the classes, in the same order.
+        num_permutations (`int`, defaults to 9999): see above.
+        seed (`int`, defaults to 0): of the permutations.
+
+    Raises:
+        ValueError: matrices that are not square and of the same size.
+    """
+    similarity, class_similarity = (np.asarray(m, dtype=np.float64) for m in (similarity, class_similarity))
+    num_routes = len(similarity)
+    if not similarity.shape == class_similarity.shape == (num_routes, num_routes):
+        raise ValueError(
+            f"`similarity` has shape {list(similarity.shape)} and `class_similarity` {list(class_similarity.shape)}; "
+            "both must be [K, K], with the routes in the same order."
+        )
+    first, second = np.triu_indices(num_routes, k=1)
+    known = ~np.isnan(similarity[first, second])
+    first, second = first[known], second[known]
+    pairs = similarity[first, second]
+    exact = math.factorial(num_routes) <= num_permutations
+    if exact:
+        orders = np.array(list(permutations(range(num_routes))))
+    else:
+        orders = np.tile(np.arange(num_routes), (num_permutations, 1))
+        orders = np.random.default_rng(seed).permuted(orders, axis=1)
+    rho = float(spearman(pairs, class_similarity[first, second])) if len(pairs) > 1 else math.nan
+    if math.isnan(rho):
+        return Alignment(math.nan, math.nan, len(orders), exact)
+    count = 0
+    for start in range(0, len(orders), _BLOCK):
+        block = orders[start : start + _BLOCK]
+        permuted = spearman(pairs, class_similarity[block[:, first], block[:, second]])
+        # Equal correlations may differ in rounding.
+        count += int((permuted >= rho - 1e-12).sum())
+    p_value = count / len(orders) if exact else (1 + count) / (1 + len(orders))
+    return Alignment(rho, p_value, len(orders), exact)
+
+
+def depth_thirds(num_layers: int) -> dict[str, list[int]]:
+    """Indices of the `"shallow"`, `"middle"` and `"deep"` third of the layers, the earlier ones larger by one if need
+    be; without those that have none."""
+    parts = np.array_split(np.arange(num_layers), 3)
+    return {name: part.tolist() for name, part in zip(("shallow", "middle", "deep"), parts, strict=True) if len(part)}
+
+
+def similarity_by_depth(bank: MaskBank) -> dict[str, Array]:
+    """
+    Jaccard similarity `[K, K]` over the weights of all layers (`"all"`), and of each third of them by depth, where the
+    layers are taken in the bank's order: that of the network's modules. NaN where both masks are empty.
+    """
+    intersections = bank.intersection_count(per_layer=True).cpu().numpy()
+    counts = bank.count(per_layer=True).cpu().numpy()
+    parts = {"all": list(range(len(counts))), **depth_thirds(len(counts))}
+    return {name: _jaccard(intersections[layers].sum(0), counts[layers].sum(0)) for name, layers in parts.items()}
