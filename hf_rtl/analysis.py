@@ -94,24 +94,22 @@ def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]
 @dataclass(frozen=True)
 class TicketSimilarity:
     """
-    How alike the tickets of a bank are; see [`ticket_similarity`]. K routes, L layers (prunable weights); arrays are
-    `float64`. Means over the other tickets are NaN where there is none that has a value.
+    How alike the tickets of a bank are, over all weights; see [`ticket_similarity`]. Arrays are `float64`, for K
+    routes; means over the other tickets are NaN where there is none.
 
     Args:
-        route_names (`list[str]`), layer_names (`list[str]`): in the bank's order.
+        route_names (`list[str]`): in the bank's order.
         sparsity (`float`): mean over the tickets.
-        jaccard (`[K, K]`): similarity over all weights.
+        jaccard (`[K, K]`): similarity of every pair.
         similarity (`[K]`): its mean over the other tickets (paper, section 4.4).
         chance (`[K]`): the mean expected of random masks with the same densities in every layer.
         uniform_chance (`[K]`): the mean expected of random masks with the same density over all layers together.
         excess (`[K]`): `similarity - chance`.
         spread (`[K]`): standard deviation that `similarity` would have, were all masks random as in `chance`.
-        layer_similarity, layer_chance, layer_excess (`[L, K]`): the same in each layer.
         emptied_layers (`dict[str, list[str]]`): layers in which a ticket keeps nothing, of those that have any.
     """
 
     route_names: list[str]
-    layer_names: list[str]
     sparsity: float
     jaccard: Array
     similarity: Array
@@ -119,61 +117,74 @@ class TicketSimilarity:
     uniform_chance: Array
     excess: Array
     spread: Array
-    layer_similarity: Array
-    layer_chance: Array
-    layer_excess: Array
     emptied_layers: dict[str, list[str]]
 
 
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """
+    How alike the tickets of a bank are in each of L layers (prunable weights); see [`layer_similarity`].
+
+    Args:
+        layer_names (`list[str]`), route_names (`list[str]`): in the bank's order.
+        similarity, chance, excess (`float64 [L, K]`): as of [`TicketSimilarity`], in each layer.
+    """
+
+    layer_names: list[str]
+    route_names: list[str]
+    similarity: Array
+    chance: Array
+    excess: Array
+
+
 def ticket_similarity(bank: MaskBank) -> TicketSimilarity:
-    """
-    How alike each ticket is to the others, over all weights and in each layer, and what is so by chance.
-
-    A layer in which a ticket keeps nothing has no similarity to any other: such pairs are left out of the layer's
-    means (NaN), and the layer is listed in `emptied_layers`. Over all weights they count as they are.
-    """
-    sizes = np.array([shape.numel() for shape in bank.shapes], dtype=np.float64)
+    """How alike each ticket is to the others over all weights, what of that is chance, and which layers are empty."""
+    sizes = np.array([shape.numel() for shape in bank.shapes])
     counts = bank.count(per_layer=True).cpu().numpy()
-    intersections = bank.intersection_count(per_layer=True).cpu().numpy()
     totals = counts.sum(0)
-    jaccard = _jaccard(intersections.sum(0), totals)
-    chance, variance = expected_jaccard_of_layers(counts, sizes)
-    uniform = _expected_pairs(totals, bank.num_weights)
+    jaccard = bank.similarity().cpu().numpy()
     similarity = _mean_over_others(jaccard)
-    num_others = max(bank.num_routes - 1, 1)
-
-    empty = counts == 0
-    no_value = empty[:, :, None] | empty[:, None, :]
-    of_layers = np.where(no_value, np.nan, _jaccard(intersections, counts))
-    by_chance = np.stack([_expected_pairs(kept, int(size)) for kept, size in zip(counts, sizes, strict=True)])
-    by_chance[no_value] = np.nan
-    layer_similarity, layer_chance = _mean_over_others(of_layers), _mean_over_others(by_chance)
+    pair_chance, variance = expected_jaccard_of_layers(counts, sizes)
+    chance = _mean_over_others(pair_chance)
     emptied = {
-        name: [bank.weight_names[layer] for layer in np.flatnonzero(empty[:, route])]
+        name: [bank.weight_names[layer] for layer in np.flatnonzero(counts[:, route] == 0)]
         for route, name in enumerate(bank.route_names)
     }
     return TicketSimilarity(
         route_names=list(bank.route_names),
-        layer_names=list(bank.weight_names),
         sparsity=1 - float(totals.mean()) / bank.num_weights,
         jaccard=jaccard,
         similarity=similarity,
-        chance=_mean_over_others(chance),
-        uniform_chance=_mean_over_others(uniform),
-        excess=similarity - _mean_over_others(chance),
+        chance=chance,
+        uniform_chance=_mean_over_others(_expected_pairs(totals, bank.num_weights)),
+        excess=similarity - chance,
         # Given one mask, its intersections with independent others are independent.
-        spread=np.sqrt(_mean_over_others(variance) / num_others),
-        layer_similarity=layer_similarity,
-        layer_chance=layer_chance,
-        layer_excess=layer_similarity - layer_chance,
+        spread=np.sqrt(_mean_over_others(variance) / max(bank.num_routes - 1, 1)),
         emptied_layers={name: layers for name, layers in emptied.items() if layers},
     )
 
 
-def _jaccard(both: NDArray[np.int64], kept: NDArray[np.int64]) -> Array:
-    """From the numbers that pairs share `[..., K, K]` and that each keeps `[..., K]`; NaN where both keep nothing."""
-    with np.errstate(invalid="ignore"):
-        return both / (kept[..., :, None] + kept[..., None, :] - both)
+def layer_similarity(bank: MaskBank) -> LayerSimilarity:
+    """
+    How alike each ticket is to the others in each layer, and what of that is chance.
+
+    A layer in which a ticket keeps nothing has no similarity to any other: such pairs are left out of the means, which
+    are NaN where none is left. (Over all weights they count as they are.)
+    """
+    counts = bank.count(per_layer=True).cpu().numpy()
+    empty = counts == 0
+    no_value = empty[:, :, None] | empty[:, None, :]
+    jaccard = np.where(no_value, np.nan, bank.similarity(per_layer=True).cpu().numpy())
+    expected = [_expected_pairs(kept, shape.numel()) for kept, shape in zip(counts, bank.shapes, strict=True)]
+    similarity = _mean_over_others(jaccard)
+    chance = _mean_over_others(np.where(no_value, np.nan, np.stack(expected)))
+    return LayerSimilarity(
+        layer_names=list(bank.weight_names),
+        route_names=list(bank.route_names),
+        similarity=similarity,
+        chance=chance,
+        excess=similarity - chance,
+    )
 
 
 def _expected_pairs(kept: NDArray[np.int64], num_weights: int) -> Array:
@@ -418,5 +429,9 @@ def similarity_by_depth(bank: MaskBank) -> dict[str, Array]:
     """
     intersections = bank.intersection_count(per_layer=True).cpu().numpy()
     counts = bank.count(per_layer=True).cpu().numpy()
-    parts = {"all": list(range(len(counts))), **depth_thirds(len(counts))}
-    return {name: _jaccard(intersections[layers].sum(0), counts[layers].sum(0)) for name, layers in parts.items()}
+    similarities = {}
+    for name, layers in {"all": list(range(len(counts))), **depth_thirds(len(counts))}.items():
+        both, kept = intersections[layers].sum(0), counts[layers].sum(0)
+        with np.errstate(invalid="ignore"):
+            similarities[name] = both / (kept[:, None] + kept[None, :] - both)
+    return similarities

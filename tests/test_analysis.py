@@ -15,6 +15,7 @@ from hf_rtl.analysis import (
     detect_collapse,
     expected_jaccard,
     expected_jaccard_of_layers,
+    layer_similarity,
     semantic_alignment,
     similarity_by_depth,
     spearman,
@@ -123,7 +124,7 @@ def test_chance_of_full_and_of_empty_masks():
 def test_similarity_to_the_others_is_that_of_naive_loops():
     masks = magnitude_masks(num_kept=700, seed=3)
     masks[1][3][:] = True  # a layer that the others have lost
-    found = ticket_similarity(bank_of(masks))
+    found, of_layers = ticket_similarity(bank_of(masks)), layer_similarity(bank_of(masks))
     flat = [torch.cat([layer.flatten() for layer in mask]).numpy() for mask in masks]
     counts = [[int(layer.sum()) for layer in mask] for mask in masks]
     pair_chance, _ = expected_jaccard_of_layers(np.array(counts).T, SIZES)
@@ -136,9 +137,9 @@ def test_similarity_to_the_others_is_that_of_naive_loops():
         for layer in range(3):
             of_layer = [naive_jaccard(masks[route][layer], masks[o][layer]) for o in others]
             by_chance = [expected_jaccard(counts[route][layer], counts[o][layer], SIZES[layer]) for o in others]
-            assert found.layer_similarity[layer, route] == pytest.approx(np.mean(of_layer))
-            assert found.layer_chance[layer, route] == pytest.approx(np.mean(by_chance))
-            assert found.layer_excess[layer, route] == pytest.approx(np.mean(of_layer) - np.mean(by_chance))
+            assert of_layers.similarity[layer, route] == pytest.approx(np.mean(of_layer))
+            assert of_layers.chance[layer, route] == pytest.approx(np.mean(by_chance))
+            assert of_layers.excess[layer, route] == pytest.approx(np.mean(of_layer) - np.mean(by_chance))
     assert found.excess == pytest.approx(found.similarity - found.chance)
     assert found.sparsity == pytest.approx(1 - np.mean([sum(c) for c in counts]) / NUM_WEIGHTS)
     assert found.jaccard == pytest.approx(bank_of(masks).similarity().numpy())
@@ -149,8 +150,10 @@ def test_a_layer_without_weights_has_no_similarity():
     masks[2][1][:] = False
     found = ticket_similarity(bank_of(masks))
     assert found.emptied_layers == {"owl": ["layer_1.weight"]}
-    assert found.layer_similarity[1].tolist()[:2] == [1, 1]  # of each other; the third has none
-    assert np.isnan(found.layer_similarity[1, 2]) and np.isnan(found.layer_chance[1, 2])
+    of_layers = layer_similarity(bank_of(masks))
+    assert of_layers.similarity[1].tolist()[:2] == [1, 1]  # of each other; the third has none
+    assert np.isnan(of_layers.similarity[1, 2]) and np.isnan(of_layers.chance[1, 2])
+    assert of_layers.layer_names == ["layer_0.weight", "layer_1.weight"] and of_layers.route_names == ROUTES[:3]
     assert found.similarity[0] == pytest.approx((1 + 6 / 10) / 2)
 
 
