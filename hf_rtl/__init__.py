@@ -1,7 +1,9 @@
 """Routing the Lottery for the Hugging Face stack: one backbone, one sparse ticket per route (arXiv 2601.22141)."""
 
 from . import backbones
+from .callbacks import RTLTrainerCallback
 from .clustering import partition_by_class_names, partition_by_features
+from .collapse_monitor import CollapseMonitor
 from .configuration_rtl import VERSION, RTLConfig
 from .image_processing import image_processor_from_timm
 from .label_groups import partition_by_groups
@@ -31,6 +33,7 @@ __all__ = [
     "ByCentres",
     "ByColumn",
     "ByGroups",
+    "CollapseMonitor",
     "MaskBank",
     "MaskedAdamW",
     "MaskedSGD",
@@ -46,6 +49,7 @@ __all__ = [
     "RTLModelForSequenceClassification",
     "RTLModelForTokenClassification",
     "RTLTrainer",
+    "RTLTrainerCallback",
     "RTLTrainingArguments",
     "backbones",
     "image_processor_from_timm",

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from .callbacks import listeners, tell_of_tickets
 from .configuration_rtl import RTLConfig
 from .extraction import Extraction
 from .files import hash_tensors, read_tensors, write_bytes, write_tensors
@@ -187,13 +188,20 @@ class RTLTrainer(RouteAddingTrainer):
             extraction = self._extraction(plan, theta0, lifeline)
             full = [torch.ones(shape, dtype=torch.bool) for shape in self.model.mask_bank.shapes]
             masks = [full] * self.model.num_routes
+            previous: Round | None = None
+            figures: dict[str, float] = {}
             for round_ in plan.rounds:
                 self._round = round_
                 self.progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
-                masks = extraction.run(round_, masks)
+                found = extraction.run(round_, masks)
+                new_figures, stop = self._tell_callbacks(round_, found)
+                if stop and previous is not None:
+                    if not previous.retrained:
+                        output = self._finish_round(previous, masks, theta0, plan, figures)
+                    break
+                previous, masks, figures = round_, found, new_figures
                 if round_.retrained:
-                    self._put_masks(masks)
-                    output = self._finish_round(round_, theta0, plan)
+                    output = self._finish_round(round_, masks, theta0, plan, figures)
         finally:
             self._round = None
             self.progress.finish()
@@ -204,6 +212,15 @@ class RTLTrainer(RouteAddingTrainer):
             write_run(self.run_directory.final_folder, self.model.training_run)
         self.create_model_card()
         return output
+
+    def _tell_callbacks(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
+        """`on_tickets_found`: the figures that callbacks give, and whether one asks to stop; the same everywhere."""
+        callbacks = listeners(self.callback_handler.callbacks)
+        answer: tuple[dict[str, float], bool] = ({}, False)
+        if callbacks and self.processes.rank == 0:
+            bank, directory = self.model.mask_bank, self.run_directory
+            answer = tell_of_tickets(callbacks, round_, masks, bank, directory, self.args, self.state, self.control)
+        return self.processes.of_first(answer)
 
     def _describe_run(self) -> dict[str, Any]:
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -294,9 +311,7 @@ class RTLTrainer(RouteAddingTrainer):
         self.progress.begin_round(name)
         try:
             with Lifeline(self.args.process_index, self.args.world_size), self._explained_failures():
-                self._round = replace(original, name=name)
-                self._put_masks(masks)
-                self._finish_round(self._round, theta0, plan)
+                self._finish_round(replace(original, name=name), masks, theta0, plan, {})
                 return self.rounds[0]
         finally:
             self.rounds, self._steps_before, self._log_before = before
@@ -462,8 +477,17 @@ class RTLTrainer(RouteAddingTrainer):
 
     # A round's joint retraining
 
-    def _finish_round(self, round_: Round, theta0: dict[str, Tensor], plan: Plan) -> TrainOutput:
+    def _finish_round(
+        self,
+        round_: Round,
+        masks: Sequence[Sequence[Tensor]],
+        theta0: dict[str, Tensor],
+        plan: Plan,
+        figures: dict[str, float],
+    ) -> TrainOutput:
         """Joint retraining, calibration, evaluation and saving of a round; only read back if that is done already."""
+        self._round = round_
+        self._put_masks(masks)
         folder = self.run_directory.path / round_.name
         report = self.processes.of_first(self.run_directory.read_report(folder) if self.processes.rank == 0 else None)
         if report is not None:
@@ -495,13 +519,15 @@ class RTLTrainer(RouteAddingTrainer):
                     fallback = self.args.router_fallback or UNION
                     self.fit_router(self.args.router, threshold=self.args.router_threshold, fallback=fallback)
             metrics = {} if self.eval_dataset is None else self.evaluate()
+            if figures:
+                self.log(dict(figures))
             self.save_model(str(folder), _internal_call=True)
             report = self._report(round_, metrics, output, time.perf_counter() - start)
-            report["started_from"] = started_from
+            report |= {"started_from": started_from, **figures}
             if self.processes.rank == 0:
                 report = self.run_directory.write_report(folder, report)
             report = self.processes.of_first(report)
-        self.rounds.append(report)
+        self.rounds.append({**report, **figures})  # a round that is read back may have been without these callbacks
         self._steps_before += report["steps"]
         self._log_before = report["log_history"]
         return TrainOutput(self._steps_before, report["train_loss"], report["metrics"])

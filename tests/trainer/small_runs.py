@@ -155,6 +155,21 @@ class Recorder(TrainerCallback):
         self.logs.append((state.global_step, dict(logs)))
 
 
+class StopError(Exception):
+    pass
+
+
+class StopAtStep(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+        self.seen = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen += 1
+        if self.seen == self.step:
+            raise StopError
+
+
 def bits(tensor):
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 

@@ -8,28 +8,26 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer.small_runs import ROUNDS, Images, Recorder, contents, figures, files, image_model, make_trainer, run, same
+from trainer.small_runs import (
+    ROUNDS,
+    Images,
+    Recorder,
+    StopAtStep,
+    StopError,
+    contents,
+    figures,
+    files,
+    image_model,
+    make_trainer,
+    run,
+    same,
+)
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer, extraction
 from hf_rtl.extraction import Extraction
 from hf_rtl.files import hash_file, write_json
 from hf_rtl.run_directory import RunDirectory
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAtStep(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-        self.seen = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seen += 1
-        if self.seen == self.step:
-            raise StopError
 
 
 class StopAtEvaluation(TrainerCallback):
