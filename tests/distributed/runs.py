@@ -21,8 +21,10 @@ from timm.models import create_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import TrainerCallback, ViTConfig  # noqa: E402
 
+import hf_rtl.collapse_monitor  # noqa: E402
 import hf_rtl.lifeline  # noqa: E402
-from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
+from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
+from hf_rtl.analysis import Change  # noqa: E402
 from hf_rtl.extraction import Extraction  # noqa: E402
 from hf_rtl.processes import Processes  # noqa: E402
 from hf_rtl.ticket_trainer import TicketTrainer  # noqa: E402
@@ -201,6 +203,22 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
     trainer.train()
     watched = {"batches": batches, "moved_outside": moved_outside, "statistics": statistics, "wrapped": wrapped}
     return {**summary(trainer), **watched}
+
+
+def stop_at_collapse(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, with a monitor that takes the first event past 50 % for a collapse."""
+
+    def detect(points: list[Any]) -> dict[str, Change]:
+        sparse = [point.sparsity for point in points if point.sparsity > 0.5]
+        return {"bee": Change(0, sparse[0], "down", 0.4, 0.4, 0.2)} if sparse else {}
+
+    monitor = CollapseMonitor(stop_on_collapse=True)
+    trainer = make_trainer(folder, kind, **options)
+    trainer.add_callback(monitor)
+    with patch.object(hf_rtl.collapse_monitor, "detect_collapse", detect):
+        trainer.train()
+    similarity = [report["similarity/mean"] for report in trainer.rounds]
+    return {**summary(trainer), "similarity": similarity, "num_points": len(monitor.points)}
 
 
 def add_route(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:

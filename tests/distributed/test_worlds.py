@@ -127,6 +127,20 @@ def test_processes_that_would_find_other_tickets_are_refused_before_the_work(tmp
     assert list((tmp_path / "run").iterdir()) == []  # `Trainer` makes the folder
 
 
+def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path):
+    made = run_in_worlds(say, runs.stop_at_collapse, tmp_path, [1, 2], "vit", {})
+    short = launch(runs.train, str(tmp_path / "short"), "vit", {"target_sparsity": [0.3]}, world_size=2, logs=tmp_path)
+    for results in made.values():
+        # Another process never looks, and has the same figures.
+        assert [result["num_points"] for result in results] == [3, 0][: len(results)]
+        assert all(result["similarity"] == made[1][0]["similarity"] for result in results)
+        assert len(results[0]["similarity"]) == 1
+        assert {result["fingerprint"] for result in results} == {short[0]["fingerprint"]}
+    for result in made[2]:
+        assert all(np.array_equal(result["state"][name], short[0]["state"][name]) for name in result["state"])
+    assert not list((tmp_path / "world-2").glob("round-02*")) and (tmp_path / "world-2" / "final").exists()
+
+
 # Joint retraining
 
 
