@@ -1,4 +1,4 @@
-"""Pictures of a model's masks. Needs matplotlib: `pip install "hf_rtl[plots]"`."""
+"""Pictures of masks. Needs matplotlib: `pip install "hf_rtl[plots]"`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from .files import write_bytes
 
 _MAX_NUMBERED = 12  # routes up to which every cell has its number
 _MAX_NAMED = 60  # routes up to which every row has its name
+_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_STYLES = (("-", "o"), ("--", "^"))
 
 
-def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None:
+def similarity_heatmap(
+    matrix: Tensor, names: Sequence[str], file: Path, *, label: str = "Jaccard similarity of two tickets"
+) -> None:
     """
     Draws how alike tickets are, pair by pair, as a PNG. `file` is either as it was or whole.
 
@@ -29,6 +33,7 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
         matrix (`Tensor`): `[K, K]`, as of `MaskBank.similarity()`. NaN, of two empty masks, is left white.
         names (`Sequence[str]`): K names.
         file (`Path`): where to, as `similarity.png`.
+        label (`str`): what the values are, where they are not tickets' similarities.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -59,8 +64,8 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
     axes.set_xticks(ticks, labels, fontsize=size)
     if max(map(len, labels)) > 3:
         axes.tick_params("x", rotation=45)
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+        for tick in axes.get_xticklabels():
+            tick.set(ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, labels, fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -79,7 +84,7 @@ def similarity_heatmap(matrix: Tensor, names: Sequence[str], file: Path) -> None
                 fontsize=8,
                 color="white" if is_dark else "black",
             )
-    figure.colorbar(image, ax=axes, shrink=0.8).set_label("Jaccard similarity of two tickets")
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label(label)
     save_png(figure, file)
 
 
@@ -130,6 +135,63 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
     axes.grid(axis="y", linewidth=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    save_png(figure, file)
+
+
+def route_curves(
+    panels: Sequence[tuple[str, Tensor, Tensor]],
+    names: Sequence[str],
+    file: Path,
+    *,
+    chance: tuple[str, Tensor] | None = None,
+    marked: Sequence[tuple[int, int]] = (),
+) -> None:
+    """
+    Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is either as it was or
+    whole. Colours are those of Okabe and Ito, which colour-blind readers tell apart; from the ninth route on lines
+    are dashed and markers others, so that grey print tells them too. Of more than 16 routes all are grey, with their
+    mean in black.
+
+    Args:
+        panels: of each quantity its name, `[P]` the sparsities, ascending, and `[P, K]` the values; NaN are left out.
+        names (`Sequence[str]`): K names.
+        file (`Path`): where to, as `curves.png`.
+        chance: name of the panel that it is drawn into, and `[P]` values that are expected by chance there.
+        marked: (point, route) that are ringed in the last panel.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1.0 + 2.6 * len(panels)), layout="constrained")
+    many = len(names) > len(_COLOURS) * len(_STYLES)
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (quantity, sparsity, values) in zip(all_axes, panels, strict=True):
+        percent = 100 * sparsity
+        for route, name in enumerate(names):
+            known = ~values[:, route].isnan()
+            style = {"color": "#b0b0b0", "linewidth": 0.8}
+            if not many:
+                line, marker = _STYLES[route // len(_COLOURS)]
+                style = {"color": _COLOURS[route % len(_COLOURS)], "linestyle": line, "marker": marker}
+                style |= {"label": _label(name), "linewidth": 1.3, "markersize": 4}
+            axes.plot(percent[known], values[known, route], **style)
+        if many:
+            axes.plot(percent, values.nanmean(1), color="black", marker="o", markersize=4, label="mean over routes")
+        if chance is not None and chance[0] == quantity:
+            axes.plot(percent, chance[1], color="black", linestyle=":", linewidth=1.6, label="by chance")
+        axes.set_ylabel(quantity)
+        axes.grid(linewidth=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    for point, route in marked:
+        x, y = 100 * panels[-1][1][point], panels[-1][2][point, route]
+        all_axes[-1].plot(x, y, marker="o", markersize=13, fillstyle="none", color="black", linestyle="none")
+    all_axes[-1].set_xlabel("sparsity of a ticket (%)" + ("; rings: sharp changes" if marked else ""))
+    handles = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8, handlelength=3
+    )
     save_png(figure, file)
 
 

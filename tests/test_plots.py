@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 import torch
 
-from hf_rtl.plots import layer_profile, similarity_heatmap
+from hf_rtl.plots import layer_profile, route_curves, similarity_heatmap
 
 
 def matrix_of(num_routes):
@@ -68,3 +68,37 @@ def test_a_profile_shows_similarity_chance_and_names(tmp_path):
         layer_profile(*arguments, tmp_path / name)
     shown = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert shown["one"] == shown["same"] and len(set(shown.values())) == 4
+
+
+@pytest.mark.parametrize("num_routes", [1, 8, 16, 17])
+def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
+    sparsity = torch.linspace(0.2, 0.9, 5)
+    values = torch.rand(5, num_routes, generator=torch.Generator().manual_seed(0))
+    values[1] = torch.nan  # not measured there
+    names = [f"$route_{index}^$" for index in range(num_routes)]
+    panels = [("accuracy", sparsity, values), ("similarity", sparsity, values / 2)]
+    route_curves(panels, names, tmp_path / "new" / "curves.png", marked=[(2, 0)])
+    height, width, _ = matplotlib.image.imread(tmp_path / "new" / "curves.png").shape
+    assert min(height, width) > 400 and max(height, width) < 2500
+
+
+def test_curves_show_values_names_chance_and_marks(tmp_path):
+    sparsity, values, names = torch.linspace(0.2, 0.9, 5), matrix_of(5)[:, :2], ["a", "b"]
+    for name, (panel, routes, options) in {
+        "one": (values, names, {}),
+        "same": (values.clone(), names, {}),
+        "values": (values * 0.9, names, {}),
+        "names": (values, ["a", "c"], {}),
+        "chance": (values, names, {"chance": ("similarity", values[:, 0] / 2)}),
+        "elsewhere": (values, names, {"chance": ("accuracy", values[:, 0] / 2)}),
+        "marked": (values, names, {"marked": [(2, 1)]}),
+    }.items():
+        route_curves([("similarity", sparsity, panel)], routes, tmp_path / name, **options)
+    shown = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert shown["one"] == shown["same"] == shown["elsewhere"] and len(set(shown.values())) == 5
+
+
+def test_a_heatmap_says_what_its_values_are(tmp_path):
+    similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / "one")
+    similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / "two", label="similarity of two classes")
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()

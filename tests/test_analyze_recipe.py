@@ -1,0 +1,162 @@
+"""`recipes/analyze.py` on a small run."""
+
+import json
+import shutil
+import sys
+
+import analyze
+import matplotlib
+import numpy as np
+import pytest
+from trainer.small_runs import ROUTES, run
+
+from hf_rtl import RTLModel
+from hf_rtl.analysis import semantic_alignment, similarity_by_depth, ticket_similarity
+
+
+CLASSES = ",cat,bee,ant\ncat,1,0.1,0.2\nbee,0.1,1,0.9\nant,0.2,0.9,1\n"
+ROUNDS = ["round-01-sparsity-0.3", "round-02-sparsity-0.6"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Two rounds, of two and of three prune events."""
+    folder = tmp_path_factory.mktemp("analysed") / "run"
+    return run(folder, target_sparsity=[0.3, 0.6], prune_amount=0.2, extraction_steps=2, max_steps=3), folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call(*arguments)` is what is printed."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
+        analyze.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    def refused(*arguments):
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            analyze.main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+def test_a_run_is_analysed(finished_run, tmp_path, call):
+    trainer, folder = finished_run
+    classes = tmp_path / "classes.csv"
+    classes.write_text(CLASSES)
+    printed = call(folder, "--class_similarity", classes)
+    found = json.loads((folder / "analysis" / "analysis.json").read_text())
+    names = [point["masks"] for point in found["points"]]
+    assert names == ["event 1", ROUNDS[0], "event 3", "event 4", ROUNDS[1]]
+    assert [point["sparsity"] for point in found["points"]] == pytest.approx([0.2, 0.3, 0.44, 0.552, 0.6], abs=1e-3)
+    assert found["judged"] and set(found["changes"]) == set(ROUTES) and found["metric"] == "balanced_accuracy"
+    for name, report in zip(ROUNDS, trainer.rounds, strict=True):
+        point = found["points"][names.index(name)]
+        bank = RTLModel.from_pretrained(folder / name).mask_bank
+        expected = ticket_similarity(bank)
+        for key in ("similarity", "chance", "uniform_chance", "excess", "spread"):
+            assert list(point[key].values()) == pytest.approx(getattr(expected, key)) and list(point[key]) == ROUTES
+        assert point["jaccard"] == expected.jaccard.tolist()
+        assert list(point["layers"]) == bank.weight_names
+        assert point["metric"] == {r: report["metrics"][f"eval_{r}/balanced_accuracy"] for r in ROUTES}
+        matrix = np.array([[1, 0.9, 0.2], [0.9, 1, 0.1], [0.2, 0.1, 1]])  # in the order of the routes
+        for depth, similarity in similarity_by_depth(bank).items():
+            aligned = semantic_alignment(similarity, matrix)
+            assert point["alignment"][depth]["rho"] == pytest.approx(aligned.rho)
+            assert point["alignment"][depth]["p_value"] == aligned.p_value
+        assert f"{expected.similarity.mean():.3f}" in printed and f"{expected.excess.mean():.3f}" in printed
+        assert f"{np.mean(list(point['metric'].values())):.3f}" in printed
+    assert found["points"][0]["metric"] == dict.fromkeys(ROUTES)  # an event is not evaluated
+    assert found["class_similarity"] == matrix.tolist()
+    assert sorted(found["order"][1:] if found["order"][0] == "cat" else found["order"][:2]) == ["ant", "bee"]
+    assert [line.split()[:2] for line in printed.splitlines() if line.split()[:1] == ["bee"]] == [["bee", "none"]]
+    drawn = {file.name for file in (folder / "analysis").glob("*.png")}
+    of_depth = {"similarity-shallow.png", "similarity-middle.png", "similarity-deep.png"}
+    assert drawn == {"curves.png", "similarity.png", "class_similarity.png", *of_depth}
+    for name in drawn:
+        height, width, _ = matplotlib.image.imread(folder / "analysis" / name).shape
+        assert min(height, width) > 300
+
+
+def test_saved_models_are_analysed_by_sparsity(finished_run, tmp_path, call):
+    _, folder = finished_run
+    printed = call(folder / ROUNDS[1], folder / ROUNDS[0], "--output_dir", tmp_path / "out", "--metric", "auroc")
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert [point["masks"] for point in found["points"]] == ROUNDS
+    assert not found["judged"] and "2 points say nothing; 5 are needed" in printed
+    assert found["class_similarity"] is None and found["points"][0]["alignment"] is None and "Alignment" not in printed
+    assert found["points"][0]["metric"]["ant"] is not None and found["metric"] == "auroc"
+    assert not (tmp_path / "out" / "class_similarity.png").exists()
+    assert sorted(found["order"]) == ROUTES
+
+
+def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call):
+    _, folder = finished_run
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.move(tmp_path / "run" / "extraction", tmp_path / "elsewhere")
+    call(tmp_path / "run")
+    file = tmp_path / "run" / "analysis" / "analysis.json"
+    assert [point["masks"] for point in json.loads(file.read_text())["points"]] == ROUNDS
+    call(tmp_path / "run", "--extraction_dir", tmp_path / "elsewhere")
+    assert len(json.loads(file.read_text())["points"]) == 5
+    # A run that is still going on: the fourth event lacks a route.
+    next((tmp_path / "elsewhere" / "event-003").iterdir()).unlink()
+    call(tmp_path / "run", "--extraction_dir", tmp_path / "elsewhere")
+    assert len(json.loads(file.read_text())["points"]) == 3
+
+
+def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, call):
+    _, folder = finished_run
+    for name, sparsity in (("last", []), ("also", ["--at", 0.61]), ("first", ["--at", 0.1])):
+        call(folder, "--output_dir", tmp_path / name, *sparsity)
+    drawn = {name: (tmp_path / name / "similarity.png").read_bytes() for name in ("last", "also", "first")}
+    assert drawn["last"] == drawn["also"] != drawn["first"]
+
+
+def test_a_sharp_change_is_said(finished_run, tmp_path, call, monkeypatch):
+    _, folder = finished_run
+    change = analyze.Change(3, 0.552, "down", 0.4, 0.41, 0.1)
+    monkeypatch.setattr(analyze, "detect_collapse", lambda points: {"ant": change})
+    printed = call(folder, "--output_dir", tmp_path)
+    assert "ant  down at 55.2%: excess 0.400 before, 0.100 found, 0.410 expected" in printed
+    assert json.loads((tmp_path / "analysis.json").read_text())["changes"]["ant"]["direction"] == "down"
+
+
+def test_what_cannot_be_analysed_is_refused(finished_run, tmp_path, refused):
+    _, folder = finished_run
+    classes = tmp_path / "classes.csv"
+    classes.write_text(",cat,bee\ncat,1,0.1\nbee,0.1,1\n")
+    assert "lacks the route(s) 'ant'" in refused(folder, "--class_similarity", classes)
+    assert "has no index.noun" in refused(folder, "--class_similarity", tmp_path)
+    assert "are equally sparse" in refused(folder / ROUNDS[1], folder / "final")
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / "run.json", tmp_path / "run")
+    assert "has no masks yet" in refused(tmp_path / "run")
+    assert not (tmp_path / "run" / "analysis").exists()
+
+
+def test_routes_that_are_alike_are_neighbours():
+    similarity = np.full((6, 6), 0.1)
+    for group in ((0, 3), (1, 4), (2, 5)):
+        similarity[np.ix_(group, group)] = 0.9
+    order = analyze.ordering(similarity)
+    assert {tuple(sorted(order[start : start + 2])) for start in (0, 2, 4)} == {(0, 3), (1, 4), (2, 5)}
+    assert analyze.ordering(np.eye(2)) == [0, 1]
+
+
+def test_help_teaches(refused, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "--help"])
+    with pytest.raises(SystemExit):
+        analyze.main()
+    printed = capsys.readouterr().out
+    for words in ("--class_similarity", "apt-get install wordnet-base", "excess: similarity - chance", "Mantel test"):
+        assert words in printed
