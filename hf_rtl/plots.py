@@ -17,7 +17,8 @@ from .files import write_bytes
 _MAX_NUMBERED = 12  # routes up to which every cell has its number
 _MAX_NAMED = 60  # routes up to which every row has its name
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-_STYLES = (("-", "o"), ("--", "^"))
+_MARKERS = "os^vD<>P"
+_LINES = ("-", "--")
 
 
 def similarity_heatmap(
@@ -148,9 +149,9 @@ def route_curves(
 ) -> None:
     """
     Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is either as it was or
-    whole. Colours are those of Okabe and Ito, which colour-blind readers tell apart; from the ninth route on lines
-    are dashed and markers others, so that grey print tells them too. Of more than 16 routes all are grey, with their
-    mean in black.
+    whole. Colours are those of Okabe and Ito, which colour-blind readers tell apart, each with a marker of its own for
+    grey print; from the ninth route on lines are dashed. Of more than 16 routes all are grey, with their mean in
+    black.
 
     Args:
         panels: of each quantity its name, `[P]` the sparsities, ascending, and `[P, K]` the values; NaN are left out.
@@ -165,7 +166,7 @@ def route_curves(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 1.0 + 2.6 * len(panels)), layout="constrained")
-    many = len(names) > len(_COLOURS) * len(_STYLES)
+    many = len(names) > len(_COLOURS) * len(_LINES)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (quantity, sparsity, values) in zip(all_axes, panels, strict=True):
         percent = 100 * sparsity
@@ -173,9 +174,9 @@ def route_curves(
             known = ~values[:, route].isnan()
             style = {"color": "#b0b0b0", "linewidth": 0.8}
             if not many:
-                line, marker = _STYLES[route // len(_COLOURS)]
-                style = {"color": _COLOURS[route % len(_COLOURS)], "linestyle": line, "marker": marker}
-                style |= {"label": _label(name), "linewidth": 1.3, "markersize": 4}
+                line, number = divmod(route, len(_COLOURS))
+                style = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": _LINES[line]}
+                style |= {"label": _label(name), "linewidth": 1.3, "markersize": 5}
             axes.plot(percent[known], values[known, route], **style)
         if many:
             axes.plot(percent, values.nanmean(1), color="black", marker="o", markersize=4, label="mean over routes")
