@@ -173,6 +173,10 @@ class RoutedGenerationMixin(RoutedModel):
             return int(torch.as_tensor(end_tokens).flatten()[0])
         return pad_token
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Without it, pipelines of transformers 5.17 would not use their defaults, as to sample."""
+        return self.backbone._prepare_generation_config(*args, **kwargs)
+
     def adjust_generation_fn(
         self,
         generation_config: GenerationConfig | None,

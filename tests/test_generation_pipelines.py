@@ -54,13 +54,19 @@ def said(caplog):
 
 
 @pytest.fixture
-def answers(model, tokenizer):
-    """Route -> what a pipeline on its ticket, a plain model, says."""
+def answers(model, tokenizer, said):
+    """Route -> what a pipeline on its ticket, a plain model, says. Warnings that it has too are not ours."""
     names = dict(enumerate(model.route_names)) | {-1: "union"}
     tickets = {route: pipeline(TASK, model=model.extract_ticket(route).eval(), tokenizer=tokenizer) for route in names}
     answers = {route: ticket(TEXTS, **OPTIONS) for route, ticket in tickets.items()}
     assert len(set(map(str, answers.values()))) == 4
+    said.of_plain_models = {record.getMessage() for record in said.records}
+    said.clear()
     return answers
+
+
+def new_warnings(said):
+    return {record.getMessage() for record in said.records} - said.of_plain_models
 
 
 def test_a_view_answers_through_its_ticket(model, tokenizer, answers, said):
@@ -72,7 +78,7 @@ def test_a_view_answers_through_its_ticket(model, tokenizer, answers, said):
         drawn = ask(TEXTS, max_new_tokens=5)
         set_seed(0)
         assert ask(TEXTS, max_new_tokens=5) == drawn != ask(TEXTS, max_new_tokens=5)
-    assert not said.records
+    assert not new_warnings(said)
 
 
 def test_the_route_may_be_an_argument_of_a_call(model, tokenizer, answers, said):
@@ -84,7 +90,7 @@ def test_the_route_may_be_an_argument_of_a_call(model, tokenizer, answers, said)
     assert mixed == [answers[route][index] for index, route in enumerate([1, 0, 1, 2])]
     with pytest.raises(ValueError, match="`route_ids` is missing.*'x', 'y', 'z'.*with_route"):
         ask(TEXTS)
-    assert not said.records
+    assert not new_warnings(said)
 
 
 def test_a_router_finds_the_route_of_every_prompt(model, tokenizer, answers, said):
@@ -100,7 +106,7 @@ def test_a_router_finds_the_route_of_every_prompt(model, tokenizer, answers, sai
     expected = [answers[route][index] for index, route in enumerate(routes)]
     for batch_size in (4, 1):
         assert ask(TEXTS, **{**OPTIONS, "batch_size": batch_size}) == expected
-    assert not said.records
+    assert not new_warnings(said)
 
 
 def test_saving_and_loading_say_nothing(model, tokenizer, answers, said, tmp_path):
@@ -114,10 +120,10 @@ def test_saving_and_loading_say_nothing(model, tokenizer, answers, said, tmp_pat
             loaded = loader.from_pretrained(tmp_path, **options)
             assert loaded.generation_config.max_new_tokens == 5
             assert loaded.generate(torch.tensor([[9, 8]]), route_ids=0).shape == (1, 7)
-    ask = pipeline(TASK, model=str(tmp_path))  # which generates as the model's configuration says
-    assert ask(TEXTS, batch_size=4, route_ids="z") == answers[2]
     loaded.save_pretrained(tmp_path / "again")
     assert not said.records
+    ask = pipeline(TASK, model=str(tmp_path))  # which generates as the model's configuration says
+    assert ask(TEXTS, batch_size=4, route_ids="z") == answers[2]
 
 
 def test_the_code_on_the_page_of_a_language_model_runs(model, tokenizer, tmp_path, monkeypatch):
