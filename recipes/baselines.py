@@ -57,6 +57,14 @@ METHODS = [DENSE, SINGLE, SINGLE_UNION, ONE_VS_REST, MULTIPLE, *CONTROL_MASKS, *
 DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
 
 
+# Columns that need no threshold, and those of what was spent; the others are of decisions.
+RANKING = ("K-way acc.", "router: K-way acc.", "prec. at recall .8", "router: prec. at recall .8", "AUROC")
+COSTS = (
+    *("union", "bytes", "emptied layers", "constant tickets", "trainings", "samples in extraction"),
+    *("samples in retraining", "kFLOPs an image", "minutes of retraining"),
+)
+
+
 @dataclass
 class ComparisonArguments:
     """What is compared."""
@@ -81,12 +89,8 @@ def main() -> None:
         seed = Seed(comparison, data, args, number)
         methods = [method for method in METHODS if method in comparison.methods]
         runs.append([(method, report) for method in methods for report in seed.reports(method)])
-    tables = {
-        "figures": over_seeds([[row(method, report["at"], report) for method, report in run] for run in runs]),
-        "costs": over_seeds([[cost_row(method, report) for method, report in run] for run in runs]),
-    }
+    tables = split(over_seeds([[line_of(method, report) for method, report in run] for run in runs]))
     for lines in tables.values():
-        lines.sort(key=lambda line: line["sparsity"])
         print(table(lines), end="\n\n")
     write_results(
         Path(args.output_dir) / "results.json",
@@ -263,9 +267,20 @@ def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, flo
     return {**metrics, **{name: value for name, value in decided.items() if name.rsplit("/")[-1] in DECIDED}}
 
 
-def cost_row(method: str, report: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table of what was spent."""
-    return {"method": method, "sparsity": report["at"], **report["costs"]}
+def line_of(method: str, report: dict[str, Any]) -> dict[str, Any]:
+    """All of a report that the tables show."""
+    return {**row(method, report["at"], report), **report["costs"]}
+
+
+def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines by sparsity, as three tables: how well samples are ranked, what is decided, and what it costs."""
+    lines = sorted(lines, key=lambda line: line["sparsity"])
+    titles = {"figures": RANKING, "costs": COSTS}
+    titles["decisions"] = [title for line in lines for title in line if title not in (*RANKING, *COSTS)]
+    return {
+        name: [{title: line.get(title) for title in ("method", "sparsity", *titles[name])} for line in lines]
+        for name in ("figures", "decisions", "costs")
+    }
 
 
 @torch.no_grad()

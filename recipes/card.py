@@ -5,6 +5,7 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py step_overhead
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
+    python recipes/card.py cifar10_baselines runs/cifar10_baselines
     python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
 Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from report import over_seeds, table
-from tabulate import tabulate
 
 from hf_rtl.files import write_json
 from hf_rtl.model_card import write_card
@@ -32,17 +32,26 @@ MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("card", help="name of the card; its text before the table is model_cards/templates/NAME.md")
-    parser.add_argument("runs", nargs="*", type=Path, help="output folders of recipes/prune.py; none: render anew")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        help="output folders of recipes/prune.py, or one of recipes/baselines.py; none: render anew",
+    )
     parser.add_argument("--names", nargs="+", help="a name for each run, added to its methods")
     arguments = parser.parse_args()
     names = arguments.names or [""] * len(arguments.runs)
     results = {
         name: json.loads((run / "results.json").read_text()) for name, run in zip(names, arguments.runs, strict=True)
     }
-    if results:
-        write_json(MODEL_CARDS / f"{arguments.card}-results.json", results)
-    for name, run in zip(names, arguments.runs, strict=True):
-        keep_pages(arguments.card, name, run)
+    kept = MODEL_CARDS / f"{arguments.card}-results.json"
+    comparison = next((result for result in results.values() if "figures" in result), None)
+    if comparison is not None:
+        write_json(kept, comparison)
+    elif results:
+        write_json(kept, results)
+        for name, run in zip(names, arguments.runs, strict=True):
+            keep_pages(arguments.card, name, run)
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
 
 
@@ -62,8 +71,7 @@ def render(card: str) -> str:
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
     if "figures" in results:
-        tables = {name: results.get(name, []) for name in ("figures", "costs")}
-        texts = {name: tabulate(lines, "keys", "github", ".3f", intfmt=",") for name, lines in tables.items()}
+        texts = {name: table(lines, style="github") for name, lines in results.items() if isinstance(lines, list)}
         return template.format(**{**results, **texts})
     first = next(iter(results.values()))
     routes = first["rounds"][0]["kept"]

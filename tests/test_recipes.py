@@ -249,6 +249,8 @@ def test_tickets_are_compared_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import baselines
+    import card
+    from report import table
 
     arguments = (
         *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0),
@@ -284,7 +286,9 @@ def test_tickets_are_compared_over_seeds(
     printed = capsys.readouterr().out
     lines = {line["method"]: line for line in results["figures"]}
     assert lines["competing"]["router: K-way acc."] == f"{of['competing']['metrics']['eval_route_accuracy']:.3f}"
-    assert all(line["K-way acc."] in printed and line["bal. acc."] in printed for line in lines.values())
+    assert all(line["K-way acc."] in printed for line in lines.values())
+    assert all(line["bal. acc."] in printed for line in results["decisions"])
+    assert results["costs"][-1]["bytes"] == of["competing"]["footprint"]["total_bytes"]
 
     # Nothing is trained twice, and the same comes out.
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/round-*/model.safetensors")}
@@ -292,6 +296,15 @@ def test_tickets_are_compared_over_seeds(
     baselines.main()
     assert files == {file: file.stat().st_mtime_ns for file in files} and len(files) == 8
     assert json.loads((tmp_path / "run" / "results.json").read_text())["runs"] == results["runs"]
+
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["card.py", "cifar10_baselines", str(tmp_path / "run")])
+    card.main()
+    rendered = (tmp_path / "cifar10_baselines.md").read_text()
+    for name in ("figures", "decisions", "costs"):
+        assert table(results[name], style="github") in rendered
+    assert json.loads((tmp_path / "cifar10_baselines-results.json").read_text())["runs"] == results["runs"]
 
 
 def test_a_network_with_a_logit_per_class_is_scored_by_its_highest() -> None:

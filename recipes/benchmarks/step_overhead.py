@@ -10,21 +10,15 @@ within a turn.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from tabulate import tabulate
+from timing import in_turn, parse, ratio, report
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
-from hf_rtl.files import write_json
 from hf_rtl.ticket_trainer import TicketTrainer, named_state
 
 
@@ -34,22 +28,8 @@ NUM_ROUTES = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=20, help="measured steps of every kind (default: 20)")
-    parser.add_argument("--density", type=float, default=0.5, help="density of the random masks (default: 0.5)")
-    parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON here")
-    arguments = parser.parse_args()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = [measure(*case, device, arguments.turns, arguments.density) for case in CASES]
-    print(tabulate(figures, headers="keys", floatfmt=".3f"))
-    if arguments.output is not None:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        command = shlex.join(["python", *sys.argv])
-        content = {"device": name, "torch": torch.__version__, "turns": arguments.turns, "command": command}
-        write_json(arguments.output, {**content, "figures": figures})
+    arguments, device = parse(__doc__)
+    report([measure(*case, device, arguments.turns, arguments.density) for case in CASES], arguments, device)
 
 
 def measure(backbone: str, batch_size: int, side: int, device: torch.device, turns: int, density: float) -> dict:
@@ -71,30 +51,12 @@ def measure(backbone: str, batch_size: int, side: int, device: torch.device, tur
         "joint retraining": retraining_step(model, pixels, labels),
         "extraction": extraction_step(network, model.mask_bank.weight_names, masks, pixels, labels),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns + 3):
-        for name, step in steps.items():
-            elapsed = timed(step, device)
-            if turn >= 3:
-                times[name].append(elapsed)
+    times = in_turn(steps, device, turns)
     figures: dict = {"backbone": backbone, "batch": batch_size, "image": side}
     figures.update({f"{name} (ms)": 1e3 * statistics.median(values) for name, values in times.items()})
     for name in ("joint retraining", "extraction"):
-        ratios = [value / floor for value, floor in zip(times[name], times["dense"], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        figures[f"{name} ratio"] = statistics.median(times[name]) / statistics.median(times["dense"])
-        figures[f"{name} quartiles"] = f"{quartiles[0]:.3f}-{quartiles[2]:.3f}"
+        figures[f"{name} ratio"], figures[f"{name} quartiles"] = ratio(times[name], times["dense"])
     return figures
-
-
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def dense_step(network: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:

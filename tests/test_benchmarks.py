@@ -1,0 +1,75 @@
+"""The benchmarks' arithmetic, on small cases; what they measure is not tested."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_rtl import RTLModelForImageClassification
+
+
+BENCHMARKS = Path(__file__).parent.parent / "recipes/benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_in_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_ratios_are_of_medians_and_quartiles_of_turns() -> None:
+    import timing
+
+    times, floor = [2.0, 9.0, 3.0, 4.0, 8.0], [1.0, 3.0, 3.0, 1.0, 4.0]
+    ratio, quartiles = timing.ratio(times, floor)
+    assert ratio == 4 / 3
+    low, _, high = statistics.quantiles([2.0, 3.0, 1.0, 4.0, 2.0], n=4)
+    assert quartiles == f"{low:.3f}-{high:.3f}"
+
+
+def test_steps_take_turns_and_the_first_do_not_count() -> None:
+    import timing
+
+    called: list[str] = []
+    steps = {"one": lambda: called.append("one"), "two": lambda: called.append("two")}
+    times = timing.in_turn(steps, torch.device("cpu"), turns=2)
+    assert called == ["one", "two"] * (timing.WARM_UP + 2)
+    assert [len(values) for values in times.values()] == [2, 2]
+
+
+def test_mixed_batches_are_measured_against_the_plain_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import card
+    import mixed_batch
+
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=["a", "b", "c"], ticket_task="labels", num_labels=4, seed=0
+    )
+    inputs = {"pixel_values": torch.randn(12, 3, 16, 16), "labels": torch.arange(12) % 4}
+    seen: list[set[int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(set(kwargs["route_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(mixed_batch, "NUMS_IN_BATCH", (1, 3))
+    monkeypatch.setattr(mixed_batch, "cases", lambda density: [("small", model, inputs)])
+    file = tmp_path / "mixed_batch-results.json"
+    monkeypatch.setattr(sys, "argv", ["mixed_batch.py", "--turns", "2", "--output", str(file)])
+    mixed_batch.main()
+    assert seen == [{0}, {0, 1, 2}] * 2 * 5
+    results = json.loads(file.read_text())
+    assert [line["routes in it"] for line in results["figures"]] == [1, 3]
+    assert all(
+        line[f"{kind} ratio"] > 0 for line in results["figures"] for kind in ("inference", "forward and backward")
+    )
+    printed = capsys.readouterr().out
+    assert all(f"{line['inference ratio']:.3f}" in printed for line in results["figures"])
+
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
