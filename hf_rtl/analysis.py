@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 # Constants of `detect_change`, which says why.
 WINDOW = 3  # points that a trend is drawn through
 LAGS = (1, 2)  # points over which a move may extend
+LEAST_POINTS = WINDOW + 2  # the one that is judged, and one before it that the trend was compared with
 LEAST_MOVE = 0.05  # of the excess similarity
 LEAST_SURPRISE = 3.0  # as a multiple of the median earlier surprise
 LEAST_DEVIATIONS = 6.0  # as a multiple of the standard deviation that random masks would have

@@ -38,7 +38,7 @@ def read_class_similarity(file: str | os.PathLike, route_names: Sequence[str]) -
         ValueError: names that are missing, rows and columns that differ, values that are not finite numbers, or a
             matrix that is not symmetric.
     """
-    with open(file, newline="", encoding="utf-8-sig") as opened:
+    with open(file, newline="", encoding="utf-8") as opened:
         rows = [row for row in csv.reader(opened) if row]
     columns = [name.strip() for name in rows[0][1:]] if rows else []
     if [row[0].strip() for row in rows[1:]] != columns or not columns:

@@ -39,6 +39,7 @@ from report import table, write_results
 
 from hf_rtl import MaskBank, RTLModel
 from hf_rtl.analysis import (
+    LEAST_POINTS,
     Change,
     TicketSimilarity,
     detect_collapse,
@@ -50,9 +51,6 @@ from hf_rtl.analysis import (
 )
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.run_directory import REPORT, RunDirectory
-
-
-LEAST_POINTS = 5  # that `detect_change` needs
 
 
 @dataclass

@@ -112,6 +112,13 @@ def test_chance_of_one_layer_is_the_exact_one_to_second_order(first, second):
     assert abs(without_correction - expected_jaccard(first, second, 1000)) > 2e-5
 
 
+def test_chance_of_very_few_weights_by_hand():
+    """One of two weights each: X is 0 or 1, μ = 1/2, σ² = 1/4, S = 2."""
+    mean, variance = expected_jaccard_of_layers([[1, 1]], [2])
+    assert mean[0, 1] == pytest.approx(0.5 / 1.5 + 0.25 * 2 / 1.5**3)
+    assert variance[0, 1] == pytest.approx(0.25 * (2 / 1.5**2) ** 2)
+
+
 def test_chance_of_full_and_of_empty_masks():
     mean, variance = expected_jaccard_of_layers([[5, 5, 0, 0]], [5])
     assert mean[0, 1] == 1 and variance[0, 1] == 0
@@ -302,6 +309,14 @@ def test_the_least_move(size, found):
 def test_a_steep_trend_that_levels_off_is_no_collapse(sign):
     sparsity = np.linspace(0.1, 0.9, 9)
     assert detect_change(sparsity, 0.5 + sign * np.minimum(sparsity, 0.5), 0 * sparsity) is None
+
+
+@pytest.mark.parametrize(("last", "found"), [(0.6, False), (0.95, True)])
+def test_what_lies_between_the_trends_in_sparsity_and_in_density_is_no_surprise(last, found):
+    """A line in sparsity leads to 0.45 at the last point, one in the logarithm of density to 0.82."""
+    sparsity = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
+    change = detect_change(sparsity, [0.05, 0.1, 0.15, 0.2, last], 0 * sparsity)
+    assert (change is not None) == found
 
 
 @pytest.mark.parametrize(("size", "found"), [(0.055, False), (0.2, True)])

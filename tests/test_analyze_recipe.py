@@ -8,13 +8,15 @@ import analyze
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from trainer.small_runs import ROUTES, run
 
 from hf_rtl import RTLModel
 from hf_rtl.analysis import semantic_alignment, similarity_by_depth, ticket_similarity
+from hf_rtl.plots import similarity_heatmap
 
 
-CLASSES = ",cat,bee,ant\ncat,1,0.1,0.2\nbee,0.1,1,0.9\nant,0.2,0.9,1\n"
+CLASSES = ",cat,bee,ant\ncat,1,0.1,0.9\nbee,0.1,1,0.2\nant,0.9,0.2,1\n"
 ROUNDS = ["round-01-sparsity-0.3", "round-02-sparsity-0.6"]
 
 
@@ -68,7 +70,7 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
         assert point["jaccard"] == expected.jaccard.tolist()
         assert list(point["layers"]) == bank.weight_names
         assert point["metric"] == {r: report["metrics"][f"eval_{r}/balanced_accuracy"] for r in ROUTES}
-        matrix = np.array([[1, 0.9, 0.2], [0.9, 1, 0.1], [0.2, 0.1, 1]])  # in the order of the routes
+        matrix = np.array([[1, 0.2, 0.9], [0.2, 1, 0.1], [0.9, 0.1, 1]])  # in the order of the routes
         for depth, similarity in similarity_by_depth(bank).items():
             aligned = semantic_alignment(similarity, matrix)
             assert point["alignment"][depth]["rho"] == pytest.approx(aligned.rho)
@@ -77,7 +79,15 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
         assert f"{np.mean(list(point['metric'].values())):.3f}" in printed
     assert found["points"][0]["metric"] == dict.fromkeys(ROUTES)  # an event is not evaluated
     assert found["class_similarity"] == matrix.tolist()
-    assert sorted(found["order"][1:] if found["order"][0] == "cat" else found["order"][:2]) == ["ant", "bee"]
+    assert found["order"] in (["bee", "ant", "cat"], ["cat", "ant", "bee"])  # neighbours are alike
+    order = [ROUTES.index(name) for name in found["order"]]
+    masks = torch.tensor(expected.jaccard[np.ix_(order, order)])
+    for name, values, label in (
+        ("similarity.png", masks, "Jaccard similarity of two tickets"),
+        ("class_similarity.png", torch.tensor(matrix[np.ix_(order, order)]), "similarity of two classes"),
+    ):
+        similarity_heatmap(values, found["order"], tmp_path / name, label=label)
+        assert (tmp_path / name).read_bytes() == (folder / "analysis" / name).read_bytes()
     assert [line.split()[:2] for line in printed.splitlines() if line.split()[:1] == ["bee"]] == [["bee", "none"]]
     drawn = {file.name for file in (folder / "analysis").glob("*.png")}
     of_depth = {"similarity-shallow.png", "similarity-middle.png", "similarity-deep.png"}

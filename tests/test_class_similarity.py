@@ -56,8 +56,8 @@ def wordnet(tmp_path):
 
 
 def test_a_table_is_read_in_the_order_of_the_routes(table):
-    found = read_class_similarity(table, ["owl, barn", "cat"])
-    assert found.dtype == np.float64 and found.tolist() == [[1, 0.25], [0.25, 1]]
+    found = read_class_similarity(table, ["owl, barn", "cat", "dog"])
+    assert found.dtype == np.float64 and found.tolist() == [[1, 0.25, 0.125], [0.25, 1, 0.5], [0.125, 0.5, 1]]
     assert load_class_similarity(table, ["dog", "cat"]).tolist() == [[1, 0.5], [0.5, 1]]
 
 
