@@ -21,14 +21,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import sanity
+import single_mask
 import torch
 import transformers
 from arguments import parse
 from data_arguments import DataArguments
 from image_data import load_images
 from report import plan_text, plot, routes_rows, row, table, write_results
-from sanity import controls
-from single_mask import baselines
 from text_data import load_text
 from transformers import AutoTokenizer
 
@@ -53,6 +53,10 @@ class ModelArguments:
     prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of further weights to prune."})
     prune_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of weights never to prune."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    dense: bool = field(
+        default=True,
+        metadata={"help": "Also train a dense model on as much data: what any table of tickets is compared with."},
+    )
     sanity: bool = field(
         default=False,
         metadata={
@@ -125,10 +129,13 @@ def main() -> None:
     # Before the controls, which train and evaluate with the same trainer.
     reports = list(trainer.rounds)
     extra: list[dict[str, Any]] = []
-    if model_arguments.sanity and data.text_column is None:
-        extra = controls(trainer, train, test, model_arguments.backbone, data)
+    if data.text_column is not None and (model_arguments.sanity or model_arguments.dense):
+        compare = single_mask.baselines if model_arguments.sanity else single_mask.dense
+        extra = compare(trainer, make_model, train, test)
     elif model_arguments.sanity:
-        extra = baselines(trainer, make_model, train, test)
+        extra = sanity.controls(trainer, train, test, model_arguments.backbone, data)
+    elif model_arguments.dense:
+        extra = [sanity.dense(trainer, test, model_arguments.backbone, data)]
     rows += [row(control["method"], control["sparsity"], control) for control in extra]
     if not main_process:
         return

@@ -39,6 +39,7 @@ _LABELS_COLUMNS = {
     "worst route": "worst_route_accuracy",
     "inferred worst": "inferred_worst_route_accuracy",
     "union acc.": "union_accuracy",
+    "union worst": "union_worst_route_accuracy",
 }
 
 

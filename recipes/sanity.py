@@ -42,9 +42,13 @@ def controls(
         tickets = [model.mask_bank[route] for route in range(model.num_routes)]
         for method in CONTROL_MASKS:
             reports.append({"method": method, **with_other_masks(trainer, report, tickets, method)})
-    dense = one_vs_rest(trainer, test, backbone, data)
-    reports.append({"method": "dense one-vs-rest", "sparsity": None, "metrics": dense})
-    return reports
+    return [*reports, dense(trainer, test, backbone, data)]
+
+
+def dense(trainer: RTLTrainer, test: ImageTensors, backbone: str, data: DataArguments) -> dict[str, Any]:
+    """The report of a dense one-vs-rest model, trained on the batches of the first round."""
+    metrics = one_vs_rest(trainer, test, backbone, data)
+    return {"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}
 
 
 def model_of_round(trainer: RTLTrainer, report: dict[str, Any]) -> RTLModel:

@@ -30,13 +30,24 @@ def baselines(
         router = "score" if trainer.args.router == "centroid" else "centroid"
         trainer.fit_router(router)
         reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
-    for report in _single_mask(trainer, make_model, train, test):
-        reports.append({**report, "method": "single mask" if report["sparsity"] else "dense"})
-    return reports
+    sparsities = sorted({0.0, *trainer.args.target_sparsity})
+    return reports + _single_mask(trainer, make_model, train, test, "single-mask", sparsities)
+
+
+def dense(
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+) -> list[dict[str, Any]]:
+    """The report of a dense model alone; see `baselines`."""
+    return _single_mask(trainer, make_model, train, test, "dense", [0.0])
 
 
 def _single_mask(
-    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+    trainer: RTLTrainer,
+    make_model: Callable[..., RTLModel],
+    train: Dataset,
+    test: Dataset,
+    folder: str,
+    sparsities: list[float],
 ) -> list[dict[str, Any]]:
     """
     The rounds of iterative magnitude pruning, the same trainer on the same data as one route, with as many samples in
@@ -48,8 +59,8 @@ def _single_mask(
         make_model(route_names=["all"]),
         replace(
             args,
-            output_dir=f"{args.output_dir}/single-mask",
-            target_sparsity=sorted({0.0, *args.target_sparsity}),
+            output_dir=f"{args.output_dir}/{folder}",
+            target_sparsity=sparsities,
             extraction_steps=sum(plan.extraction_steps),
             max_steps=plan.retraining_steps,
             router="given",
@@ -61,4 +72,4 @@ def _single_mask(
         processing_class=trainer.processing_class,
     )
     single.train()
-    return single.rounds
+    return [{**report, "method": "single mask" if report["sparsity"] else "dense"} for report in single.rounds]

@@ -134,12 +134,17 @@ def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
 def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
     file, folder = tmp_path / "groups.yaml", tmp_path / "run"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
-    run(
+    printed = run(
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--route_groups", file, "--output_dir", folder),
         *("--target_sparsity", 0.3, "--num_train_epochs", 1, "--extraction_steps", 1),
         *("--max_train_samples", 300, "--max_test_samples", 60),
-    )
+    ).stdout
+    # Without being asked to, since no table says much without a dense model.
+    assert [control["method"] for control in json.loads((folder / "results.json").read_text())["controls"]] == [
+        "dense one-vs-rest"
+    ]
+    assert "dense one-vs-rest" in printed
     for model in (*folder.glob("round-*"), folder / "final"):
         rule = load_rule(model)
         assert rule.assign_labels([3, 8, 1, 0]).route_ids.tolist() == [0, 1, 0, 1]

@@ -144,31 +144,40 @@ def test_bad_data_are_refused_by_name(tmp_path: Path, change: dict, message: str
         load(arguments(folder, **change.get("arguments", {})), change.get("route", "domain"))
 
 
-@pytest.fixture(scope="module")
-def text_run(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run with baselines, as the configuration of the sentiment domains makes it."""
+def prune_texts(encoder: str, folder: Path, *arguments: object) -> Path:
+    """The folder of a small run, as the configuration of the sentiment domains makes it."""
     import prune
 
-    folder = tmp_path_factory.mktemp("text")
     data = save_data(folder / "data", sentences(120, 0), sentences(30, 1))
     config = Path(prune.__file__).parent / "configs" / "sentiment.yaml"
-    command = [
-        "prune.py",
-        "--config",
-        config,
-        "--dataset",
-        data,
-        "--backbone",
-        encoder,
-        "--output_dir",
-        folder / "run",
-    ]
+    command = ["prune.py", "--config", config, "--dataset", data, "--backbone", encoder]
+    command += ["--output_dir", folder / "run"]
     command += ["--class_bounds", "-1.5", "1.5", "--max_train_samples", 80, "--max_test_samples", 24]
     command += ["--route_batch_size", 8, "--extraction_steps", 2, "--learning_rate", 0.01]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, command)))
+        patch.setattr(sys, "argv", list(map(str, [*command, *arguments])))
         prune.main()
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def text_run(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run with baselines."""
+    return prune_texts(encoder, tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize(("arguments", "others"), [((), ["dense"]), (("--no_dense",), [])])
+def test_a_text_run_has_a_dense_model_beside_it_unless_told_otherwise(
+    encoder: str, tmp_path: Path, arguments: tuple[str, ...], others: list[str]
+) -> None:
+    run = prune_texts(encoder, tmp_path, "--sanity", False, "--target_sparsity", 0.5, *arguments)
+    results = json.loads((run / "results.json").read_text())
+    assert [line["method"] for line in results["table"]] == ["RTL", *others]
+    assert [control["sparsity"] for control in results["controls"]] == [0.0] * len(others)
+    assert len({report["steps"] for report in [*results["rounds"], *results["controls"]]}) == 1
+    metrics, line = results["rounds"][0]["metrics"], results["table"][0]
+    by_route = [metrics[f"eval_{name}/union_accuracy"] for name in DOMAINS]
+    assert (line["union acc."], line["union worst"]) == (metrics["eval_union_accuracy"], min(by_route))
 
 
 def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_run: Path) -> None:
