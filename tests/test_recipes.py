@@ -286,7 +286,18 @@ def test_tickets_are_compared_over_seeds(
         of["shared"]["mask_fingerprint"] == of["competing"]["mask_fingerprint"] == of["per route"]["mask_fingerprint"]
     )
     assert of["random masks"]["mask_fingerprint"] != of["per route"]["mask_fingerprint"]
-    assert len({json.dumps(report["metrics"]) for report in of.values()}) == len(of)
+    timed = ("runtime", "per_second")
+    measured = [
+        {name: value for name, value in report["metrics"].items() if not name.endswith(timed)}
+        for report in of.values()
+    ]
+    assert len(set(map(json.dumps, measured))) == len(of)
+    runs = {
+        method: json.loads((tmp_path / "run/seed-0" / method / "run.json").read_text())["configuration"]
+        for method in ("shared", "per-route", "competing")
+    }
+    assert [run["model"]["norm_statistics"] for run in runs.values()] == ["shared", "per_route", "per_route"]
+    assert [run["competing_epochs"] for run in runs.values()] == [0, 0, 1]
 
     printed = capsys.readouterr().out
     lines = {line["method"]: line for line in results["figures"]}
