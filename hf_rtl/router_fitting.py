@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from .mixed_batch import select_samples
 from .modeling_rtl import RTLModel
 from .routing import CentroidRouter, EntropyRouter, Router, ScoreRouter
 
+
+logger = logging.getLogger(__name__)
 
 # Weight of the penalty that keeps scales and offsets finite where the routes can be told apart without an error.
 _RIDGE = 1e-3
@@ -46,7 +49,7 @@ def fit_router(
         gather (`Callable`, *optional*): brings the samples of all processes together.
 
     Raises:
-        ValueError: a route without samples, or evidence that is the same for all samples, or not finite.
+        ValueError: a route without samples, or evidence that is not finite.
     """
 
     def over(batches: Batches, function: Callable[[Mapping[str, Any]], Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +101,7 @@ def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int
         squared distances, up to what is the same for all routes of a sample.
 
     Raises:
-        ValueError: a route without samples, features that are not finite, or the same for all samples.
+        ValueError: a route without samples, or features that are not finite.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -108,8 +111,6 @@ def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int
         raise ValueError(f"route {int(counts.argmin())} has no training samples, so it has no mean features.")
     if not np.isfinite(features).all():
         raise ValueError("the features of the union of tickets have NaN or infinite values.")
-    if (features == features[0]).all():
-        raise ValueError("the features of the union of tickets are the same for all samples: no router can use them.")
     means = np.stack([features[route_ids == route].mean(axis=0) for route in range(num_routes)])
     within = features - means[route_ids]
     # Features with a large spread must not decide how much the others are shrunk; one without any counts as it is.
@@ -125,7 +126,8 @@ def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[n
     """
     The positive scale and the offset of every route with which softmax(scale · evidence + offset) is most likely, but
     for a small penalty on what they differ from: a scale of one over the evidence's standard deviation (a mean over
-    the routes), and no offset.
+    the routes), and no offset. Evidence that is the same for all samples, as that of tickets that pruning has cut
+    through, tells no route from another: a warning, and the offsets say how common the routes are.
 
     Args:
         evidence (`np.ndarray`): floats `[N, K]`.
@@ -136,8 +138,7 @@ def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[n
 
     Raises:
         TypeError: `evidence` is not a float array or `route_ids` not an integer array.
-        ValueError: shapes that do not match, values that are NaN or infinite, routes out of range or without a sample,
-            or evidence that is the same for all samples.
+        ValueError: shapes that do not match, values that are NaN or infinite, routes out of range or without a sample.
     """
     route_ids = check_scores("evidence", evidence, "route_ids", route_ids)
     counts = np.bincount(route_ids, minlength=evidence.shape[1])
@@ -145,8 +146,9 @@ def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[n
         raise ValueError(f"`route_ids` has no sample of route {int(counts.argmin())}, so it cannot be calibrated.")
     values = torch.from_numpy(evidence.astype(np.float64))
     spread = values.std(dim=0, correction=0).mean()
-    if not spread > 0:
-        raise ValueError("`evidence` is the same for all samples, so it tells no route from another.")
+    if (values == values[0]).all():
+        logger.warning("the router's evidence is the same for all samples: it will always name the commonest route.")
+        spread = torch.ones_like(spread)
     values, targets = values / spread, torch.from_numpy(route_ids)
     log_scale = torch.zeros(values.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros_like(log_scale, requires_grad=True)
