@@ -1,0 +1,324 @@
+"""
+At which sparsity do tickets collapse, does the similarity of their masks tell so, and does it tell falsely?
+
+    python recipes/collapse.py --config recipes/configs/digits_collapse.yaml
+    python recipes/collapse.py --config recipes/configs/cifar10_collapse.yaml --dataset FOLDER --class_similarity FILE
+
+Runs prune, retrain and evaluate class tickets at all of --target_sparsity, for every scope of --scopes and every seed.
+Then, from masks alone:
+
+- where the detector of hf_rtl.analysis gives an alarm, for every ticket, and where that ticket's balanced accuracy
+  falls: from where on it stays more than 0.05 below its mean up to 50 % sparsity;
+- false alarms: the detector on random and on layer-shuffled masks with the densities of the runs;
+- planted collapses: the masks of the runs, but from 70 % on a part of all positions is the same in all tickets (up),
+  or shuffled within its layer (down);
+- with --class_similarity, how the similarity of tickets follows that of their classes, by depth and sparsity.
+
+Prints tables, writes them with all figures into `results.json` in --output_dir, and draws a picture for every run.
+Given again, the command continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from analyze import Point, alignment, draw, line, ordering, points_of_run, route_figures
+from arguments import parse
+from data_arguments import DataArguments
+from prune import prepare_images
+from report import over_seeds, table, write_results
+from torch import Tensor
+
+from hf_rtl import MaskBank, RTLTrainer, RTLTrainingArguments
+from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
+from hf_rtl.class_similarity import load_class_similarity
+from hf_rtl.pruning import random_masks, shuffled_masks
+
+
+METRIC = "balanced_accuracy"
+# Fixed before any run was looked at. About twice the spread of a ticket's balanced accuracy over seeds on CIFAR-10.
+LEAST_FALL = 0.05
+MILD_SPARSITY = 0.5
+PLANTED_FROM = 0.7
+PLANTED_PARTS = (0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass
+class CollapseArguments:
+    """Which runs are looked at."""
+
+    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
+    scopes: list[str] = field(
+        default_factory=lambda: ["global", "layer"], metadata={"help": "Scopes of magnitude pruning to compare."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and batches."})
+    num_random_runs: int = field(
+        default=20, metadata={"help": "Random runs, and as many shuffled ones, for each scope."}
+    )
+    class_similarity: str | None = field(
+        default=None, metadata={"help": "csv file of the similarity of the classes, or `dict` folder of WordNet."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+
+
+@dataclass
+class Run:
+    """What came out for a scope and a seed; `figures` is METRIC of every route at every point, `[points, K]`."""
+
+    scope: str
+    seed: int
+    points: list[Point]
+    figures: np.ndarray
+    changes: dict[str, Change]
+
+    @property
+    def names(self) -> list[str]:
+        return self.points[0].bank.route_names
+
+    @property
+    def sparsities(self) -> list[float]:
+        return [point.similarity.sparsity for point in self.points]
+
+
+def main() -> None:
+    collapse, data, args = parse((CollapseArguments, DataArguments, RTLTrainingArguments), description=__doc__)
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    if collapse.threads is not None:
+        torch.set_num_threads(collapse.threads)
+    output_dir = Path(args.output_dir)
+    runs = [make_run(collapse, data, args, scope, seed) for scope in collapse.scopes for seed in collapse.seeds]
+    classes = None
+    if collapse.class_similarity is not None:
+        classes = load_class_similarity(Path(collapse.class_similarity), runs[0].names)
+    tables = {
+        "summary": [summary(scope, [run for run in runs if run.scope == scope]) for scope in collapse.scopes],
+        "figures": over_scopes(runs, collapse.scopes, lambda run: points_rows(run)),
+        "routes": [row for run in runs for row in route_rows(run)],
+        "false_alarms": [row for run in firsts(runs) for row in false_alarms(run, collapse.num_random_runs)],
+        "planted": planted_rows(runs),
+    }
+    if classes is not None:
+        tables["alignment"] = over_scopes(runs, collapse.scopes, lambda run: alignment_rows(run, classes))
+    for name, lines in tables.items():
+        print(name.replace("_", " "), table(lines), sep="\n", end="\n\n")
+    pictures = []
+    for run in runs:
+        at = min(range(len(run.points)), key=lambda index: abs(run.sparsities[index] - PLANTED_FROM))
+        bank, name = run.points[at].bank, f"{run.scope}-seed-{run.seed}"
+        order = ordering(run.points[at].similarity.jaccard if classes is None else classes)
+        folder = output_dir / name / "analysis"
+        draw(folder, run.points, list(run.figures), run.changes, METRIC, bank, classes, order)
+        for picture in sorted(folder.glob("*.png")) if run in firsts(runs) else []:
+            pictures.append(f"{name}-{picture.name}")
+            shutil.copy(picture, output_dir / pictures[-1])
+    write_results(
+        output_dir / "results.json",
+        data={**asdict(data), "dataset": Path(data.dataset).name},
+        collapse={**asdict(collapse), "class_similarity": collapse.class_similarity and "given"},
+        training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        pictures=pictures,
+        **tables,
+    )
+
+
+def make_run(
+    collapse: CollapseArguments, data: DataArguments, args: RTLTrainingArguments, scope: str, seed: int
+) -> Run:
+    """Trains, or finds what was trained already."""
+    folder = Path(args.output_dir) / f"{scope}-seed-{seed}"
+    args = replace(args, output_dir=str(folder), prune_scope=scope, seed=seed)
+    train, test, _, make_model = prepare_images(data, args)
+    trainer = RTLTrainer(make_model(collapse.backbone, seed=seed), args, train_dataset=train, eval_dataset=test)
+    trainer.train()
+    points = points_of_run(folder, None)
+    figures = np.stack([route_figures(point, METRIC) for point in points])
+    return Run(scope, seed, points, figures, detect_collapse([point.similarity for point in points]))
+
+
+def firsts(runs: Sequence[Run]) -> list[Run]:
+    """The first run of every scope."""
+    return list({run.scope: run for run in reversed(runs)}.values())[::-1]
+
+
+def over_scopes(
+    runs: Sequence[Run], scopes: Sequence[str], rows: Callable[[Run], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of all runs of a scope, as means over its seeds."""
+    return [row for scope in scopes for row in over_seeds([rows(run) for run in runs if run.scope == scope])]
+
+
+def points_rows(run: Run) -> list[dict[str, Any]]:
+    """A line per sparsity."""
+    rows = []
+    for point, figures in zip(run.points, run.figures, strict=True):
+        of_point = line(point, figures)
+        metrics = {} if point.report is None else point.report["metrics"]
+        rows.append(
+            {
+                "method": run.scope,
+                "sparsity": round(point.similarity.sparsity, 4),
+                "bal. acc.": of_point["accuracy"],
+                "worst": float(np.min(figures)),
+                **{title: of_point[title] for title in ("similarity", "chance", "excess")},
+                "emptied layers": of_point["emptied"],
+                "constant tickets": int(metrics.get("eval_constant_tickets", 0)),
+            }
+        )
+    return rows
+
+
+def fall(sparsities: Sequence[float], figures: np.ndarray) -> float | None:
+    """
+    The sparsity from which on `figures` (`[points]`) stay more than `LEAST_FALL` below their mean up to
+    `MILD_SPARSITY`; `None` if the last one does not.
+    """
+    mild = [figure for sparsity, figure in zip(sparsities, figures, strict=True) if sparsity <= MILD_SPARSITY + 1e-3]
+    low = np.mean(mild) - figures > LEAST_FALL
+    if not low[-1]:
+        return None
+    return sparsities[len(low) - int(np.argmin(low[::-1])) if not low.all() else 0]
+
+
+def route_rows(run: Run) -> list[dict[str, Any]]:
+    """A line for alarms and one for falls; a column per route."""
+    alarms: dict[str, Any] = {"scope": run.scope, "seed": run.seed, "what": "alarm"}
+    falls: dict[str, Any] = {**alarms, "what": "fall"}
+    for route, name in enumerate(run.names):
+        change, fallen = run.changes.get(name), fall(run.sparsities, run.figures[:, route])
+        alarms[name] = "none" if change is None else f"{change.sparsity:.1%} {change.direction}"
+        falls[name] = "none" if fallen is None else f"{fallen:.1%}"
+    return [alarms, falls]
+
+
+def summary(scope: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """How alarms and falls of a scope's tickets go together, counted over routes and seeds."""
+    pairs = [
+        (run.changes[name].sparsity if name in run.changes else None, fall(run.sparsities, run.figures[:, route]))
+        for run in runs
+        for route, name in enumerate(run.names)
+    ]
+    alarms, falls = [alarm for alarm, _ in pairs if alarm], [fallen for _, fallen in pairs if fallen]
+    both = [(alarm, fallen) for alarm, fallen in pairs if alarm and fallen]
+    return {
+        "scope": scope,
+        "tickets": len(pairs),
+        "alarms": len(alarms),
+        "median alarm at": f"{median(alarms):.1%}" if alarms else None,
+        "falls": len(falls),
+        "median fall at": f"{median(falls):.1%}" if falls else None,
+        "alarm before fall": sum(alarm < fallen for alarm, fallen in both),
+        "at the fall": sum(alarm == fallen for alarm, fallen in both),
+        "after it": sum(alarm > fallen for alarm, fallen in both),
+        "fall without alarm": len(falls) - len(both),
+        "alarm without fall": len(alarms) - len(both),
+    }
+
+
+def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
+    """Runs whose masks tell nothing: of the densities of `run`, over all layers or in each."""
+    for name, control in (("random", random_masks), ("layer-shuffled", shuffled_masks)):
+        alarms = []
+        for draw_ in range(num_runs):
+            points = []
+            for point in run.points:
+                bank = MaskBank(list(zip(point.bank.weight_names, point.bank.shapes, strict=True)), run.names)
+                for route in range(bank.num_routes):
+                    # The same state at every sparsity: random masks are nested then, as those of pruning are.
+                    generator = torch.Generator().manual_seed(draw_ * len(run.names) + route)
+                    bank[route] = control(point.bank[route], generator=generator)
+                points.append(ticket_similarity(bank))
+            alarms.append(len(detect_collapse(points)))
+        yield {
+            "densities of": f"{run.scope}, seed {run.seed}",
+            "masks": name,
+            "runs": num_runs,
+            "runs with an alarm": sum(count > 0 for count in alarms),
+            "tickets": num_runs * len(run.names),
+            "tickets with an alarm": sum(alarms),
+        }
+
+
+def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """How many planted collapses are found, over all runs that are long enough, for each direction and part."""
+    rows = []
+    for direction in ("up", "down"):
+        for part in PLANTED_PARTS:
+            found = [planted(run, direction, part) for run in runs]
+            rows.append(
+                {
+                    "planted": direction,
+                    "of all positions": f"{part:.0%}",
+                    "tickets": sum(map(len, found)),
+                    "found at once": sum(when == "at once" for of_run in found for when in of_run),
+                    "found later": sum(when == "later" for of_run in found for when in of_run),
+                    "alarm before": sum(when == "before" for of_run in found for when in of_run),
+                }
+            )
+    return rows
+
+
+def planted(run: Run, direction: str, part: float) -> list[str | None]:
+    """For every ticket, when the collapse was found that was planted from `PLANTED_FROM` on."""
+    first = next(index for index, sparsity in enumerate(run.sparsities) if sparsity >= PLANTED_FROM)
+    points: list[TicketSimilarity] = []
+    for index, point in enumerate(run.points):
+        if index < first:
+            points.append(point.similarity)
+            continue
+        bank = MaskBank(list(zip(point.bank.weight_names, point.bank.shapes, strict=True)), run.names)
+        chosen = chosen_positions(point.bank[0], part, seed=run.seed)
+        for route in range(bank.num_routes):
+            masks = point.bank[route]
+            generator = torch.Generator().manual_seed(1 + route)
+            others = point.bank[0] if direction == "up" else shuffled_masks(masks, generator=generator)
+            bank[route] = [
+                torch.where(where, other, mask) for where, other, mask in zip(chosen, others, masks, strict=True)
+            ]
+        points.append(ticket_similarity(bank))
+    changes = detect_collapse(points)
+    when: list[str | None] = []
+    for name in run.names:
+        change = changes.get(name)
+        if change is None:
+            when.append(None)
+        elif change.point < first:
+            when.append("before")
+        else:
+            when.append("at once" if change.point == first and change.direction == direction else "later")
+    return when
+
+
+def chosen_positions(masks: Sequence[Tensor], part: float, *, seed: int) -> list[Tensor]:
+    """Positions of weights, `part` of all in each layer, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(mask.shape, generator=generator) < part for mask in masks]
+
+
+def alignment_rows(run: Run, classes: np.ndarray) -> list[dict[str, Any]]:
+    """Spearman's correlation with the similarity of the classes, by sparsity and depth; p of all layers."""
+    rows = []
+    for point in run.points:
+        found = alignment(point.bank, classes, 9999, 0)
+        rows.append(
+            {
+                "method": run.scope,
+                "sparsity": round(point.similarity.sparsity, 4),
+                **{depth: of_depth["rho"] for depth, of_depth in found.items()},
+                "p, all": found["all"]["p_value"],
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
