@@ -180,13 +180,11 @@ def points_rows(run: Run) -> list[dict[str, Any]]:
 def fall(sparsities: Sequence[float], figures: np.ndarray) -> float | None:
     """
     The sparsity from which on `figures` (`[points]`) stay more than `LEAST_FALL` below their mean up to
-    `MILD_SPARSITY`; `None` if the last one does not.
+    `MILD_SPARSITY`, of which there must be one; `None` if the last one does not.
     """
-    mild = [figure for sparsity, figure in zip(sparsities, figures, strict=True) if sparsity <= MILD_SPARSITY + 1e-3]
-    low = np.mean(mild) - figures > LEAST_FALL
-    if not low[-1]:
-        return None
-    return sparsities[len(low) - int(np.argmin(low[::-1])) if not low.all() else 0]
+    mild = figures[np.array(sparsities) <= MILD_SPARSITY + 1e-3].mean()
+    last_high = int(np.flatnonzero(mild - figures <= LEAST_FALL)[-1])
+    return sparsities[last_high + 1] if last_high + 1 < len(sparsities) else None
 
 
 def route_rows(run: Run) -> list[dict[str, Any]]:
