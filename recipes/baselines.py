@@ -18,8 +18,8 @@ The methods, each for every seed and sparsity:
 
 All start from the same initial weights, and retraining sees equally many samples, counted each time that one passes
 through a network. Extraction is shared by all kinds of tickets. Prints tables of means and standard deviations over
-the seeds, and writes them with all reports into `results.json` in --output_dir. Given again, the command continues
-where it was interrupted.
+the seeds, writes them with all reports into `results.json` in --output_dir, and draws `curves.png`. Given again, the
+command continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import transformers
 from arguments import parse
 from data_arguments import DataArguments
 from image_data import channels_last, load_images
-from report import over_seeds, row, table, write_results
+from report import over_seeds, plot_methods, row, table, write_results
 from sanity import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
@@ -89,11 +90,17 @@ def main() -> None:
         seed = Seed(comparison, data, args, number)
         methods = [method for method in METHODS if method in comparison.methods]
         runs.append([(method, report) for method in methods for report in seed.reports(method)])
-    tables = split(over_seeds([[line_of(method, report) for method, report in run] for run in runs]))
+    lines_of_seeds = [[line_of(method, report) for method, report in run] for run in runs]
+    tables = split(over_seeds(lines_of_seeds))
     for lines in tables.values():
         print(table(lines), end="\n\n")
+    pictures = []
+    if find_spec("matplotlib"):
+        pictures.append("curves.png")
+        plot_methods(Path(args.output_dir) / pictures[0], lines_of_seeds, ["bal. acc.", "K-way acc.", "AUROC"])
     write_results(
         Path(args.output_dir) / "results.json",
+        pictures=pictures,
         data={**asdict(data), "dataset": Path(data.dataset).name},
         comparison=asdict(comparison),
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},

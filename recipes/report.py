@@ -166,3 +166,44 @@ def plot(file: Path, rows: list[dict[str, Any]], similarities: dict[float, float
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+def plot_methods(file: Path, tables: Sequence[list[dict[str, Any]]], titles: Sequence[str]) -> None:
+    """
+    Columns of the tables of several seeds against sparsity, a panel each: means, with the sample standard deviation
+    as bars. What is not pruned is a horizontal line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(len(titles), 1, sharex=True, figsize=(7, 3 * len(titles)), squeeze=False)
+    methods = list(dict.fromkeys(line["method"] for line in tables[0]))
+    # Told apart in grey too: ten markers, and colours that the colour-blind can tell.
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+    for axes, title in zip(all_axes[:, 0], titles, strict=True):
+        for number, (method, marker) in enumerate(zip(methods, "osD^vX*Pp<", strict=False)):
+            points: dict[float, list[float]] = {}
+            for line in (line for lines in tables for line in lines if line["method"] == method):
+                if line.get(title) is not None:
+                    points.setdefault(line["sparsity"], []).append(line[title])
+            style = {"color": colours[number % len(colours)], "label": method, "linewidth": 1.2}
+            means = {sparsity: mean(values) for sparsity, values in points.items()}
+            if list(means) == [0.0]:
+                axes.axhline(means[0.0], linestyle="--", **style)
+            elif means:
+                bars = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
+                percent = [100 * sparsity + 0.25 * (number - len(methods) / 2) for sparsity in means]
+                line_style = "-" if number < len(colours) else "-."
+                axes.errorbar(
+                    percent, list(means.values()), bars, marker=marker, markersize=5, linestyle=line_style, **style
+                )
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+    all_axes[-1, 0].set_xlabel("sparsity of a ticket (%)")
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=4, fontsize="small", frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 / len(titles)))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
 from transformers.trainer_utils import EvalPrediction
 
@@ -163,12 +165,16 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
     from baselines import ComparisonArguments
+    from collapse import CollapseArguments
     from data_arguments import DataArguments
     from prune import ModelArguments
 
     from hf_rtl import RTLTrainingArguments
 
-    classes = (ComparisonArguments if "baselines" in config else ModelArguments, DataArguments, RTLTrainingArguments)
+    # Of another recipe than prune.py, the first line says which.
+    own = {"baselines": ComparisonArguments, "collapse": CollapseArguments}
+    named = re.search(r"for recipes/(\w+)\.py", (RECIPES / "configs" / config).read_text().splitlines()[0])
+    classes = (own[named[1]] if named else ModelArguments, DataArguments, RTLTrainingArguments)
     known = {name for cls in classes for name in cls.__dataclass_fields__}
     values = yaml.safe_load((RECIPES / "configs" / config).read_text())
     assert set(values) <= known
@@ -299,6 +305,7 @@ def test_tickets_are_compared_over_seeds(
     assert [run["model"]["norm_statistics"] for run in runs.values()] == ["shared", "per_route", "per_route"]
     assert [run["competing_epochs"] for run in runs.values()] == [0, 0, 1]
 
+    assert Image.open(tmp_path / "run" / "curves.png").size[0] > 500
     printed = capsys.readouterr().out
     lines = {line["method"]: line for line in results["figures"]}
     assert lines["competing"]["router: K-way acc."] == f"{of['competing']['metrics']['eval_route_accuracy']:.3f}"
@@ -320,6 +327,7 @@ def test_tickets_are_compared_over_seeds(
     rendered = (tmp_path / "cifar10_baselines.md").read_text()
     for name in ("figures", "decisions", "costs"):
         assert table(results[name], style="github") in rendered
+    assert (tmp_path / "cifar10_baselines-curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
     assert json.loads((tmp_path / "cifar10_baselines-results.json").read_text())["runs"] == results["runs"]
 
 
