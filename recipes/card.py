@@ -6,6 +6,7 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
     python recipes/card.py cifar10_baselines runs/cifar10_baselines
+    python recipes/card.py digits_collapse runs/digits_collapse
     python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
 Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
@@ -73,7 +74,8 @@ def render(card: str) -> str:
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
     if "figures" in results:
-        texts = {name: table(lines, style="github") for name, lines in results.items() if isinstance(lines, list)}
+        tables = {name: lines for name, lines in results.items() if isinstance(lines, list) and name != "pictures"}
+        texts = {name: table(lines, style="github") for name, lines in tables.items()}
         return template.format(**{**results, **texts})
     first = next(iter(results.values()))
     routes = first["rounds"][0]["kept"]

@@ -118,9 +118,9 @@ def main() -> None:
         order = ordering(run.points[at].similarity.jaccard if classes is None else classes)
         folder = output_dir / name / "analysis"
         draw(folder, run.points, list(run.figures), run.changes, METRIC, bank, classes, order)
-        for picture in sorted(folder.glob("*.png")) if run in firsts(runs) else []:
-            pictures.append(f"{name}-{picture.name}")
-            shutil.copy(picture, output_dir / pictures[-1])
+        if run in firsts(runs):
+            pictures.append(f"{name}-curves.png")
+            shutil.copy(folder / "curves.png", output_dir / pictures[-1])
     write_results(
         output_dir / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},

@@ -104,7 +104,7 @@ def _cell(title: str, value: Any) -> str:
     if value is None:
         return ""
     if title == "sparsity":
-        return f"{value:.0%}"
+        return f"{100 * value:.3g}%"
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
