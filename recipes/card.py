@@ -7,6 +7,7 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
     python recipes/card.py cifar10_baselines runs/cifar10_baselines
     python recipes/card.py digits_collapse runs/digits_collapse
+    python recipes/card.py cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
     python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
 Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from report import over_seeds, table
@@ -28,6 +31,7 @@ from hf_rtl.model_card import write_card
 
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+ANALYSIS = "analysis.json"  # what recipes/analyze.py writes
 
 
 def main() -> None:
@@ -37,15 +41,19 @@ def main() -> None:
         "runs",
         nargs="*",
         type=Path,
-        help="output folders of recipes/prune.py, or one of recipes/baselines.py; none: render anew",
+        help="output folders of recipes/prune.py or analyze.py, or one of another recipe; none: render anew",
     )
     parser.add_argument("--names", nargs="+", help="a name for each run, added to its methods")
     arguments = parser.parse_args()
     names = arguments.names or [""] * len(arguments.runs)
-    results = {
-        name: json.loads((run / "results.json").read_text()) for name, run in zip(names, arguments.runs, strict=True)
-    }
     kept = MODEL_CARDS / f"{arguments.card}-results.json"
+    if arguments.runs and (arguments.runs[0] / ANALYSIS).exists():
+        results = {"": of_analyses(arguments.runs)}
+    else:
+        results = {
+            name: json.loads((run / "results.json").read_text())
+            for name, run in zip(names, arguments.runs, strict=True)
+        }
     comparison = next((result for result in results.values() if "figures" in result), None)
     if comparison is not None:
         write_json(kept, comparison)
@@ -56,6 +64,38 @@ def main() -> None:
         for name, run in zip(names, arguments.runs, strict=True):
             keep_pages(arguments.card, name, run)
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
+
+
+def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
+    """Analyses of runs that differ in the seed, as the results of one comparison; pictures are of the first."""
+    results = [json.loads((folder / ANALYSIS).read_text()) for folder in folders]
+    lines = [[analysis_line(point) for point in result["points"]] for result in results]
+    changes = [change for result in results for change in result["changes"].values()]
+    return {
+        "command": "\n".join(result["command"] for result in results),
+        **{name: results[0][name] for name in ("python", "versions", "metric")},
+        "figures": over_seeds(lines),
+        "num_tickets": len(changes),
+        "num_alarms": sum(change is not None for change in changes),
+        "num_analyses": len(results),
+        "pictures": sorted(picture.name for picture in folders[0].glob("*.png")),
+    }
+
+
+def analysis_line(point: dict[str, Any]) -> dict[str, Any]:
+    """Of a point in the file of recipes/analyze.py the means over tickets, and its alignment."""
+    aligned = {depth: found["rho"] for depth, found in (point["alignment"] or {}).items()}
+    if aligned:
+        aligned["p, all"] = point["alignment"]["all"]["p_value"]
+    measured = [value for value in point["metric"].values() if value is not None]
+    return {
+        "method": "tickets",
+        "sparsity": round(point["sparsity"], 4),
+        "metric": mean(measured) if measured else None,
+        **{key: mean(point[key].values()) for key in ("similarity", "chance", "excess")},
+        "emptied layers": sum(map(len, point["emptied_layers"].values())),
+        **aligned,
+    }
 
 
 def keep_pages(card: str, name: str, run: Path) -> None:

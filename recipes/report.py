@@ -84,18 +84,22 @@ def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
 def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """
     The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
-    deviation after ±. Integers, which are counts, are rounded means.
+    deviation after ±. Integers, which are counts, are rounded means. What one run lacks is left out.
     """
     lines = []
     for same in zip(*tables, strict=True):
         line = {"method": same[0]["method"], "sparsity": same[0]["sparsity"]}
         for title in same[0]:
             values = [other[title] for other in same]
-            if title not in line and isinstance(values[0], float):
+            if title in line:
+                continue
+            if None in values:
+                line[title] = None
+            elif isinstance(values[0], float):
                 spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
                 line[title] = f"{mean(values):.3f}{spread}"
-            elif title not in line:
-                line[title] = None if values[0] is None else round(mean(values))
+            else:
+                line[title] = round(mean(values))
         lines.append(line)
     return lines
 

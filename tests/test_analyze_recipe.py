@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import analyze
+import card
 import matplotlib
 import numpy as np
 import pytest
@@ -170,3 +171,32 @@ def test_help_teaches(refused, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for words in ("--class_similarity", "apt-get install wordnet-base", "excess: similarity - chance", "Mantel test"):
         assert words in printed
+
+
+def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, monkeypatch):
+    _, folder = finished_run
+    classes = tmp_path / "classes.csv"
+    classes.write_text(CLASSES)
+    for name in ("one", "two"):
+        call(folder, "--class_similarity", classes, "--output_dir", tmp_path / name)
+    changed = json.loads((tmp_path / "two" / "analysis.json").read_text())
+    changed["points"][0]["excess"] = {route: 0.5 for route in ROUTES}
+    changed["points"][0]["alignment"]["deep"]["rho"] = None
+    changed["changes"]["cat"] = {"point": 4}
+    (tmp_path / "two" / "analysis.json").write_text(json.dumps(changed))
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "some.md").write_text("{num_alarms} of {num_tickets}\n\n{figures}\n")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two")])
+    card.main()
+    first = json.loads((tmp_path / "one" / "analysis.json").read_text())["points"]
+    page = (tmp_path / "some.md").read_text()
+    assert page.startswith("1 of 6\n") and (tmp_path / "some-curves.png").exists()
+    lines = json.loads((tmp_path / "some-results.json").read_text())["figures"]
+    values = [np.mean(list(first[0]["excess"].values())), 0.5]
+    assert lines[0]["excess"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" and lines[0]["excess"] in page
+    assert lines[0]["deep"] is None and lines[0]["metric"] is None
+    rho = first[1]["alignment"]["all"]["rho"]
+    assert lines[1]["all"] == f"{rho:.3f} ± 0.000"
+    accuracy = np.mean(list(first[1]["metric"].values()))
+    assert lines[1]["metric"] == f"{accuracy:.3f} ± 0.000"
