@@ -169,14 +169,23 @@ class TicketEvaluator(Trainer):
             threshold, fallback: as of [`RTLModel.set_router`].
 
         Raises:
-            ValueError: an unknown name, one that does not suit the task, or no data that was held out.
+            ValueError: an unknown name, one that does not suit the task, no data that was held out, or, without
+                `args.allow_disconnected`, evidence that is the same for all samples.
         """
         check_router(name, self.model, self.calibration_dataset)
         self.model.eval()
         training, held_out = (
             self._batches_with_routes(data) for data in (self._require_data().dataset, self.calibration_dataset)
         )
-        router = fit_router(name, self.model, training, held_out, gather=self.accelerator.gather_for_metrics)
+        router = fit_router(
+            name,
+            self.model,
+            training,
+            held_out,
+            gather=self.accelerator.gather_for_metrics,
+            # A user who goes on with tickets that are cut through does so to the end of the run.
+            allow_constant=self.args.allow_disconnected,
+        )
         for buffer in router.buffers():
             buffer.copy_(broadcast(buffer.clone()))  # all have fitted it, maybe on devices that round differently
         self.model.set_router(router, threshold=threshold, fallback=fallback)

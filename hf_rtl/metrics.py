@@ -119,7 +119,8 @@ def _decision_metrics(
 
 def constant_tickets(scores: np.ndarray) -> list[int]:
     """
-    The routes whose ticket gives every sample the same score: its input no longer reaches its output.
+    The routes whose ticket gives every sample the same score: its input no longer reaches its output. Scores that
+    differ by no more than 1e-6, or that part of the greatest, are the same but for rounding.
 
     Args:
         scores (`np.ndarray`): floats `[N, K]` of at least two samples.
@@ -131,7 +132,8 @@ def constant_tickets(scores: np.ndarray) -> list[int]:
     _check_matrix("scores", scores)
     if len(scores) < 2:
         raise ValueError(f"`scores` has {len(scores)} sample(s); at least 2 are needed to tell whether they differ.")
-    return np.flatnonzero((scores == scores[0]).all(axis=0)).tolist()
+    # Logits are logarithms of odds, so the bound means the same for all; a cut network leaves some 1e-8 in float32.
+    return np.flatnonzero(np.ptp(scores, axis=0) <= 1e-6 * np.abs(scores).max(axis=0).clip(min=1)).tolist()
 
 
 def label_metrics(

@@ -35,6 +35,7 @@ def fit_router(
     held_out: Batches,
     *,
     gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] = lambda tensors: tensors,
+    allow_constant: bool = False,
 ) -> Router:
     """
     A router for the routes of `model`, on its device.
@@ -47,9 +48,13 @@ def fit_router(
         held_out: samples that no ticket was trained on, for the scales and offsets: tickets are too sure of samples
             that they know.
         gather (`Callable`, *optional*): brings the samples of all processes together.
+        allow_constant (`bool`, defaults to `False`): warn of features and evidence that are the same for all samples,
+            as of tickets that pruning has cut through, instead of refusing them. The router is no help then: it names
+            the commonest route.
 
     Raises:
-        ValueError: a route without samples, or evidence that is not finite.
+        ValueError: a route without samples, or evidence that is not finite, or, unless allowed, the same for all
+            samples.
     """
 
     def over(batches: Batches, function: Callable[[Mapping[str, Any]], Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,14 +68,16 @@ def fit_router(
 
     router: Router
     if name == "centroid":
-        directions, bias = nearest_mean(*over(training, features), num_routes=model.num_routes)
+        values, route_ids = over(training, features)
+        directions, bias = nearest_mean(values, route_ids, num_routes=model.num_routes, allow_constant=allow_constant)
         router = CentroidRouter(model.num_routes, directions.shape[1])
         router.directions.copy_(torch.from_numpy(directions))
         router.bias.copy_(torch.from_numpy(bias))
     else:
         router = ScoreRouter(model.num_routes) if name == "score" else EntropyRouter(model.num_routes)
     router.to(model.device)
-    scale, offset = fit_scale_and_offset(*over(held_out, lambda inputs: evidence_of_each(router, model, inputs)))
+    values, route_ids = over(held_out, lambda inputs: evidence_of_each(router, model, inputs))
+    scale, offset = fit_scale_and_offset(values, route_ids, allow_constant=allow_constant)
     router.scale.copy_(torch.from_numpy(scale))
     router.offset.copy_(torch.from_numpy(offset))
     return router
@@ -85,7 +92,9 @@ def evidence_of_each(router: Router, model: RTLModel, inputs: Mapping[str, Any])
     return torch.cat([router.evidence(model, sample) for sample in samples])
 
 
-def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_mean(
+    features: np.ndarray, route_ids: np.ndarray, *, num_routes: int, allow_constant: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """
     The linear rule features · directions + bias, by which the greatest of K numbers is that of the route whose mean is
     the nearest, in units of how features differ within a route: Mahalanobis' distance, with the covariance within the
@@ -101,7 +110,8 @@ def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int
         squared distances, up to what is the same for all routes of a sample.
 
     Raises:
-        ValueError: a route without samples, or features that are not finite.
+        ValueError: a route without samples, features that are not finite, or, unless `allow_constant`, the same for
+            all samples.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -111,6 +121,8 @@ def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int
         raise ValueError(f"route {int(counts.argmin())} has no training samples, so it has no mean features.")
     if not np.isfinite(features).all():
         raise ValueError("the features of the union of tickets have NaN or infinite values.")
+    if not allow_constant and (features == features[0]).all():
+        raise ValueError("the features of the union of tickets are the same for all samples: no router can use them.")
     means = np.stack([features[route_ids == route].mean(axis=0) for route in range(num_routes)])
     within = features - means[route_ids]
     # Features with a large spread must not decide how much the others are shrunk; one without any counts as it is.
@@ -122,23 +134,27 @@ def nearest_mean(features: np.ndarray, route_ids: np.ndarray, *, num_routes: int
     return directions, -((means + middle) / 2 * directions).sum(axis=1)
 
 
-def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_scale_and_offset(
+    evidence: np.ndarray, route_ids: np.ndarray, *, allow_constant: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """
     The positive scale and the offset of every route with which softmax(scale · evidence + offset) is most likely, but
     for a small penalty on what they differ from: a scale of one over the evidence's standard deviation (a mean over
-    the routes), and no offset. Evidence that is the same for all samples, as that of tickets that pruning has cut
-    through, tells no route from another: a warning, and the offsets say how common the routes are.
+    the routes), and no offset.
 
     Args:
         evidence (`np.ndarray`): floats `[N, K]`.
         route_ids (`np.ndarray`): integers `[N]`; every route needs a sample.
+        allow_constant (`bool`, defaults to `False`): of evidence that is the same for all samples, and tells no route
+            from another, let the offsets say how common the routes are, and warn.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: scales and offsets, `float64 [K]`.
 
     Raises:
         TypeError: `evidence` is not a float array or `route_ids` not an integer array.
-        ValueError: shapes that do not match, values that are NaN or infinite, routes out of range or without a sample.
+        ValueError: shapes that do not match, values that are NaN or infinite, routes out of range or without a sample,
+            or, unless allowed, evidence that is the same for all samples.
     """
     route_ids = check_scores("evidence", evidence, "route_ids", route_ids)
     counts = np.bincount(route_ids, minlength=evidence.shape[1])
@@ -147,6 +163,8 @@ def fit_scale_and_offset(evidence: np.ndarray, route_ids: np.ndarray) -> tuple[n
     values = torch.from_numpy(evidence.astype(np.float64))
     spread = values.std(dim=0, correction=0).mean()
     if (values == values[0]).all():
+        if not allow_constant:
+            raise ValueError("`evidence` is the same for all samples, so it tells no route from another.")
         logger.warning("the router's evidence is the same for all samples: it will always name the commonest route.")
         spread = torch.ones_like(spread)
     values, targets = values / spread, torch.from_numpy(route_ids)

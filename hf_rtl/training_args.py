@@ -156,7 +156,10 @@ class RTLTrainingArguments(TrainingArguments):
         metadata={"help": "Rewind to the weights after this many dense steps on all data; 0: to the initial ones."},
     )
     allow_disconnected: bool = field(
-        default=False, metadata={"help": "Go on when pruning cuts a ticket's output from its input."}
+        default=False,
+        metadata={
+            "help": "Go on when pruning cuts a ticket's output from its input, and with a router that is no help then."
+        },
     )
     seed_transforms: bool = field(
         default=True,

@@ -255,6 +255,11 @@ def test_constant_tickets():
     scores = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 0.0], [1.0, 2.0, 0.0]])
     assert constant_tickets(scores) == [0, 2]
     assert constant_tickets(scores[:, 1:2]) == []
+    # Rounding is no answer, however small the scores; a small difference is one.
+    noise = np.array([[0, 0, 0], [1, 0, 1], [-1, 0, 0]])
+    assert constant_tickets((scores * [0, 1, 1] + 8e-9 * noise).astype(np.float32)) == [0, 2]
+    assert constant_tickets(1000 * scores + 4e-4 * noise) == [0]  # in proportion, where scores are large
+    assert constant_tickets(scores + 4e-6 * noise) == []
     with pytest.raises(ValueError, match="at least 2"):
         constant_tickets(scores[:1])
 

@@ -174,3 +174,21 @@ def test_pruning_that_cuts_a_ticket_apart_raises_unless_allowed(tmp_path, caplog
     for name, layers in report["emptied_layers"].items():
         counts = dict(zip(bank.weight_names, [int(mask.sum()) for mask in bank[name]], strict=True))
         assert layers == [layer for layer, count in counts.items() if count == 0]
+
+
+@pytest.mark.parametrize("router", ["score", "centroid"])
+def test_a_run_of_tickets_that_are_cut_apart_ends_with_a_router_that_is_no_help(tmp_path, caplog, router):
+    made = run(
+        tmp_path,
+        allow_disconnected=True,
+        router=router,
+        calibration_fraction=0.2,
+        target_sparsity=[0.995],
+        prune_amount=0.9,
+        extraction_steps=1,
+    )
+    assert "evidence is the same for all samples" in caplog.text
+    assert made.model.config.router == router and (tmp_path / "final" / "model.safetensors").exists()
+    made.args.allow_disconnected = False
+    with pytest.raises(ValueError, match="the same for all samples"):
+        made.fit_router(router)
