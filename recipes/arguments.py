@@ -1,13 +1,16 @@
-"""Arguments of a recipe: dataclasses filled from a YAML file, any of it overridden on the command line."""
+"""How a recipe starts: its arguments, from a YAML file and the command line, and what it prints meanwhile."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
 from transformers import HfArgumentParser
 
@@ -42,3 +45,11 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     return tuple(
         cls(**{name: arguments[name] for name in cls.__dataclass_fields__ if name in arguments}) for cls in classes
     )
+
+
+def set_up(threads: int | None) -> None:
+    """Warnings in one line each, no bars of transformers' own, and a number of CPU threads, if one is given."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -25,7 +25,6 @@ command continues where it was interrupted.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from arguments import parse
+from arguments import parse, set_up
 from data_arguments import DataArguments
 from image_data import channels_last, load_images
 from report import over_seeds, plot_methods, row, table, write_results
@@ -81,10 +79,7 @@ def main() -> None:
     unknown = [method for method in comparison.methods if method not in METHODS]
     if unknown:
         raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, METHODS))}.")
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    if comparison.threads is not None:
-        torch.set_num_threads(comparison.threads)
+    set_up(comparison.threads)
     runs = []
     for number in comparison.seeds:
         seed = Seed(comparison, data, args, number)

@@ -57,8 +57,10 @@ def main() -> None:
     comparison = next((result for result in results.values() if "figures" in result), None)
     if comparison is not None:
         write_json(kept, comparison)
+        template = (MODEL_CARDS / "templates" / f"{arguments.card}.md").read_text()
         for picture in comparison.get("pictures", []):
-            shutil.copy(arguments.runs[0] / picture, MODEL_CARDS / f"{arguments.card}-{picture}")
+            if f"]({arguments.card}-{picture})" in template:
+                shutil.copy(arguments.runs[0] / picture, MODEL_CARDS / f"{arguments.card}-{picture}")
     elif results:
         write_json(kept, results)
         for name, run in zip(names, arguments.runs, strict=True):

@@ -20,7 +20,7 @@ Given again, the command continues where it was interrupted.
 
 from __future__ import annotations
 
-import logging
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,15 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from analyze import Point, alignment, draw, line, ordering, points_of_run, route_figures
-from arguments import parse
+from arguments import parse, set_up
 from data_arguments import DataArguments
 from prune import prepare_images
 from report import over_seeds, table, write_results
 from torch import Tensor
 
-from hf_rtl import MaskBank, RTLTrainer, RTLTrainingArguments
+from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.pruning import random_masks, shuffled_masks
@@ -50,6 +49,7 @@ LEAST_FALL = 0.05
 MILD_SPARSITY = 0.5
 PLANTED_FROM = 0.7
 PLANTED_PARTS = (0.1, 0.25, 0.5, 1.0)
+TOLERANCE = 1e-3  # of a sparsity, which whole numbers of weights meet nearly
 
 
 @dataclass
@@ -72,7 +72,10 @@ class CollapseArguments:
 
 @dataclass
 class Run:
-    """What came out for a scope and a seed; `figures` is METRIC of every route at every point, `[points, K]`."""
+    """
+    What came out for a scope and a seed. `figures` is METRIC of every route at every point, `[points, K]`; NaN where
+    masks were not retrained, which the detector looks at all the same.
+    """
 
     scope: str
     seed: int
@@ -91,18 +94,24 @@ class Run:
 
 def main() -> None:
     collapse, data, args = parse((CollapseArguments, DataArguments, RTLTrainingArguments), description=__doc__)
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    if collapse.threads is not None:
-        torch.set_num_threads(collapse.threads)
+    set_up(collapse.threads)
+    # Before hours of training, what would end the command after them.
+    if min(args.target_sparsity) > MILD_SPARSITY:
+        raise SystemExit(
+            f"--target_sparsity starts at {min(args.target_sparsity)}; what falls is measured from sparsities up to "
+            f"{MILD_SPARSITY}, so one of these is needed."
+        )
+    class_similarity = None if collapse.class_similarity is None else Path(collapse.class_similarity)
+    classes = None
+    if class_similarity is not None:
+        classes = load_class_similarity(
+            class_similarity, prepare_images(data, replace(args, seed=collapse.seeds[0]))[0].label_names
+        )
     output_dir = Path(args.output_dir)
     runs = [make_run(collapse, data, args, scope, seed) for scope in collapse.scopes for seed in collapse.seeds]
-    classes = None
-    if collapse.class_similarity is not None:
-        classes = load_class_similarity(Path(collapse.class_similarity), runs[0].names)
     tables = {
         "summary": [summary(scope, [run for run in runs if run.scope == scope]) for scope in collapse.scopes],
-        "figures": over_scopes(runs, collapse.scopes, lambda run: points_rows(run)),
+        "figures": over_scopes(runs, collapse.scopes, points_rows),
         "routes": [row for run in runs for row in route_rows(run)],
         "false_alarms": [row for run in firsts(runs) for row in false_alarms(run, collapse.num_random_runs)],
         "planted": planted_rows(runs),
@@ -124,7 +133,8 @@ def main() -> None:
     write_results(
         output_dir / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},
-        collapse={**asdict(collapse), "class_similarity": collapse.class_similarity and "given"},
+        # A name alone: it may be a place on this machine.
+        collapse={**asdict(collapse), "class_similarity": class_similarity and class_similarity.name},
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
         pictures=pictures,
         **tables,
@@ -158,11 +168,12 @@ def over_scopes(
 
 
 def points_rows(run: Run) -> list[dict[str, Any]]:
-    """A line per sparsity."""
+    """A line per sparsity that was retrained."""
     rows = []
     for point, figures in zip(run.points, run.figures, strict=True):
+        if point.report is None:
+            continue
         of_point = line(point, figures)
-        metrics = {} if point.report is None else point.report["metrics"]
         rows.append(
             {
                 "method": run.scope,
@@ -171,7 +182,7 @@ def points_rows(run: Run) -> list[dict[str, Any]]:
                 "worst": float(np.min(figures)),
                 **{title: of_point[title] for title in ("similarity", "chance", "excess")},
                 "emptied layers": of_point["emptied"],
-                "constant tickets": int(metrics.get("eval_constant_tickets", 0)),
+                "constant tickets": int(point.report["metrics"]["eval_constant_tickets"]),
             }
         )
     return rows
@@ -179,12 +190,14 @@ def points_rows(run: Run) -> list[dict[str, Any]]:
 
 def fall(sparsities: Sequence[float], figures: np.ndarray) -> float | None:
     """
-    The sparsity from which on `figures` (`[points]`) stay more than `LEAST_FALL` below their mean up to
-    `MILD_SPARSITY`, of which there must be one; `None` if the last one does not.
+    The sparsity from which on `figures` (`[points]`, NaN where there is none) stay more than `LEAST_FALL` below their
+    mean up to `MILD_SPARSITY`, of which there must be one; `None` if the last one does not.
     """
-    mild = figures[np.array(sparsities) <= MILD_SPARSITY + 1e-3].mean()
+    known = ~np.isnan(figures)
+    clock, figures = np.array(sparsities)[known], figures[known]
+    mild = figures[clock <= MILD_SPARSITY + TOLERANCE].mean()
     last_high = int(np.flatnonzero(mild - figures <= LEAST_FALL)[-1])
-    return sparsities[last_high + 1] if last_high + 1 < len(sparsities) else None
+    return float(clock[last_high + 1]) if last_high + 1 < len(clock) else None
 
 
 def route_rows(run: Run) -> list[dict[str, Any]]:
@@ -205,8 +218,9 @@ def summary(scope: str, runs: Sequence[Run]) -> dict[str, Any]:
         for run in runs
         for route, name in enumerate(run.names)
     ]
-    alarms, falls = [alarm for alarm, _ in pairs if alarm], [fallen for _, fallen in pairs if fallen]
-    both = [(alarm, fallen) for alarm, fallen in pairs if alarm and fallen]
+    alarms = [alarm for alarm, _ in pairs if alarm is not None]
+    falls = [fallen for _, fallen in pairs if fallen is not None]
+    both = [(alarm, fallen) for alarm, fallen in pairs if alarm is not None and fallen is not None]
     return {
         "scope": scope,
         "tickets": len(pairs),
@@ -226,13 +240,13 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
     """Runs whose masks tell nothing: of the densities of `run`, over all layers or in each."""
     for name, control in (("random", random_masks), ("layer-shuffled", shuffled_masks)):
         alarms = []
-        for draw_ in range(num_runs):
+        for number in range(num_runs):
             points = []
             for point in run.points:
-                bank = MaskBank(list(zip(point.bank.weight_names, point.bank.shapes, strict=True)), run.names)
+                bank = copy.deepcopy(point.bank)
                 for route in range(bank.num_routes):
                     # The same state at every sparsity: random masks are nested then, as those of pruning are.
-                    generator = torch.Generator().manual_seed(draw_ * len(run.names) + route)
+                    generator = torch.Generator().manual_seed(number * len(run.names) + route)
                     bank[route] = control(point.bank[route], generator=generator)
                 points.append(ticket_similarity(bank))
             alarms.append(len(detect_collapse(points)))
@@ -247,7 +261,8 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
 
 
 def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """How many planted collapses are found, over all runs that are long enough, for each direction and part."""
+    """How many planted collapses are found, over all runs that go so far, for each direction and part."""
+    runs = [run for run in runs if run.sparsities[-1] >= PLANTED_FROM - TOLERANCE]
     rows = []
     for direction in ("up", "down"):
         for part in PLANTED_PARTS:
@@ -267,13 +282,13 @@ def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def planted(run: Run, direction: str, part: float) -> list[str | None]:
     """For every ticket, when the collapse was found that was planted from `PLANTED_FROM` on."""
-    first = next(index for index, sparsity in enumerate(run.sparsities) if sparsity >= PLANTED_FROM)
+    first = next(index for index, sparsity in enumerate(run.sparsities) if sparsity >= PLANTED_FROM - TOLERANCE)
     points: list[TicketSimilarity] = []
     for index, point in enumerate(run.points):
         if index < first:
             points.append(point.similarity)
             continue
-        bank = MaskBank(list(zip(point.bank.weight_names, point.bank.shapes, strict=True)), run.names)
+        bank = copy.deepcopy(point.bank)
         chosen = chosen_positions(point.bank[0], part, seed=run.seed)
         for route in range(bank.num_routes):
             masks = point.bank[route]

@@ -14,7 +14,6 @@ complete model per round beside them. A run that was interrupted continues when 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -23,9 +22,7 @@ from typing import Any
 
 import sanity
 import single_mask
-import torch
-import transformers
-from arguments import parse
+from arguments import parse, set_up
 from data_arguments import DataArguments
 from image_data import load_images
 from report import plan_text, plot, routes_rows, row, table, write_results
@@ -95,10 +92,7 @@ def prepare_texts(data: DataArguments, args: RTLTrainingArguments, backbone: str
 
 def main() -> None:
     model_arguments, data, args = parse((ModelArguments, DataArguments, RTLTrainingArguments), description=__doc__)
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    if model_arguments.threads is not None:
-        torch.set_num_threads(model_arguments.threads)
+    set_up(model_arguments.threads)
     partition = None
     if data.text_column is None:
         train, test, processor, make_model = prepare_images(data, args)

@@ -185,13 +185,15 @@ def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, mo
     changed["changes"]["cat"] = {"point": 4}
     (tmp_path / "two" / "analysis.json").write_text(json.dumps(changed))
     (tmp_path / "templates").mkdir()
-    (tmp_path / "templates" / "some.md").write_text("{num_alarms} of {num_tickets}\n\n{figures}\n")
+    (tmp_path / "templates" / "some.md").write_text(
+        "{num_alarms} of {num_tickets}\n\n{figures}\n\n![curves](some-curves.png)\n"
+    )
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two")])
     card.main()
     first = json.loads((tmp_path / "one" / "analysis.json").read_text())["points"]
     page = (tmp_path / "some.md").read_text()
-    assert page.startswith("1 of 6\n") and (tmp_path / "some-curves.png").exists()
+    assert page.startswith("1 of 6\n") and [file.name for file in tmp_path.glob("some-*.png")] == ["some-curves.png"]
     lines = json.loads((tmp_path / "some-results.json").read_text())["figures"]
     values = [np.mean(list(first[0]["excess"].values())), 0.5]
     assert lines[0]["excess"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" and lines[0]["excess"] in page

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import collapse
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from analyze import Point
 from collapse import Run, fall, false_alarms, planted, planted_rows, points_rows, route_rows, summary
 
-from hf_rtl import MaskBank
+from hf_rtl import MaskBank, RTLTrainer
 from hf_rtl.analysis import Change, detect_collapse, ticket_similarity
 from hf_rtl.pruning import prune
 
@@ -48,6 +49,7 @@ def magnitude_run(alike=0.8):
         ([0.8] * 5 + [0.7, 0.8, 0.8, 0.7, 0.6], 0.9),  # what recovers was none
         ([0.8] * 5 + [0.7] * 4 + [0.8], None),
         ([0.9, 0.7, 0.8, 0.8, 0.8] + [0.7] * 5, 0.6),  # below the mean, not the best, of mild sparsities
+        ([0.8, np.nan] * 4 + [np.nan, 0.7], 0.95),  # not all masks are retrained
     ],
 )
 def test_a_fall_is_one_that_stays(figures, expected):
@@ -95,6 +97,8 @@ def test_points_are_shown_with_their_reports():
         assert row["similarity"] == pytest.approx(point.similarity.jaccard[np.triu_indices(4, 1)].mean())
         assert row["excess"] == pytest.approx(row["similarity"] - row["chance"])
         assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(figures.mean())
+    run.points[3].report = None
+    assert points_rows(run) == rows[:3] + rows[4:]
 
 
 def test_masks_that_tell_nothing_raise_no_alarm_and_those_of_a_collapse_do(monkeypatch):
@@ -116,8 +120,22 @@ def test_planted_collapses_are_found_if_they_are_large(direction):
     run = magnitude_run()
     assert planted(run, direction, 1.0) == ["at once"] * 4
     assert planted(run, direction, 0.0) == [None] * 4
+    short = replace(run, points=run.points[:5], figures=run.figures[:5])  # it does not come to 70 %
     expected = {"planted": direction, "of all positions": "100%", "tickets": 8, "found at once": 8}
-    assert {**expected, "found later": 0, "alarm before": 0} in planted_rows([run, run])
+    assert {**expected, "found later": 0, "alarm before": 0} in planted_rows([run, short, run])
+
+
+def test_what_would_end_the_command_after_training_ends_it_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(RTLTrainer, "train", lambda self: pytest.fail("trained"))
+    folder = str(tmp_path / "out")
+    for arguments, said in (
+        (["--target_sparsity", "0.6", "0.9"], "--target_sparsity starts at 0.6"),
+        (["--target_sparsity", "0.5", "--class_similarity", str(tmp_path / "none.csv")], "none.csv"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["collapse.py", "--num_channels", "1", "--output_dir", folder, *arguments])
+        with pytest.raises((SystemExit, OSError, ValueError), match=said):
+            collapse.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
@@ -140,6 +158,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
         ("layer", 5, what) for what in ("alarm", "fall")
     ]
     assert len(results["planted"]) == 8 and len(results["false_alarms"]) == 2
+    assert results["collapse"]["class_similarity"] == "similarity.csv"
     assert {"all", "shallow", "middle", "deep"} < set(results["alignment"][0])
     assert "layer-seed-5-curves.png" in results["pictures"]
     assert all((tmp_path / "out" / picture).exists() for picture in results["pictures"])

@@ -322,13 +322,13 @@ def test_tickets_are_compared_over_seeds(
 
     shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["card.py", "cifar10_baselines", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["card.py", "cifar10_methods", str(tmp_path / "run")])
     card.main()
-    rendered = (tmp_path / "cifar10_baselines.md").read_text()
+    rendered = (tmp_path / "cifar10_methods.md").read_text()
     for name in ("figures", "decisions", "costs"):
         assert table(results[name], style="github") in rendered
-    assert (tmp_path / "cifar10_baselines-curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
-    assert json.loads((tmp_path / "cifar10_baselines-results.json").read_text())["runs"] == results["runs"]
+    assert (tmp_path / "cifar10_methods-curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
+    assert json.loads((tmp_path / "cifar10_methods-results.json").read_text())["runs"] == results["runs"]
 
 
 def test_a_network_with_a_logit_per_class_is_scored_by_its_highest() -> None:
