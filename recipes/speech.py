@@ -248,7 +248,9 @@ class Seed:
     def enhanced_examples(self, method: str) -> Tensor:
         """The same mixtures enhanced by tickets, or by a single mask, of `shown_sparsity`."""
         trainer = self.per_route if method == PER_ROUTE else self.imp_single
-        model = model_of_round(trainer, trainer.rounds[self.args.target_sparsity.index(self.comparison.shown_sparsity)])
+        model = model_of_round(
+            trainer, trainer.rounds[self.args.target_sparsity.index(self.comparison.shown_sparsity)]
+        )
         route_ids = self.test.scenes[self._shown] if method == PER_ROUTE else 0
         with torch.no_grad():
             return model.eval()(input_values=self.test.noisy[self._shown], route_ids=route_ids).logits
@@ -273,9 +275,7 @@ def independent_models(
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
         return network(batch["input_values"], labels=batch["labels"]).loss
 
-    plain = TicketTrainer(
-        network, theta0, names, trainer._plain_optimizer, loss, trainer.compute_loss_context_manager
-    )
+    plain = TicketTrainer(network, theta0, names, trainer._plain_optimizer, loss, trainer.compute_loss_context_manager)
     enhanced = torch.empty_like(test.noisy)
     trainer.progress.start(trainer.plan().retraining_steps)
     for route, masks in enumerate(tickets):

@@ -127,7 +127,9 @@ def load_mixtures(arguments: SpeechArguments, *, seed: int) -> tuple[Mixtures, M
                 noisy.append(mix(voice, draw_segment(recording, length, of_noise), snr))
                 clean.append(voice)
         scenes = torch.arange(len(noise)).repeat_interleave(count)
-        sets.append(Mixtures(torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(clean)), scenes, list(noise)))
+        sets.append(
+            Mixtures(torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(clean)), scenes, list(noise))
+        )
     return sets[TRAIN], sets[TEST]
 
 

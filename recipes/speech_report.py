@@ -68,8 +68,11 @@ def differences(lines: Sequence[dict[str, Any]], method: str, others: Sequence[s
         {
             "method": f"{method} − {other}",
             "sparsity": sparsity,
-            **{title: at[method, sparsity][title] - line[title] for title in split([line])["figures"][0]
-               if title not in ("method", "sparsity")},
+            **{
+                title: at[method, sparsity][title] - line[title]
+                for title in split([line])["figures"][0]
+                if title not in ("method", "sparsity")
+            },
         }
         for other in others
         for (name, sparsity), line in at.items()

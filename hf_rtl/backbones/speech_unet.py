@@ -39,7 +39,9 @@ class SpeechUNetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"`channels` must be positive numbers, one per layer of the encoder, got {self.channels}.")
+            raise ValueError(
+                f"`channels` must be positive numbers, one per layer of the encoder, got {self.channels}."
+            )
         unit = 2 ** (len(self.channels) + 1)
         if self.window_length < 1 or self.window_length % unit:
             raise ValueError(
@@ -94,7 +96,9 @@ class SpeechUNet(PreTrainedModel):
         # Outermost first in both lists: layer i of the decoder undoes layer i of the encoder.
         self.encoder = nn.ModuleList(
             [
-                nn.Sequential(_convolution(nn.Conv2d, i, widths[i], widths[i + 1]), *_norm_and_activation(widths[i + 1]))
+                nn.Sequential(
+                    _convolution(nn.Conv2d, i, widths[i], widths[i + 1]), *_norm_and_activation(widths[i + 1])
+                )
                 for i in layers
             ]
         )
@@ -182,8 +186,9 @@ def weighted_sdr_loss(enhanced: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine between rows; 0 where one of them is silent."""
-    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return (a * b).sum(dim=1) / norms.clamp_min(torch.finfo(a.dtype).tiny)
+    # Bounded each, since the square of a smaller product would vanish in float32 and make the gradient NaN.
+    norms = [torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8) for x in (a, b)]
+    return (a * b).sum(dim=1) / (norms[0] * norms[1])
 
 
 def _convolution(kind: Any, index: int, inputs: int, outputs: int, *, bias: bool = False) -> nn.Module:
