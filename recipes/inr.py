@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -62,6 +62,10 @@ class ComparisonArguments:
     """What is compared, and shown."""
 
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights and batches."})
+    learning_rates: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Each of these in turn, all methods with the same; default: --learning_rate."},
+    )
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Some of the above."})
     retraining_steps: int = field(
         default=200, metadata={"help": "Steps of retraining for each region and round; they become --max_steps."}
@@ -85,12 +89,12 @@ def main() -> None:
     scenes = load_scenes(data)
     methods = [method for method in METHODS if method in comparison.methods]
     runs, reports = [], []
-    for scene in scenes:
-        for seed in comparison.seeds:
-            run = SceneRun(scene, replace(args, seed=seed), comparison.retraining_steps)
-            runs.append(run)
-            reports += [report for method in methods for report in run.reports(method)]
-            print(f"{scene.name}, seed {seed}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    for rate, seed, scene in product(comparison.learning_rates or [args.learning_rate], comparison.seeds, scenes):
+        run = SceneRun(scene, replace(args, seed=seed, learning_rate=rate), comparison.retraining_steps)
+        runs.append(run)
+        reports += [report for method in methods for report in run.reports(method)]
+        minutes = (time.perf_counter() - start) / 60
+        print(f"{scene.name}, learning rate {rate:g}, seed {seed}: {minutes:.1f} minutes", flush=True)
     tables = {
         "figures": figures(reports),
         "differences": differences(reports),
@@ -109,21 +113,21 @@ def main() -> None:
         minutes=round((time.perf_counter() - start) / 60),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
-        pictures=draw(output_dir, runs, comparison) if RTL in methods else {},
+        pictures=draw(output_dir, runs[: len(scenes)], comparison) if RTL in methods else {},
         **tables,
         reports=reports,
     )
 
 
 class SceneRun:
-    """The trainings on one image with one seed, below `output_dir/seed-N/NAME`, each when it is first asked for."""
+    """The trainings on one image with one seed, below `output_dir/rate-R-seed-N/NAME`."""
 
     def __init__(self, scene: Scene, args: RTLTrainingArguments, retraining_steps: int) -> None:
         self.scene = scene
-        num_regions = len(scene.region_names)
+        num_regions, settings = len(scene.region_names), f"rate-{args.learning_rate:g}-seed-{args.seed}"
         self.args = replace(
             args,
-            output_dir=f"{args.output_dir}/seed-{args.seed}/{scene.name.replace('/', '-')}",
+            output_dir=f"{args.output_dir}/{settings}/{scene.name.replace('/', '-')}",
             max_steps=retraining_steps * num_regions,
             # `collate` reads what a sample has.
             remove_unused_columns=False,
@@ -156,22 +160,21 @@ class SceneRun:
             rounds, sparsities = self.single.rounds[:1], [None]
         else:
             rounds = self.single.rounds[1:]
-        return [
-            self._report(method, at, report) for at, report in zip(sparsities, rounds, strict=True)
-        ]
+        return [self._report(method, at, report) for at, report in zip(sparsities, rounds, strict=True)]
 
     def _report(self, method: str, at: float | None, report: dict[str, Any]) -> dict[str, Any]:
         metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
-        of_regions = {name: metrics[f"{name}/psnr"] for name in self.scene.region_names}
+        of_regions = {name: round(metrics[f"{name}/psnr"], 4) for name in self.scene.region_names}
         return {
             "image": self.scene.name,
             "seed": self.args.seed,
+            "learning_rate": self.args.learning_rate,
             "method": method,
             "at": at,
             "psnr": metrics["psnr"],
             "psnr_of_regions": of_regions,
             "pixels_of_regions": np.bincount(self.scene.regions.flatten()).tolist(),
-            "similarity_of_regions": self.similarity(report).tolist() if method == RTL else None,
+            "similarity_of_regions": self.similarity(report).round(6).tolist() if method == RTL else None,
             "mean_similarity": report["mean_similarity"],
             "union": report["union"],
             "weight_bytes": report["footprint"]["compact_bytes"],
@@ -193,7 +196,8 @@ class SceneRun:
         """Colours `[H, W, 3]` in [0, 1] that the saved model of a round gives."""
         data = trainer.eval_dataset
         batch = data.collate([data[index] for index in range(len(data))])
-        labels, model = batch.pop("labels"), self._model(trainer, report).eval()
+        del batch["labels"]
+        model = self._model(trainer, report).eval()
         route_ids = data.regions if model.num_routes > 1 else 0
         return model(**batch, route_ids=route_ids).logits.clamp(0, 1).view(*self.scene.regions.shape, -1).numpy()
 
@@ -201,7 +205,9 @@ class SceneRun:
         return RTLModel.from_pretrained(f"{trainer.args.output_dir}/{report['folder']}")
 
     def _arguments(self, method: str, **changed: Any) -> RTLTrainingArguments:
-        return replace(self.args, output_dir=f"{self.args.output_dir}/{method.replace(',', '').replace(' ', '-')}", **changed)
+        return replace(
+            self.args, output_dir=f"{self.args.output_dir}/{method.replace(',', '').replace(' ', '-')}", **changed
+        )
 
     def _one_mask(self, method: str, sparsities: list[float]) -> RTLTrainer:
         args = self._arguments(method, **self.all_regions, target_sparsity=sparsities)
@@ -248,9 +254,12 @@ def psnr(colours: np.ndarray, target: np.ndarray) -> float:
 
 
 def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line per sparsity and method: the mean over images, of PSNR also the sample standard deviation over them."""
+    """
+    A line per learning rate, sparsity and method: the mean over images, of PSNR also the sample standard deviation
+    over them.
+    """
     lines = []
-    for (at, method), found in _grouped(reports, lambda report: (report["at"], report["method"])):
+    for (rate, at, method), found in _grouped(reports, lambda r: (r["learning_rate"], r["at"], r["method"])):
         of_images = [mean(report["psnr"] for report in same) for _, same in _grouped(found, lambda r: r["image"])]
         worst = [min(report["psnr_of_regions"].values()) for report in found]
         similarities = [report["mean_similarity"] for report in found if report["mean_similarity"] is not None]
@@ -258,6 +267,7 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "sparsity": at,
+                "learning rate": f"{rate:g}",
                 "PSNR (dB)": _with_spread(of_images),
                 "worst region (dB)": f"{mean(worst):.2f}",
                 "weights": round(mean(report["union"] for report in found)),
@@ -271,27 +281,31 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "regions of one colour": round(sum(report["constant_tickets"] for report in found)),
             }
         )
-    return sorted(lines, key=lambda line: (line["sparsity"] or 0.0, METHODS.index(line["method"])))
+    order = {title: number for number, title in enumerate(METHODS)}
+    return sorted(
+        lines, key=lambda line: (-float(line["learning rate"]), line["sparsity"] or 0, order[line["method"]])
+    )
 
 
 def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By how many dB the tickets are better than each other method, image by image."""
+    """By how many dB the tickets are better than each other method with the same learning rate, image by image."""
     psnrs = {
         key: mean(report["psnr"] for report in same)
-        for key, same in _grouped(reports, lambda report: (report["method"], report["at"], report["image"]))
+        for key, same in _grouped(reports, lambda r: (r["learning_rate"], r["method"], r["at"], r["image"]))
     }
     lines = []
-    for at in sorted({at for method, at, _ in psnrs if method == RTL}):
+    for rate, at in dict.fromkeys((rate, at) for rate, method, at, _ in psnrs if method == RTL):
         for other in (SINGLE, SINGLE_UNION, DENSE):
             at_other = None if other == DENSE else at
             gains = [
-                psnrs[RTL, at, image] - psnrs[other, at_other, image]
+                psnrs[rate, RTL, at, image] - psnrs[rate, other, at_other, image]
                 for image in dict.fromkeys(image for *_, image in psnrs)
-                if (other, at_other, image) in psnrs
+                if (rate, other, at_other, image) in psnrs
             ]
             if gains:
                 lines.append(
                     {
+                        "learning rate": f"{rate:g}",
                         "sparsity": at,
                         "RTL minus": other,
                         "dB": _with_spread(gains),
@@ -304,12 +318,18 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PSNR of every image."""
+    """PSNR of every image, with the first learning rate."""
     lines = []
     for scene in scenes:
         height, width = scene.regions.shape
         line: dict[str, Any] = {"image": scene.name, "size": f"{width}×{height}", "regions": len(scene.region_names)}
-        own = [report for report in reports if report["image"] == scene.name and report["method"] != SINGLE_UNION]
+        own = [
+            report
+            for report in reports
+            if report["image"] == scene.name
+            and report["learning_rate"] == reports[0]["learning_rate"]
+            and report["method"] != SINGLE_UNION
+        ]
         for (method, at), same in _grouped(own, lambda report: (report["method"], report["at"])):
             title = method if at is None else f"{method} {at:.0%}"
             line[title] = f"{mean(report['psnr'] for report in same):.2f}"
@@ -319,12 +339,13 @@ def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[d
 
 def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Spearman's rank correlations over regions, per sparsity: of a region's PSNR with the mean similarity of its ticket
-    to the others of its image, over all regions and within images, and of both with the region's size.
+    Spearman's rank correlations over regions, per learning rate and sparsity: of a region's PSNR with the mean
+    similarity of its ticket to the others of its image, over all regions and within images, and of both with the
+    region's size.
     """
     lines = []
     tickets = [report for report in reports if report["method"] == RTL and len(report["psnr_of_regions"]) > 1]
-    for at, found in _grouped(tickets, lambda report: report["at"]):
+    for (rate, at), found in _grouped(tickets, lambda report: (report["learning_rate"], report["at"])):
         psnrs = [list(report["psnr_of_regions"].values()) for report in found]
         similarities = [report["similarity_of_regions"] for report in found]
         sizes = [report["pixels_of_regions"] for report in found]
@@ -333,13 +354,15 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for one, other in zip(psnrs, similarities, strict=True)
             if len(one) >= _MIN_REGIONS
         ]
+        spread = f"{mean(within):.3f} ({min(within):.3f} to {max(within):.3f})" if within else None
         all_psnrs, all_similarities, all_sizes = (np.concatenate(parts) for parts in (psnrs, similarities, sizes))
         lines.append(
             {
+                "learning rate": f"{rate:g}",
                 "sparsity": at,
                 "regions": len(all_psnrs),
                 "PSNR with similarity": float(spearmanr(all_psnrs, all_similarities).statistic),
-                "the same within images": f"{mean(within):.3f} ({min(within):.3f} to {max(within):.3f})" if within else None,
+                "within images, mean (range)": spread,
                 "such images": len(within),
                 "PSNR with size": float(spearmanr(all_psnrs, all_sizes).statistic),
                 "similarity with size": float(spearmanr(all_similarities, all_sizes).statistic),
@@ -351,7 +374,11 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArguments) -> dict[str, str]:
     """Pictures beside the results: what each shows -> its file. Of the first seed."""
     runs = [run for run in runs if run.args.seed == comparison.seeds[0]]
-    pictured = [run for run in runs if run.scene.name.endswith(tuple(comparison.pictured))] if comparison.pictured else runs[:2]
+    pictured = (
+        [run for run in runs if run.scene.name.endswith(tuple(comparison.pictured))]
+        if comparison.pictured
+        else runs[:2]
+    )
     methods = [method for method in (RTL, SINGLE) if method in comparison.methods]
     pictures = {"reconstructions": "reconstructions.png", "scatter": "scatter.png"}
     rows = []

@@ -27,9 +27,9 @@ class SceneArguments:
     dataset: str = field(
         default="scenes",
         metadata={
-            "help": "A folder. Either of parquet files with the columns image and regions (bytes of image files), name "
-            "and source; or of images with their regions beside, photo.jpg and photo.regions.png, whose source is the "
-            "folder's name. Regions are an 8-bit picture: the value of a pixel is its region."
+            "help": "A folder. Either of parquet files with the columns image and regions (bytes of image files), "
+            "name and source; or of images with their regions beside, photo.jpg and photo.regions.png, of which the "
+            "folder's name is the source. Regions are an 8-bit picture: the value of a pixel is its region."
         },
     )
     names: list[str] = field(
@@ -101,7 +101,9 @@ def _read(folder: Path) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
         return
     for file in sorted(folder.glob(f"*{_REGIONS_SUFFIX}")):
         stem = file.name.removesuffix(_REGIONS_SUFFIX)
-        image_file = next(folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").exists())
+        image_file = next(
+            folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").exists()
+        )
         yield stem, folder.name, Image.open(image_file), Image.open(file)
 
 
