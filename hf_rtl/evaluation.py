@@ -200,7 +200,8 @@ class TicketEvaluator(Trainer):
         """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += list(inspect.signature(self.model.backbone.forward).parameters)
+            own: list[str] = self._signature_columns
+            self._signature_columns = [*own, *inspect.signature(self.model.backbone.forward).parameters]
 
     def _collate(self) -> Callable[[list], dict]:
         return self._get_collator_with_removed_columns(self.data_collator)

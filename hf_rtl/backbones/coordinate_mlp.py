@@ -33,11 +33,11 @@ class CoordinateMLPConfig(PreTrainedConfig):
     num_classes: int = 0
     class_embedding_size: int = 16
 
+    problem_type: str | None = "regression"
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 3
-        if self.problem_type is None:
-            self.problem_type = "regression"
         super().__post_init__(**kwargs)
 
 
