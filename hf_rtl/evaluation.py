@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ class TicketEvaluator(Trainer):
     args: RTLTrainingArguments
     route_data: RouteData | None
     calibration_dataset: Any
+    _signature_columns: Any
     # Of the training data, if it was given.
     _given_partition: Partition | None
     # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
@@ -202,6 +204,13 @@ class TicketEvaluator(Trainer):
         if self.route_data is None:
             raise ValueError("training needs a `train_dataset`.")
         return self.route_data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            own: list[str] = self._signature_columns
+            self._signature_columns = [*own, *inspect.signature(self.model.backbone.forward).parameters]
 
     def _collate(self) -> Callable[[list], dict]:
         return self._get_collator_with_removed_columns(self.data_collator)

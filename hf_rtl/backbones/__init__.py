@@ -1,6 +1,8 @@
 """Backbones that the paper needs and the libraries lack. Importing this package registers them."""
 
+from .coordinate_mlp import CoordinateMLP, CoordinateMLPConfig
 from .ghostnet import GhostNetRTL
+from .speech_unet import SpeechUNet, SpeechUNetConfig
 
 
-__all__ = ["GhostNetRTL"]
+__all__ = ["CoordinateMLP", "CoordinateMLPConfig", "GhostNetRTL", "SpeechUNet", "SpeechUNetConfig"]

@@ -1,0 +1,177 @@
+"""Images cut into regions, read for `recipes/inr.py`, and their pixels as a data set of coordinates and colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from torch.utils.data import Dataset
+
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_REGIONS_SUFFIX = ".regions.png"
+
+
+@dataclass
+class SceneArguments:
+    """Which images, and how they are cut into regions."""
+
+    dataset: str = field(
+        default="scenes",
+        metadata={
+            "help": "A folder. Either of parquet files with the columns image and regions (bytes of image files), "
+            "name and source; or of images with their regions beside, photo.jpg and photo.regions.png, of which the "
+            "folder's name is the source. Regions are an 8-bit picture: the value of a pixel is its region."
+        },
+    )
+    names: list[str] = field(
+        default_factory=list, metadata={"help": "Take the images whose names end so; default: all."}
+    )
+    image_size: int = field(default=96, metadata={"help": "Longest side that images are reduced to."})
+    smallest_region: float = field(
+        default=0.01,
+        metadata={"help": "Regions of less than this part of an image are given to their neighbours, pixel by pixel."},
+    )
+    unlabelled_in: list[str] = field(
+        default_factory=lambda: ["ADE20K"],
+        metadata={"help": "Sources in which region 0 means 'unlabelled': its pixels go to their neighbours too."},
+    )
+
+
+@dataclass
+class Scene:
+    """
+    An image and the region of every pixel.
+
+    Args:
+        name (`str`): of the image.
+        image (`np.ndarray`): `uint8 [H, W, 3]`.
+        regions (`np.ndarray`): `int64 [H, W]`, from 0 to K - 1.
+        region_names (`list[str]`): K names, of the regions' values in the picture that they were read from.
+    """
+
+    name: str
+    image: np.ndarray
+    regions: np.ndarray
+    region_names: list[str]
+
+
+def load_scenes(arguments: SceneArguments) -> list[Scene]:
+    """
+    The images of a folder, as `SceneArguments` says.
+
+    Raises:
+        ValueError: the folder has none, or a picture of regions has another size than its image.
+    """
+    scenes = []
+    for name, source, image, regions in _read(Path(arguments.dataset)):
+        if arguments.names and not name.endswith(tuple(arguments.names)):
+            continue
+        if image.size != regions.size:
+            raise ValueError(f"the regions of {name!r} are a picture of {regions.size}, its image of {image.size}.")
+        scale = min(1.0, arguments.image_size / max(image.size))
+        size = (round(image.width * scale), round(image.height * scale))
+        values = np.array(regions.resize(size, Image.Resampling.NEAREST)).astype(np.int64)
+        unlabelled = 0 if source in arguments.unlabelled_in else None
+        cleaned = clean_regions(values, unlabelled=unlabelled, smallest=arguments.smallest_region)
+        kept, numbered = np.unique(cleaned, return_inverse=True)
+        pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BOX))
+        names = [f"region {value}" for value in kept]
+        scenes.append(Scene(name, pixels, numbered.reshape(values.shape), names))
+    if not scenes:
+        raise ValueError(f"--dataset {arguments.dataset!r} has no images with regions, or none of --names.")
+    return scenes
+
+
+def _read(folder: Path) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
+    """Name, source, image and regions of all images in a folder."""
+    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    if files:
+        for row in load_dataset("parquet", data_files=files, split="train"):
+            image, regions = (Image.open(io.BytesIO(row[column])) for column in ("image", "regions"))
+            yield row["name"], row["source"], image, regions
+        return
+    for file in sorted(folder.glob(f"*{_REGIONS_SUFFIX}")):
+        stem = file.name.removesuffix(_REGIONS_SUFFIX)
+        image_file = next(
+            folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").exists()
+        )
+        yield stem, folder.name, Image.open(image_file), Image.open(file)
+
+
+def clean_regions(regions: np.ndarray, *, unlabelled: int | None, smallest: float) -> np.ndarray:
+    """
+    Regions without unlabelled pixels and without tiny regions: each such pixel gets the region of the nearest pixel
+    that is left, by Euclidean distance (paper, section 4.2: stray border pixels go to a neighbouring region).
+
+    Args:
+        regions (`np.ndarray`): integers `[H, W]`.
+        unlabelled (`int`, *optional*): the value that means no region.
+        smallest (`float`): the least part of the image that a region needs to be kept.
+
+    Raises:
+        ValueError: no region is large enough.
+    """
+    values, counts = np.unique(regions, return_counts=True)
+    kept = values[(counts >= smallest * regions.size) & (values != unlabelled)]
+    stray = ~np.isin(regions, kept)
+    if stray.all():
+        raise ValueError(f"no region has {smallest:.1%} of the image, the least that --smallest_region keeps.")
+    nearest = distance_transform_edt(stray, return_distances=False, return_indices=True)
+    return regions[tuple(nearest)]
+
+
+def encode_regions(regions: np.ndarray) -> bytes:
+    """A region map `[H, W]` without loss, as a PNG of up to 256 regions: what tickets need beside the weights."""
+    buffer = io.BytesIO()
+    Image.fromarray(regions.astype(np.uint8)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+class Pixels(Dataset[dict[str, Any]]):
+    """
+    The pixels of a scene, row by row. A sample is a pixel's number and region; `collate` makes of these what a
+    [`CoordinateMLP`] takes, at once for a batch: coordinates of the pixels' centres, x and y in (-1, 1), and as labels
+    their colours in [0, 1].
+
+    Args:
+        scene ([`Scene`]): where they are from.
+        with_classes (`bool`): whether the network is told the region, as `class_ids`.
+    """
+
+    def __init__(self, scene: Scene, *, with_classes: bool = False) -> None:
+        height, width = scene.regions.shape
+        y, x = torch.meshgrid(_centres(height), _centres(width), indexing="ij")
+        self.coordinates = torch.stack([x.flatten(), y.flatten()], dim=1)
+        self.colours = torch.from_numpy(scene.image).reshape(-1, 3).float() / 255
+        self.regions = torch.from_numpy(scene.regions).flatten()
+        self.with_classes = with_classes
+        self._samples = [{"pixel": pixel, "region": region} for pixel, region in enumerate(self.regions.tolist())]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._samples[index]
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of samples; in evaluation they have their `route_ids`."""
+        pixels = torch.tensor([sample["pixel"] for sample in samples])
+        batch = {"coordinates": self.coordinates[pixels], "labels": self.colours[pixels]}
+        if self.with_classes:
+            batch["class_ids"] = self.regions[pixels]
+        if "route_ids" in samples[0]:
+            batch["route_ids"] = torch.tensor([sample["route_ids"] for sample in samples])
+        return batch
+
+
+def _centres(number: int) -> torch.Tensor:
+    return (2 * torch.arange(number) + 1) / number - 1

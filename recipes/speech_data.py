@@ -1,0 +1,209 @@
+"""Speech mixed with the noise of scenes, as tensors in memory, from any two folders of audio."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+from scipy.signal import resample_poly
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+AUDIO = (".flac", ".mp3", ".ogg", ".wav")
+TRAIN, TEST = range(2)
+# The test mixtures are those of this seed, whatever the seed of a run, so that seeds differ in training alone.
+_TEST_SEED = 0
+# A segment is no quieter than this part of the whole recording's mean power: a pause has no SNR to speak of.
+_LEAST_POWER = 0.1
+
+
+@dataclass
+class SpeechArguments:
+    """Which speech, which noise, and how they are mixed."""
+
+    speech: str = field(
+        default="speech",
+        metadata={
+            "help": "Folder of clean speech: train*.parquet and test*.parquet with a column 'audio' of {bytes, path}, "
+            "or audio files, of which the last are for testing, by name."
+        },
+    )
+    noise: str = field(
+        default="noise", metadata={"help": "Folder of noise: a subfolder of audio files for every scene."}
+    )
+    noise_scenes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a noise folder without subfolders: {scene: [files]}, as a mapping in the configuration or as "
+            "JSON. The scenes are the routes, in this order."
+        },
+    )
+    snrs: list[float] = field(
+        default_factory=lambda: [0.0, 5.0, 10.0],
+        metadata={"help": "Signal-to-noise ratios of the mixtures, in dB, in turn."},
+    )
+    segment_seconds: float = field(default=1.0, metadata={"help": "Length of a mixture; shorter speech is padded."})
+    sampling_rate: int = field(default=16_000, metadata={"help": "In Hz; all audio is resampled to it."})
+    num_train: int = field(default=300, metadata={"help": "Training mixtures of every scene."})
+    num_test: int = field(default=100, metadata={"help": "Test mixtures of every scene, the same for every seed."})
+    speech_test_fraction: float = field(
+        default=0.2, metadata={"help": "Part of the audio files of speech that is for testing."}
+    )
+    noise_train_fraction: float = field(
+        default=0.7, metadata={"help": "Part of every noise recording, from its begin, that is for training."}
+    )
+
+
+class Mixtures(Dataset):
+    """
+    Noisy and clean waveforms, `float32 [N, samples]`, and the scene of each, `int64 [N]`: served as `input_values`,
+    `labels` and `scene`.
+    """
+
+    column_names = ["input_values", "labels", "scene"]
+
+    def __init__(self, noisy: Tensor, clean: Tensor, scenes: Tensor, scene_names: Sequence[str]) -> None:
+        self.noisy, self.clean, self.scenes, self.scene_names = noisy, clean, scenes, list(scene_names)
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "input_values": self.noisy[index],
+            "labels": self.clean[index],
+            "scene": int(self.scenes[index]),
+        }
+
+
+def stack(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of mixtures; of the scene only `route_ids`, which evaluation adds, are left."""
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("input_values", "labels")}
+    if "route_ids" in samples[0]:
+        batch["route_ids"] = torch.tensor([sample["route_ids"] for sample in samples])
+    return batch
+
+
+def load_mixtures(arguments: SpeechArguments, *, seed: int) -> tuple[Mixtures, Mixtures]:
+    """
+    Training and test mixtures, `num_train` and `num_test` of every scene.
+
+    No clip of speech is in both. Of every noise recording the beginning is for training and the rest for testing. A
+    scene's recordings are drawn with equal chances, whatever their lengths. Test mixture i has the same segment of
+    speech and the same ratio in all scenes.
+
+    Raises:
+        ValueError: a folder without audio, or a noise recording that is too short.
+    """
+    length = round(arguments.segment_seconds * arguments.sampling_rate)
+    speech = read_speech(arguments)
+    noise = {
+        scene: [
+            split_by_time(read_audio(file, arguments.sampling_rate), arguments.noise_train_fraction, length, file)
+            for file in files
+        ]
+        for scene, files in scene_files(arguments).items()
+    }
+    sets = []
+    for part, count in ((TRAIN, arguments.num_train), (TEST, arguments.num_test)):
+        noisy, clean = [], []
+        for number, recordings in enumerate(noise.values()):
+            of_speech = np.random.default_rng([seed, number] if part == TRAIN else _TEST_SEED)
+            of_noise = np.random.default_rng([seed if part == TRAIN else _TEST_SEED, number, 1 + part])
+            order = of_speech.permutation(len(speech[part]))
+            for index in range(count):
+                voice = draw_segment(speech[part][order[index % len(order)]], length, of_speech)
+                recording = recordings[of_noise.integers(len(recordings))][part]
+                snr = arguments.snrs[index % len(arguments.snrs)]
+                noisy.append(mix(voice, draw_segment(recording, length, of_noise), snr))
+                clean.append(voice)
+        scenes = torch.arange(len(noise)).repeat_interleave(count)
+        sets.append(
+            Mixtures(torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(clean)), scenes, list(noise))
+        )
+    return sets[TRAIN], sets[TEST]
+
+
+def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
+    """`speech` plus `noise`, `float32 [samples]`, scaled so that the speech has `snr` dB more energy than the noise."""
+    ratio = np.square(speech, dtype=np.float64).sum() / np.square(noise, dtype=np.float64).sum()
+    return (speech + noise * math.sqrt(ratio / 10 ** (snr / 10))).astype(np.float32)
+
+
+def draw_segment(audio: np.ndarray, length: int, generator: np.random.Generator) -> np.ndarray:
+    """`length` samples from anywhere but a pause; audio that is shorter, whole, and then silence."""
+    if len(audio) <= length:
+        return np.pad(audio, (0, length - len(audio)))
+    energy = np.concatenate([[0.0], np.square(audio, dtype=np.float64).cumsum()])
+    powers = (energy[length:] - energy[:-length]) / length
+    starts = np.flatnonzero(powers >= _LEAST_POWER * energy[-1] / len(audio))
+    start = generator.choice(starts)
+    return audio[start : start + length]
+
+
+def split_by_time(audio: np.ndarray, fraction: float, length: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The first `fraction` of a recording and the rest. Raises `ValueError` if one has less than `length` samples."""
+    parts = audio[: round(fraction * len(audio))], audio[round(fraction * len(audio)) :]
+    if min(map(len, parts)) < length:
+        raise ValueError(
+            f"the noise recording {file.name!r} has {len(audio):,} samples, of which {fraction:.0%} are for training: "
+            f"a part is shorter than a mixture, {length:,} samples. Leave it out, or lower --segment_seconds."
+        )
+    return parts
+
+
+def read_speech(arguments: SpeechArguments) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The clips of speech for training and for testing."""
+    folder, rate = Path(arguments.speech).expanduser(), arguments.sampling_rate
+    if any(folder.glob("*.parquet")):
+        from pyarrow import parquet
+
+        tables = [
+            [parquet.read_table(file, columns=["audio"]) for file in sorted(folder.glob(f"{part}*.parquet"))]
+            for part in ("train", "test")
+        ]
+        train, test = (
+            [io.BytesIO(audio["bytes"]) for table in part for audio in table["audio"].to_pylist()] for part in tables
+        )
+    else:
+        files = _audio_files(folder, "speech")
+        num_test = max(1, round(arguments.speech_test_fraction * len(files)))
+        train, test = files[:-num_test], files[-num_test:]
+    return [read_audio(file, rate) for file in train], [read_audio(file, rate) for file in test]
+
+
+def scene_files(arguments: SpeechArguments) -> dict[str, list[Path]]:
+    """Scene -> its noise recordings."""
+    folder = Path(arguments.noise).expanduser()
+    # On the command line text, in a configuration a mapping already.
+    scenes: Any = arguments.noise_scenes
+    scenes = yaml.safe_load(scenes) if isinstance(scenes, str) else scenes
+    if scenes is None:
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        if not subfolders:
+            raise ValueError(f"the noise folder {folder.name!r} has no subfolders; name its scenes by --noise_scenes.")
+        return {path.name: _audio_files(path, "noise") for path in subfolders}
+    return {scene: [folder / name for name in names] for scene, names in scenes.items()}
+
+
+def read_audio(source: Path | io.BytesIO, sampling_rate: int) -> np.ndarray:
+    """Any audio that soundfile reads, as one channel `float32 [samples]` at `sampling_rate` Hz."""
+    audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    divisor = math.gcd(rate, sampling_rate)
+    return resample_poly(audio.mean(axis=1), sampling_rate // divisor, rate // divisor).astype(np.float32)
+
+
+def _audio_files(folder: Path, argument: str) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
+    if not files:
+        raise ValueError(f"--{argument}: there is no audio ({', '.join(AUDIO)}) in {folder.name!r}.")
+    return files
