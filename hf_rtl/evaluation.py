@@ -45,7 +45,7 @@ class TicketEvaluator(Trainer):
     args: RTLTrainingArguments
     route_data: RouteData | None
     calibration_dataset: Any
-    _signature_columns: Any
+    _signature_columns: list[str] | None
     # Of the training data, if it was given.
     _given_partition: Partition | None
     # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
@@ -209,8 +209,8 @@ class TicketEvaluator(Trainer):
         """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            own: list[str] = self._signature_columns
-            self._signature_columns = [*own, *inspect.signature(self.model.backbone.forward).parameters]
+            of_backbone = inspect.signature(self.model.backbone.forward).parameters
+            self._signature_columns = [*(self._signature_columns or []), *of_backbone]
 
     def _collate(self) -> Callable[[list], dict]:
         return self._get_collator_with_removed_columns(self.data_collator)

@@ -116,7 +116,7 @@ def render(card: str) -> str:
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
     if "figures" in results:
-        tables = {name: lines for name, lines in results.items() if isinstance(lines, list) and name != "pictures"}
+        tables = {name: lines for name, lines in results.items() if is_table(lines)}
         texts = {name: table(lines, style="github") for name, lines in tables.items()}
         return template.format(**{**results, **texts})
     first = next(iter(results.values()))
@@ -138,6 +138,10 @@ def render(card: str) -> str:
         per_route=per_route,
         masks=masks_table(first),
     )
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(line, dict) for line in value) and value != []
 
 
 def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ into `results.json` in --output_dir, with pictures beside. Given again, the comm
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,8 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from arguments import parse
+from arguments import parse, set_up
 from inr_plots import draw_reconstructions, draw_scatter
 from report import table, write_results
 from scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
@@ -53,8 +51,6 @@ RTL, SINGLE, SINGLE_UNION, DENSE = "RTL", "IMP single", "IMP single, union", "de
 METHODS = [RTL, SINGLE, SINGLE_UNION, DENSE]
 # A rank correlation over fewer regions of one image says nothing.
 _MIN_REGIONS = 4
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,10 +77,7 @@ def main() -> None:
     unknown = [method for method in comparison.methods if method not in METHODS]
     if unknown:
         raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, METHODS))}.")
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    if comparison.threads is not None:
-        torch.set_num_threads(comparison.threads)
+    set_up(comparison.threads)
     start = time.perf_counter()
     scenes = load_scenes(data)
     methods = [method for method in METHODS if method in comparison.methods]
@@ -113,7 +106,7 @@ def main() -> None:
         minutes=round((time.perf_counter() - start) / 60),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
-        pictures=draw(output_dir, runs[: len(scenes)], comparison) if RTL in methods else {},
+        pictures=draw(output_dir, runs[: len(scenes)], comparison) if RTL in methods else [],
         **tables,
         reports=reports,
     )
@@ -371,8 +364,8 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArguments) -> dict[str, str]:
-    """Pictures beside the results: what each shows -> its file. Of the first seed."""
+def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArguments) -> list[str]:
+    """The names of pictures that are drawn beside the results, of the first seed."""
     runs = [run for run in runs if run.args.seed == comparison.seeds[0]]
     pictured = (
         [run for run in runs if run.scene.name.endswith(tuple(comparison.pictured))]
@@ -380,7 +373,7 @@ def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArgum
         else runs[:2]
     )
     methods = [method for method in (RTL, SINGLE) if method in comparison.methods]
-    pictures = {"reconstructions": "reconstructions.png", "scatter": "scatter.png"}
+    pictures = ["reconstructions.png", "scatter.png"]
     rows = []
     for run in pictured:
         for method in methods:
@@ -389,7 +382,7 @@ def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArgum
             titles = [f"{report['sparsity']:.0%}: {report['metrics']['eval_psnr']:.2f} dB" for report in reports]
             colours = [run.reconstruction(trainer, report) for report in reports]
             rows.append((method, [run.scene.image / 255, *colours], ["original", *titles]))
-    draw_reconstructions(rows, output_dir / pictures["reconstructions"])
+    draw_reconstructions(rows, output_dir / pictures[0])
     for number, run in enumerate(pictured, start=1):
         sparsities = torch.tensor(run.args.target_sparsity)
         reports = run.reports(RTL)
@@ -401,11 +394,11 @@ def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArgum
                 torch.tensor([report["similarity_of_regions"] for report in reports]),
             ),
         ]
-        pictures[f"curves of image {number}"] = f"curves-{number}.png"
-        route_curves(panels, run.scene.region_names, output_dir / f"curves-{number}.png")
+        pictures.append(f"curves-{number}.png")
+        route_curves(panels, run.scene.region_names, output_dir / pictures[-1])
     middle = min(runs[0].args.target_sparsity, key=lambda sparsity: abs(sparsity - 0.5))
     points = [report for run in runs for report in run.reports(RTL) if report["at"] == middle]
-    draw_scatter(points, output_dir / pictures["scatter"])
+    draw_scatter(points, output_dir / pictures[1])
     return pictures
 
 

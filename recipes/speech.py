@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,8 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from arguments import parse
+from arguments import parse, set_up
 from report import over_seeds, table, write_results
 from sanity import model_of_round
 from speech_data import Mixtures, SpeechArguments, load_mixtures, stack
@@ -83,12 +81,9 @@ def main() -> None:
         raise SystemExit(
             f"--shown_sparsity {comparison.shown_sparsity} is not in --target_sparsity {args.target_sparsity}."
         )
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    if comparison.threads is not None:
-        torch.set_num_threads(comparison.threads)
+    set_up(comparison.threads)
     output_dir = Path(args.output_dir)
-    runs, minutes = [], []
+    runs, minutes, pictures = [], [], []
     for number in comparison.seeds:
         start = time.perf_counter()
         seed = Seed(comparison, data, args, number)
@@ -100,7 +95,8 @@ def main() -> None:
             examples = {**seed.examples(), **shown}
             write_audio(output_dir / "audio", examples, seed.test.scene_names, data.sampling_rate)
             if find_spec("matplotlib"):
-                spectrograms(output_dir / "spectrograms.png", examples, seed.test.scene_names, data.sampling_rate)
+                pictures.append("spectrograms.png")
+                spectrograms(output_dir / pictures[0], examples, seed.test.scene_names, data.sampling_rate)
     names = seed.test.scene_names
     lines = [[line_of(method, report, names) for method, report in run] for run in runs]
     tables = split(over_seeds(lines))
@@ -111,6 +107,7 @@ def main() -> None:
             print(title, table(rows), sep="\n", end="\n\n")
     write_results(
         output_dir / "results.json",
+        pictures=pictures,
         data={**asdict(data), "speech": Path(data.speech).name, "noise": Path(data.noise).name},
         comparison=asdict(comparison),
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
@@ -140,8 +137,6 @@ class Seed:
             seed=seed,
             extraction_dir=str(self.folder / "extraction"),
             route_column="scene",
-            # A model without a task of transformers' does not say what its backbone takes.
-            remove_unused_columns=False,
         )
         self.train, self.test = load_mixtures(data, seed=seed)
 

@@ -134,7 +134,7 @@ def load_mixtures(arguments: SpeechArguments, *, seed: int) -> tuple[Mixtures, M
 
 
 def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """`speech` plus `noise`, `float32 [samples]`, scaled so that the speech has `snr` dB more energy than the noise."""
+    """`speech` plus `noise`, `float32 [samples]`, scaled so that speech has `snr` dB more energy than the noise."""
     ratio = np.square(speech, dtype=np.float64).sum() / np.square(noise, dtype=np.float64).sum()
     return (speech + noise * math.sqrt(ratio / 10 ** (snr / 10))).astype(np.float32)
 

@@ -70,8 +70,8 @@ def differences(lines: Sequence[dict[str, Any]], method: str, others: Sequence[s
             "sparsity": sparsity,
             **{
                 title: at[method, sparsity][title] - line[title]
-                for title in split([line])["figures"][0]
-                if title not in ("method", "sparsity")
+                for title in line
+                if title not in ("method", "sparsity", *COSTS)
             },
         }
         for other in others
@@ -81,7 +81,7 @@ def differences(lines: Sequence[dict[str, Any]], method: str, others: Sequence[s
 
 
 def write_audio(folder: Path, examples: Mapping[str, Tensor], scene_names: Sequence[str], sampling_rate: int) -> None:
-    """Writes the waveforms `[scenes, samples]` of every kind as `SCENE-KIND.wav`, 32-bit floats, so that none clips."""
+    """Writes waveforms `[scenes, samples]` of every kind as `SCENE-KIND.wav`, 32-bit floats, so that none clips."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, waveforms in examples.items():
         for scene, waveform in zip(scene_names, waveforms, strict=True):

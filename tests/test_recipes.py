@@ -164,17 +164,24 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
-    from baselines import ComparisonArguments
-    from collapse import CollapseArguments
-    from data_arguments import DataArguments
-    from prune import ModelArguments
+    import baselines
+    import collapse
+    import inr
+    import prune
+    import speech
 
     from hf_rtl import RTLTrainingArguments
 
     # Of another recipe than prune.py, the first line says which.
-    own = {"baselines": ComparisonArguments, "collapse": CollapseArguments}
+    of_recipes = {
+        "prune": (prune.ModelArguments, prune.DataArguments),
+        "baselines": (baselines.ComparisonArguments, baselines.DataArguments),
+        "collapse": (collapse.CollapseArguments, collapse.DataArguments),
+        "inr": (inr.ComparisonArguments, inr.SceneArguments),
+        "speech": (speech.ComparisonArguments, speech.SpeechArguments),
+    }
     named = re.search(r"for recipes/(\w+)\.py", (RECIPES / "configs" / config).read_text().splitlines()[0])
-    classes = (own[named[1]] if named else ModelArguments, DataArguments, RTLTrainingArguments)
+    classes = (*of_recipes[named[1] if named else "prune"], RTLTrainingArguments)
     known = {name for cls in classes for name in cls.__dataclass_fields__}
     values = yaml.safe_load((RECIPES / "configs" / config).read_text())
     assert set(values) <= known

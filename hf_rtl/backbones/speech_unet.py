@@ -72,11 +72,11 @@ class SpeechUNet(PreTrainedModel):
     """
     Enhances speech: from a noisy waveform to the clean one (paper, section 4.3).
 
-    The complex short-time spectrum, its real and its imaginary part as channels `[batch, 2, frames, frequencies]`, goes
-    through an encoder of convolutions with stride (1, 2) and a mirrored decoder of transposed convolutions, which gets
-    the encoder's outputs by concatenation. Kernels are 3 x 3, in the first and the last layer 3 x 5; batch norm and
-    ELU follow every layer but the last, whose two channels are a complex ratio mask. Its magnitude is bounded by tanh
-    (Choi et al. 2019, section 3.2), its phase is not. The mask times the spectrum is the enhanced one.
+    The complex short-time spectrum, as channels `[batch, 2, frames, frequencies]` of its real and its imaginary part,
+    goes through an encoder of convolutions with stride (1, 2) and a mirrored decoder of transposed convolutions, which
+    gets the encoder's outputs by concatenation. Kernels are 3 x 3, in the first and the last layer 3 x 5; batch norm
+    and ELU follow every layer but the last, whose two channels are a complex ratio mask. Its magnitude is bounded by
+    tanh (Choi et al. 2019, section 3.2), its phase is not. The mask times the spectrum is the enhanced one.
 
     Our readings, where the paper is silent: the stride of 2 is that of frequency; the layers before a batch norm have
     no bias; the network sees the spectrum divided by the waveform's level, so that loudness does not matter.
@@ -139,12 +139,22 @@ class SpeechUNet(PreTrainedModel):
             )
         # Half types have no Fourier transform.
         noisy = input_values.to(torch.promote_types(input_values.dtype, torch.float32))
-        window = torch.hann_window(self.config.window_length, dtype=noisy.dtype, device=noisy.device)
-        framing = {"n_fft": self.config.window_length, "hop_length": self.config.hop_length, "window": window}
-        spectrum = torch.stft(noisy, **framing, normalized=True, pad_mode="constant", return_complex=True)
+        window_length, hop_length = self.config.window_length, self.config.hop_length
+        window = torch.hann_window(window_length, dtype=noisy.dtype, device=noisy.device)
+        spectrum = torch.stft(
+            noisy,
+            window_length,
+            hop_length,
+            window=window,
+            normalized=True,
+            pad_mode="constant",
+            return_complex=True,
+        )
         level = noisy.square().mean(dim=1).sqrt().clamp_min(1e-8)
         mask = self._mask(spectrum / level[:, None, None])
-        enhanced = torch.istft(mask * spectrum, **framing, normalized=True, length=noisy.shape[1])
+        enhanced = torch.istft(
+            mask * spectrum, window_length, hop_length, window=window, normalized=True, length=noisy.shape[1]
+        )
         loss = None if labels is None else weighted_sdr_loss(enhanced, labels.to(noisy.dtype), noisy)
         output = SpeechUNetOutput(loss=loss, logits=enhanced)
         return_dict = self.config.return_dict if return_dict is None else return_dict
