@@ -1,0 +1,76 @@
+"""
+Group the classes of a data set by what their names mean: the routes of the paper's CIFAR-100 experiment (section 4.1).
+
+    python recipes/group_classes.py --dataset uoft-cs/cifar100 --label_column fine_label --groups_file FILE.yaml
+    python recipes/group_classes.py --names cat dog horse airplane ship truck --min_cluster_size 2 --groups_file FILE.yaml
+
+Names are embedded by a text encoder, projected by UMAP and clustered by HDBSCAN; needs `pip install "hf_rtl[clusters]"`.
+The file is what --route_groups of the other recipes takes: {route: [classes]}. Look at it, give the groups better names,
+and try another --seed or --num_neighbors: with few names the groups depend on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from arguments import parse, set_up
+from data_arguments import DataArguments, read_splits
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from hf_rtl.clustering import group_class_names
+from hf_rtl.files import write_bytes
+
+
+@dataclass
+class GroupArguments:
+    """What is grouped, how, and where the groups go."""
+
+    groups_file: str = field(default="groups.yaml", metadata={"help": "YAML file to write."})
+    names: list[str] = field(
+        default_factory=list, metadata={"help": "Names to group; by default those of --dataset's --label_column."}
+    )
+    text_encoder: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Folder or repo id of a transformers encoder; the mean of its last states is a name's place."},
+    )
+    min_cluster_size: int = field(default=4, metadata={"help": "Names that a group has at least, before others join."})
+    num_neighbors: int = field(default=5, metadata={"help": "UMAP's; more give larger groups."})
+    num_dimensions: int = field(default=2, metadata={"help": "Of UMAP's projection."})
+    seed: int = field(default=0, metadata={"help": "Of UMAP."})
+
+
+def main() -> None:
+    arguments, data = parse((GroupArguments, DataArguments), description=__doc__)
+    set_up(None)
+    names = arguments.names
+    if not names:
+        names = read_splits(data, {"label_column": data.label_column})[0].features[data.label_column].names
+    groups = group_class_names(
+        names,
+        lambda names: embed(names, arguments.text_encoder),
+        min_cluster_size=arguments.min_cluster_size,
+        num_neighbors=arguments.num_neighbors,
+        num_dimensions=arguments.num_dimensions,
+        seed=arguments.seed,
+    )
+    text = yaml.safe_dump(groups, sort_keys=False, default_flow_style=None, width=115)
+    print(text, end="")
+    write_bytes(Path(arguments.groups_file), text.encode())
+
+
+@torch.no_grad()
+def embed(names: list[str], text_encoder: str) -> Tensor:
+    """Embeddings `[C, D]` of C names, floats: means over the tokens of an encoder's last hidden states."""
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+    tokens = tokenizer([name.replace("_", " ") for name in names], padding=True, return_tensors="pt")
+    states = AutoModel.from_pretrained(text_encoder)(**tokens).last_hidden_state
+    weights = tokens["attention_mask"][:, :, None].to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+if __name__ == "__main__":
+    main()
