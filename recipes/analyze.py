@@ -259,6 +259,7 @@ def content(point: Point, figures: np.ndarray, aligned: dict[str, dict[str, Any]
             "metric": dict(zip(names, figures, strict=True)),
             "jaccard": similarity.jaccard,
             "emptied_layers": similarity.emptied_layers,
+            "depths": {depth: _mean_of_pairs(matrix) for depth, matrix in similarity_by_depth(point.bank).items()},
             "layers": {
                 layer: {"similarity": values, "chance": chance}
                 for layer, values, chance in zip(layers.layer_names, layers.similarity, layers.chance, strict=True)
@@ -266,6 +267,11 @@ def content(point: Point, figures: np.ndarray, aligned: dict[str, dict[str, Any]
             "alignment": aligned,
         }
     )
+
+
+def _mean_of_pairs(similarity: np.ndarray) -> np.ndarray:
+    """The mean over all pairs of different tickets; NaN if one is."""
+    return similarity[np.triu_indices(len(similarity), k=1)].mean()
 
 
 def _plain(value: Any) -> Any:

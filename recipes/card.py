@@ -71,12 +71,17 @@ def main() -> None:
 def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
     """Analyses of runs that differ in the seed, as the results of one comparison; pictures are of the first."""
     results = [json.loads((folder / ANALYSIS).read_text()) for folder in folders]
-    lines = [[analysis_line(point) for point in result["points"]] for result in results]
+    tables = {
+        "figures": over_seeds([[masks_line(point) for point in result["points"]] for result in results]),
+        "alignment": over_seeds(
+            [[alignment_line(point) for point in result["points"] if point["alignment"]] for result in results]
+        ),
+    }
     changes = [change for result in results for change in result["changes"].values()]
     return {
         "command": "\n".join(result["command"] for result in results),
         **{name: results[0][name] for name in ("python", "versions", "metric")},
-        "figures": over_seeds(lines),
+        **tables,
         "num_tickets": len(changes),
         "num_alarms": sum(change is not None for change in changes),
         "num_analyses": len(results),
@@ -84,19 +89,27 @@ def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def analysis_line(point: dict[str, Any]) -> dict[str, Any]:
-    """Of a point in the file of recipes/analyze.py the means over tickets, and its alignment."""
-    aligned = {depth: found["rho"] for depth, found in (point["alignment"] or {}).items()}
-    if aligned:
-        aligned["p, all"] = point["alignment"]["all"]["p_value"]
+def masks_line(point: dict[str, Any]) -> dict[str, Any]:
+    """Of a point in the file of recipes/analyze.py the means over tickets, and over their pairs by depth."""
     measured = [value for value in point["metric"].values() if value is not None]
     return {
         "method": "tickets",
         "sparsity": round(point["sparsity"], 4),
         "metric": mean(measured) if measured else None,
         **{key: mean(point[key].values()) for key in ("similarity", "chance", "excess")},
+        **{depth: similarity for depth, similarity in point["depths"].items() if depth != "all"},
         "emptied layers": sum(map(len, point["emptied_layers"].values())),
-        **aligned,
+    }
+
+
+def alignment_line(point: dict[str, Any]) -> dict[str, Any]:
+    """How the tickets of a point follow the similarity of their classes, by depth."""
+    found = point["alignment"]
+    return {
+        "method": "tickets",
+        "sparsity": round(point["sparsity"], 4),
+        **{depth: of_depth["rho"] for depth, of_depth in found.items()},
+        **{f"p, {depth}": found[depth]["p_value"] for depth in ("all", "deep")},
     }
 
 

@@ -76,6 +76,8 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
             aligned = semantic_alignment(similarity, matrix)
             assert point["alignment"][depth]["rho"] == pytest.approx(aligned.rho)
             assert point["alignment"][depth]["p_value"] == aligned.p_value
+            pairs = [similarity[i, j] for i in range(3) for j in range(i)]
+            assert point["depths"][depth] == pytest.approx(sum(pairs) / 3)
         assert f"{expected.similarity.mean():.3f}" in printed and f"{expected.excess.mean():.3f}" in printed
         assert f"{np.mean(list(point['metric'].values())):.3f}" in printed
     assert found["points"][0]["metric"] == dict.fromkeys(ROUTES)  # an event is not evaluated
@@ -186,7 +188,7 @@ def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, mo
     (tmp_path / "two" / "analysis.json").write_text(json.dumps(changed))
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates" / "some.md").write_text(
-        "{num_alarms} of {num_tickets}\n\n{figures}\n\n![curves](some-curves.png)\n"
+        "{num_alarms} of {num_tickets}\n\n{figures}\n\n{alignment}\n\n![curves](some-curves.png)\n"
     )
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two")])
@@ -194,11 +196,13 @@ def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, mo
     first = json.loads((tmp_path / "one" / "analysis.json").read_text())["points"]
     page = (tmp_path / "some.md").read_text()
     assert page.startswith("1 of 6\n") and [file.name for file in tmp_path.glob("some-*.png")] == ["some-curves.png"]
-    lines = json.loads((tmp_path / "some-results.json").read_text())["figures"]
+    kept = json.loads((tmp_path / "some-results.json").read_text())
+    lines, aligned = kept["figures"], kept["alignment"]
     values = [np.mean(list(first[0]["excess"].values())), 0.5]
     assert lines[0]["excess"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" and lines[0]["excess"] in page
-    assert lines[0]["deep"] is None and lines[0]["metric"] is None
+    assert aligned[0]["deep"] is None and lines[0]["metric"] is None
     rho = first[1]["alignment"]["all"]["rho"]
-    assert lines[1]["all"] == f"{rho:.3f} ± 0.000"
+    assert aligned[1]["all"] == f"{rho:.3f} ± 0.000" and aligned[1]["all"] in page
+    assert lines[1]["deep"] == f"{first[1]['depths']['deep']:.3f} ± 0.000" and "all" not in lines[1]
     accuracy = np.mean(list(first[1]["metric"].values()))
     assert lines[1]["metric"] == f"{accuracy:.3f} ± 0.000"
