@@ -2,11 +2,11 @@
 Group the classes of a data set by what their names mean: the routes of the paper's CIFAR-100 experiment (section 4.1).
 
     python recipes/group_classes.py --dataset uoft-cs/cifar100 --label_column fine_label --groups_file FILE.yaml
-    python recipes/group_classes.py --names cat dog horse airplane ship truck --min_cluster_size 2 --groups_file FILE.yaml
+    python recipes/group_classes.py --names cat dog horse airplane ship truck --min_cluster_size 2
 
-Names are embedded by a text encoder, projected by UMAP and clustered by HDBSCAN; needs `pip install "hf_rtl[clusters]"`.
-The file is what --route_groups of the other recipes takes: {route: [classes]}. Look at it, give the groups better names,
-and try another --seed or --num_neighbors: with few names the groups depend on them.
+Names are embedded by a text encoder, projected by UMAP and clustered by HDBSCAN, which needs
+`pip install "hf_rtl[clusters]"`. The file is what --route_groups of the other recipes takes: {route: [classes]}. Look
+at it, give the groups better names, and try another --seed or --num_neighbors: with few names much depends on them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GroupArguments:
     )
     text_encoder: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
-        metadata={"help": "Folder or repo id of a transformers encoder; the mean of its last states is a name's place."},
+        metadata={"help": "A transformers encoder, folder or repo id; means of its last states are compared."},
     )
     min_cluster_size: int = field(default=4, metadata={"help": "Names that a group has at least, before others join."})
     num_neighbors: int = field(default=5, metadata={"help": "UMAP's; more give larger groups."})
