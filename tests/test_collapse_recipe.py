@@ -37,6 +37,7 @@ def magnitude_run(alike=0.8):
         bank = MaskBank.from_masks(["a.weight", "b.weight", "c.weight"], masks)
         points.append(Point(f"{sparsity}", bank, ticket_similarity(bank), {"metrics": {"eval_constant_tickets": 2.0}}))
     figures = np.tile(np.linspace(0.9, 0.8, len(points))[:, None], len(ROUTES))
+    figures = figures - 0.01 * np.arange(len(ROUTES))
     return Run("global", 0, points, figures, detect_collapse([point.similarity for point in points]))
 
 
@@ -97,6 +98,7 @@ def test_points_are_shown_with_their_reports():
         assert row["similarity"] == pytest.approx(point.similarity.jaccard[np.triu_indices(4, 1)].mean())
         assert row["excess"] == pytest.approx(row["similarity"] - row["chance"])
         assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(figures.mean())
+        assert row["worst"] == figures[3] < figures[:3].min()
     run.points[3].report = None
     assert points_rows(run) == rows[:3] + rows[4:]
 
@@ -109,10 +111,15 @@ def test_masks_that_tell_nothing_raise_no_alarm_and_those_of_a_collapse_do(monke
         ("random", 0, 12),
         ("layer-shuffled", 0, 12),
     ]
-    # An alarm of one ticket in each run would be counted.
-    monkeypatch.setattr(collapse, "detect_collapse", lambda points: {"cat": len(points)})
+    # Alarms of two tickets in each run would be counted.
+    seen = []
+    monkeypatch.setattr(collapse, "detect_collapse", lambda points: seen.append(points) or {"cat": 1, "owl": 1})
     rows = list(false_alarms(run, 3))
-    assert [(row["runs with an alarm"], row["tickets with an alarm"]) for row in rows] == [(3, 3), (3, 3)]
+    assert [(row["runs with an alarm"], row["tickets with an alarm"]) for row in rows] == [(3, 6), (3, 6)]
+    # Neither the tickets of a run nor the runs have the same masks.
+    similarities = [points[4].jaccard[np.triu_indices(4, 1)] for points in seen]
+    assert all(values.max() < 0.5 for values in similarities)
+    assert len({tuple(values) for values in similarities}) == 6
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -123,6 +130,13 @@ def test_planted_collapses_are_found_if_they_are_large(direction):
     short = replace(run, points=run.points[:5], figures=run.figures[:5])  # it does not come to 70 %
     expected = {"planted": direction, "of all positions": "100%", "tickets": 8, "found at once": 8}
     assert {**expected, "found later": 0, "alarm before": 0} in planted_rows([run, short, run])
+
+
+def test_alarms_before_the_collapse_and_the_wrong_way_are_not_hits(monkeypatch):
+    at = {"cat": (6, "up"), "dog": (6, "down"), "owl": (5, "up")}  # it is planted in the seventh point
+    changes = {name: Change(point, 0.7, way, before=0.0, expected=0.0, found=0.1) for name, (point, way) in at.items()}
+    monkeypatch.setattr(collapse, "detect_collapse", lambda points: changes)
+    assert planted(magnitude_run(), "up", 0.5) == ["at once", "later", "before", None]
 
 
 def test_what_would_end_the_command_after_training_ends_it_before(tmp_path, monkeypatch):
@@ -146,7 +160,8 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
         *("--num_channels", "1", "--backbone", "test_resnet", "--route_groups", "groups.yaml", "--seeds", "5"),
         *("--max_train_samples", "60", "--max_test_samples", "30", "--extraction_steps", "1", "--max_steps", "3"),
         *("--route_batch_size", "4", "--target_sparsity", "0.3", "0.5", "0.7", "--prune_amount", "0.6"),
-        *("--scopes", "layer", "--num_random_runs", "1", "--class_similarity", "similarity.csv"),
+        *("--scopes", "layer", "--num_random_runs", "1"),
+        *("--class_similarity", str(tmp_path / "similarity.csv")),
         *("--seed_transforms", "false", "--save_strategy", "no", "--learning_rate", "0.01"),
     ]
     monkeypatch.setattr(sys, "argv", ["collapse.py", "--output_dir", "out", *arguments])
@@ -160,6 +175,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert len(results["planted"]) == 8 and len(results["false_alarms"]) == 2
     assert results["collapse"]["class_similarity"] == "similarity.csv"
     assert {"all", "shallow", "middle", "deep"} < set(results["alignment"][0])
+    assert '"prune_scope": "layer"' in (tmp_path / "out" / "layer-seed-5" / "run.json").read_text()
     assert "layer-seed-5-curves.png" in results["pictures"]
     assert all((tmp_path / "out" / picture).exists() for picture in results["pictures"])
     assert "planted" in printed and "70%" in printed
