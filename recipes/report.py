@@ -77,14 +77,14 @@ def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
     """The rows as text; columns that no row fills are left out. `style` as of `tabulate`, as `"github"`."""
     filled = [title for line in rows for title, value in line.items() if value is not None]
     titles = list(dict.fromkeys([title for title in rows[0] if title in filled] + filled))
-    cells = [[_cell(title, line.get(title)) for title in titles] for line in rows]
+    cells = [[cell(title, line.get(title)) for title in titles] for line in rows]
     return tabulate(cells, headers=titles, tablefmt=style, disable_numparse=True)
 
 
 def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """
     The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
-    deviation after ±. Integers, which are counts, are rounded means. What one run lacks is left out.
+    deviation after ±. Integers, which are counts, are rounded means. What one run lacks, or has as NaN, is left out.
     """
     lines = []
     for same in zip(*tables, strict=True):
@@ -93,7 +93,7 @@ def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             values = [other[title] for other in same]
             if title in line:
                 continue
-            if None in values:
+            if any(value is None or value != value for value in values):
                 line[title] = None
             elif isinstance(values[0], float):
                 spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
@@ -104,7 +104,8 @@ def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _cell(title: str, value: Any) -> str:
+def cell(title: str, value: Any) -> str:
+    """A value as tables show it."""
     if value is None:
         return ""
     if title == "sparsity":
