@@ -369,6 +369,9 @@ def test_tables_are_summarised_over_seeds() -> None:
     summary = {"method": "shared", "sparsity": 0.5, "K-way acc.": "0.600 ± 0.141", "union": 16, "cal. b.a.": None}
     assert over_seeds(tables) == [summary]
     assert over_seeds(tables[:1])[0]["K-way acc."] == "0.500"
+    # As a correlation over tickets that are all the same.
+    tables[1][0]["K-way acc."] = float("nan")
+    assert over_seeds(tables) == [{**summary, "K-way acc.": None}]
 
 
 @pytest.mark.slow
