@@ -14,12 +14,15 @@ The methods, at every sparsity and for every image:
 - `RTL`: a ticket per region;
 - `IMP single`: one mask, by iterative magnitude pruning, for a network that is told the region, by a learned class
   embedding that is appended to its input; its shared initial weights are those of `RTL`;
+- `IMP single, balanced`: the same, trained on as many pixels of every region, as tickets are;
 - `IMP single, union`: the same with as many weights as the union of the tickets of `RTL`;
 - `dense`: the same, not pruned.
 
-All see as many pixels. Every region has --extraction_steps before each prune event, and --retraining_steps in each
-round; one mask for all regions has as many as all of these together. Prints tables, and writes them with all reports
-into `results.json` in --output_dir, with pictures beside. Given again, the command continues where it was interrupted.
+All see as many pixels. Every region has --extraction_steps (100) before each prune event, and --retraining_steps in
+each round; one mask for all regions has as many as all of these together. Tickets and `balanced` see as many pixels of
+every region, the others as many as it has. PSNR is that of the image, or the mean over its regions. Prints tables, and
+writes them with all reports into `results.json` in --output_dir, with pictures beside. Given again, the command
+continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -47,8 +50,9 @@ from hf_rtl.backbones import CoordinateMLPConfig
 from hf_rtl.plots import route_curves
 
 
-RTL, SINGLE, SINGLE_UNION, DENSE = "RTL", "IMP single", "IMP single, union", "dense"
-METHODS = [RTL, SINGLE, SINGLE_UNION, DENSE]
+RTL, SINGLE, BALANCED = "RTL", "IMP single", "IMP single, balanced"
+SINGLE_UNION, DENSE = "IMP single, union", "dense"
+METHODS = [RTL, SINGLE, BALANCED, SINGLE_UNION, DENSE]
 # A rank correlation over fewer regions of one image says nothing.
 _MIN_REGIONS = 4
 
@@ -103,9 +107,9 @@ def main() -> None:
         data={**asdict(data), "dataset": Path(data.dataset).name},
         comparison=asdict(comparison),
         training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
-        minutes=round((time.perf_counter() - start) / 60),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
+        # Of the first learning rate and seed.
         pictures=draw(output_dir, runs[: len(scenes)], comparison) if RTL in methods else [],
         **tables,
         reports=reports,
@@ -122,10 +126,11 @@ class SceneRun:
             args,
             output_dir=f"{args.output_dir}/{settings}/{scene.name.replace('/', '-')}",
             max_steps=retraining_steps * num_regions,
+            extraction_steps=args.extraction_steps or 100,
             # `collate` reads what a sample has.
             remove_unused_columns=False,
         )
-        self.all_regions = {"extraction_steps": (args.extraction_steps or 100) * num_regions, "route_column": None}
+        self.all_regions = {"extraction_steps": self.args.extraction_steps * num_regions, "route_column": None}
 
     @cached_property
     def rtl(self) -> RTLTrainer:
@@ -138,6 +143,10 @@ class SceneRun:
         return self._one_mask(SINGLE, [0.0, *self.args.target_sparsity])
 
     @cached_property
+    def balanced(self) -> RTLTrainer:
+        return self._one_mask(BALANCED, self.args.target_sparsity, balanced=True)
+
+    @cached_property
     def single_union(self) -> RTLTrainer:
         num_weights = self.single.model.mask_bank.num_weights
         return self._one_mask(SINGLE_UNION, [1 - report["union"] / num_weights for report in self.rtl.rounds])
@@ -147,6 +156,8 @@ class SceneRun:
         sparsities: Sequence[float | None] = self.args.target_sparsity
         if method == RTL:
             rounds = self.rtl.rounds
+        elif method == BALANCED:
+            rounds = self.balanced.rounds
         elif method == SINGLE_UNION:
             rounds = self.single_union.rounds
         elif method == DENSE:
@@ -202,18 +213,24 @@ class SceneRun:
             self.args, output_dir=f"{self.args.output_dir}/{method.replace(',', '').replace(' ', '-')}", **changed
         )
 
-    def _one_mask(self, method: str, sparsities: list[float]) -> RTLTrainer:
+    def _one_mask(self, method: str, sparsities: list[float], *, balanced: bool = False) -> RTLTrainer:
         args = self._arguments(method, **self.all_regions, target_sparsity=sparsities)
-        return self._trained(args, CoordinateMLPConfig(num_classes=len(self.scene.region_names)), ["all"])
+        config = CoordinateMLPConfig(num_classes=len(self.scene.region_names))
+        return self._trained(args, config, ["all"], balanced=balanced)
 
     def _trained(
-        self, args: RTLTrainingArguments, config: CoordinateMLPConfig, route_names: Sequence[str]
+        self,
+        args: RTLTrainingArguments,
+        config: CoordinateMLPConfig,
+        route_names: Sequence[str],
+        *,
+        balanced: bool = False,
     ) -> RTLTrainer:
         pixels = Pixels(self.scene, with_classes=config.num_classes > 0)
         trainer = RTLTrainer(
             RTLModel.from_backbone(config, route_names=route_names, ticket_task="labels", seed=args.seed),
             args,
-            train_dataset=pixels,
+            train_dataset=pixels.balanced() if balanced else pixels,
             eval_dataset=pixels,
             data_collator=pixels.collate,
             compute_metrics=self.metrics,
@@ -254,7 +271,9 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for (rate, at, method), found in _grouped(reports, lambda r: (r["learning_rate"], r["at"], r["method"])):
         of_images = [mean(report["psnr"] for report in same) for _, same in _grouped(found, lambda r: r["image"])]
+        of_regions = [_mean_of_regions(same) for _, same in _grouped(found, lambda r: r["image"])]
         worst = [min(report["psnr_of_regions"].values()) for report in found]
+        num_seeds = len({report["seed"] for report in found})
         similarities = [report["mean_similarity"] for report in found if report["mean_similarity"] is not None]
         lines.append(
             {
@@ -262,6 +281,7 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "sparsity": at,
                 "learning rate": f"{rate:g}",
                 "PSNR (dB)": _with_spread(of_images),
+                "mean of regions (dB)": _with_spread(of_regions),
                 "worst region (dB)": f"{mean(worst):.2f}",
                 "weights": round(mean(report["union"] for report in found)),
                 "bytes of weights and masks": round(mean(report["weight_bytes"] for report in found)),
@@ -271,7 +291,7 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "emptied layers (worst)": max(
                     len(layers) for report in found for layers in [[], *report["emptied_layers"].values()]
                 ),
-                "regions of one colour": round(sum(report["constant_tickets"] for report in found)),
+                "regions of one colour": round(sum(report["constant_tickets"] for report in found) / num_seeds),
             }
         )
     order = {title: number for number, title in enumerate(METHODS)}
@@ -283,19 +303,20 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By how many dB the tickets are better than each other method with the same learning rate, image by image."""
     psnrs = {
-        key: mean(report["psnr"] for report in same)
+        key: (mean(report["psnr"] for report in same), _mean_of_regions(same))
         for key, same in _grouped(reports, lambda r: (r["learning_rate"], r["method"], r["at"], r["image"]))
     }
     lines = []
     for rate, at in dict.fromkeys((rate, at) for rate, method, at, _ in psnrs if method == RTL):
-        for other in (SINGLE, SINGLE_UNION, DENSE):
+        for other in (SINGLE, BALANCED, SINGLE_UNION, DENSE):
             at_other = None if other == DENSE else at
-            gains = [
-                psnrs[rate, RTL, at, image] - psnrs[rate, other, at_other, image]
+            pairs = [
+                (psnrs[rate, RTL, at, image], psnrs[rate, other, at_other, image])
                 for image in dict.fromkeys(image for *_, image in psnrs)
                 if (rate, other, at_other, image) in psnrs
             ]
-            if gains:
+            if pairs:
+                gains, of_regions = ([rtl[kind] - single[kind] for rtl, single in pairs] for kind in (0, 1))
                 lines.append(
                     {
                         "learning rate": f"{rate:g}",
@@ -305,6 +326,8 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "least": f"{min(gains):.2f}",
                         "most": f"{max(gains):.2f}",
                         "images where RTL is better": f"{sum(gain > 0 for gain in gains)} of {len(gains)}",
+                        "dB, mean of regions": _with_spread(of_regions),
+                        "better images so": f"{sum(gain > 0 for gain in of_regions)} of {len(gains)}",
                     }
                 )
     return lines
@@ -321,7 +344,7 @@ def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[d
             for report in reports
             if report["image"] == scene.name
             and report["learning_rate"] == reports[0]["learning_rate"]
-            and report["method"] != SINGLE_UNION
+            and report["method"] not in (BALANCED, SINGLE_UNION)
         ]
         for (method, at), same in _grouped(own, lambda report: (report["method"], report["at"])):
             title = method if at is None else f"{method} {at:.0%}"
@@ -365,8 +388,7 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArguments) -> list[str]:
-    """The names of pictures that are drawn beside the results, of the first seed."""
-    runs = [run for run in runs if run.args.seed == comparison.seeds[0]]
+    """The names of pictures that are drawn beside the results."""
     pictured = (
         [run for run in runs if run.scene.name.endswith(tuple(comparison.pictured))]
         if comparison.pictured
@@ -407,6 +429,11 @@ def _grouped(lines: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any,
     order = {value: number for number, value in reversed(list(enumerate(map(key, lines))))}
     together = sorted(lines, key=lambda line: order[key(line)])
     return [(value, list(same)) for value, same in groupby(together, key)]
+
+
+def _mean_of_regions(reports: Sequence[dict[str, Any]]) -> float:
+    """The mean PSNR over regions, however large, and over the reports."""
+    return mean(mean(report["psnr_of_regions"].values()) for report in reports)
 
 
 def _with_spread(values: Sequence[float]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def load_scenes(arguments: SceneArguments) -> list[Scene]:
     The images of a folder, as `SceneArguments` says.
 
     Raises:
-        ValueError: the folder has none, or a picture of regions has another size than its image.
+        ValueError: the folder has none, or a picture of regions has no image beside it, or one of another size.
     """
     scenes = []
     for name, source, image, regions in _read(Path(arguments.dataset)):
@@ -101,9 +103,10 @@ def _read(folder: Path) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
         return
     for file in sorted(folder.glob(f"*{_REGIONS_SUFFIX}")):
         stem = file.name.removesuffix(_REGIONS_SUFFIX)
-        image_file = next(
-            folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").exists()
-        )
+        possible = [folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
+        image_file = next((image for image in possible if image.exists()), None)
+        if image_file is None:
+            raise ValueError(f"{file.name} has no image beside it: {', '.join(image.name for image in possible)}.")
         yield stem, folder.name, Image.open(image_file), Image.open(file)
 
 
@@ -155,6 +158,14 @@ class Pixels(Dataset[dict[str, Any]]):
         self.regions = torch.from_numpy(scene.regions).flatten()
         self.with_classes = with_classes
         self._samples = [{"pixel": pixel, "region": region} for pixel, region in enumerate(self.regions.tolist())]
+
+    def balanced(self) -> Pixels:
+        """The same with as many samples of every region as the largest has: pixels of smaller ones come again."""
+        other = copy.copy(self)
+        largest = int(self.regions.bincount().max())
+        of_regions = ([s for s in self._samples if s["region"] == region] for region in self.regions.unique().tolist())
+        other._samples = [sample for own in of_regions for sample in islice(cycle(own), largest)]
+        return other
 
     def __len__(self) -> int:
         return len(self._samples)
