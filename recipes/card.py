@@ -5,7 +5,9 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python recipes/card.py step_overhead
     python recipes/card.py scaling
     python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
-    python recipes/card.py cifar10_baselines runs/cifar10_baselines
+    python recipes/card.py cifar10_methods runs/cifar10_methods
+    python recipes/card.py inr runs/inr
+    python recipes/card.py speech runs/speech
     python recipes/card.py digits_collapse runs/digits_collapse
     python recipes/card.py cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
     python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
@@ -55,6 +57,8 @@ def main() -> None:
             for name, run in zip(names, arguments.runs, strict=True)
         }
     comparison = next((result for result in results.values() if "figures" in result), None)
+    if comparison is not None and len(results) > 1:
+        parser.error("a comparison, of seeds or of methods, is a card by itself; give one folder.")
     if comparison is not None:
         write_json(kept, comparison)
         template = (MODEL_CARDS / "templates" / f"{arguments.card}.md").read_text()

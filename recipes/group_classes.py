@@ -7,6 +7,7 @@ Group the classes of a data set by what their names mean: the routes of the pape
 Names are embedded by a text encoder, projected by UMAP and clustered by HDBSCAN, which needs
 `pip install "hf_rtl[clusters]"`. The file is what --route_groups of the other recipes takes: {route: [classes]}. Look
 at it, give the groups better names, and try another --seed or --num_neighbors: with few names much depends on them.
+The paper embeds by CLIP; --text_encoder takes encoders of text alone, as the sentence encoder that is its default.
 """
 
 from __future__ import annotations

@@ -165,9 +165,9 @@ class Seed:
     def imp_single(self) -> RTLTrainer:
         return self._single(SINGLE, self.args.target_sparsity)
 
-    @property
+    @cached_property
     def num_weights(self) -> int:
-        return self.per_route.model.mask_bank.num_weights
+        return self._trainer(PER_ROUTE, self.train.scene_names, "per_route").model.mask_bank.num_weights
 
     def _trainer(self, method: str, route_names: Sequence[str], norm_statistics: str, **changed: Any) -> RTLTrainer:
         model = RTLModel.from_backbone(

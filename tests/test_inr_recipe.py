@@ -135,6 +135,10 @@ def test_folders_without_scenes_are_refused(folder: Path, tmp_path: Path) -> Non
         load_scenes(SceneArguments(dataset=str(folder), names=["quarters"]))
     (tmp_path / "odd.png").write_bytes(png(np.zeros((4, 5, 3), dtype=np.uint8)))
     (tmp_path / "odd.regions.png").write_bytes(png(np.zeros((5, 4), dtype=np.uint8)))
+    (tmp_path / "alone.regions.png").write_bytes(png(np.zeros((5, 4), dtype=np.uint8)))
+    with pytest.raises(ValueError, match="alone.regions.png has no image beside it: alone.jpg, alone.jpeg"):
+        load_scenes(SceneArguments(dataset=str(tmp_path)))
+    (tmp_path / "alone.regions.png").unlink()
     with pytest.raises(ValueError, match=r"the regions of 'odd' are a picture of \(4, 5\), its image of \(5, 4\)"):
         load_scenes(SceneArguments(dataset=str(tmp_path)))
 
@@ -150,6 +154,10 @@ def test_pixels_are_points_with_colours() -> None:
     assert batch["class_ids"].tolist() == [2, 0] and batch["route_ids"].tolist() == [6, 0]
     assert set(Pixels(scene).collate([pixels[0]])) == {"coordinates", "labels"}
     assert [pixels[index]["region"] for index in range(len(pixels))] == [0, 0, 1, 1, 0, 2, 2, 1]
+    # Of every region as many; those of the smallest come again.
+    balanced = pixels.balanced()
+    assert sorted(balanced[index]["pixel"] for index in range(len(balanced))) == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    assert all(balanced[index] == pixels[balanced[index]["pixel"]] for index in range(9)) and len(pixels) == 8
 
 
 # The recipe
@@ -184,7 +192,7 @@ def models(output_dir: Path, report: dict[str, Any]) -> Path:
 
 def test_every_figure_is_that_of_the_saved_model(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
     output_dir, found = results
-    assert len(found["reports"]) == 2 * (2 + 2 + 2 + 1)
+    assert len(found["reports"]) == 2 * (2 + 2 + 2 + 2 + 1)
     scenes = {scene.name: scene for scene in load_scenes(SceneArguments(dataset=str(folder)))}
     for report in found["reports"]:
         scene = scenes[report["image"]]
@@ -233,15 +241,24 @@ def test_methods_differ_in_their_masks_and_spend_as_much(results: tuple[Path, di
         of_image = {(r["method"], r["at"]): r for r in found["reports"] if r["image"] == image}
         assert {report["steps"] for report in of_image.values()} == {3 * num_regions}
         weights = {}
-        for method in ("RTL", "IMP single", "IMP single, union"):
+        for method in ("RTL", "IMP single", "IMP single, balanced", "IMP single, union"):
             path = models(output_dir, of_image[method, 0.5])
             weights[method] = load_file(path / "theta0.safetensors")
             arguments = json.loads((path / "final/training_args.json").read_text())
             assert arguments["extraction_steps"] == (2 if method == "RTL" else 2 * num_regions)
         for name, tensor in weights["RTL"].items():
             assert torch.equal(tensor, weights["IMP single"][name])
+        # What was trained on, as many samples as there are: regions of one size are balanced already.
+        samples = [
+            json.loads((models(output_dir, of_image[method, 0.5]) / "run.json").read_text())["configuration"][
+                "route_ids"
+            ]
+            for method in ("IMP single", "IMP single, balanced")
+        ]
+        assert (samples[0] == samples[1]) == (image == "thirds")
         for at in (0.5, 0.75):
             assert of_image["IMP single", at]["union"] == 55_936 - round(at * 55_936)
+            assert of_image["IMP single, balanced", at]["union"] == 55_936 - round(at * 55_936)
             assert of_image["IMP single, union", at]["union"] == of_image["RTL", at]["union"] > (1 - at) * 53_888
             model = RTLModel.from_pretrained(models(output_dir, of_image["RTL", at]) / of_image["RTL", at]["folder"])
             flat = [np.concatenate([part.numpy().ravel() for part in model.mask_bank[k]]) for k in range(num_regions)]
@@ -259,16 +276,23 @@ def test_tables_are_of_the_reports(results: tuple[Path, dict[str, Any]]) -> None
         return [r["psnr"] for r in found["reports"] if (r["method"], r["at"]) == (method, at)]
 
     lines = {(line["method"], line["sparsity"]): line for line in found["figures"]}
-    assert [line["method"] for line in found["figures"]] == ["dense", *["RTL", "IMP single", "IMP single, union"] * 2]
+    pruned = ["RTL", "IMP single", "IMP single, balanced", "IMP single, union"]
+    assert [line["method"] for line in found["figures"]] == ["dense", *pruned * 2]
     rtl, single = of("RTL", 0.5), of("IMP single", 0.5)
     assert lines["RTL", 0.5]["PSNR (dB)"] == f"{np.mean(rtl):.2f} ± {np.std(rtl, ddof=1):.2f}"
     reports = [r for r in found["reports"] if (r["method"], r["at"]) == ("RTL", 0.5)]
+    of_regions = np.array([np.mean(list(r["psnr_of_regions"].values())) for r in reports])
+    assert lines["RTL", 0.5]["mean of regions (dB)"] == f"{of_regions.mean():.2f} ± {of_regions.std(ddof=1):.2f}"
     together = round(sum(r["weight_bytes"] + r["side_bytes"] for r in reports) / 2)
     assert abs(lines["RTL", 0.5]["together"] - together) <= 1
     gains = np.array(rtl) - np.array(single)
     (line,) = [d for d in found["differences"] if (d["sparsity"], d["RTL minus"]) == (0.5, "IMP single")]
     assert line["dB"] == f"{gains.mean():.2f} ± {gains.std(ddof=1):.2f}"
     assert line["images where RTL is better"] == f"{(gains > 0).sum()} of 2"
+    others = [r for r in found["reports"] if (r["method"], r["at"]) == ("IMP single", 0.5)]
+    gains = of_regions - [np.mean(list(r["psnr_of_regions"].values())) for r in others]
+    assert line["dB, mean of regions"] == f"{gains.mean():.2f} ± {gains.std(ddof=1):.2f}"
+    assert line["better images so"] == f"{(gains > 0).sum()} of 2"
     (line,) = [d for d in found["differences"] if (d["sparsity"], d["RTL minus"]) == (0.75, "dense")]
     assert line["dB"].split()[0] == f"{np.mean(np.array(of('RTL', 0.75)) - np.array(of('dense', None))):.2f}"
     psnrs = [value for r in reports for value in r["psnr_of_regions"].values()]
@@ -295,7 +319,7 @@ def test_a_finished_run_is_read_back(results: tuple[Path, dict[str, Any]], folde
     output_dir, found = results
     files = {file: file.stat().st_mtime_ns for file in output_dir.glob("rate-*/*/*/round-*/model.safetensors")}
     again = run(folder, output_dir, *SMALL)
-    assert {file: file.stat().st_mtime_ns for file in files} == files and len(files) == 2 * (2 + 3 + 2)
+    assert {file: file.stat().st_mtime_ns for file in files} == files and len(files) == 2 * (2 + 3 + 2 + 2)
     assert again["reports"] == found["reports"] and again["figures"] == found["figures"]
 
 
