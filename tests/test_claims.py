@@ -31,3 +31,8 @@ def test_cells_are_found_by_what_their_line_is_called(tmp_path, monkeypatch):
     template.write_text("{some[figures][a, b 90%][bytes]}")
     with pytest.raises(KeyError, match="a, b 90%"):
         claims.render()
+    # What two lines share is not the name of one.
+    (tmp_path / "some-results.json").write_text(json.dumps({"figures": [{"method": "a", "bytes": n} for n in (1, 2)]}))
+    template.write_text("{some[figures][a][bytes]}")
+    with pytest.raises(KeyError, match="'a'"):
+        claims.render()

@@ -1,0 +1,66 @@
+"""
+Render docs/claims.md, the paper's claims beside what was measured, from a template and the results of the cards.
+
+    python recipes/claims.py
+
+In claims_template.md, `{cifar10_methods[decisions][per route 75%][bal. acc.]}` is what the table
+`decisions` of model_cards/cifar10_methods.md shows in the line of that method and sparsity; no measured number is
+typed in.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+from card import MODEL_CARDS, is_table
+from report import cell
+
+
+TEMPLATE = Path(__file__).with_name("claims_template.md")
+CLAIMS = MODEL_CARDS.parent / "docs" / "claims.md"
+# The columns that say which line it is, in the order in which they are put together.
+LABELS = (
+    "scope",
+    "seed",
+    "what",
+    "image",
+    "method",
+    "RTL minus",
+    "densities of",
+    "masks",
+    "planted",
+    "of all positions",
+)
+LABELS += ("sparsity", "learning rate")
+
+
+def main() -> None:
+    CLAIMS.write_text(render())
+
+
+def render() -> str:
+    """The text of docs/claims.md."""
+    template = TEMPLATE.read_text()
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    cards = sorted({field.partition("[")[0] for field in fields})
+    return template.format(**{card: tables_of(card) for card in cards})
+
+
+def tables_of(card: str) -> dict[str, Any]:
+    """The results of a card, in which every table is a mapping: what a line is called -> column -> cell as shown."""
+    results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
+    return {name: lines_of(value) if is_table(value) else value for name, value in results.items()}
+
+
+def lines_of(table: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The lines of a table by what they are called, the cells of LABELS with spaces between; none that share a name."""
+    shown = [{title: cell(title, value) for title, value in line.items()} for line in table]
+    names = [" ".join(line[title] for title in LABELS if line.get(title)) for line in shown]
+    return {name: line for name, line in zip(names, shown, strict=True) if names.count(name) == 1}
+
+
+if __name__ == "__main__":
+    main()
