@@ -56,7 +56,7 @@ def tables_of(card: str) -> dict[str, Any]:
 
 
 def lines_of(table: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The lines of a table by what they are called, the cells of LABELS with spaces between; none that share a name."""
+    """The lines of a table by what they are called, the cells of LABELS with spaces between; none that share it."""
     shown = [{title: cell(title, value) for title, value in line.items()} for line in table]
     names = [" ".join(line[title] for title in LABELS if line.get(title)) for line in shown]
     return {name: line for name, line in zip(names, shown, strict=True) if names.count(name) == 1}
