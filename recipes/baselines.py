@@ -56,11 +56,13 @@ METHODS = [DENSE, SINGLE, SINGLE_UNION, ONE_VS_REST, MULTIPLE, *CONTROL_MASKS, *
 DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
 
 
-# Columns that need no threshold, and those of what was spent; the others are of decisions.
+# Columns that need no threshold, and those of what was spent; the others are of decisions. Whether pruning has cut a
+# network is said in all tables.
 RANKING = ("K-way acc.", "router: K-way acc.", "prec. at recall .8", "router: prec. at recall .8", "AUROC")
+CUT = ("emptied layers", "constant tickets")
 COSTS = (
-    *("union", "bytes", "emptied layers", "constant tickets", "trainings", "samples in extraction"),
-    *("samples in retraining", "kFLOPs an image", "minutes of retraining"),
+    *("union", "bytes", "trainings", "samples in extraction", "samples in retraining", "kFLOPs an image"),
+    "minutes of retraining",
 )
 
 
@@ -278,9 +280,9 @@ def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The lines by sparsity, as three tables: how well samples are ranked, what is decided, and what it costs."""
     lines = sorted(lines, key=lambda line: line["sparsity"])
     titles = {"figures": RANKING, "costs": COSTS}
-    titles["decisions"] = [title for line in lines for title in line if title not in (*RANKING, *COSTS)]
+    titles["decisions"] = [title for line in lines for title in line if title not in (*RANKING, *COSTS, *CUT)]
     return {
-        name: [{title: line.get(title) for title in ("method", "sparsity", *titles[name])} for line in lines]
+        name: [{title: line.get(title) for title in ("method", "sparsity", *titles[name], *CUT)} for line in lines]
         for name in ("figures", "decisions", "costs")
     }
 
