@@ -200,6 +200,10 @@ def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, mo
     lines, aligned = kept["figures"], kept["alignment"]
     values = [np.mean(list(first[0]["excess"].values())), 0.5]
     assert lines[0]["excess"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" and lines[0]["excess"] in page
+    p_values = {depth: first[1]["alignment"][depth]["p_value"] for depth in ("all", "deep")}
+    assert {depth: aligned[1][f"p, {depth}"] for depth in p_values} == {
+        d: f"{p:.3f} ± 0.000" for d, p in p_values.items()
+    }
     assert aligned[0]["deep"] is None and lines[0]["metric"] is None
     rho = first[1]["alignment"]["all"]["rho"]
     assert aligned[1]["all"] == f"{rho:.3f} ± 0.000" and aligned[1]["all"] in page

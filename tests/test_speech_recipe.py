@@ -242,11 +242,9 @@ def test_differences_are_of_the_same_sparsity():
 # The recipe
 
 
-@pytest.fixture(scope="module")
-def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of all methods on a tiny network."""
-    output_dir = tmp_path_factory.mktemp("runs") / "speech"
-    command = [
+def tiny(folders: tuple[Path, Path], output_dir: Path) -> list[str]:
+    """The command of a run on a tiny network."""
+    return [
         *(
             "speech.py",
             "--config",
@@ -259,8 +257,14 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
         *("--channels", "3", "3", "--seeds", "0", "--target_sparsity", "0.3", "0.6", "--shown_sparsity", "0.6"),
         *("--route_batch_size", "4", "--num_train_epochs", "2", "--disable_tqdm", "true", "--use_cpu", "true"),
     ]
+
+
+@pytest.fixture(scope="module")
+def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of all methods."""
+    output_dir = tmp_path_factory.mktemp("runs") / "speech"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", tiny(folders, output_dir))
         speech.main()
         first = (output_dir / "results.json").read_bytes()
         # Given again, it reads everything back.
@@ -268,6 +272,14 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     again = json.loads((output_dir / "results.json").read_bytes())
     assert {**json.loads(first), "minutes": again["minutes"]} == again
     return output_dir
+
+
+def test_a_method_trains_no_other(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*tiny(folders, tmp_path), "--methods", "dense"])
+    speech.main()
+    assert {file.parent.name for file in (tmp_path / "seed-0").glob("*/*")} == {"dense"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["num_weights"] == 2 * 3 * 15 + 3 * 3 * 9 + 3 * 3 * 9 + 6 * 2 * 15
 
 
 def test_all_methods_are_compared_at_the_same_cost(speech_run):
