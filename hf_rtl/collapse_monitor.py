@@ -21,7 +21,7 @@ class CollapseMonitor(RTLTrainerCallback):
     """
     Measures how alike tickets are as they grow sparser, and warns when that changes sharply, up or down. The paper
     (section 4.4) reports that past some sparsity tickets collapse so, and that accuracy falls at the same time or soon
-    after. That no warning came says little: see model_cards/digits_collapse.md for runs in which it does not.
+    after. That no warning came says little: see model_cards/cifar10_collapse.md for runs in which none did.
 
     It looks at the masks of all prune events as soon as a round's are found, before they are retrained; at nothing
     else, so it needs no labels and no evaluation. What is sharp is said in [`detect_change`], which needs five events.

@@ -47,6 +47,19 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     )
 
 
+def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:
+    """
+    What --methods names, in the order of `known`.
+
+    Raises:
+        SystemExit: a method that is not known.
+    """
+    unknown = [method for method in methods if method not in known]
+    if unknown:
+        raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, known))}.")
+    return [method for method in known if method in methods]
+
+
 def set_up(threads: int | None) -> None:
     """Warnings in one line each, no bars of transformers' own, and a number of CPU threads, if one is given."""
     transformers.utils.logging.disable_progress_bar()

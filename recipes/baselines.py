@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import parse, set_up
+from arguments import chosen_methods, parse, set_up
 from data_arguments import DataArguments
 from image_data import channels_last, load_images
 from report import over_seeds, plot_methods, row, table, write_results
@@ -78,14 +78,11 @@ class ComparisonArguments:
 
 def main() -> None:
     comparison, data, args = parse((ComparisonArguments, DataArguments, RTLTrainingArguments), description=__doc__)
-    unknown = [method for method in comparison.methods if method not in METHODS]
-    if unknown:
-        raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, METHODS))}.")
+    methods = chosen_methods(comparison.methods, METHODS)
     set_up(comparison.threads)
     runs = []
     for number in comparison.seeds:
         seed = Seed(comparison, data, args, number)
-        methods = [method for method in METHODS if method in comparison.methods]
         runs.append([(method, report) for method in methods for report in seed.reports(method)])
     lines_of_seeds = [[line_of(method, report) for method, report in run] for run in runs]
     tables = split(over_seeds(lines_of_seeds))

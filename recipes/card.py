@@ -158,6 +158,7 @@ def render(card: str) -> str:
 
 
 def is_table(value: Any) -> bool:
+    """Whether a value of results is one that cards show as a table: lines, each a mapping."""
     return isinstance(value, list) and all(isinstance(line, dict) for line in value) and value != []
 
 

@@ -23,18 +23,9 @@ TEMPLATE = Path(__file__).with_name("claims_template.md")
 CLAIMS = MODEL_CARDS.parent / "docs" / "claims.md"
 # The columns that say which line it is, in the order in which they are put together.
 LABELS = (
-    "scope",
-    "seed",
-    "what",
-    "image",
-    "method",
-    "RTL minus",
-    "densities of",
-    "masks",
-    "planted",
-    "of all positions",
+    *("scope", "seed", "what", "image", "method", "RTL minus", "densities of", "masks", "planted", "of all positions"),
+    *("sparsity", "learning rate"),
 )
-LABELS += ("sparsity", "learning rate")
 
 
 def main() -> None:

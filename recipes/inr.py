@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arguments import parse, set_up
+from arguments import chosen_methods, parse, set_up
 from inr_plots import draw_reconstructions, draw_scatter
 from report import table, write_results
 from scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
@@ -78,13 +78,10 @@ class ComparisonArguments:
 
 def main() -> None:
     comparison, data, args = parse((ComparisonArguments, SceneArguments, RTLTrainingArguments), description=__doc__)
-    unknown = [method for method in comparison.methods if method not in METHODS]
-    if unknown:
-        raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, METHODS))}.")
+    methods = chosen_methods(comparison.methods, METHODS)
     set_up(comparison.threads)
     start = time.perf_counter()
     scenes = load_scenes(data)
-    methods = [method for method in METHODS if method in comparison.methods]
     runs, reports = [], []
     for rate, seed, scene in product(comparison.learning_rates or [args.learning_rate], comparison.seeds, scenes):
         run = SceneRun(scene, replace(args, seed=seed, learning_rate=rate), comparison.retraining_steps)

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import parse, set_up
+from arguments import chosen_methods, parse, set_up
 from report import over_seeds, table, write_results
 from sanity import model_of_round
 from speech_data import Mixtures, SpeechArguments, load_mixtures, stack
@@ -74,9 +74,7 @@ class ComparisonArguments:
 
 def main() -> None:
     comparison, data, args = parse((ComparisonArguments, SpeechArguments, RTLTrainingArguments), description=__doc__)
-    unknown = [method for method in comparison.methods if method not in METHODS]
-    if unknown:
-        raise SystemExit(f"--methods has {unknown[0]!r}; allowed are {', '.join(map(repr, METHODS))}.")
+    methods = chosen_methods(comparison.methods, METHODS)
     if comparison.shown_sparsity not in args.target_sparsity:
         raise SystemExit(
             f"--shown_sparsity {comparison.shown_sparsity} is not in --target_sparsity {args.target_sparsity}."
@@ -87,7 +85,6 @@ def main() -> None:
     for number in comparison.seeds:
         start = time.perf_counter()
         seed = Seed(comparison, data, args, number)
-        methods = [method for method in METHODS if method in comparison.methods]
         runs.append([(method, report) for method in methods for report in seed.reports(method)])
         minutes.append((time.perf_counter() - start) / 60)
         if number == comparison.seeds[0]:

@@ -178,7 +178,6 @@ EXPECTED = {f"cluster-{index}": sorted(names) for index, names in enumerate(THEM
 
 @pytest.mark.slow
 def test_class_names_are_grouped_by_their_meaning(tmp_path):
-    pytest.importorskip("umap")
     dataset = hf_dataset({"label": list(range(len(NAMES))) * 2}, label=NAMES)
     partition = partition_by_class_names(dataset, encode)
     assert partition.rule == ByGroups("label", EXPECTED)
@@ -194,7 +193,6 @@ def test_class_names_are_grouped_by_their_meaning(tmp_path):
 
 
 def test_the_projection_depends_on_the_seed_alone():
-    pytest.importorskip("umap")
     first, second, third = (clustering._umap(encode(NAMES), 5, 2, seed) for seed in (0, 0, 1))
     assert first.shape == (18, 2)
     assert (first == second).all()

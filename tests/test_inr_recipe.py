@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from hf_rtl import RTLModel
+from hf_rtl import RTLModel, RTLTrainingArguments
 
 
 def png(array: np.ndarray) -> bytes:
@@ -161,6 +161,12 @@ def test_pixels_are_points_with_colours() -> None:
 
 
 # The recipe
+
+
+def test_all_methods_have_the_default_of_steps(folder: Path, tmp_path: Path) -> None:
+    scene = load_scenes(SceneArguments(dataset=str(folder), names=["thirds"]))[0]
+    prepared = inr.SceneRun(scene, RTLTrainingArguments(output_dir=str(tmp_path), target_sparsity=[0.5]), 5)
+    assert prepared.args.extraction_steps == 100 and prepared.all_regions["extraction_steps"] == 300
 
 
 def run(folder: Path, output_dir: Path, *arguments: str) -> dict[str, Any]:

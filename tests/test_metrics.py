@@ -1,10 +1,11 @@
-"""Every figure against loops over samples, and against torchmetrics where it is installed."""
+"""Every figure against loops over samples, and against torchmetrics."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional import classification as functional
 
 from hf_rtl.metrics import (
     calibrate_thresholds,
@@ -104,7 +105,6 @@ def test_membership_metrics_match_loops_over_samples(seed, dtype):
 
 
 def test_membership_metrics_match_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.classification")
     scores, home_routes = random_scores(7, num_samples=200)
     metrics = membership_metrics(scores, home_routes, NAMES)
     for route, name in enumerate(NAMES):

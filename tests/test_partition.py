@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,6 @@ class DictDataset(torch.utils.data.Dataset):
 
 
 def hf_dataset(columns, **class_names):
-    datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict(columns)
     for name, names in class_names.items():
         dataset = dataset.cast_column(name, datasets.ClassLabel(names=names))
@@ -217,7 +217,6 @@ def test_unknown_column_lists_the_columns(kind):
 
 
 def test_refused_data_sets():
-    datasets = pytest.importorskip("datasets")
     split = hf_dataset({"label": [0, 0]})
     with pytest.raises(
         TypeError, match=r"`DatasetDict` of 'train', 'test'; pass one split, as in `dataset\['train'\]`"

@@ -358,6 +358,36 @@ def test_a_network_with_a_logit_per_class_is_scored_by_its_highest() -> None:
     assert metrics["worst_balanced_accuracy"] == min(metrics[f"{name}/balanced_accuracy"] for name in "abcd")
 
 
+def test_all_tables_say_what_pruning_has_cut() -> None:
+    from baselines import split
+
+    line = {"method": "shared", "sparsity": 0.9, "AUROC": 0.5, "bal. acc.": 0.5, "union": 9, "emptied layers": 2}
+    tables = split([{**line, "constant tickets": 3}, {**line, "sparsity": 0.5, "constant tickets": 0}])
+    assert set(tables) == {"figures", "decisions", "costs"}
+    for lines in tables.values():
+        assert [(of["sparsity"], of["emptied layers"], of["constant tickets"]) for of in lines] == [
+            (0.5, 2, 0),
+            (0.9, 2, 3),
+        ]
+    assert "union" not in tables["decisions"][0] and "bal. acc." not in tables["costs"][0]
+
+
+def test_a_card_is_of_one_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import card
+
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text('{"figures": []}')
+    command = ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two"), "--names", "one", "two"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        card.main()
+    assert "give one folder" in capsys.readouterr().err and not (tmp_path / "some-results.json").exists()
+
+
 def test_tables_are_summarised_over_seeds() -> None:
     from report import over_seeds
 

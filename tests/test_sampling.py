@@ -4,9 +4,11 @@ import random
 from collections import Counter
 from itertools import chain
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import data_loader
 
 from hf_rtl.sampling import ALL_ROUTES, RouteBatchSampler, RoutedDataset, RouteSample
 
@@ -329,7 +331,6 @@ def test_routed_dataset_refuses_bad_input():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_data_loader_that_accelerate_must_not_shard(num_workers):
-    data_loader = pytest.importorskip("accelerate.data_loader")
     batches = sampler(batch_size=8, rank=1, world_size=2)
     loader = torch.utils.data.DataLoader(routed(), batch_sampler=batches, num_workers=num_workers)
     loader = data_loader.prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
@@ -346,7 +347,6 @@ def test_a_data_loader_that_accelerate_must_not_shard(num_workers):
 
 
 def test_datasets_are_served_with_and_without_seeding():
-    datasets = pytest.importorskip("datasets")
     base = datasets.Dataset.from_dict({"x": list(range(21)), "label": ROUTE_IDS.tolist()}).with_transform(
         lambda batch: {**batch, "noise": [random.random() for _ in batch["x"]]}
     )
