@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cmath
 import math
 
 import numpy as np
@@ -89,16 +90,18 @@ def test_a_constant_mask_scales_the_waveform():
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_the_mask_is_complex():
-    """Channels are the real and the imaginary part: a mask of i turns the phase by a quarter."""
+@pytest.mark.parametrize("mask", [30j, 0.3 + 0.4j, -0.6 + 0.2j])
+def test_the_mask_is_complex(mask):
+    """Channels are the real and the imaginary part: its phase turns that of the waveform, tanh bounds its magnitude."""
     model = small_model().eval()
     last = model.decoder[0][0]
     with torch.no_grad():
         last.weight.zero_()
-        last.bias.copy_(torch.tensor([0.0, 30.0]))
-    time = torch.arange(640) / 64
-    cosine, sine = torch.cos(2 * math.pi * 8 * time), torch.sin(2 * math.pi * 8 * time)
-    assert torch.allclose(model(cosine[None]).logits[0, 100:500], -sine[100:500], atol=1e-3)
+        last.bias.copy_(torch.tensor([mask.real, mask.imag]))
+    angles = 2 * math.pi * 8 * torch.arange(640) / 64
+    expected = math.tanh(abs(mask)) * torch.cos(angles + cmath.phase(mask))
+    found = model(torch.cos(angles)[None]).logits[0]
+    assert torch.allclose(found[100:500], expected[100:500], atol=1e-3)
 
 
 def test_loudness_does_not_matter():
