@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import cmath
+import copy
 import math
 
 import numpy as np
@@ -92,7 +92,7 @@ def test_a_constant_mask_scales_the_waveform():
 
 @pytest.mark.parametrize("mask", [30j, 0.3 + 0.4j, -0.6 + 0.2j])
 def test_the_mask_is_complex(mask):
-    """Channels are the real and the imaginary part: its phase turns that of the waveform, tanh bounds its magnitude."""
+    """Channels are its real and its imaginary part: its phase turns the waveform's, and tanh bounds its magnitude."""
     model = small_model().eval()
     last = model.decoder[0][0]
     with torch.no_grad():
