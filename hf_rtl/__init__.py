@@ -1,14 +1,15 @@
 """Routing the Lottery for the Hugging Face stack: one backbone, one sparse ticket per route (arXiv 2601.22141)."""
 
-from . import backbones
-from .callbacks import RTLTrainerCallback
+from . import backbones, model_card
 from .clustering import partition_by_class_names, partition_by_features
-from .collapse_monitor import CollapseMonitor
-from .configuration_rtl import VERSION, RTLConfig
-from .image_processing import image_processor_from_timm
-from .label_groups import partition_by_groups
-from .mask_bank import MaskBank
-from .modeling_rtl import (
+from .data.partition import Partition
+from .data.partition_by import partition_by_column, partition_by_function, partition_by_groups, partition_by_label
+from .data.rules import ByCentres, ByColumn, ByGroups, load_rule, save_rule
+from .modeling import hub
+from .modeling.configuration_rtl import VERSION, RTLConfig
+from .modeling.image_processing import image_processor_from_timm
+from .modeling.mask_bank import MaskBank
+from .modeling.modeling_rtl import (
     RTLModel,
     RTLModelForAudioClassification,
     RTLModelForCausalLM,
@@ -20,11 +21,10 @@ from .modeling_rtl import (
     RTLModelForTokenClassification,
     register_auto_classes,
 )
-from .optim import MaskedAdamW, MaskedSGD, mask_updates
-from .partition import ByColumn, Partition, partition_by_column, partition_by_function, partition_by_label
-from .partition_rules import ByCentres, ByGroups, load_rule, save_rule
-from .trainer import RTLTrainer
-from .training_args import RTLTrainingArguments
+from .training.callbacks import CollapseMonitor, RTLTrainerCallback
+from .training.optim import MaskedAdamW, MaskedSGD, mask_updates
+from .training.trainer import RTLTrainer
+from .training.training_args import RTLTrainingArguments
 
 
 __version__ = VERSION
@@ -65,3 +65,4 @@ __all__ = [
 ]
 
 register_auto_classes()
+hub.card_writer = model_card

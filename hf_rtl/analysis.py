@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .mask_bank import MaskBank
+from .modeling.mask_bank import MaskBank
 
 
 Array = NDArray[np.float64]

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from .columns import find_label_column, read_column
-from .label_groups import partition_by_groups
-from .partition import Partition
-from .partition_rules import ByCentres, check_features
+from .data.columns import find_label_column, read_column
+from .data.partition import Partition
+from .data.partition_by import partition_by_groups
+from .data.rules import ByCentres, check_features
 
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .mask_bank import check_route_names
-from .partition import check_route_ids
+from .data.partition import check_route_ids
+from .modeling.mask_bank import check_route_names
 
 
 def membership_metrics(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_bytes
+from .modeling.files import write_bytes
 
 
 _MAX_NUMBERED = 12  # routes up to which every cell has its number

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_rtl.structure import example_inputs_of
+from hf_rtl.modeling.standalone import example_inputs_of
 
 from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_whole
 from .tables import human_bytes, printable

@@ -17,8 +17,8 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
 from hf_rtl import RTLModel
-from hf_rtl.files import move_files
-from hf_rtl.partition_rules import TENSORS_FILE
+from hf_rtl.data.rules import TENSORS_FILE
+from hf_rtl.modeling.files import move_files
 
 
 # What pipelines read beside a model, whatever it is: image processors, feature extractors, tokenizers.

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError
 
-from hf_rtl.files import write_bytes
-from hf_rtl.hub import MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
+from hf_rtl.data.rules import remove_unfitting_rule
 from hf_rtl.model_card import write_card
-from hf_rtl.partition_rules import remove_unfitting_rule
+from hf_rtl.modeling.files import write_bytes
+from hf_rtl.modeling.hub import MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
 
 from .models import form_of, load_model, model_files
 

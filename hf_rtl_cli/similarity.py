@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_rtl import MaskBank, plots
-from hf_rtl.files import write_bytes
+from hf_rtl.modeling.files import write_bytes
 
 from .models import load_model
 from .tables import bar, columns, fraction, more, printable, shortened, table, terminal_width

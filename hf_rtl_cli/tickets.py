@@ -11,8 +11,8 @@ from typing import Any, Literal
 from transformers.utils import has_file
 
 from hf_rtl import RTLModel
-from hf_rtl.partition_rules import remove_unfitting_rule
-from hf_rtl.ticket_files import INDEX, read_index
+from hf_rtl.data.rules import remove_unfitting_rule
+from hf_rtl.modeling.ticket_files import INDEX, read_index
 
 from .models import check_free, check_name, copy_beside, form_of, load_model, written_whole
 from .tables import fraction, more, printable, table, terminal_width

@@ -50,7 +50,7 @@ from hf_rtl.analysis import (
     ticket_similarity,
 )
 from hf_rtl.class_similarity import load_class_similarity
-from hf_rtl.run_directory import REPORT, RunDirectory
+from hf_rtl.training.run_directory import REPORT, RunDirectory
 
 
 @dataclass

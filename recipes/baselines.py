@@ -43,8 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
-from hf_rtl.files import write_json
 from hf_rtl.metrics import membership_metrics
+from hf_rtl.modeling.files import write_json
 
 
 DENSE, SINGLE, SINGLE_UNION = "dense", "IMP single", "IMP single, union"

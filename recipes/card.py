@@ -28,8 +28,8 @@ from typing import Any
 
 from report import over_seeds, table
 
-from hf_rtl.files import write_json
 from hf_rtl.model_card import write_card
+from hf_rtl.modeling.files import write_json
 
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from hf_rtl.clustering import group_class_names
-from hf_rtl.files import write_bytes
+from hf_rtl.modeling.files import write_bytes
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hf_rtl.files import write_json
+from hf_rtl.modeling.files import write_json
 
 
 # Column title -> key in the metrics.

@@ -15,12 +15,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLModel, RTLTrainer
-from hf_rtl.backbone import build_backbone
-from hf_rtl.files import read_tensors
+from hf_rtl.data.sampling import ALL_ROUTES
 from hf_rtl.metrics import membership_metrics
+from hf_rtl.modeling.build_backbone import build_backbone
+from hf_rtl.modeling.files import read_tensors
 from hf_rtl.pruning import random_masks, shuffled_masks
-from hf_rtl.sampling import ALL_ROUTES
-from hf_rtl.ticket_trainer import TicketTrainer, named_state
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 # What takes the tickets' place, at their densities.

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import SpeechUNetConfig
-from hf_rtl.files import read_tensors, write_json
-from hf_rtl.ticket_trainer import TicketTrainer
+from hf_rtl.modeling.files import read_tensors, write_json
+from hf_rtl.training.ticket_trainer import TicketTrainer
 
 
 DENSE, SINGLE, SINGLE_UNION, MULTIPLE = "dense", "IMP single", "IMP single, union", "IMP multiple"

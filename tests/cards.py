@@ -11,12 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_rtl import (
-    RTLModelForImageClassification,
-    RTLTrainingArguments,
-)
+from hf_rtl import RTLModelForImageClassification, RTLTrainingArguments
 from hf_rtl.metrics import label_metrics, membership_metrics
-from hf_rtl.training_run import describe_run, write_run
+from hf_rtl.training.run_report import describe_run, write_run
 
 
 SPECIFICATION = yaml.safe_load(Path(__file__).with_name("model_card_specification.yaml").read_text())

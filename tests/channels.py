@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from hf_rtl.structure import remove_dead_channels
+from hf_rtl.modeling.standalone import remove_dead_channels
 
 
 IMAGES = {"input": torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))}

@@ -9,7 +9,7 @@ import torch
 from channels import IMAGES, Function, assert_removed, assert_same_tensors, randomise
 from torch import nn
 
-from hf_rtl.structure import LayerChannels, remove_dead_channels
+from hf_rtl.modeling.standalone import LayerChannels, remove_dead_channels
 
 
 # Against brute force

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from hf_rtl import checkpoints
-from hf_rtl.checkpoints import SEAL, best_checkpoint, is_whole, last_usable_checkpoint, seal
+from hf_rtl.training import run_directory as checkpoints
+from hf_rtl.training.run_directory import SEAL, best_checkpoint, is_whole, last_usable_checkpoint, seal
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from hf_rtl import clustering
 from hf_rtl.clustering import group_class_names, partition_by_class_names, partition_by_features
-from hf_rtl.partition_rules import ByGroups, load_rule, save_rule
+from hf_rtl.data.rules import ByGroups, load_rule, save_rule
 
 
 SIZES = [40, 25, 30]

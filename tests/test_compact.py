@@ -18,7 +18,7 @@ from hf_rtl import (
     RTLModelForSeq2SeqLM,
     RTLModelForSequenceClassification,
 )
-from hf_rtl.compact import coded_masks, compact_state, expand_state
+from hf_rtl.modeling.model_file import coded_masks, compact_state, expand_state
 
 
 SHAPES = [("a", (3, 5)), ("b", (2, 2, 3, 3)), ("c", (7,)), ("d", (64,))]
@@ -292,7 +292,7 @@ def test_another_bit_in_the_masks_is_seen(fill_masks, tmp_path):
         assert config["compact"]["compact.masks"] == "deflate"
         bits = torch.full((sum(int(union.sum()) for union in model.mask_bank.union()),), 7, dtype=torch.uint8)
         bits[5] = 3
-        from hf_rtl.mask_coding import encode
+        from hf_rtl.modeling.model_file import encode
 
         tensors["compact.masks"] = encode(bits)[1]
         assert not torch.equal(tensors["compact.masks"], masks)

@@ -61,7 +61,7 @@ def test_independent_models_have_each_its_own_mask_and_batches(trainer: RTLTrain
     assert same_odd == odd and other_even != even
 
     # The first by a plain loop over the batches of its route, on a masked copy of θ0.
-    from hf_rtl.files import read_tensors
+    from hf_rtl.modeling.files import read_tensors
 
     network = copy.deepcopy(trainer.model.backbone)
     network.load_state_dict(read_tensors(trainer.run_directory.theta0_file))

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hf_rtl.extraction import deal_out
+from hf_rtl.training.extraction import deal_out
 
 
 def loads(costs, dealt):

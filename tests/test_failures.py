@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_rtl.failures import explain_failures
+from hf_rtl.training.failures import explain_failures
 
 
 def explained(tmp_path, work):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from hf_rtl import RTLModel, RTLModelForCausalLM
 from hf_rtl.model_card import write_card
-from hf_rtl.routing import CentroidRouter
+from hf_rtl.modeling.routers import CentroidRouter
 
 
 TASK = "text-generation"

@@ -12,10 +12,10 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import hf_rtl
 from hf_rtl import RTLConfig, RTLModel, RTLModelForImageClassification, RTLModelForSequenceClassification
-from hf_rtl.hub_code import packages_of
+from hf_rtl.modeling.hub import packages_of
 
 
-PACKAGE = Path(hf_rtl.__file__).parent
+PACKAGE = Path(hf_rtl.modeling.__file__).parent
 ALLOWED = {"huggingface_hub", "numpy", "safetensors", "timm", "torch", "transformers"}
 
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hf_rtl.identity import are_known, hashes
+from hf_rtl.modeling.hashing import are_known, hashes
 
 
 @pytest.fixture

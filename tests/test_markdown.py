@@ -3,7 +3,7 @@
 import pytest
 from markdown_it import MarkdownIt
 
-from hf_rtl.markdown import fenced, number, percent, size, table, text
+from hf_rtl.model_card.markdown import fenced, number, percent, size, table, text
 
 
 HOSTILE = ["a|b", "T-shirt/top", "<b>", "*x* _y_ `z`", "[a](b)", "ünïcødé 漢字 🐝", "\\|", "&lt;", "~~x~~", "$x$"]

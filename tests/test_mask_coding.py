@@ -6,8 +6,8 @@ import zlib
 import pytest
 import torch
 
-from hf_rtl.mask_bank import pack
-from hf_rtl.mask_coding import DEFLATE, RAW, decode, encode
+from hf_rtl.modeling.mask_bank import pack
+from hf_rtl.modeling.model_file import DEFLATE, RAW, decode, encode
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])

@@ -25,14 +25,12 @@ from markdown_it import MarkdownIt
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import hf_rtl.model_card
-from hf_rtl import (
-    RTLModelForImageClassification,
-)
+from hf_rtl import RTLModelForImageClassification
 from hf_rtl.metrics import label_metrics, router_metrics
 from hf_rtl.model_card import write_card
-from hf_rtl.modeling_rtl import TASK_CLASSES
-from hf_rtl.routing import ScoreRouter
-from hf_rtl.training_run import write_run
+from hf_rtl.modeling.modeling_rtl import TASK_CLASSES
+from hf_rtl.modeling.routers import ScoreRouter
+from hf_rtl.training.run_report import write_run
 
 
 # The form

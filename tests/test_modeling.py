@@ -31,7 +31,7 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
     RTLModelForTokenClassification,
 )
-from hf_rtl.masking import UNION
+from hf_rtl.modeling.masking import UNION
 
 
 ROUTES = {"route_names": ["x", "y"], "ticket_task": "labels"}

@@ -9,7 +9,8 @@ import torch
 from transformers import ViTConfig
 from transformers.optimization import Adafactor
 
-from hf_rtl import MaskedAdamW, MaskedSGD, RTLModelForImageClassification, mask_updates, optim
+from hf_rtl import MaskedAdamW, MaskedSGD, RTLModelForImageClassification, mask_updates
+from hf_rtl.training import optim
 
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.partition import (
-    ByColumn,
-    Partition,
-    check_route_ids,
-    partition_by_column,
-    partition_by_function,
-    partition_by_label,
-)
+from hf_rtl.data.partition import Partition, check_route_ids
+from hf_rtl.data.partition_by import partition_by_column, partition_by_function, partition_by_label
+from hf_rtl.data.rules import ByColumn
 
 
 class DictDataset(torch.utils.data.Dataset):

@@ -8,9 +8,16 @@ import pytest
 import torch
 from test_partition import DictDataset, both_kinds, hf_dataset, make
 
-from hf_rtl.label_groups import partition_by_groups
-from hf_rtl.partition import ByColumn
-from hf_rtl.partition_rules import ByCentres, ByGroups, load_rule, remove_unfitting_rule, rule_from_dict, save_rule
+from hf_rtl.data.partition_by import partition_by_groups
+from hf_rtl.data.rules import (
+    ByCentres,
+    ByColumn,
+    ByGroups,
+    load_rule,
+    remove_unfitting_rule,
+    rule_from_dict,
+    save_rule,
+)
 
 
 GROUPS = {"fruit": ["pear", "apple"], "flower": ["rose", "lily", "iris"]}
@@ -171,7 +178,7 @@ def test_routes_depend_neither_on_the_batch_nor_on_the_order(by_centres, monkeyp
     for size in (1, 7, 64):
         parts = [by_centres.assign(features[start : start + size]) for start in range(0, len(features), size)]
         assert np.concatenate([part.route_ids for part in parts]).tolist() == whole.tolist()
-    monkeypatch.setattr("hf_rtl.partition_rules._BLOCK", 37 * 3)
+    monkeypatch.setattr("hf_rtl.data.rules._BLOCK", 37 * 3)
     assert by_centres.assign(features).route_ids.tolist() == whole.tolist()
 
 

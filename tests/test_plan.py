@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from hf_rtl.plan import Plan, make_rounds
 from hf_rtl.pruning import round_schedule
+from hf_rtl.training.plan import Plan, make_rounds
 
 
 def test_rounds_number_their_events_over_the_whole_run():

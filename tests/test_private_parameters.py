@@ -17,8 +17,8 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
     mask_updates,
 )
-from hf_rtl.masking import UNION
-from hf_rtl.prunable import parameter_aliases
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.prunable import parameter_aliases
 
 
 ROUTES = ["ant", "bee", "cat"]

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_rtl import RTLModelForImageClassification
-from hf_rtl.backbone import build_backbone
-from hf_rtl.prunable import parameter_aliases, parameter_at, select_prunable
+from hf_rtl.modeling.build_backbone import build_backbone
+from hf_rtl.modeling.prunable import parameter_aliases, parameter_at, select_prunable
 
 
 BERT_LAYER = (

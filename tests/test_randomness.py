@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.randomness import Stream, reproducible, seed_of, seeded, surroundings
+from hf_rtl.training.randomness import Stream, reproducible, seed_of, seeded, surroundings
 
 
 def settings():

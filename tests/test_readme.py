@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_rtl.readme import Readme, merge_metadata
+from hf_rtl.model_card.readme import Readme, merge_metadata
 
 
 MINE = """---

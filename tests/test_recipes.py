@@ -22,7 +22,7 @@ from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_sup
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import load_rule
-from hf_rtl.markdown import text
+from hf_rtl.model_card.markdown import text
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.covariance import ledoit_wolf
 
-from hf_rtl.router_fitting import fit_scale_and_offset, nearest_mean
+from hf_rtl.training.router_fitting import fit_scale_and_offset, nearest_mean
 
 
 def samples(seed=0, num_samples=400):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_rtl.files
-from hf_rtl.files import hash_tensors, read_tensors, write_json, write_tensors
-from hf_rtl.run_directory import RunDirectory
+from hf_rtl.modeling.files import read_tensors, write_json, write_tensors
+from hf_rtl.modeling.hashing import hash_tensors
+from hf_rtl.training.run_directory import RunDirectory
 
 
 TENSORS = {

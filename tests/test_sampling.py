@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import data_loader
 
-from hf_rtl.sampling import ALL_ROUTES, RouteBatchSampler, RoutedDataset, RouteSample
+from hf_rtl.data.sampling import ALL_ROUTES, RouteBatchSampler, RoutedDataset, RouteSample
 
 
 # Three routes of 7, 4 and 10 samples, not in order.

@@ -28,7 +28,7 @@ from hf_rtl import (
     RTLModelForSeq2SeqLM,
     RTLModelForSequenceClassification,
 )
-from hf_rtl.masking import UNION
+from hf_rtl.modeling.masking import UNION
 
 
 KINDS = {

@@ -19,7 +19,7 @@ from hf_rtl import (
     RTLModelForSeq2SeqLM,
     RTLModelForSequenceClassification,
 )
-from hf_rtl.structure import example_inputs_of, remove_dead_channels
+from hf_rtl.modeling.standalone import example_inputs_of, remove_dead_channels
 
 
 # Backbones

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForMaskedLM, RTLModelForSequenceClassification
-from hf_rtl.mask_coding import decode
-from hf_rtl.readme import Readme
-from hf_rtl.ticket_card import tickets_page
-from hf_rtl.ticket_files import read_index
+from hf_rtl.model_card.readme import Readme
+from hf_rtl.model_card.ticket_page import tickets_page
+from hf_rtl.modeling.model_file import decode
+from hf_rtl.modeling.ticket_files import read_index
 
 
 ROUTES = ["ant", "bee", "cat"]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_rtl.pruning import prune
-from hf_rtl.ticket_trainer import TicketTrainer, named_state
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 class Toy(nn.Module):

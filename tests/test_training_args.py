@@ -6,7 +6,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_rtl import RTLTrainingArguments
-from hf_rtl.training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS
+from hf_rtl.training.training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS
 
 
 def arguments(tmp_path, **values):

@@ -36,7 +36,7 @@ from data_arguments import DataArguments  # noqa: E402
 from image_data import load_images  # noqa: E402
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
-from hf_rtl.files import write_json  # noqa: E402
+from hf_rtl.modeling.files import write_json  # noqa: E402
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.

@@ -19,7 +19,7 @@ from timing import in_turn, parse, ratio, report
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
-from hf_rtl.ticket_trainer import TicketTrainer, named_state
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 # (backbone, batch size, image side)

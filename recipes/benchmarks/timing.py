@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from hf_rtl.files import write_json
+from hf_rtl.modeling.files import write_json
 
 
 # Turns that are not counted.

@@ -25,9 +25,9 @@ import hf_rtl.joint_trainer
 import hf_rtl.lifeline
 import hf_rtl.processes
 from hf_rtl import RTLTrainer
-from hf_rtl.extraction import Extraction
-from hf_rtl.run_directory import RunDirectory
-from hf_rtl.ticket_trainer import TicketTrainer
+from hf_rtl.training.extraction import Extraction
+from hf_rtl.training.run_directory import RunDirectory
+from hf_rtl.training.ticket_trainer import TicketTrainer
 
 
 PHASES = EXTRACTION, WRITING, BETWEEN, RETRAINING, SAVING = (

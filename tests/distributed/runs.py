@@ -25,9 +25,9 @@ import hf_rtl.collapse_monitor  # noqa: E402
 import hf_rtl.lifeline  # noqa: E402
 from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
 from hf_rtl.analysis import Change  # noqa: E402
-from hf_rtl.extraction import Extraction  # noqa: E402
-from hf_rtl.processes import Processes  # noqa: E402
-from hf_rtl.ticket_trainer import TicketTrainer  # noqa: E402
+from hf_rtl.training.extraction import Extraction  # noqa: E402
+from hf_rtl.training.processes import Processes  # noqa: E402
+from hf_rtl.training.ticket_trainer import TicketTrainer  # noqa: E402
 
 
 torch.set_num_threads(1)

@@ -53,7 +53,7 @@ from hf_rtl import (
     RTLTrainer,
     RTLTrainingArguments,
 )
-from hf_rtl.files import hash_tensors
+from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl_cli.main import main
 
 

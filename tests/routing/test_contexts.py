@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLModelForImageClassification
-from hf_rtl.masking import UNION
+from hf_rtl.modeling.masking import UNION
 
 
 # Graphs

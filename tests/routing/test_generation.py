@@ -19,8 +19,8 @@ from transformers import (
 
 import hf_rtl
 from hf_rtl import RTLModel, RTLModelForCausalLM, RTLModelForSeq2SeqLM
-from hf_rtl.masking import UNION
-from hf_rtl.routing import CentroidRouter
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.routers import CentroidRouter
 
 
 KINDS = ["gpt2", "llama", "t5"]

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import ASTConfig, SegformerConfig
 
 from hf_rtl import RTLModelForAudioClassification, RTLModelForSemanticSegmentation, RTLModelForTokenClassification
-from hf_rtl.masking import UNION
-from hf_rtl.mixed_batch import group_by_route, merge_outputs, select_samples
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.mixed_batch import group_by_route, merge_outputs, select_samples
 
 
 ROUTES = [

@@ -7,8 +7,8 @@ import timm
 import torch
 from routing.naive import close, naive_ticket, union_of
 
-from hf_rtl.masking import UNION
-from hf_rtl.norm_statistics import NormStatistics, tracked_buffers
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.norm_statistics import NormStatistics, tracked_buffers
 
 
 def statistics_of(model):

@@ -18,9 +18,9 @@ from routing.naive import (
     union_of,
 )
 
-from hf_rtl.mask_bank import pack, unpack_as_integers
-from hf_rtl.masking import UNION, _MaskWeights
-from hf_rtl.norm_statistics import NormStatistics, is_checkpointing
+from hf_rtl.modeling.mask_bank import pack, unpack_as_integers
+from hf_rtl.modeling.masking import UNION, _MaskWeights
+from hf_rtl.modeling.norm_statistics import NormStatistics, is_checkpointing
 
 
 # One route

@@ -6,8 +6,8 @@ import pytest
 import torch
 from routing.naive import close, naive_gradients, naive_ticket, only, union_of, without_labels
 
-from hf_rtl.masking import UNION
-from hf_rtl.private_parameters import select_private
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.private_parameters import select_private
 
 
 PATTERNS = {

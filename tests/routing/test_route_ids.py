@@ -6,7 +6,7 @@ from routing.naive import assert_gradients_close, assert_nothing_is_left, close,
 from torch.nn import functional as F
 
 from hf_rtl import RTLModel, RTLModelForSequenceClassification
-from hf_rtl.masking import UNION
+from hf_rtl.modeling.masking import UNION
 
 
 # Membership

@@ -17,8 +17,8 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
     RTLModelForTokenClassification,
 )
-from hf_rtl.router_fitting import evidence_of_each
-from hf_rtl.routing import CentroidRouter, EntropyRouter, Router, ScoreRouter
+from hf_rtl.modeling.routers import CentroidRouter, EntropyRouter, Router, ScoreRouter
+from hf_rtl.training.router_fitting import evidence_of_each
 
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
-from hf_rtl.files import hash_tensors
-from hf_rtl.run_directory import RunDirectory
-from hf_rtl.ticket_trainer import named_state
+from hf_rtl.modeling.hashing import hash_tensors
+from hf_rtl.training.run_directory import RunDirectory
+from hf_rtl.training.ticket_trainer import named_state
 
 
 ROUTES = ["ant", "bee", "cat"]

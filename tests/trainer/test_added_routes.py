@@ -9,8 +9,8 @@ from trainer.small_runs import DOMAINS, ROUTES, Images, arguments, bits, image_m
 from transformers import ViTConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
-from hf_rtl.masking import UNION
-from hf_rtl.ticket_trainer import TicketTrainer
+from hf_rtl.modeling.masking import UNION
+from hf_rtl.training.ticket_trainer import TicketTrainer
 
 
 LABELS = {"route_column": "domain", "target_sparsity": [0.6]}

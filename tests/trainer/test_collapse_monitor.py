@@ -18,11 +18,12 @@ from trainer.small_runs import (
     same,
 )
 
-from hf_rtl import CollapseMonitor, MaskBank, RTLModel, RTLTrainerCallback, extraction
+from hf_rtl import CollapseMonitor, MaskBank, RTLModel, RTLTrainerCallback
 from hf_rtl.analysis import ticket_similarity
-from hf_rtl.files import hash_tensors
-from hf_rtl.plan import Round
+from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.pruning import prune
+from hf_rtl.training import extraction
+from hf_rtl.training.plan import Round
 
 
 # Fourteen prune events in three rounds, the last of five.
@@ -53,7 +54,7 @@ def collapsing(monkeypatch):
 
 
 def warnings_of(caplog):
-    return [record.message for record in caplog.records if record.name == "hf_rtl.collapse_monitor"]
+    return [record.message for record in caplog.records if record.name == "hf_rtl.training.callbacks"]
 
 
 def test_a_run_that_is_watched_is_the_same_and_says_more(finished, tmp_path, caplog):
@@ -196,4 +197,4 @@ def test_a_model_with_one_ticket_has_no_similarity(caplog):
         round_ = Round(index, f"round-{index}", 0.1 + index / 10, [18 - 2 * index], index, retrained=True)
         monitor.on_tickets_found(None, None, None, round=round_, banks=[bank], figures=figures)
     assert figures == {} and monitor.changes == {} and len(monitor.points) == 6
-    assert logging.getLogger("hf_rtl.collapse_monitor") and warnings_of(caplog) == []
+    assert logging.getLogger("hf_rtl.training.callbacks") and warnings_of(caplog) == []

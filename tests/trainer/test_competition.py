@@ -18,7 +18,7 @@ from trainer.small_runs import (
 )
 
 from hf_rtl import RTLTrainer
-from hf_rtl.sampling import ALL_ROUTES
+from hf_rtl.data.sampling import ALL_ROUTES
 
 
 COMPETING = {"target_sparsity": [0.5], "num_train_epochs": 2, "competing_epochs": 1}

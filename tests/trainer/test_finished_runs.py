@@ -25,11 +25,13 @@ from trainer.small_runs import (
     same,
 )
 
-from hf_rtl import RTLModel, RTLModelForImageClassification, extraction
-from hf_rtl.files import hash_tensors, read_tensors
-from hf_rtl.progress import RunProgress
-from hf_rtl.run_directory import RunDirectory
-from hf_rtl.ticket_trainer import TicketTrainer, named_state
+from hf_rtl import RTLModel, RTLModelForImageClassification
+from hf_rtl.modeling.files import read_tensors
+from hf_rtl.modeling.hashing import hash_tensors
+from hf_rtl.training import extraction
+from hf_rtl.training.callbacks import RunProgress
+from hf_rtl.training.run_directory import RunDirectory
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 def test_tickets_keep_exactly_what_was_asked_for(finished):

@@ -6,7 +6,7 @@ import torch
 from trainer.small_runs import DOMAINS, ROUNDS, ROUTES, Images, contents, figures, image_model, make_trainer, run, same
 
 from hf_rtl import RTLModel, RTLModelForTokenClassification
-from hf_rtl.router_fitting import fit_scale_and_offset
+from hf_rtl.training.router_fitting import fit_scale_and_offset
 
 
 LABELS = {"target_sparsity": [0.3], "route_column": "domain", "calibration_fraction": 0.25}

@@ -24,10 +24,12 @@ from trainer.small_runs import (
 )
 from transformers import TrainerCallback
 
-from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer, extraction
-from hf_rtl.extraction import Extraction
-from hf_rtl.files import hash_file, write_json
-from hf_rtl.run_directory import RunDirectory
+from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
+from hf_rtl.modeling.files import write_json
+from hf_rtl.modeling.hashing import hash_file
+from hf_rtl.training import extraction
+from hf_rtl.training.extraction import Extraction
+from hf_rtl.training.run_directory import RunDirectory
 
 
 class StopAtEvaluation(TrainerCallback):

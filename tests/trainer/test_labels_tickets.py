@@ -14,8 +14,9 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
     RTLModelForTokenClassification,
 )
-from hf_rtl.files import hash_tensors, read_tensors
-from hf_rtl.ticket_trainer import TicketTrainer, named_state
+from hf_rtl.modeling.files import read_tensors
+from hf_rtl.modeling.hashing import hash_tensors
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 def sentences(number, seed=0):

@@ -33,7 +33,7 @@ from hf_rtl import (
     partition_by_groups,
     save_rule,
 )
-from hf_rtl.training_run import copy_run
+from hf_rtl.model_card.run_record import copy_run
 
 
 # Of six classes two are a route, so that the routes are those of `Images`.

@@ -7,7 +7,7 @@ from trainer.test_interruptions import interrupt
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModel
-from hf_rtl.files import read_tensors
+from hf_rtl.modeling.files import read_tensors
 
 
 PRIVATE = ["*bn*", "*.fc.*"]

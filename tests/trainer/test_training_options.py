@@ -24,7 +24,7 @@ from trainer.small_runs import (
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
-from hf_rtl.optim import MaskedAdamW, MaskedSGD
+from hf_rtl.training.optim import MaskedAdamW, MaskedSGD
 
 
 def test_only_the_last_round_is_retrained_if_asked(finished, tmp_path):

@@ -1,0 +1,154 @@
+"""Reading a value per sample from a data set: a column of it, or what a function makes of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]:
+    """
+    The values of a column, all integers from 0 or all strings, and the names of its classes, `None` if it has none.
+
+    Of a `datasets.Dataset` only the column is read, and its transforms do not run; of any other, every sample is
+    fetched once. The values of a `ClassLabel` column are names.
+
+    Raises:
+        TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
+        ValueError: an empty `dataset`, an unknown `column`, or a missing value (`None` or a negative integer).
+    """
+    columns = _columns(dataset)
+    if column not in columns:
+        raise ValueError(
+            f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
+        )
+    class_names: list[str] | None = None
+    if _is_hf_dataset(dataset):
+        # Without the format a user's transform does not run, and integers with gaps do not turn into floats.
+        values = list(dataset.with_format(None).select_columns(column)[column][:])
+        class_names = getattr(dataset.features[column], "names", None)
+    else:
+        values = [_scalar(dataset[index][column]) for index in range(len(dataset))]
+    _check_values(f"Column {column!r} has", values)
+    return (values, None) if class_names is None else ([class_names[value] for value in values], class_names)
+
+
+def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[Any]:
+    """
+    What `function` gives for each sample, all integers from 0 or all strings.
+
+    Raises:
+        TypeError: `dataset` is not a map-style data set, or a value is neither an integer nor a string.
+        ValueError: an empty `dataset`, or a missing value (`None` or a negative integer).
+    """
+    _check_dataset(dataset)
+    values = [_scalar(function(dataset[index])) for index in range(len(dataset))]
+    _check_values("`function` gives", values)
+    return values
+
+
+def find_label_column(dataset: Any) -> str:
+    """The data set's one column with a usual name of labels. Raises `ValueError` if it has none or several."""
+    columns = _columns(dataset)
+    found = [name for name in LABEL_COLUMNS if name in columns]
+    if len(found) != 1:
+        raise ValueError(
+            f"`label_column` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
+            f"label columns; its columns are {', '.join(map(repr, columns))}."
+        )
+    return found[0]
+
+
+def label_column(dataset: Any) -> str | None:
+    """The data set's label column, `None` if it has none of the usual names."""
+    columns = columns_of(dataset)
+    return next((name for name in LABEL_COLUMNS if name in columns), None)
+
+
+def columns_of(dataset: Any) -> list[str]:
+    return list(getattr(dataset, "column_names", None) or dataset[0])
+
+
+def check_label_column(columns: Sequence[str]) -> None:
+    # What transformers' own collators make `labels` of.
+    allowed = ("label", "labels", "label_ids")
+    if not set(allowed) & set(columns):
+        raise ValueError(
+            f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` "
+            f"to predict; its columns are {', '.join(map(repr, columns))}. Rename one, or pass a `data_collator` that "
+            "makes `labels`."
+        )
+
+
+def single_labels(dataset: Any) -> Sequence[Any] | None:
+    """The labels of a data set whose samples have one number or name each, else `None`."""
+    column = label_column(dataset)
+    if column is None:
+        return None
+    if hasattr(dataset, "with_format"):
+        values = list(dataset.with_format(None)[column])
+    else:
+        values = [dataset[index][column] for index in range(len(dataset))]
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    # Of numbers to regress, or several labels a sample, there is nothing to check.
+    return values if all(isinstance(value, (int, str)) for value in values) else None
+
+
+def _is_hf_dataset(dataset: Any) -> bool:
+    """Told by its attributes, because `datasets` need not be installed."""
+    return hasattr(dataset, "features") and hasattr(dataset, "select_columns")
+
+
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"`dataset` is a `{type(dataset).__name__}` of {', '.join(map(repr, dataset))}; pass one split, as in "
+            f"`dataset[{next(iter(dataset), 'train')!r}]`."
+        )
+    if (
+        isinstance(dataset, torch.utils.data.IterableDataset)
+        or not hasattr(dataset, "__len__")
+        or not hasattr(dataset, "__getitem__")
+    ):
+        raise TypeError(
+            f"`dataset` is a `{type(dataset).__name__}`; a map-style data set with a length is needed, since a "
+            "partition assigns every sample to a route."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`dataset` is empty; a partition needs samples.")
+
+
+def _columns(dataset: Any) -> list[str]:
+    _check_dataset(dataset)
+    if _is_hf_dataset(dataset):
+        return list(dataset.column_names)
+    sample = dataset[0]
+    if not isinstance(sample, Mapping):
+        raise TypeError(f"`dataset[0]` is a `{type(sample).__name__}`; samples must be dicts with named columns.")
+    return list(sample)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def _check_values(came: str, values: list[Any]) -> None:
+    for index, value in enumerate(values):
+        if value is None or (isinstance(value, int) and value < 0):
+            raise ValueError(
+                f"{came} {value} at sample {index}, which is no route. Every sample needs one: filter "
+                "such samples out first."
+            )
+        if type(value) is not type(values[0]) or not isinstance(value, (int, str)) or isinstance(value, bool):
+            raise TypeError(
+                f"{came} {value!r}, a `{type(value).__name__}`, at sample {index}; a route is "
+                "told by integers or by strings."
+            )

@@ -1,0 +1,322 @@
+"""The model card of a routed model: `README.md`, and beside it a picture of how alike its tickets are."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSemanticSegmentation,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from ..data.rules import load_rule
+from ..modeling.files import write_bytes
+from ..modeling.modeling_rtl import RTLModel
+from .page import METRICS_OF_THE_HUB, backbone_name, describe_metric, render_page, split_metrics
+from .readme import ALL_ROUTES, Readme
+from .run_record import ARGUMENTS_FILE, copy_run, is_of, read_run
+
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+PICTURE = "similarity.png"
+
+TAGS = ["hf_rtl", "pruning", "sparsity", "lottery-ticket"]
+# The Hub's names of tasks. None for sequence to sequence, for which transformers has no pipeline any more.
+_PIPELINE_TAGS = {
+    AutoModelForImageClassification: "image-classification",
+    AutoModelForSemanticSegmentation: "image-segmentation",
+    AutoModelForAudioClassification: "audio-classification",
+    AutoModelForSequenceClassification: "text-classification",
+    AutoModelForTokenClassification: "token-classification",
+    AutoModelForMaskedLM: "fill-mask",
+    AutoModelForCausalLM: "text-generation",
+}
+_TASK_NAMES = {
+    "membership": "Is this mine? A ticket against all other samples",
+    "labels": "Labels, given the route",
+}
+# Of the metadata.
+_ORDER = [
+    *("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"),
+    *("datasets", "tags", "metrics", "model-index"),
+]
+# Fields that may have several values.
+_LISTS = ("base_model", "datasets", "language", "tags", "authors", "limitations")
+
+
+@dataclass
+class RTLCardData:
+    """
+    What only its author can say of a model; all of it optional. What a card says besides is collected from the run, or
+    computed from the model.
+
+    Args:
+        model_id (`str`): repository on the Hub, as `"org/name"`, for the examples of the card.
+        model_name (`str`): title of the card. Defaults to the name in `model_id`.
+        description (`str`): Markdown, after the first lines.
+        language, license, license_name, license_link, datasets, base_model, tags, pipeline_tag: as in the metadata of
+            any model card. `base_model` defaults to the repository that the run took its backbone from.
+        dataset_name (`str`), dataset_config (`str`), dataset_split (`str`), dataset_revision (`str`): of the data that
+            the metrics are of.
+        authors (`list[str]`), citation (`str`, BibTeX), limitations (`list[str]`, Markdown): as it says.
+
+    Raises:
+        TypeError: a value that is neither a string nor, where several make sense, a list of strings.
+    """
+
+    model_id: str | None = None
+    model_name: str | None = None
+    description: str | None = None
+    language: str | list[str] | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | list[str] | None = None
+    datasets: str | list[str] | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    dataset_revision: str | None = None
+    tags: str | list[str] | None = None
+    pipeline_tag: str | None = None
+    authors: str | list[str] | None = None
+    citation: str | None = None
+    limitations: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            values = value if isinstance(value, list) and name in _LISTS else [value]
+            if not all(isinstance(entry, str) for entry in values):
+                allowed = "a string or a list of strings" if name in _LISTS else "a string"
+                raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
+
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def updated(self, given: Mapping[str, Any]) -> RTLCardData:
+        """With other values of some fields. Raises `TypeError` for one that there is not, with the closest that is."""
+        allowed = [field.name for field in fields(self)]
+        for name in given:
+            if name not in allowed:
+                close = difflib.get_close_matches(name, allowed, n=1)
+                hint = f"; did you mean `{close[0]}`?" if close else "."
+                raise TypeError(f"`{name}` is nothing that a card says{hint} Allowed are {', '.join(allowed)}.")
+        return replace(self, **given)
+
+
+def write_card(
+    source: RTLModel | str | Path, folder: str | Path | None = None, *, remote: bytes | None = None, **given: Any
+) -> Path:
+    """
+    Writes the model card of a model: `README.md`, and `similarity.png` if matplotlib is installed. Uses no network.
+
+    In a `README.md` that is there, only the part that an earlier call has made is replaced; without one it is added at
+    the end. All other text stays byte for byte, and metadata that was changed by hand stays as it is. The same call
+    again changes nothing.
+
+    Args:
+        source ([`RTLModel`], `str` or `Path`): the model, or a folder that it is saved in. What the card says of
+            training comes from `training_run.json` there, which `RTLTrainer` writes, or from `model.training_run`.
+        folder (`str` or `Path`, *optional*): where to. Defaults to `source`, if that is a folder.
+        remote (`bytes`, *optional*): when the card is going to be pushed, the one on the Hub, `b""` for none. Its text
+            and metadata are kept, unless only those of the file were changed by hand since the last push.
+        **given: fields of [`RTLCardData`], as `license="mit"`. Those of earlier calls are kept in the file.
+
+    Returns:
+        `Path`: the written `README.md`.
+
+    Raises:
+        TypeError: an unknown field, or a value of another type.
+        ValueError: no folder, no model in it, a `README.md` whose metadata cannot be read, or one that was changed by
+            hand as the one on the Hub was. Nothing is written then.
+    """
+    RTLCardData().updated(given)
+    model, run, saved, target = _opened(source, folder)
+    file = target / CARD
+    readme = _to_change(file, remote)
+    noted = readme.record or {}
+    card = RTLCardData().updated({**noted.get("given", {}), **given})
+    metadata = card_metadata(model, card, run)
+    merged = readme.merged(metadata)
+    for name in sorted(given.keys() & metadata.keys()):
+        if not isinstance(metadata[name], list) and merged.get(name) != metadata[name]:
+            logger.warning(
+                f"`{name}` = {given[name]!r} is not written: {str(file)!r} was changed by hand, to "
+                f"{merged.get(name)!r}; change it there."
+            )
+    similarity = model.mask_bank.similarity().cpu()
+    has_picture = find_spec("matplotlib") is not None
+    page = render_page(
+        model,
+        asdict(card),
+        run,
+        similarity=similarity,
+        pipeline_tag=metadata.get("pipeline_tag"),
+        title=None if readme.has_title else _title(model, card),
+        with_code=_has_code(saved),
+        with_arguments=(saved / ARGUMENTS_FILE).exists(),
+        rule=_rule(saved, model),
+        picture=PICTURE if has_picture else None,
+    )
+    noted_metadata = {name: value for name, value in metadata.items() if name != "model-index"}
+    note: dict[str, Any] = {"given": card.given(), "metadata": noted_metadata}
+    note |= {"pushed": noted["pushed"]} if "pushed" in noted else {}
+    content = readme.with_generated(page, merged, note)
+    if remote is not None:
+        note["pushed"] = Readme.parse(content).own_part()
+        content = readme.with_generated(page, merged, note)
+    if has_picture:
+        from ..plots import similarity_heatmap
+
+        similarity_heatmap(similarity, model.route_names, target / PICTURE)
+    write_bytes(file, content)
+    return file
+
+
+def write_pushed_card(
+    model: RTLModel,
+    folder: Path,
+    *,
+    repo_id: str,
+    remote: bytes,
+    tags: list[str] | None,
+    token: bool | str | None,
+) -> None:
+    """
+    Writes into `folder` the card of a model that is going to be pushed, with what is known of its run: see
+    [`write_card`] and `copy_run`, whose network access is that to the repository that the model was loaded from.
+    """
+    copy_run(model, folder, token=token)
+    write_card(model, folder, remote=remote, model_id=repo_id, **({"tags": tags} if tags else {}))
+
+
+def _to_change(file: Path, remote: bytes | None) -> Readme:
+    """The card whose text and metadata are kept: that in `file` or that on the Hub, whichever was changed by hand."""
+    mine = Readme.parse(file.read_bytes() if file.exists() else b"")
+    if not remote:
+        return mine
+    theirs = Readme.parse(remote)
+    if not mine.is_edited or mine.own_part() == theirs.own_part():
+        return theirs
+    # What theirs says of itself is of no use: another push may have gone on from an edit that is not in mine.
+    if theirs.own_part() != mine.last_pushed:
+        raise ValueError(
+            f"both {str(file)!r} and the model card on the Hub were changed by hand. Bring what is to stay into that "
+            "on the Hub, and delete the file, or make them the same."
+        )
+    return mine
+
+
+def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The YAML part of a card: what is given, what follows from the model, and a result per route and for all."""
+    pipeline_tag = card.pipeline_tag or _PIPELINE_TAGS.get(model.backbone_class)
+    results = list(_eval_results(model, card, run, pipeline_tag or "other"))
+    data = ModelCardData(
+        language=card.language,
+        license=card.license,
+        license_name=card.license_name,
+        license_link=card.license_link,
+        library_name="transformers",
+        tags=[*TAGS, *(model.model_tags or []), *_listed(card.tags)],
+        datasets=_listed(card.datasets) or None,
+        metrics=sorted({result.metric_type for result in results} & METRICS_OF_THE_HUB) or None,
+        base_model=card.base_model or (run["backbone"] if run else None),
+        pipeline_tag=pipeline_tag,
+        model_name=_title(model, card) if results else None,
+        eval_results=results or None,
+    ).to_dict()
+    return {name: data[name] for name in _ORDER if name in data}
+
+
+def _eval_results(
+    model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None, task: str
+) -> Iterator[EvalResult]:
+    """All that was measured of the model, as it was measured."""
+    datasets = _listed(card.datasets)
+    ticket_task = model.config.ticket_task
+    for evaluation in run["evaluations"] if run else []:
+        of_routes, of_all = split_metrics(evaluation["rounds"][-1], model.route_names)
+        of_whom = {**{f"route {name}": metrics for name, metrics in of_routes.items()}, ALL_ROUTES: of_all}
+        for whose, metrics in of_whom.items():
+            for name, value in metrics.items():
+                if value is None or name in ("loss", "constant_tickets"):
+                    continue
+                kind, words = describe_metric(name, ticket_task=ticket_task, of_all=whose == ALL_ROUTES)
+                # Results are told apart by their configuration, so it says whose they are.
+                config = ", ".join(part for part in (card.dataset_config, evaluation["name"], whose) if part)
+                yield EvalResult(
+                    task_type=task,
+                    task_name=_TASK_NAMES[ticket_task],
+                    dataset_type=datasets[0] if datasets else "unknown",
+                    dataset_name=card.dataset_name or (datasets[0] if datasets else "not named"),
+                    dataset_config=config,
+                    dataset_split=card.dataset_split,
+                    dataset_revision=card.dataset_revision,
+                    metric_type=kind,
+                    metric_name=words,
+                    metric_value=value,
+                )
+
+
+def _title(model: RTLModel, card: RTLCardData) -> str:
+    if card.model_name is not None:
+        return card.model_name
+    if card.model_id is not None:
+        return card.model_id.split("/")[-1]
+    return f"{backbone_name(model)} with {model.num_routes} tickets"
+
+
+def _opened(
+    source: RTLModel | str | Path, folder: str | Path | None
+) -> tuple[RTLModel, dict[str, Any] | None, Path, Path]:
+    """The model, what is known of its run, where the model is saved, and where the card is to go."""
+    if isinstance(source, (str, Path)):
+        saved = Path(source)
+        if not (saved / "config.json").is_file():
+            raise ValueError(
+                f"`source` must be a model, or a folder with one that `save_pretrained` wrote, got {str(source)!r}."
+            )
+        model, run = RTLModel.from_pretrained(saved), read_run(saved)
+        folder = saved if folder is None else folder
+    elif folder is None:
+        raise ValueError("`folder` is missing: `write_card(model, folder)` needs to know where the card is to go.")
+    else:
+        saved = Path(folder)
+        model, run = source, source.training_run or read_run(saved)
+    if run is not None and not is_of(run, model):
+        logger.warning("the model has other masks or weights than its run ended with, of which its card says nothing.")
+        run = None
+    return model, run, saved, Path(folder)
+
+
+def _rule(folder: Path, model: RTLModel) -> str | None:
+    """What the route of new data is, by a rule beside the model that fits it."""
+    try:
+        return load_rule(folder, model.route_names).describe() if folder.is_dir() else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether the model saved there can be loaded without this package, by the code beside it."""
+    config = folder / "config.json"
+    return config.exists() and "auto_map" in json.loads(config.read_text())
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

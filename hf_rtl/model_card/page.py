@@ -1,0 +1,391 @@
+"""The text of a model card, from what is given, what was collected of the run, and what follows from the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from ..modeling.modeling_rtl import RTLModel
+from . import markdown
+
+
+_TEMPLATE = Path(__file__).with_name("template.md")
+_MAX_COMPARED = 12  # routes up to which all pairs are in a table
+# Tasks whose stock pipeline answers from tickets: what it is called on the page, and what it is given.
+_PIPELINES = {
+    "image-classification": ("classifier", "image.png"),
+    "audio-classification": ("classifier", "sound.wav"),
+    "text-classification": ("classifier", "A sentence."),
+    "text-generation": ("generator", "Once upon a time"),
+}
+
+_DECISIONS = {"balanced_accuracy": "bal. acc.", "precision": "precision", "recall": "recall", "f1": "F1"}
+_COLUMNS = {
+    "membership": {**_DECISIONS, "auroc": "AUROC"},
+    "labels": {
+        "accuracy": "accuracy",
+        "inferred_accuracy": "acc., route inferred",
+        "union_accuracy": "acc. of the union",
+        "route_recall": "routes found",
+    },
+}
+# What a round is judged by, in the table of rounds.
+_OF_A_ROUND = {
+    "membership": {
+        "balanced_accuracy": "bal. acc.",
+        "calibrated_balanced_accuracy": "cal. bal. acc.",
+        "accuracy": "highest-score acc.",
+        "loss": "evaluation loss",
+    },
+    "labels": {
+        "accuracy": "accuracy",
+        "worst_route_accuracy": "worst route",
+        "inferred_accuracy": "acc., route inferred",
+        "route_accuracy": "route acc.",
+        "union_accuracy": "acc. of the union",
+        "loss": "evaluation loss",
+    },
+}
+_FORMS = {
+    "full_bytes": "**files of this model**, as `save_pretrained` writes them",
+    "compact_bytes": "files as `save_pretrained(compact=True)` writes them: without what no ticket keeps, masks coded",
+    "total_bytes": "the least that all tickets need: the three lines below",
+    "union_bytes": "weights that any ticket keeps",
+    "mask_bytes": "masks, as raw bits",
+    "dense_bytes": "what no mask covers, with every route's statistics",
+    "coded_mask_bytes": "masks, coded",
+    "tickets_bytes": "ticket files of all routes, for those who have the weights",
+    "independent_full_bytes": "**{} independent models**: plain networks, one per route",
+    "independent_bytes": "{} independent models of their kept weights, and a mask as raw bits",
+    "independent_compact_bytes": "{} independent models of their kept weights, and a coded mask",
+}
+
+
+def render_page(
+    model: RTLModel,
+    given: Mapping[str, Any],
+    run: Mapping[str, Any] | None,
+    *,
+    similarity: Tensor,
+    pipeline_tag: str | None,
+    title: str | None,
+    picture: str | None,
+    with_code: bool,
+    with_arguments: bool,
+    rule: str | None,
+) -> str:
+    """
+    Args:
+        model ([`RTLModel`]): what the card is of.
+        given (`Mapping[str, Any]`): fields of `RTLCardData`, `None` where nothing is given.
+        run (`Mapping[str, Any]`, *optional*): as of `run_report.describe_run`; `None` if it is not known.
+        similarity (`Tensor`): `[K, K]`, of the model's mask bank.
+        pipeline_tag (`str`, *optional*): the Hub's name of the task.
+        title (`str`, *optional*): none if the file has one.
+        picture (`str`, *optional*): file beside the card with the heatmap.
+        with_code (`bool`): whether the model is saved with its code.
+        with_arguments (`bool`): whether all arguments of the run are in a file beside it.
+        rule (`str`, *optional*): what the route of new data is, if a file beside it says so.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
+    environment.filters.update(code=lambda name: json.dumps(name, ensure_ascii=False), fenced=markdown.fenced)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    bank = model.mask_bank
+    is_membership = model.config.ticket_task == "membership"
+    evaluations = run["evaluations"] if run else []
+    last = [evaluation["rounds"][-1] for evaluation in evaluations]
+    return template.render(
+        given=given,
+        title=title,
+        model_id=given["model_id"] or "path/to/this/folder",
+        model_class=type(model).__name__,
+        auto_class=model.backbone_class.__name__,
+        with_code=with_code,
+        with_arguments=with_arguments,
+        rule=rule,
+        backbone=backbone_name(model),
+        is_timm=model.config.backbone_config.model_type == "timm_wrapper",
+        is_membership=is_membership,
+        route_names=model.route_names,
+        generates=model.can_generate(),
+        pipeline=(pipeline_tag, *_PIPELINES[pipeline_tag]) if pipeline_tag in _PIPELINES else None,
+        routes_table=_routes_table(model, run),
+        evaluations=_evaluations(model, run) if run else [],
+        constant_tickets=max((int(metrics.get("constant_tickets") or 0) for metrics in last), default=0),
+        shared=_shared(model, similarity),
+        similarity_table=_similarity_table(model, similarity) if 1 < model.num_routes <= _MAX_COMPARED else None,
+        picture=picture,
+        footprint_table=_footprint_table(model),
+        num_parameters=sum(parameter.numel() for parameter in model.backbone.parameters()),
+        bank=bank,
+        config=model.config,
+        emptied=_emptied(model),
+        run=run,
+        rounds_table=_rounds_table(model, run) if run else None,
+        arguments_table=_arguments_table(run) if run and run["arguments"] else None,
+        surroundings=_surroundings(run["rounds"]) if run else [],
+    )
+
+
+def backbone_name(model: RTLModel) -> str:
+    """The architecture as timm names it, else the class of the network."""
+    config = model.config.backbone_config
+    return config.architecture if config.model_type == "timm_wrapper" else type(model.backbone).__name__
+
+
+# Tables
+
+
+def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
+    """A line per route, with its metrics if there is but one evaluation; then all routes."""
+    bank, evaluations = model.mask_bank, run["evaluations"] if run else []
+    evaluation = evaluations[0] if len(evaluations) == 1 else None
+    of_routes, of_all = _last(model, evaluation)
+    columns = _measured(model, of_routes)
+    samples = {"training samples": run["num_training_samples"]} if run else {}
+    samples |= {"test samples": evaluation["num_samples"]} if evaluation else {}
+
+    def line(index: str, name: str, kept: int | None, density: float, counts: Sequence[int], figures: Mapping) -> list:
+        density_and_counts = [markdown.percent(density), *(f"{count:,}" for count in counts)]
+        measured = [markdown.number(figures.get(metric)) for metric in columns]
+        return [index, name, "" if kept is None else f"{kept:,}", *density_and_counts, *measured]
+
+    kept, density = bank.count().tolist(), bank.density().tolist()
+    rows = [
+        line(
+            str(index),
+            markdown.text(name),
+            kept[index],
+            density[index],
+            [counts[name] for counts in samples.values()],
+            of_routes.get(name, {}),
+        )
+        for index, name in enumerate(model.route_names)
+    ]
+    totals = [sum(counts.values()) for counts in samples.values()]
+    rows.append(line("", "**all routes**", None, float(bank.density().mean()), totals, of_all))
+    return markdown.table(["", "route", "kept weights", "density", *samples, *columns.values()], rows, num_left=2)
+
+
+def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each evaluation: its name, a table if the one of the routes does not have it, and what is in no table."""
+    thresholds = [f"{threshold:.3f}" for threshold in run["thresholds"] or []]
+    pages = []
+    for evaluation in run["evaluations"]:
+        of_routes, of_all = _last(model, evaluation)
+        columns = _measured(model, of_routes)
+        calibrated = {f"calibrated_{metric}": title for metric, title in columns.items()}
+        calibrated = {metric: title for metric, title in calibrated.items() if metric in of_all}
+        samples = [f"{count:,}" for count in evaluation["num_samples"].values()]
+        tables = {}
+        if len(run["evaluations"]) > 1 and columns:
+            tables["plain"] = _metrics_table(model, evaluation, columns, {"test samples": samples})
+        if calibrated:
+            tables["calibrated"] = _metrics_table(model, evaluation, calibrated, {"threshold": thresholds})
+        in_tables = {*columns, *calibrated, "loss", "constant_tickets"}
+        rest = {
+            describe_metric(name, ticket_task=model.config.ticket_task, of_all=True)[1]: value
+            for name, value in of_all.items()
+            if name not in in_tables
+        }
+        pages.append({"name": evaluation["name"], "tables": tables, "rest": rest})
+    return pages
+
+
+def _metrics_table(
+    model: RTLModel, evaluation: Mapping[str, Any], columns: Mapping[str, str], first: Mapping[str, Sequence[str]]
+) -> str:
+    """A line per route, then all routes; `first` is a column ahead of those of metrics."""
+    ((title, cells),) = first.items()
+    of_routes, of_all = _last(model, evaluation)
+    rows = [
+        [markdown.text(name), cell, *(markdown.number(of_routes.get(name, {}).get(metric)) for metric in columns)]
+        for name, cell in zip(model.route_names, cells, strict=True)
+    ]
+    rows.append(["**all routes**", "", *(markdown.number(of_all.get(metric)) for metric in columns)])
+    return markdown.table(["route", title, *columns.values()], rows)
+
+
+def _similarity_table(model: RTLModel, similarity: Tensor) -> str:
+    names = [markdown.text(name, limit=16) for name in model.route_names]
+    matrix = similarity.tolist()
+    rows = [
+        [name, *("1" if row == column else _similarity(value) for column, value in enumerate(matrix[row]))]
+        for row, name in enumerate(names)
+    ]
+    return markdown.table(["", *names], rows)
+
+
+def _similarity(value: float) -> str:
+    return markdown.number(None if math.isnan(value) else value)
+
+
+def _footprint_table(model: RTLModel) -> str:
+    footprint = model.footprint()
+    whole = footprint["independent_full_bytes"]
+    rows = [
+        [
+            words.format(model.num_routes),
+            f"{footprint[form]:,}",
+            markdown.size(footprint[form]),
+            markdown.percent(footprint[form] / whole),
+        ]
+        for form, words in _FORMS.items()
+    ]
+    return markdown.table(["", "bytes", "", f"of {model.num_routes} plain networks"], rows)
+
+
+def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
+    """A line per round: what was kept, how alike the tickets were, and how it went."""
+    evaluations = run["evaluations"]
+    columns = {
+        (number, metric): f"{title} ({markdown.text(evaluation['name'])})" if evaluation["name"] else title
+        for number, evaluation in enumerate(evaluations)
+        for metric, title in _judged_by(model, evaluation).items()
+    }
+    rows = []
+    for index, report in enumerate(run["rounds"]):
+        kept = sorted(set(report["kept"].values()))
+        rows.append(
+            [
+                str(report["round"]),
+                markdown.percent(report["sparsity"]),
+                f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}",
+                f"{report['union']:,}",
+                markdown.number(report["mean_similarity"]),
+                *(markdown.number(evaluations[number]["rounds"][index].get(metric)) for number, metric in columns),
+                f"{report['steps']:,}",
+            ]
+        )
+    titles = ["round", "sparsity", "kept per ticket", "union", "similarity", *columns.values(), "steps"]
+    return markdown.table(titles, rows)
+
+
+def _judged_by(model: RTLModel, evaluation: Mapping[str, Any]) -> dict[str, str]:
+    known = evaluation["rounds"][-1]
+    return {name: title for name, title in _OF_A_ROUND[model.config.ticket_task].items() if name in known}
+
+
+def _arguments_table(run: Mapping[str, Any]) -> str:
+    rows = [[f"`{name}`", _value(value), _value(run["defaults"][name])] for name, value in run["arguments"].items()]
+    return markdown.table(["argument", "value", "default"], rows, num_left=3)
+
+
+def _value(value: Any) -> str:
+    return markdown.text(json.dumps(value, ensure_ascii=False), limit=200)
+
+
+# What is said in words
+
+
+def _last(model: RTLModel, evaluation: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The metrics of the model itself, which is the last round's: those of routes, and those of all."""
+    return split_metrics(evaluation["rounds"][-1], model.route_names) if evaluation else ({}, {})
+
+
+def _measured(model: RTLModel, of_routes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of a table of metrics: those that are known of any route."""
+    known = {metric for figures in of_routes.values() for metric in figures}
+    return {metric: title for metric, title in _COLUMNS[model.config.ticket_task].items() if metric in known}
+
+
+def _shared(model: RTLModel, similarity: Tensor) -> dict[str, float]:
+    """How much the tickets have in common. Similarities are means over pairs, of those that have any weight."""
+    bank = model.mask_bank
+    pairs = ~torch.eye(bank.num_routes, dtype=torch.bool)
+    return {
+        "union": bank.union_count(),
+        "core": bank.core_count(),
+        "similarity": float(similarity[pairs].nanmean()),
+        "chance": float(bank.chance_similarity().cpu()[pairs].nanmean()),
+    }
+
+
+def _emptied(model: RTLModel) -> dict[str, int]:
+    """Weights of which a ticket keeps nothing -> in how many tickets."""
+    num_tickets = (model.mask_bank.count(per_layer=True) == 0).sum(1).tolist()
+    names = model.mask_bank.weight_names
+    return {name: number for name, number in zip(names, num_tickets, strict=True) if number}
+
+
+def _surroundings(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where and with what the rounds ran: one, if all are alike."""
+    different: list[dict[str, Any]] = []
+    for report in rounds:
+        if report["surroundings"] not in different:
+            different.append(report["surroundings"])
+    return different
+
+
+# Name in `metrics.py` -> id, as on hf.co/metrics where it has one, and words.
+_NAMES = {
+    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
+    "precision": ("precision", "Precision"),
+    "recall": ("recall", "Recall"),
+    "f1": ("f1", "F1"),
+    "auroc": ("roc_auc", "AUROC"),
+    "precision_at_recall_80": ("precision", "Precision at recall 0.8"),
+}
+_OF_NO_THRESHOLD = {"auroc", "precision_at_recall_80"}
+# Of one label per sample, and of scores compared between tickets.
+_ACCURACIES = {
+    ("membership", "accuracy"): "Accuracy of the ticket with the highest score",
+    ("membership", "calibrated_accuracy"): "Accuracy of the ticket whose score is highest above its threshold",
+    ("labels", "accuracy"): "Accuracy, each sample through the ticket of its route",
+    ("labels", "mean_route_accuracy"): "Accuracy, mean over routes",
+    ("labels", "worst_route_accuracy"): "Accuracy, worst route",
+    ("labels", "inferred_accuracy"): "Accuracy, the router choosing the ticket",
+    ("labels", "inferred_mean_route_accuracy"): "Accuracy, the router choosing the ticket, mean over routes",
+    ("labels", "inferred_worst_route_accuracy"): "Accuracy, the router choosing the ticket, worst route",
+    ("labels", "union_accuracy"): "Accuracy of the union of all tickets",
+    ("labels", "union_mean_route_accuracy"): "Accuracy of the union of all tickets, mean over routes",
+    ("labels", "union_worst_route_accuracy"): "Accuracy of the union of all tickets, worst route",
+}
+# Of a router, whatever the task.
+_OF_ROUTERS = {
+    "route_accuracy": ("accuracy", "Accuracy of the router: samples whose likeliest route is theirs"),
+    "route_recall": ("recall", "Recall of the router"),
+    "routed_precision_at_recall_80": ("precision", "Precision of the router's score at recall 0.8"),
+    "fallback_fraction": ("fallback_fraction", "Samples that the router was too unsure of, sent to the fallback"),
+}
+METRICS_OF_THE_HUB = {"accuracy", "precision", "recall", "f1", "roc_auc"}
+
+
+def split_metrics(
+    metrics: Mapping[str, Any], route_names: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Route -> its metrics, and those over all routes. Names of metrics are as of `metrics.py`, or somebody's own."""
+    of_routes: dict[str, dict[str, Any]] = {name: {} for name in route_names}
+    of_all = {}
+    for name, value in metrics.items():
+        route, _, metric = name.rpartition("/")
+        if route in of_routes:
+            of_routes[route][metric] = value
+        else:
+            of_all[name] = value
+    return {route: found for route, found in of_routes.items() if found}, of_all
+
+
+def describe_metric(name: str, *, ticket_task: str, of_all: bool) -> tuple[str, str]:
+    """The id and the words of a metric of a route or `of_all` routes; its own name for one that we do not know."""
+    if (ticket_task, name) in _ACCURACIES:
+        return "accuracy", _ACCURACIES[ticket_task, name]
+    if name in _OF_ROUTERS:
+        return _OF_ROUTERS[name]
+    plain = name.removeprefix("worst_").removeprefix("calibrated_")
+    if ticket_task != "membership" or plain not in _NAMES:
+        return name, name
+    kind, words = _NAMES[plain]
+    if plain not in _OF_NO_THRESHOLD:
+        words += ", calibrated threshold" if "calibrated_" in name else ", score > 0"
+    if of_all:
+        words += ", worst route" if name.startswith("worst_") else ", mean over routes"
+    return kind, words

@@ -1,0 +1,82 @@
+"""What is known of the run that a model comes from, in a file beside it, for its model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from ..data.rules import RULE_FILE, TENSORS_FILE, remove_unfitting_rule, save_rule
+from ..modeling.files import write_json
+from ..modeling.modeling_rtl import RTLModel
+from ..modeling.ticket_files import base_of
+
+
+RUN_FILE = "training_run.json"
+ARGUMENTS_FILE = "training_args.json"  # all of them, which a trainer saves beside the final model
+
+
+def write_run(folder: Path, run: Mapping[str, Any]) -> None:
+    write_json(folder / RUN_FILE, run)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What `write_run` wrote; `None` if nothing is there."""
+    file = folder / RUN_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None:
+    """
+    Writes into `folder` what is known of the run that `model` comes from, unless it has changed since: after a
+    training its own, else what lies beside the weights that it was loaded from. Likewise the rule of the partition,
+    unless the model has other routes since.
+    """
+    _copy_rule(model, folder, token)
+    if model.training_run is not None:
+        if is_of(model.training_run, model):
+            write_run(folder, model.training_run)
+        return
+    file = _loaded_with(model, RUN_FILE, token)
+    if file is not None and is_of(json.loads(file.read_text()), model):
+        shutil.copy(file, folder / RUN_FILE)
+        arguments = _loaded_with(model, ARGUMENTS_FILE, token)
+        if arguments is not None:
+            shutil.copy(arguments, folder / ARGUMENTS_FILE)
+
+
+def _copy_rule(model: RTLModel, folder: Path, token: bool | str | None) -> None:
+    if model.partition_rule is not None:
+        save_rule(folder, model.partition_rule)
+    elif model.training_run is None:
+        for name in (RULE_FILE, TENSORS_FILE):
+            file = _loaded_with(model, name, token)
+            if file is not None:
+                shutil.copy(file, folder / name)
+    remove_unfitting_rule(folder, model.route_names)
+
+
+def _loaded_with(model: RTLModel, name: str, token: bool | str | None) -> Path | None:
+    """A file of the folder, or of the commit on the Hub, that a model was loaded from; `None` if it is not there."""
+    source = model.name_or_path
+    if model.loaded_commit is None:
+        file = Path(source, name)
+        return file if source and file.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=model.loaded_commit, token=token))
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # also of a repository that is gone, or not for this token
+        return None
+
+
+def is_of(run: Mapping[str, Any], model: RTLModel) -> bool:
+    """Whether `model` is the one that the run ended with, not with other masks or weights."""
+    return run["model"] == model_identity(model)
+
+
+def model_identity(model: RTLModel) -> dict[str, Any]:
+    return {"masks": model.mask_bank.fingerprint(), "weights": base_of(model)["fingerprint"]}

@@ -1,0 +1,84 @@
+"""Files that are never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .hashing import hash_tensors
+
+
+METADATA = "hf_rtl"  # the entry in the header of tensor files: JSON
+
+
+def write_json(file: Path, value: Any, *, owner: str = "") -> None:
+    """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
+    with _beside(file, owner) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes `content` so that `file` is either as it was or whole."""
+    with _beside(file) as beside:
+        beside.write_bytes(content)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "", **metadata: str) -> None:
+    """
+    Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
+    arguments give equal bytes. `owner` is part of the name of the file beside.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry, since safetensors writes several in any order.
+    described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
+    with _beside(file, owner) as beside:
+        save_file(contiguous, beside, metadata={METADATA: described})
+
+
+def read_tensors(file: Path) -> dict[str, Tensor] | None:
+    """The tensors that `write_tensors` wrote; `None` if the file is missing, torn or altered."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            expected = json.loads(opened.metadata()[METADATA])["sha256"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return tensors if expected == hash_tensors(tensors) else None
+
+
+def move_files(source: Path, target: Path, *, last: str, stale: str) -> None:
+    """
+    Moves the files of `source` into the folder `target`, each whole, the file `last` after the others. If some match
+    the pattern `stale`, others in `target` that match it are of an earlier save, and removed.
+    """
+    target.mkdir(exist_ok=True)
+    files = sorted(source.iterdir(), key=lambda file: file.name == last)
+    written = {file.name for file in files}
+    for file in files:
+        os.replace(file, target / file.name)
+    stale_files = {file.name for file in target.glob(stale)} - written
+    if any(fnmatch(name, stale) for name in written):
+        for name in stale_files:
+            (target / name).unlink()
+
+
+@contextmanager
+def _beside(file: Path, owner: str = "") -> Iterator[Path]:
+    """A path beside `file` that gets its name once it is written, or is removed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

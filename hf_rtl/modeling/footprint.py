@@ -1,0 +1,78 @@
+"""What a routed model costs in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .mask_bank import MaskBank, count_bits
+from .model_file import coded_masks, encode
+from .norm_statistics import NormStatistics, tracked_buffers
+from .private_parameters import PrivateParameters
+from .prunable import parameter_aliases, parameter_at
+
+
+def footprint(
+    backbone: nn.Module,
+    bank: MaskBank,
+    statistics: NormStatistics | None,
+    private: PrivateParameters,
+    router: nn.Module | None,
+) -> dict[str, int]:
+    """
+    Bytes of the tensors of a routed model in every form, and of K models of one ticket each. The headers of files, a
+    few kilobytes, come on top.
+
+    Returns:
+        What there is:
+        - `union_bytes`: weights that any ticket keeps;
+        - `mask_bytes`, `coded_mask_bytes`: masks as raw bits, and as the compact form has them;
+        - `dense_bytes`: what no mask covers, that is the other parameters and buffers, the statistics and private
+          parameters of all routes, and the router;
+        - `total_bytes`: union, raw masks and dense.
+
+        What files hold, also what no ticket needs:
+        - `full_bytes`: as `save_pretrained` writes it;
+        - `compact_bytes`: as `save_pretrained(compact=True)` does;
+        - `tickets_bytes`: the ticket files of all routes, for others who have the weights.
+
+        One model per route instead, every one with its own dense part:
+        - `independent_full_bytes`: plain models, as `extract_ticket` gives them;
+        - `independent_bytes`, `independent_compact_bytes`: their kept weights with a mask as raw bits, or coded.
+    """
+    aliases = parameter_aliases(backbone)
+    weights = [parameter_at(aliases[name][0]) for name in bank.weight_names]
+    # Tied tensors have several names, and are saved once.
+    saved = {tensor.data_ptr(): tensor.nbytes for tensor in backbone.state_dict().values()}
+    num_bytes = sum(saved.values())
+    prunable = sum(weight.nbytes for weight in weights)
+    tracked = sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(backbone))
+    rows = 0 if statistics is None else sum(rows.nbytes for rows in statistics.rows)
+    rows_of_routes = 0 if statistics is None else rows * bank.num_routes // (bank.num_routes + 1)
+    private_rows = sum(rows.nbytes for rows in private.rows)
+    replaced = sum(own.nbytes for own in private.own(backbone)) + (tracked if statistics is not None else 0)
+    routing = 0 if router is None else sum(tensor.nbytes for tensor in router.buffers())
+
+    kept_by_any = [int(count_bits(row)) for row in bank.packed_union()]
+    kept_in_all_tickets = bank.count(per_layer=True).sum(1).tolist()
+    union = sum(count * weight.itemsize for count, weight in zip(kept_by_any, weights, strict=True))
+    tickets = sum(count * weight.itemsize for count, weight in zip(kept_in_all_tickets, weights, strict=True))
+    masks = sum(packed.nbytes for packed in bank.packed)
+    coded = sum(tensor.nbytes for tensor in coded_masks(bank)[1].values()) or masks
+    alone = sum(encode(torch.cat([rows[k] for rows in bank.packed]))[1].nbytes for k in range(bank.num_routes))
+
+    others = num_bytes - prunable
+    dense = others + rows + private_rows + routing - replaced
+    return {
+        "union_bytes": union,
+        "mask_bytes": masks,
+        "coded_mask_bytes": coded,
+        "dense_bytes": dense,
+        "total_bytes": union + masks + dense,
+        "full_bytes": num_bytes + masks + rows + private_rows + routing,
+        "compact_bytes": union + coded + others + rows + private_rows + routing,
+        "tickets_bytes": alone + rows_of_routes + private_rows,
+        "independent_full_bytes": bank.num_routes * num_bytes,
+        "independent_bytes": tickets + masks + bank.num_routes * others,
+        "independent_compact_bytes": tickets + alone + bank.num_routes * others,
+    }

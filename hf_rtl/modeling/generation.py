@@ -1,0 +1,206 @@
+"""`generate` of routed language models: the backbone's own, through the tickets of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_rtl import RTLConfig
+from .mixed_batch import check_samples, group_by_route, read_route_ids, select_samples
+from .routed_model import RoutedModel
+
+
+_SETTINGS = vars(GenerationConfig()).keys()
+# Arguments of `generate` that are of the whole batch, and cannot be split by route or shared by the routes.
+_OF_ONE_BATCH = {
+    "streamer": "a streamer follows a single batch",
+    "prefix_allowed_tokens_fn": "it is told positions in the batch",
+    **dict.fromkeys(("cache", "past_key_values", "encoder_outputs"), "it is what one ticket has computed"),
+}
+
+
+# transformers takes for able to generate what has a base with `GenerationMixin` in its name.
+class RoutedGenerationMixin(RoutedModel):
+    """
+    The part of [`RTLModelForCausalLM`] and [`RTLModelForSeq2SeqLM`] that generates.
+
+    `generation_config` is the backbone's own, the same object. It is saved with the model and loaded with it.
+    """
+
+    output_modalities = ("text",)  # pipelines ask for it
+
+    def __init__(self, config: RTLConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        # A backbone of the caller's own may have no more than a `forward`.
+        self.can_generate = self.backbone.can_generate
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, generation_config: GenerationConfig) -> None:
+        # `PreTrainedModel` makes one from the configuration before there is a backbone, which brings a better one.
+        if "backbone" in self._modules:
+            self.backbone.generation_config = generation_config
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        route_ids: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """
+        As `generate` of transformers, through tickets, each of which is put in place once for a whole generation.
+
+        A batch of several routes is generated route by route, in ascending order, the union first. So `do_sample=True`
+        draws random numbers for one route after the other, and what is passed along, as a logits processor, sees one
+        route's samples at a time.
+
+        Args:
+            inputs (`Tensor`, *optional*): the prompts, `int64 [batch, length]`; also as `input_ids`. Of models that
+                have no encoder they are padded on the left.
+            generation_config (`GenerationConfig`, *optional*): by default the model's.
+            route_ids (`int`, `str`, `Tensor` or `list`, *optional*): as of `forward`. `None`: the route of a view or
+                of the active `route_context`, or else the one that the model's router finds for each prompt.
+            **kwargs: to the backbone's `generate`, as `attention_mask`, `max_new_tokens`, `num_beams`.
+
+        Returns:
+            `Tensor`, `int64 [batch * num_return_sequences, length]`, in the batch's order. Samples of several routes
+            are padded at the end, with the pad token, to the longest one. Of one route what the backbone gives, also a
+            `ModelOutput`.
+
+        Raises:
+            ValueError: nobody tells the route; bad `route_ids`; or, for a batch of several routes or one that the
+                router may find several in, an argument that is of one batch: `return_dict_in_generate=True`,
+                `streamer`, `prefix_allowed_tokens_fn`, a cache or `encoder_outputs`.
+        """
+        arguments = dict(kwargs)
+        if generation_config is not None:
+            arguments["generation_config"] = generation_config
+        if inputs is not None:
+            arguments["inputs"] = inputs
+        samples = {name: value for name, value in arguments.items() if _is_of_samples(name, value)}
+        check_samples(samples)
+        route_ids = self._route_ids_told(route_ids)
+        if self._is_in_place(route_ids, samples):
+            return self.backbone.generate(**arguments)
+        if route_ids is None:
+            self._require_router()
+        if not samples and not isinstance(route_ids, (int, str)):
+            raise ValueError(
+                f"`input_ids` is missing, and `route_ids` = {route_ids}. Without a prompt there is a single sample, "
+                f"whose route must be told by an index or a name, as in `generate(route_ids={self.route_names[0]!r})`."
+            )
+        if route_ids is None:
+            routes = self._infer_from_prompts(samples, arguments)
+        else:
+            told = read_route_ids(route_ids, samples, self.route_index)
+            routes = [told] if isinstance(told, int) else told
+        if len(set(routes)) == 1:
+            with self.route_context(routes[0]):
+                return self.backbone.generate(**arguments)
+        return self._generate_mixed(samples, arguments, routes)
+
+    def _infer_from_prompts(self, samples: dict[str, Tensor], arguments: dict[str, Any]) -> list[int]:
+        if any(len(value) > 1 for value in samples.values()):
+            # Before anything is decided, so that whether a call is refused does not hang on what the prompts say.
+            self._refuse_of_one_batch(arguments)
+        prompts = {name: value for name, value in samples.items() if not name.startswith("negative_prompt_")}
+        if "inputs" in prompts:
+            prompts[self.main_input_name] = prompts.pop("inputs")
+        mask = prompts.get("attention_mask")
+        if mask is not None and "position_ids" in inspect.signature(self.backbone.forward).parameters:
+            # As `generate` counts them, so that padding on the left does not shift a prompt.
+            prompts.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+        return self.infer_routes(**prompts).route_ids.tolist()
+
+    def _generate_mixed(self, samples: dict[str, Tensor], arguments: dict[str, Any], routes: list[int]) -> Tensor:
+        """Each route's samples as if alone, in the batch's order."""
+        self._refuse_of_one_batch(arguments)
+        groups = group_by_route(routes, self.device)
+        generated = []
+        for route, positions in groups.items():
+            selected = select_samples(samples, positions, len(routes))
+            with self.route_context(route):
+                sequences = self.backbone.generate(**{**arguments, **selected})
+            generated.append(sequences.view(len(positions), -1, sequences.shape[1]))
+        lengths = {sequences.shape[2] for sequences in generated}
+        pad_token = self._pad_token(arguments)
+        if len(lengths) > 1 and pad_token is None:
+            raise ValueError(
+                f"sequences of {sorted(lengths)} tokens came out for the routes of this batch, and there is neither a "
+                "`pad_token_id` nor an `eos_token_id` to pad the shorter ones with: pass `pad_token_id=`."
+            )
+        shape = (len(routes), generated[0].shape[1], max(lengths))
+        merged = generated[0].new_full(shape, 0 if pad_token is None else pad_token)
+        for positions, sequences in zip(groups.values(), generated, strict=True):
+            merged[positions.to(merged.device), :, : sequences.shape[2]] = sequences
+        return merged.flatten(0, 1)
+
+    def _refuse_of_one_batch(self, arguments: Mapping[str, Any]) -> None:
+        refused = {name: why for name, why in _OF_ONE_BATCH.items() if arguments.get(name) is not None}
+        if self._setting("return_dict_in_generate", arguments):
+            refused["return_dict_in_generate"] = "scores and caches of several routes cannot be merged"
+        for name, why in refused.items():
+            raise ValueError(
+                f"`{name}` does not go with a batch whose samples may be of several routes: {why}. Leave it out, or "
+                "call `generate` once per route, with an index or a name as `route_ids`; `infer_routes` tells what a "
+                "router would decide."
+            )
+
+    def _setting(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """What goes for a generation: what the call says, then its `generation_config`, then the model's."""
+        if name in arguments:
+            return arguments[name]
+        given = getattr(arguments.get("generation_config"), name, None)
+        return getattr(self.generation_config, name) if given is None else given
+
+    def _pad_token(self, arguments: Mapping[str, Any]) -> int | None:
+        """As transformers has it, the (first) end token where there is no pad token."""
+        pad_token, end_tokens = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
+        if pad_token is None and end_tokens is not None:
+            return int(torch.as_tensor(end_tokens).flatten()[0])
+        return pad_token
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Without it, pipelines of transformers 5.17 would not use their defaults, as to sample."""
+        return self.backbone._prepare_generation_config(*args, **kwargs)
+
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: Any,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Called by `from_pretrained`, to load `generation_config.json`. Other than transformers' own it never runs a
+        `generate` that a repository brings.
+        """
+        if generation_config is not None:
+            self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+            return
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(
+                pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
+            )
+        except OSError:
+            # Saved without one. The backbone has made its own from its configuration.
+            return
+
+
+def _is_of_samples(name: str, value: Any) -> bool:
+    """Whether an argument of `generate` has a row per sample."""
+    return isinstance(value, Tensor) and name not in _SETTINGS

@@ -1,0 +1,274 @@
+"""Puts masked weights in the place of a backbone's prunable parameters, for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .mask_bank import MaskBank, integer_dtype, unpack, unpack_as_integers
+from .norm_statistics import BoundStatistics
+from .prunable import parameter_aliases, parameter_at
+
+
+# The route whose ticket is the union of all others.
+UNION = -1
+
+
+class WeightMasker:
+    """
+    Applies masks of a bank to the prunable weights of a backbone.
+
+    While applied, every module that holds a prunable weight sees where(mask, weight, 0) under the weight's attribute,
+    tied places included. The parameters themselves stay registered and untouched, and receive masked gradients.
+
+    Masks are used as integers of the weight's size with all bits set where kept: the bitwise AND equals `where` to the
+    bit (a pruned infinity becomes 0, not NaN) and is several times faster on processors.
+
+    Args:
+        backbone (`nn.Module`): holds the weights that `bank` names.
+        bank (`MaskBank`): the masks.
+        cache_bytes (`int`): bound on unpacked masks kept; those of the latest route are always kept.
+
+    Raises:
+        ValueError: a weight of the bank is missing in the backbone or has another shape.
+    """
+
+    def __init__(self, backbone: nn.Module, bank: MaskBank, *, cache_bytes: int) -> None:
+        self.backbone = backbone
+        self.bank = bank
+        self.cache_bytes = cache_bytes
+        self.places = self._locate()
+        # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
+        self.routes_since_update: set[int] = set()
+        self._cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
+        self._cache_key: tuple = ()
+        self._copies: list[Tensor] = []
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The prunable parameters, in the bank's order."""
+        return [parameter_at(places[0]) for places in self.places]
+
+    def masks(self, routes: Sequence[int]) -> list[Tensor]:
+        """Union of the masks of `routes` (`UNION`: of all), as integers of the weights' sizes, on their device."""
+        weights = self.weights
+        cache_key = (
+            self.bank.num_changes,
+            *((weight.device, weight.dtype) for weight in weights),
+            *((0 if rows.is_inference() else rows._version, rows.data_ptr()) for rows in self.bank.packed),
+        )
+        if cache_key != self._cache_key:
+            self._cache.clear()
+            self._cache_key = cache_key
+        key = tuple(sorted(set(routes)))
+        if key not in self._cache:
+            self._make_room()
+            # Never inference tensors, even if the first call is in inference mode: training uses them later.
+            with torch.inference_mode(False):
+                self._cache[key] = [
+                    unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
+                    for row, weight in zip(self._packed(key), weights, strict=True)
+                ]
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def apply(self, route: int, *, fresh: bool) -> None:
+        """
+        Puts the masked weights of `route` in place, until `remove`.
+
+        Args:
+            route (`int`): index of a route, or `UNION`.
+            fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
+                than overwrite the persistent copy.
+        """
+        # Anew each time: weights are tied after this object is made, when a model is loaded.
+        self.places = self._locate()
+        weights = self.weights
+        masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
+        if torch.is_inference_mode_enabled():
+            # A write in inference mode would not raise in a backward that still needs what it overwrites.
+            with torch.inference_mode(False), torch.no_grad():
+                masked = _MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
+        else:
+            copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
+            masked = _MaskWeights.apply(masks, copies, on_backward, *weights)
+        self._put(masked)
+
+    @torch.no_grad()
+    def apply_mean(self) -> list[Tensor]:
+        """
+        Puts every weight times the fraction of routes that keep it in place, until `remove`; returns these tensors,
+        which want gradients. Masks are unpacked one at a time.
+        """
+        self.places = self._locate()
+        means = []
+        for rows, shape, weight in zip(self.bank.packed, self.bank.shapes, self.weights, strict=True):
+            kept = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            for row in rows:
+                kept += unpack(row.to(weight.device), shape)
+            means.append(torch.where(kept > 0, weight * (kept / len(rows)), 0).requires_grad_())
+        self._put(means)
+        return means
+
+    @torch.no_grad()
+    def along_masks(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """
+        `float32 [num_routes]`: by route, the sum over its kept weights of gradient times weight, which is the
+        derivative by the coefficient of its mask. A weight without a gradient counts nothing. Masks are unpacked one
+        at a time.
+        """
+        sums = torch.zeros(self.bank.num_routes, device=self.weights[0].device)
+        for rows, weight, gradient in zip(self.bank.packed, self.weights, gradients, strict=True):
+            if gradient is not None:
+                products = (gradient * weight).float()
+                for route, row in enumerate(rows):
+                    sums[route] += products[unpack(row.to(weight.device), weight.shape)].sum()
+        return sums
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for places, weight in zip(self.places, weights, strict=True):
+            for module, attribute in places:
+                # An entry of the instance hides the registered parameter of the same name from attribute access only.
+                module.__dict__[attribute] = weight
+
+    def remove(self) -> None:
+        for places in self.places:
+            for module, attribute in places:
+                module.__dict__.pop(attribute, None)
+
+    def cached_bytes(self) -> int:
+        return sum(mask.nbytes for masks in self._cache.values() for mask in masks)
+
+    def forget(self) -> None:
+        """Frees the unpacked masks and the masked copy."""
+        self._cache.clear()
+        self._copies = []
+
+    def _locate(self) -> list[list[tuple[nn.Module, str]]]:
+        """Every (module, attribute) that holds a weight of the bank, in the bank's order."""
+        aliases = parameter_aliases(self.backbone)
+        for name, shape in zip(self.bank.weight_names, self.bank.shapes, strict=True):
+            found = parameter_at(aliases[name][0]).shape if name in aliases else None
+            if found != shape:
+                raise ValueError(
+                    f"the masks are for another backbone: they cover {name} of shape {tuple(shape)}, but "
+                    f"{type(self.backbone).__name__} has {'no such weight' if found is None else tuple(found)}."
+                )
+        return [aliases[name] for name in self.bank.weight_names]
+
+    def _packed(self, routes: tuple[int, ...]) -> list[Tensor]:
+        if UNION in routes:
+            return self.bank.packed_union()
+        if len(routes) == 1:
+            return [rows[routes[0]] for rows in self.bank.packed]
+        return self.bank.packed_union(routes)
+
+    def _persistent(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        fits = len(self._copies) == len(weights) and all(
+            copy.dtype == weight.dtype and copy.device == weight.device and copy.stride() == weight.stride()
+            for copy, weight in zip(self._copies, weights, strict=True)
+        )
+        if not fits:
+            with torch.inference_mode(False):
+                self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+        return self._copies
+
+    def _make_room(self) -> None:
+        one = sum(weight.nbytes for weight in self.weights)
+        while self._cache and self.cached_bytes() + one > self.cache_bytes:
+            self._cache.popitem(last=False)
+
+
+class _MaskWeights(torch.autograd.Function):
+    """Masks weights into given tensors, and their gradients in place."""
+
+    @staticmethod
+    def forward(
+        ctx, masks: list[Tensor], copies: list[Tensor], on_backward: Callable[[], None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.masks = masks
+        ctx.on_backward = on_backward
+        ctx.set_materialize_grads(False)
+        for mask, copy, weight in zip(masks, copies, weights, strict=True):
+            torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
+        # The outputs share storage and version counter with the copies: a backward through a graph whose masked
+        # weights have been overwritten meanwhile raises instead of giving wrong gradients.
+        return tuple(copy.detach() for copy in copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.on_backward()
+        # Two weights that are added have one gradient tensor in common.
+        shared = Counter(gradient.data_ptr() for gradient in gradients if gradient is not None)
+        masked = (
+            None
+            if gradient is None
+            else and_masks(gradient.clone() if shared[gradient.data_ptr()] > 1 else gradient, mask)
+            for gradient, mask in zip(gradients, ctx.masks, strict=True)
+        )
+        return None, None, None, *masked
+
+
+def and_masks(values: Tensor, mask: Tensor) -> Tensor:
+    """
+    `values` with zeros where the integer `mask` has none of its bits set. The memory of `values` is used if it is
+    contiguous and no view; only the returned tensor is sure to be masked.
+    """
+    if mask.dtype != integer_dtype(values.dtype):
+        mask = mask.to(integer_dtype(values.dtype))
+    bits = values.view(mask.dtype)
+    if values.is_contiguous() and values._base is None:
+        bits.bitwise_and_(mask)
+        return values
+    return torch.bitwise_and(bits, mask).view(values.dtype)
+
+
+class ActiveRoute:
+    """Which route a model's context has in place, and the lock that guards it. Copies start free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._route: int | None = None
+        self.statistics: BoundStatistics
+
+    @property
+    def held(self) -> bool:
+        """Whether any thread is inside a context."""
+        return self._route is not None
+
+    @property
+    @torch.compiler.disable
+    def route(self) -> int | None:
+        """The route of this thread's context."""
+        return self._route if self._owner == threading.get_ident() else None
+
+    @contextlib.contextmanager
+    def hold(self, route: int, *, wait: bool) -> Iterator[None]:
+        if self.route is not None:
+            raise RuntimeError(
+                f"route_context({route}) inside the active route_context({self.route}); leave that first."
+            )
+        if not self._lock.acquire(blocking=wait):
+            raise RuntimeError(f"another thread is training route {self._route} of this model; train in one thread.")
+        self._owner, self._route = threading.get_ident(), route
+        try:
+            yield
+        finally:
+            self._owner = self._route = None
+            self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActiveRoute:
+        return ActiveRoute()
+
+    def __reduce__(self):
+        return ActiveRoute, ()

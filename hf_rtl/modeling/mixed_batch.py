@@ -1,0 +1,121 @@
+"""Reading whose tickets a batch is for, splitting it by route, and putting the outputs back together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_tensor(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+
+
+def check_samples(inputs: Mapping[str, Any]) -> None:
+    main = first_tensor(inputs)
+    if main is not None and main.ndim and not len(main):
+        raise ValueError(f"a batch without samples, of shape {tuple(main.shape)}: there is nothing to answer.")
+
+
+def read_route_ids(
+    route_ids: Any, inputs: Mapping[str, Any], route_index: Callable[[int | str], int]
+) -> int | list[int]:
+    """
+    The indices of the routes that a caller names: one for all samples as an `int`, else one per sample.
+
+    Args:
+        route_ids (`int`, `str`, `Tensor` or `list`): as of `forward`.
+        inputs (`Mapping[str, Any]`): those of the same call, whose first tensor says how many samples there are.
+        route_index (`Callable`): from an index or a name to an index; raises for an unknown one.
+
+    Raises:
+        TypeError: a tensor that is not `[batch]` or of integers.
+        ValueError: no entries, or as many as there are not samples.
+    """
+    if isinstance(route_ids, str) or not isinstance(route_ids, (Tensor, list, tuple)):
+        return route_index(route_ids)
+    if isinstance(route_ids, Tensor):
+        if route_ids.is_floating_point() or route_ids.dtype == torch.bool or route_ids.ndim > 1:
+            raise TypeError(f"`route_ids` must be integers [batch], got {route_ids.dtype} {tuple(route_ids.shape)}.")
+        if route_ids.ndim == 0:
+            return route_index(int(route_ids))
+        route_ids = route_ids.tolist()
+    main = first_tensor(inputs)
+    if not route_ids:
+        raise ValueError("`route_ids` is empty; give one route per sample.")
+    if main is not None and len(route_ids) != len(main):
+        raise ValueError(f"`route_ids` has {len(route_ids)} entries for a batch of {len(main)}; give one per sample.")
+    return [route_index(route) for route in route_ids]
+
+
+def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, Tensor]:
+    """Route -> positions of its samples, `int64`, routes ascending."""
+    positions: dict[int, list[int]] = {}
+    for position, route in enumerate(route_ids):
+        positions.setdefault(route, []).append(position)
+    return {route: torch.tensor(positions[route], device=device) for route in sorted(positions)}
+
+
+def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int) -> dict[str, Any]:
+    """
+    The samples at `positions` of batch-first tensors. What is no tensor, or has a first dimension of 1, is shared.
+
+    Raises:
+        ValueError: a tensor with another first dimension.
+    """
+
+    def select(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or (len(value) == 1 and batch_size != 1):
+            return value
+        if len(value) != batch_size:
+            raise ValueError(
+                f"`{name}` has {len(value)} rows for a batch of {batch_size}; inputs of a batch with several routes "
+                "must be batch-first."
+            )
+        return value.index_select(0, positions.to(value.device))
+
+    return {name: select(name, value) for name, value in inputs.items()}
+
+
+def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor], sizes: Sequence[Tensor]) -> dict:
+    """
+    Fields of the whole batch from those of its groups.
+
+    Args:
+        outputs: one mapping per group with the same fields.
+        groups: the samples' positions in the batch, per group.
+        sizes: weight of each group's `loss`: its number of samples, or of labelled tokens.
+
+    Raises:
+        ValueError: a field is neither batch-first nor the loss.
+    """
+    order = torch.argsort(torch.cat(list(groups)))
+    merged: dict[str, Any] = {}
+    for name in outputs[0]:
+        values = [output[name] for output in outputs]
+        if name == "loss":
+            losses = torch.stack(values)
+            weights = torch.stack([size.to(losses.device) for size in sizes]).to(losses.dtype)
+            # The mean loss of a group without a labelled token is NaN, and is none of the batch's.
+            losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
+            merged[name] = (losses * weights).sum() / weights.sum()
+        else:
+            merged[name] = _merge(name, values, groups, order)
+    return merged
+
+
+def _merge(name: str, values: Sequence[Any], groups: Sequence[Tensor], order: Tensor) -> Any:
+    if isinstance(values[0], (tuple, list)):
+        return tuple(_merge(name, parts, groups, order) for parts in zip(*values, strict=True))
+    batch_first = all(
+        isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(group)
+        for value, group in zip(values, groups, strict=True)
+    )
+    if not batch_first:
+        raise ValueError(
+            f"the output `{name}` is not batch-first, so a batch with several routes cannot be put back together; "
+            "turn it off (as with `use_cache=False`) or call the model once per route."
+        )
+    return torch.cat(list(values)).index_select(0, order.to(values[0].device))

@@ -1,0 +1,595 @@
+"""Routed models: one backbone, a bank of masks, and a ticket per route."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSemanticSegmentation,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.hub import extract_commit_hash
+
+from .build_backbone import build_backbone
+from .configuration_rtl import RTLConfig
+from .files import move_files
+from .footprint import footprint
+from .generation import RoutedGenerationMixin
+from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
+from .image_processing import savable_processor
+from .model_file import align, check_loaded, compact_state, expand_state
+from .prunable import coverage_table, select_prunable
+from .routed_model import RoutedModel
+from .standalone import extract_ticket
+from .ticket_files import base_of, load_tickets, save_tickets, write_page
+
+
+logger = logging.getLogger(__name__)
+
+_HUB_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "parent_commit",
+    "tags",
+)
+
+
+class RTLModel(RoutedModel):
+    r"""
+    A backbone with a bank of masks, one per route. This class wraps a backbone without a head, `RTLModelFor…` with.
+
+    `from_pretrained` of this class returns the class that the model was saved as.
+
+    Args:
+        config ([`RTLConfig`]): what to build; the masks keep everything until they are set or loaded.
+        backbone (`PreTrainedModel`, *optional*): a built backbone to use instead of one made from
+            `config.backbone_config`.
+
+    Which ticket answers is an argument of the call, `route_ids`:
+        - an `int` or a name: every sample through that route; -1 is the union of all tickets;
+        - a `LongTensor [batch]` or a list of indices and names: each sample through its own, the batch being grouped
+          by route once;
+        - `None`: inside `route_context`, its route; else, for `ticket_task="membership"`, every ticket scores every
+          sample (K forwards); else the router decides, in evaluation mode (see `routers.py`); a `ValueError` if it is
+          `"given"`.
+    """
+
+    # What a model card says of the run that the model comes from (see `run_record.py`), after a training.
+    training_run: dict[str, Any] | None = None
+    # How data that comes later gets its routes (see `partition.Rule`), likewise.
+    partition_rule: Any = None
+    # Of the repository on the Hub that the model was loaded from; its name is `name_or_path`.
+    loaded_commit: str | None = None
+
+    # Building, saving, loading
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedConfig | nn.Module,
+        *,
+        route_names: Sequence[str],
+        ticket_task: str,
+        pretrained: bool | None = None,
+        seed: int | None = None,
+        norm_statistics: str = "per_route",
+        private_parameters: Sequence[str] = (),
+        prune_include: Sequence[str] = (),
+        prune_exclude: Sequence[str] | None = None,
+        **backbone_kwargs: Any,
+    ) -> RTLModel:
+        """
+        A routed model over `backbone`, whose masks keep everything.
+
+        Args:
+            backbone: a timm name, a repo id, a folder, a configuration or a model; see `build_backbone.py`.
+            route_names (`Sequence[str]`): one distinct name per route.
+            ticket_task (`str`): `"membership"` or `"labels"`, see [`RTLConfig`]. With `membership` the backbone gets
+                one logit.
+            pretrained (`bool`, *optional*): whether to load weights; by default for repo ids and folders.
+            seed (`int`, *optional*): seed of what is initialised afresh.
+            norm_statistics (`str`, *optional*, defaults to `"per_route"`): or `"shared"`.
+            private_parameters (`Sequence[str]`, *optional*): `fnmatch` patterns of parameters that every route has for
+                itself, as `"*.bias"`; see [`RTLConfig`].
+            prune_include (`Sequence[str]`, *optional*): `fnmatch` patterns of weights to add to the default choice.
+            prune_exclude (`Sequence[str]`, *optional*): patterns of weights to leave out. Defaults to the backbone's
+                own `rtl_prune_exclude`, if it has one.
+            **backbone_kwargs: to the backbone, as `num_labels=3` or `in_chans=1`.
+
+        Raises:
+            ValueError: arguments that contradict each other, or a pattern that matches nothing.
+        """
+        built = isinstance(backbone, PreTrainedModel)
+        if ticket_task == "membership" and not built:
+            if backbone_kwargs.get("num_labels", 1) != 1:
+                raise ValueError(
+                    f"`num_labels` = {backbone_kwargs['num_labels']} contradicts `ticket_task='membership'`, whose "
+                    "tickets have one logit: leave it out, or use `ticket_task='labels'`."
+                )
+            backbone_kwargs.update(num_labels=1, problem_type="multi_label_classification")
+        model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
+        if prune_exclude is None:
+            prune_exclude = _default_exclude(model)
+        config = RTLConfig(
+            backbone_config=model.config,
+            route_names=list(route_names),
+            ticket_task=ticket_task,
+            norm_statistics=norm_statistics,
+            private_parameters=private_parameters,
+            prunable=select_prunable(model, include=prune_include, exclude=prune_exclude),
+            prune_include=list(prune_include),
+            prune_exclude=list(prune_exclude),
+            dtype=model.dtype,
+        )
+        return cls(config, backbone=model)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any):
+        """
+        As `PreTrainedModel.from_pretrained`, for a folder or a repo id, and stricter: masks are never made up.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, its masks are cut short, foreign or damaged, or it was saved as
+                another class.
+        """
+        if cls is RTLModel:
+            saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
+            if saved_class is not RTLModel:
+                return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        # Tensors of other sizes are reported below, by name.
+        kwargs["ignore_mismatched_sizes"] = True
+        kwargs["use_safetensors"] = True
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
+            ) from error
+        check_loaded(model, pretrained_model_name_or_path, info)
+        model.private_parameters.freeze(model.backbone)  # loading makes new parameters
+        align(model)
+        return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As `PreTrainedModel`'s, of compact checkpoints too; notes where on the Hub the weights are from."""
+        config, name = model.config, str(load_config.pretrained_model_name_or_path)
+        if config.compact is not None:
+            tensors = {key: tensor for file in checkpoint_files for key, tensor in load_file(file).items()}
+            keys = [f"backbone.{weight}" for weight in model.mask_bank.weight_names]
+            keys = [model.all_tied_weights_keys.get(key, key) for key in keys]
+            state_dict = expand_state(tensors, config.compact, keys, model.mask_bank)
+            config.compact = None
+        commit = extract_commit_hash(str(checkpoint_files[0]), None) if checkpoint_files else None
+        if commit is not None and not Path(name).is_dir():
+            model.loaded_commit = commit
+            if config.base is not None:
+                # A copy that was pushed elsewhere is still of the base that it says.
+                config.base = {"repo": name, "revision": commit, **config.base}
+        return RoutedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        compact: bool = False,
+        push_to_hub: bool = False,
+        processing_class: Any = None,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        As `PreTrainedModel.save_pretrained`: weights, masks and statistics in one safetensors checkpoint.
+
+        Files are written beside the folder and then moved into it one by one, each whole, `config.json` last.
+
+        Args:
+            compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
+                masks. Loaded again all tickets, and their union, are the same to the bit; the weights that were left
+                out are zero, so the dense network and θ0 are lost.
+            processing_class (*optional*): image processor, feature extractor or tokenizer to save along, so that a
+                pipeline finds it. In place of timm's, which cannot be saved, an ordinary one is.
+            with_code (`bool`, *optional*, defaults to `False`): add the code of the model, so that it can be loaded
+                without this package, by the Auto classes of transformers with `trust_remote_code=True`. Not for
+                backbones of other packages than timm and transformers: a warning says that it was left out.
+        """
+        self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
+        self.config.mask_fingerprint = self.mask_bank.fingerprint()
+        self.config.base = base_of(self)
+        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
+        kwargs.setdefault("save_original_format", False)
+        target = Path(save_directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
+            if compact:
+                state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank)
+                kwargs["state_dict"], self.config.compact = state, codings
+            try:
+                super().save_pretrained(staging, **kwargs)
+            finally:
+                self.config.compact = None
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
+            if with_code:
+                save_code(self, Path(staging))
+            move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
+        if push_to_hub:
+            if "max_shard_size" in kwargs:
+                hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
+            hub_arguments.update(compact=compact, processing_class=processing_class, with_code=with_code)
+            self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        compact: bool = False,
+        processing_class: Any = None,
+        with_code: bool = False,
+    ) -> CommitInfo:
+        """
+        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push. Its model
+        card keeps what was written by hand into the one that is there.
+
+        Args:
+            compact (`bool`, *optional*), processing_class (*optional*), with_code (`bool`, *optional*): as of
+                `save_pretrained`; in the same commit.
+            parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
+                that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
+
+        Raises:
+            ValueError: the model, or what is to be saved along, cannot be saved as it is.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
+        """
+        self._check_savable()
+        if processing_class is not None:
+            processing_class = savable_processor(processing_class)
+
+        def write(folder: Path, repo_id: str, head: str | None) -> None:
+            self.save_pretrained(
+                folder,
+                max_shard_size=max_shard_size,
+                compact=compact,
+                processing_class=processing_class,
+                with_code=with_code,
+            )
+            write_model_card(self, folder, repo_id=repo_id, revision=head, tags=tags, token=token)
+
+        repo_id, commit = push(
+            write,
+            repo_id,
+            outdated=MODEL_FILES,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent_commit,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+        )
+        self.config.base = {"repo": repo_id, "revision": commit.oid, **(self.config.base or {})}
+        return commit
+
+    # Tickets without their model
+
+    def save_tickets(
+        self,
+        save_directory: str | os.PathLike,
+        routes: Sequence[int | str] | None = None,
+        *,
+        base_routes: Sequence[int | str] | None = None,
+    ) -> dict[str, Any]:
+        """
+        Writes tickets without their model, for others who have it: masks, rows of statistics, thresholds, and weights
+        that the base has not. About a bit per prunable weight and ticket; see `ticket_files.py`.
+
+        Args:
+            save_directory (`str`): a folder; tickets of an earlier save in it are replaced. If it has the `README.md`
+                of a push of tickets, the generated part of that is brought up to date.
+            routes (`Sequence[int | str]`, *optional*): whose tickets; by default all.
+            base_routes (`Sequence[int | str]`, *optional*): the routes that the others' copies have, so that the
+                weights in their union need not be written. By default all but those that were added to this model.
+
+        Returns:
+            The index that was written, as of `ticket_files.read_index`.
+
+        Raises:
+            ValueError: an unknown route, or a `README.md` that cannot be read. Nothing is written then.
+        """
+        self._check_savable()
+        chosen = range(self.num_routes) if routes is None else self._route_indices("routes", routes)
+        if base_routes is None:
+            base_routes = [name for name in self.route_names if name not in self.config.added_routes]
+        known = self._route_indices("base_routes", base_routes)
+        return save_tickets(self, Path(save_directory), chosen, base_routes=known)
+
+    def load_tickets(
+        self,
+        name_or_path: str | os.PathLike,
+        routes: Sequence[str] | None = None,
+        *,
+        rename: Mapping[str, str] | Literal["auto"] | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> list[str]:
+        """
+        Adds tickets that were made from the same base as this model, which may be a compact copy or one in a smaller
+        type, and may have other tickets since.
+
+        Statistics of the union of all tickets, route -1, stay what they were.
+
+        Args:
+            name_or_path (`str`): a folder that `save_tickets` wrote, or a repository on the Hub.
+            routes (`Sequence[str]`, *optional*): names of the tickets to add; by default all. Only their files are
+                downloaded.
+            rename (`Mapping[str, str]` or `"auto"`, *optional*): new names, for routes that the model has already;
+                `"auto"` adds `-2` and so on.
+            revision, token, cache_dir, local_files_only: as of `from_pretrained`.
+
+        Returns:
+            Names of the routes that were added, the last ones of the model.
+
+        Raises:
+            ValueError: no ticket files, damaged ones, of a newer version or of another base, which names the tensors
+                that differ; an unknown or a taken name; or weights in the place of other tickets' weights. The model
+                has not been changed then.
+        """
+        self._refuse_in_context("load_tickets()")
+        self._refuse_on_view("load_tickets()")
+        hub_arguments = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        return load_tickets(self, Path(name_or_path).as_posix(), routes, rename=rename, **hub_arguments)
+
+    def push_tickets_to_hub(
+        self,
+        repo_id: str,
+        routes: Sequence[int | str] | None = None,
+        *,
+        base_routes: Sequence[int | str] | None = None,
+        commit_message: str = "Upload tickets",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> CommitInfo:
+        """
+        Pushes what `save_tickets` writes, in one commit, which also removes ticket files of an earlier push, and a
+        page, which keeps what was written by hand into the one that is there. The page of a model stays as it is.
+
+        Args: as of `save_tickets` and `push_to_hub`.
+        """
+        self._check_savable()
+
+        def write(folder: Path, repo_id: str, head: str | None) -> None:
+            index = self.save_tickets(folder, routes, base_routes=base_routes)
+            write_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
+
+        return push(
+            write,
+            repo_id,
+            outdated=TICKET_FILES,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent_commit,
+            commit_message=commit_message,
+        )[1]
+
+    def _route_indices(self, argument: str, routes: Sequence[int | str]) -> list[int]:
+        if isinstance(routes, (str, int)):
+            raise TypeError(f"`{argument}` must be a list of routes, got {routes!r}; for one write [{routes!r}].")
+        indices = [self.mask_bank.route_index(route) for route in routes]
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"`{argument}` = {list(routes)} names a route twice.")
+        return indices
+
+    @torch.no_grad()
+    def extract_ticket(
+        self,
+        route: int | str,
+        *,
+        prune_structure: bool = False,
+        example_inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> PreTrainedModel:
+        """
+        A new plain backbone holding the masked weights, the private parameters and the statistics of `route`; its
+        outputs are bit-equal.
+
+        It shares nothing with this model and is what the library's own Auto class loads; for `membership` its only
+        label is the route's name. A ticket of a backbone of ours, as `ghostnet_rtl`, is a plain timm model too, but
+        loading it needs `import hf_rtl` first, since timm does not know the architecture.
+
+        Args:
+            route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
+            prune_structure (`bool`, *optional*, defaults to `False`): also remove the channels that never matter,
+                where that is exact: see `standalone.remove_dead_channels`. Outputs are then equal to rounding, not to
+                the bit (1e-6 relative in float32). If any channel is removed, shapes no longer follow the
+                configuration, and `save_pretrained` and `push_to_hub` of the ticket raise a `ValueError`: use
+                `torch.export` or ONNX.
+            example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, with which `prune_structure`
+                follows the channels. By default images of the configured size, or the backbone's `dummy_inputs`.
+
+        Raises:
+            ValueError: an unknown route, or `prune_structure` needs `example_inputs`.
+        """
+        self._refuse_in_context("extract_ticket()")
+        index = self.route_index(route)
+        return extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
+
+    # What is here
+
+    def prunable_report(self) -> str:
+        """A table of the weights that the masks cover, and how many parameters they do not."""
+        return coverage_table(self.backbone, self.mask_bank.weight_names)
+
+    def footprint(self) -> dict[str, int]:
+        """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
+        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.private_parameters, self.router)
+
+    def status(self) -> dict[str, Any]:
+        """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
+        counts, densities = self.mask_bank.count().tolist(), self.mask_bank.density().tolist()
+        rows = zip(self.route_names, counts, densities, strict=True)
+        return {
+            "ticket_task": self.config.ticket_task,
+            "routes": [{"name": name, "kept": count, "density": density} for name, count, density in rows],
+            "num_prunable": self.mask_bank.num_weights,
+            "union": self.mask_bank.union_count(),
+            "core": self.mask_bank.core_count(),
+            "active_route": self._active.route,
+            "norm_statistics": self.config.norm_statistics,
+            "private_parameters": list(self.private_parameters.names),
+            "mask_cache": {"bytes": self.masker.cached_bytes(), "limit": self.masker.cache_bytes},
+            "router": self.config.router,
+            "calibrated": self.config.thresholds is not None,
+        }
+
+
+class RTLModelForImageClassification(RTLModel):
+    backbone_class = AutoModelForImageClassification
+    supports_membership = True
+
+    def forward(self, pixel_values=None, labels=None, route_ids=None, **kwargs):
+        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
+
+
+class RTLModelForSemanticSegmentation(RTLModel):
+    backbone_class = AutoModelForSemanticSegmentation
+
+    def forward(self, pixel_values=None, labels=None, route_ids=None, **kwargs):
+        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
+
+
+class RTLModelForAudioClassification(RTLModel):
+    backbone_class = AutoModelForAudioClassification
+    supports_membership = True
+
+    def forward(self, input_values=None, attention_mask=None, labels=None, route_ids=None, **kwargs):
+        return self._forward_routed(
+            labels, route_ids, input_values=input_values, attention_mask=attention_mask, **kwargs
+        )
+
+
+class _RTLTextModel(RTLModel):
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, route_ids=None, **kwargs):
+        return self._forward_routed(
+            labels,
+            route_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            **kwargs,
+        )
+
+
+class RTLModelForSequenceClassification(_RTLTextModel):
+    backbone_class = AutoModelForSequenceClassification
+    supports_membership = True
+
+
+class RTLModelForTokenClassification(_RTLTextModel):
+    backbone_class = AutoModelForTokenClassification
+
+
+class RTLModelForMaskedLM(_RTLTextModel):
+    backbone_class = AutoModelForMaskedLM
+
+
+class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
+    backbone_class = AutoModelForCausalLM
+    _shifts_labels = True
+
+
+class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
+    backbone_class = AutoModelForSeq2SeqLM
+
+
+TASK_CLASSES = (
+    RTLModel,
+    RTLModelForImageClassification,
+    RTLModelForSemanticSegmentation,
+    RTLModelForAudioClassification,
+    RTLModelForSequenceClassification,
+    RTLModelForTokenClassification,
+    RTLModelForMaskedLM,
+    RTLModelForCausalLM,
+    RTLModelForSeq2SeqLM,
+)
+
+
+def register_auto_classes() -> None:
+    """Lets `AutoConfig` and the Auto class of each task build ours for `model_type="rtl"`."""
+    AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
+    for task_class in TASK_CLASSES:
+        task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
+
+
+def _default_exclude(backbone: PreTrainedModel) -> tuple[str, ...]:
+    """The patterns that a backbone, or the timm model in it, registers as not to be pruned."""
+    own = getattr(backbone, "timm_model", backbone)
+    return getattr(own, "rtl_prune_exclude", ())
+
+
+def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> type[RTLModel]:
+    """The task class named by a saved configuration; only our own are looked up."""
+    config = kwargs.get("config")
+    if config is None:
+        names = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
+        config = RTLConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+    classes = {task_class.__name__: task_class for task_class in TASK_CLASSES}
+    saved = (config.architectures or [None])[0]
+    if saved not in classes:
+        raise ValueError(
+            f"`architectures` in the configuration of {str(name_or_path)!r} must be one of {', '.join(classes)}, got "
+            f"{saved!r}."
+        )
+    return classes[saved]

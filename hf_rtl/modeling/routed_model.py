@@ -1,0 +1,579 @@
+"""What a routed model computes: which ticket answers, its masks in place, and the outputs of mixed batches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_rtl import RTLConfig
+from .mask_bank import MaskBank
+from .masking import UNION, ActiveRoute, WeightMasker
+from .mixed_batch import check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
+from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+from .private_parameters import PrivateParameters, select_private
+from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
+
+
+logger = logging.getLogger(__name__)
+
+
+class RoutedModel(PreTrainedModel):
+    """
+    The computing part of [`RTLModel`], which adds building, saving and sharing, and has the documentation.
+    """
+
+    config_class = RTLConfig
+    config: RTLConfig
+    router: Router | None
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    # Losses are means over a batch: `Trainer` is not to pass `num_items_in_batch`, which timm models do not take.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    backbone_class: Any = AutoModel
+    supports_membership = False
+    # Whether the loss compares the output at a position with the label at the next, so that the first one is left out.
+    _shifts_labels = False
+
+    def __init__(self, config: RTLConfig, backbone: PreTrainedModel | None = None) -> None:
+        config.check()
+        if config.ticket_task == "membership" and not self.supports_membership:
+            raise ValueError(
+                f"`ticket_task='membership'` needs a model with one logit a sample; {type(self).__name__} has none. "
+                f"Use `ticket_task='labels'`."
+            )
+        super().__init__(config)
+        if backbone is None:
+            backbone = self.backbone_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        self.backbone = backbone
+        self.config.backbone_config = backbone.config
+        self.mask_bank = MaskBank(config.prunable, config.route_names)
+        per_route = config.norm_statistics == "per_route"
+        self.norm_statistics = NormStatistics(backbone, config.num_routes) if per_route else None
+        private = select_private(backbone, config.private_parameters, self.mask_bank.weight_names)
+        self.private_parameters = PrivateParameters(backbone, private, config.num_routes)
+        self.router = empty_router(config)
+        self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
+        self.main_input_name = backbone.main_input_name
+        self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
+        self._active = ActiveRoute()
+        self._fixed_route: int | str | None = None
+        self.post_init()
+
+    # Routes
+
+    @property
+    def route_names(self) -> list[str]:
+        return self.mask_bank.route_names
+
+    @property
+    def num_routes(self) -> int:
+        return self.mask_bank.num_routes
+
+    def route_index(self, route: int | str) -> int:
+        """Index of a route given by name or index; -1, the union of all tickets, is its own index."""
+        with contextlib.suppress(TypeError):
+            if operator.index(route) == UNION:  # type: ignore[arg-type]
+                return UNION
+        return self.mask_bank.route_index(route)
+
+    def route_name(self, index: int) -> str:
+        """The name of a route given by index; `"union"` for -1."""
+        return "union" if index == UNION else self.route_names[index]
+
+    @torch.no_grad()
+    def append_ticket(
+        self,
+        name: str,
+        masks: Sequence[Tensor],
+        *,
+        statistics: Sequence[Tensor] = (),
+        private_parameters: Mapping[str, Tensor] | None = None,
+        threshold: float | None = None,
+        brings_weights: bool = False,
+    ) -> None:
+        """
+        Adds a route with its ticket, whose weights are those of the model.
+
+        Args:
+            name (`str`): of the new route, which becomes the last one.
+            masks (`Sequence[Tensor]`): `bool`, one per prunable weight, of its shape.
+            statistics (`Sequence[Tensor]`): the route's row of running statistics, one tensor per buffer of
+                `norm_statistics`. Those of the union stay as they are.
+            private_parameters (`Mapping[str, Tensor]`, *optional*): the route's row of private parameters, by name in
+                the backbone. Without, it has what the backbone has. Parameters that were shared so far become private,
+                and the other routes go on with what was shared.
+            threshold (`float`, *optional*): of a calibrated membership ticket; without, 0 if others are calibrated.
+            brings_weights (`bool`, *optional*, defaults to `False`): whether it keeps weights that are not of the
+                base, which goes on to be what it was without them.
+
+        Raises:
+            ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing has been changed
+                then.
+        """
+        self._refuse_in_context("append_ticket()")
+        self._refuse_on_view("append_ticket()")
+        self.mask_bank.check_masks(masks)
+        row = dict(private_parameters or {})
+        self._check_private_row(row)
+        thresholds = self.config.thresholds
+        if thresholds is not None or threshold is not None:
+            thresholds = [*(thresholds or [0.0] * self.num_routes), threshold or 0.0]
+        self.config.change_routes([*self.route_names, name], thresholds)
+        if brings_weights:
+            self.config.added_routes = [*self.config.added_routes, name]
+        self.mask_bank.add_route(name, masks)
+        if self.norm_statistics is not None:
+            self.norm_statistics.insert(statistics)
+        self.make_private(list(row))
+        self.private_parameters.insert(self.backbone, row)
+        if self.router is not None:
+            logger.warning(
+                f"the router {self.router.name!r} does not know the new route {name!r} and is taken out; fit it again "
+                "with `RTLTrainer.fit_router`, or pass `route_ids`."
+            )
+            self.set_router(None)
+
+    def make_private(self, names: Sequence[str]) -> None:
+        """
+        Makes parameters private that were shared; every route goes on with what was shared.
+
+        Args:
+            names (`Sequence[str]`): in the backbone, or `fnmatch` patterns; see `private_parameters` of [`RTLConfig`].
+
+        Raises:
+            ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing has been changed
+                then.
+        """
+        self._refuse_in_context("make_private()")
+        self._refuse_on_view("make_private()")
+        chosen = select_private(self.backbone, names, self.mask_bank.weight_names)
+        if not set(chosen) <= set(self.private_parameters.names):
+            self.config.private_parameters = [*self.config.private_parameters, *names]
+            self.private_parameters.extend(self.backbone, chosen)
+
+    def _check_private_row(self, row: Mapping[str, Tensor]) -> None:
+        names = select_private(self.backbone, list(row), self.mask_bank.weight_names)
+        for name in names:
+            expected, found = self.backbone.get_parameter(name).shape, row[name].shape
+            if found != expected:
+                raise ValueError(f"`private_parameters` has {name!r} {tuple(found)}, expected {tuple(expected)}.")
+
+    def drop_route(self, route: int | str) -> None:
+        """
+        Removes a route with its ticket; those behind it move up by one. Weights stay, also those that no other ticket
+        keeps.
+
+        Raises:
+            ValueError: an unknown route, or too few would be left.
+        """
+        self._refuse_in_context("drop_route()")
+        self._refuse_on_view("drop_route()")
+        index = self.mask_bank.route_index(route)
+        thresholds = self.config.thresholds
+        if thresholds is not None:
+            thresholds = [*thresholds[:index], *thresholds[index + 1 :]]
+        self.config.change_routes([name for name in self.route_names if name != self.route_names[index]], thresholds)
+        self.mask_bank.drop_route(index)
+        if self.norm_statistics is not None:
+            self.norm_statistics.drop(index)
+        self.private_parameters.drop(index)
+        if self.router is not None:
+            self.router.drop_route(index)
+
+    # Inputs whose route nobody tells
+
+    def set_router(self, router: Router | None, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
+        """
+        Makes `router` decide the route of inputs that come without one; `None` leaves that to the caller.
+
+        Args:
+            router ([`Router`], *optional*): fitted for the routes of this model, as by `RTLTrainer.fit_router`.
+            threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
+                takes `fallback`.
+            fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
+
+        Raises:
+            TypeError: `router` is neither a [`Router`] nor `None`.
+            ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
+                been changed then.
+        """
+        self._refuse_on_view("set_router()")
+        if not (router is None or isinstance(router, Router)):
+            raise TypeError(
+                f"`router` must be a fitted Router or None, got {router!r}; `RTLTrainer.fit_router(name)` fits one."
+            )
+        if router is not None and router.num_routes != self.num_routes:
+            raise ValueError(
+                f"`router` was fitted for {router.num_routes} routes, and this model has {self.num_routes}: "
+                f"{', '.join(map(repr, self.route_names))}. Fit one for these with `RTLTrainer.fit_router`."
+            )
+        index = self.route_index(fallback)
+        changed = copy.copy(self.config)
+        changed.router = "given" if router is None else router.name
+        changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
+        changed.router_threshold = threshold
+        changed.router_fallback = None if index == UNION else self.route_names[index]
+        changed.check()
+        self.config.__dict__.update(changed.__dict__)
+        self.router = None if router is None else router.to(self.device)
+
+    def take_router_of(self, config: RTLConfig) -> None:
+        """Takes over the router that another configuration of these routes names, to be filled from its file."""
+        router = empty_router(config)
+        fallback = UNION if config.router_fallback is None else config.router_fallback
+        self.set_router(router, threshold=config.router_threshold, fallback=fallback)
+
+    @torch.no_grad()
+    def infer_routes(self, **inputs: Any) -> RouteDecision:
+        """
+        What the model's router decides for a batch: routes, how sure it is, and the scores of all routes. No ticket
+        answers. Costs as [`Router`]s say; `inputs` are those of `forward`, without labels.
+
+        Raises:
+            ValueError: the router is `"given"`, the model is in training mode, or a batch without samples.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        router = self._require_router()
+        check_samples(inputs)
+        return self.decide(router.evidence(self, inputs))
+
+    def decide(self, evidence: Tensor) -> RouteDecision:
+        """The decision that follows from the router's evidence, `[batch, num_routes]`; see [`Router`]."""
+        name = self.config.router_fallback
+        fallback = UNION if name is None else self.route_index(name)
+        return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
+
+    def _require_router(self) -> Router:
+        if self.router is None:
+            raise ValueError(
+                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
+                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
+                "pipeline, which passes none, takes `model.with_route(route)` as its model. `RTLTrainer.fit_router` "
+                "makes a router that decides."
+            )
+        if self.training:
+            raise ValueError(
+                "`route_ids` is missing, and routers decide in evaluation mode only: pass `route_ids=`, or call "
+                "`model.eval()`."
+            )
+        return self.router
+
+    # Masks in place
+
+    @contextlib.contextmanager
+    def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
+        """
+        Within the context the backbone is the ticket of `route`: masked weights, its rows of private parameters and of
+        per-route statistics.
+
+        Spans forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that entered
+        it: another one waits for its end if the model is in evaluation mode.
+
+        Args:
+            route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
+            fresh (`bool`, *optional*, defaults to `False`): mask into new tensors, so that a backward may follow after
+                the context's end and beside other routes'.
+
+        Raises:
+            ValueError: an unknown route.
+            RuntimeError: a context is active already in this thread, or in another one while training.
+        """
+        index = self.route_index(route)
+        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
+            yield self
+
+    @contextlib.contextmanager
+    def mixture_context(self) -> Iterator[list[Tensor]]:
+        """
+        As `route_context`, with the mean of all masks and the statistics of the union. Yields the weights in place,
+        in the mask bank's order, which want gradients.
+        """
+        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
+            yield weights
+
+    @contextlib.contextmanager
+    def _weights_in_place(self, index: int, put: Callable[[], Any]) -> Iterator[Any]:
+        with self._active.hold(index, wait=not self.training):
+            if self.norm_statistics is not None:
+                bound = self.norm_statistics.bind(self.backbone, index)
+            else:
+                bound = BoundStatistics.own(self.backbone)
+            try:
+                placed = put()
+                on_backward = partial(self.routes_since_update.add, index)
+                self.private_parameters.bind(self.backbone, index, on_backward)
+                self._active.statistics = bound
+                yield placed
+            finally:
+                self.masker.remove()
+                self.private_parameters.release(self.backbone)
+                bound.release()
+
+    @property
+    def routes_since_update(self) -> set[int]:
+        """Routes that a gradient has flowed through since the last optimizer step or `zero_grad`."""
+        return self.masker.routes_since_update
+
+    @property
+    def masked_parameters(self) -> list[nn.Parameter]:
+        """Those of which a route's step moves a part: the prunable weights, then the rows of private parameters."""
+        return [*self.masker.weights, *self.private_parameters.rows]
+
+    def update_masks(self) -> list[Tensor]:
+        """
+        What the next optimizer step may move: the union of the routes trained since the last one, as integers with all
+        bits set where kept, in the order of `masked_parameters`. Raises `RuntimeError` if no route was trained.
+        """
+        if not self.routes_since_update:
+            raise RuntimeError(
+                "no gradient has flowed through a route since the last optimizer step, so no weight may move: call "
+                "`model(…, route_ids=route).loss.backward()`, or the same inside `route_context`, before the step."
+            )
+        routes = sorted(self.routes_since_update)
+        return [*self.masker.masks(routes), *self.private_parameters.masks(routes)]
+
+    def with_route(self, route: int | str) -> RoutedModel:
+        """
+        A light view of this model that fixes the route of its calls, for pipelines and export. Nothing is copied.
+
+        For `membership` the view's labels are the route's name alone.
+        """
+        view = copy.copy(self)
+        index = self.route_index(route)
+        # By name, since routes move up when one before them is dropped.
+        view._fixed_route = UNION if index == UNION else self.route_names[index]
+        if self.config.ticket_task == "membership":
+            name = self.route_name(index)
+            view.config = copy.copy(self.config)
+            view.config.id2label, view.config.label2id = {0: name}, {name: 0}
+        return view
+
+    # Forward
+
+    def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
+        """The backbone's output under the masks of `route_ids` (see the class). Positional: the main input."""
+        if len(args) > 1:
+            raise TypeError(f"forward takes one positional argument, `{self.main_input_name}`, got {len(args)}.")
+        if args:
+            kwargs[self.main_input_name] = args[0]
+        return self._forward_routed(labels, route_ids, **kwargs)
+
+    def _forward_routed(
+        self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any
+    ):
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        output = self._dispatch(inputs, labels, self._route_ids_told(route_ids))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _route_ids_told(self, route_ids: Any) -> Any:
+        """Those of the call, or the route of a view that has a fixed one."""
+        if self._fixed_route is None:
+            return route_ids
+        if route_ids is not None:
+            raise ValueError(f"`route_ids` was given to a view with the fixed route {self._fixed_route!r}.")
+        return self._fixed_route
+
+    def _is_in_place(self, route_ids: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the call is inside a context of this thread, of which `route_ids` must not say anything else."""
+        active = self._active.route
+        if active is not None and route_ids is not None:
+            routes = read_route_ids(route_ids, inputs, self.route_index)
+            if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
+                raise ValueError(
+                    f"`route_ids` = {route_ids} inside the active route_context({active}); leave it out there."
+                )
+        return active is not None
+
+    def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
+        check_samples(inputs)
+        if self._is_in_place(route_ids, inputs):
+            return self._run(inputs, labels)
+        if route_ids is None:
+            if self.config.ticket_task == "membership":
+                return self._score_all(inputs, labels)
+            decision = self.infer_routes(**inputs)
+            output = self._run_mixed(inputs, labels, decision.route_ids.tolist())
+            return with_decision(output, decision)
+        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            raise RuntimeError(
+                "with gradient checkpointing the masks must stay in place until backward has ended: use "
+                "`with model.route_context(route): model(…).loss.backward()`, without `route_ids`."
+            )
+        routes = read_route_ids(route_ids, inputs, self.route_index)
+        if isinstance(routes, int):
+            with self.route_context(routes, fresh=torch.is_grad_enabled()):
+                return self._run(inputs, labels)
+        return self._run_mixed(inputs, labels, routes)
+
+    def _run(self, inputs: dict[str, Any], labels: Tensor | None) -> ModelOutput:
+        """The backbone on one route's samples, inside a context."""
+        if labels is not None:
+            inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
+        recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+        if recomputes:
+            self._active.statistics.attach_to_layers()
+        output = self.backbone(**inputs, return_dict=True)
+        if recomputes:
+            self._active.statistics.detach_from_layers()
+        return output
+
+    def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
+        """Each route's samples as if alone, in the batch's order."""
+        if getattr(self.backbone.config, "use_cache", False):
+            inputs.setdefault("use_cache", False)
+        if labels is not None:
+            inputs = {**inputs, "labels": labels}
+        groups = group_by_route(routes, self.device)
+        if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
+            raise ValueError(
+                "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
+                "samples of a route together, or call `model.eval()`."
+            )
+        outputs, sizes = [], []
+        for route, positions in groups.items():
+            samples = select_samples(inputs, positions, len(routes))
+            group_labels = samples.pop("labels", None)
+            with self.route_context(route, fresh=torch.is_grad_enabled()):
+                outputs.append(self._run(samples, group_labels))
+            sizes.append(self._loss_size(group_labels, len(positions)))
+        return type(outputs[0])(**merge_outputs(outputs, list(groups.values()), sizes))
+
+    def _loss_size(self, labels: Tensor | None, num_samples: int) -> Tensor:
+        """Terms in the mean loss of a group, up to a factor: its samples, or its labelled tokens or pixels."""
+        if labels is None or labels.ndim < 2 or labels.is_floating_point() or self._is_membership:
+            return torch.tensor(num_samples)
+        counted = labels[:, 1:] if self._shifts_labels else labels
+        return (counted != getattr(self.backbone.config, "semantic_loss_ignore_index", -100)).sum()
+
+    def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
+        """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""
+        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            raise RuntimeError("gradient checkpointing needs one route at a time: use `route_context`.")
+        columns = []
+        for route in range(self.num_routes):
+            with self.route_context(route, fresh=torch.is_grad_enabled()):
+                output = self._run(inputs, None)
+            columns.append(output.logits)
+        logits = torch.cat(columns, dim=1)
+        loss = None
+        if home_routes is not None:
+            if home_routes.ndim != 1 or home_routes.is_floating_point():
+                raise ValueError(
+                    "without `route_ids` the `labels` of membership tickets are home routes, integers [batch], got "
+                    f"{home_routes.dtype} {tuple(home_routes.shape)}."
+                )
+            if ((home_routes < 0) | (home_routes >= self.num_routes)).any():
+                raise ValueError(
+                    "without `route_ids` the `labels` of membership tickets are home routes, allowed are 0 to "
+                    f"{self.num_routes - 1}, got {home_routes.tolist()}."
+                )
+            targets = one_hot(home_routes.long(), self.num_routes).to(logits.dtype)
+            loss = binary_cross_entropy_with_logits(logits, targets)
+        output = type(output)(loss=loss, logits=logits)
+        if self.router is None or self.training:
+            return output
+        if isinstance(self.router, ScoreRouter):
+            return with_decision(output, self.decide(logits.detach().float()))
+        return with_decision(output, self.infer_routes(**inputs))
+
+    @property
+    def _has_batch_statistics(self) -> bool:
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
+
+    @property
+    def _is_membership(self) -> bool:
+        return self.config.ticket_task == "membership"
+
+    def ticket_labels(self, labels: Tensor) -> Tensor:
+        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
+        if labels.ndim == 1:
+            labels = labels.unsqueeze(-1)
+        # Values are looked at on the CPU only: elsewhere that would wait for the device, and break a compiled graph.
+        look = labels.is_cpu and not torch.compiler.is_compiling()
+        if labels.ndim != 2 or labels.shape[1] != 1 or (look and bool(((labels != 0) & (labels != 1)).any())):
+            raise ValueError(
+                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1] (1: of the route), "
+                f"got {tuple(labels.shape)} with values up to {labels.max().item()}. Home routes are the labels of a "
+                "call without `route_ids`."
+            )
+        return labels.to(self.dtype)
+
+    # What transformers and torch call
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.backbone._set_gradient_checkpointing(enable, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_input_embeddings()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and with them which routes they came from."""
+        super().zero_grad(set_to_none)
+        self.routes_since_update.clear()
+
+    def state_dict(self, *args: Any, **kwargs: Any):
+        self._refuse_in_context("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any):
+        self._refuse_in_context("load_state_dict()")
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        self._refuse_in_context("moving or casting the model")
+        self.masker.forget()
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedModel:
+        self._refuse_in_context("deepcopy()")
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return clone
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the backbone initialises itself, and missing masks or statistics are an error, never made up."""
+
+    def _check_savable(self) -> None:
+        self._refuse_in_context("save_pretrained()")
+        self._refuse_on_view("save_pretrained()")
+        self.config.check()
+        if self.config.route_names != self.route_names:
+            raise ValueError(
+                f"`config.route_names` is {self.config.route_names}, but the mask bank has the routes "
+                f"{self.route_names}; change both, or neither."
+            )
+        router = "given" if self.router is None else self.router.name
+        if self.config.router != router:
+            raise ValueError(
+                f"`config.router` is {self.config.router!r}, but the model's router is {router!r}; change it by "
+                "`set_router`."
+            )
+
+    def _refuse_on_view(self, action: str) -> None:
+        if self._fixed_route is not None:
+            raise ValueError(
+                f"{action} on a view with a fixed route; call it on the model itself. A plain model of one ticket is "
+                "made by `extract_ticket(route)`."
+            )
+
+    def _refuse_in_context(self, action: str) -> None:
+        if self._active.held:
+            raise RuntimeError(f"{action} inside a route_context would see masked weights; leave the context first.")

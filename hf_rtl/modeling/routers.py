@@ -1,0 +1,250 @@
+"""
+Routers: which route an input takes when the caller does not say. They see inputs, never labels.
+
+`router_fitting.py` fits them, on training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_rtl import RTLConfig
+from .masking import UNION
+from .prunable import heads
+
+
+class RouteDecision(NamedTuple):
+    """
+    What a router decides for a batch.
+
+    Args:
+        route_ids (`Tensor`): `int64 [batch]`, the route that each sample takes.
+        confidence (`Tensor`): `float32 [batch]`, the probability of the likeliest route.
+        route_scores (`Tensor`): `float32 [batch, num_routes]`, the log probability of every route.
+    """
+
+    route_ids: Tensor
+    confidence: Tensor
+    route_scores: Tensor
+
+
+class Router(nn.Module):
+    """
+    Turns evidence for every route into a decision: the probabilities of the routes are
+    softmax(scale · evidence + offset), with a scale and an offset per route, fitted on samples whose route is known.
+
+    Where the likeliest route is less probable than `threshold`, the sample takes `fallback` instead.
+
+    Args:
+        num_routes (`int`): K.
+
+    Buffers, `float32` also in a model of another type: `scale` and `offset`, `[num_routes]`.
+    """
+
+    name: str
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, num_routes: int) -> None:
+        super().__init__()
+        # The type is given, since `from_pretrained` builds models under the default type that they are asked for in.
+        self.register_buffer("scale", torch.ones(num_routes, dtype=torch.float32))
+        self.register_buffer("offset", torch.zeros(num_routes, dtype=torch.float32))
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.scale)
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """`float32 [batch, num_routes]`, more for a likelier route, from a routed model in evaluation mode."""
+        raise NotImplementedError
+
+    def decide(self, evidence: Tensor, *, threshold: float = 0.0, fallback: int = UNION) -> RouteDecision:
+        scores = (self.scale * evidence + self.offset).log_softmax(dim=1)
+        log_confidence, route_ids = scores.max(dim=1)
+        confidence = log_confidence.exp()
+        return RouteDecision(torch.where(confidence < threshold, fallback, route_ids), confidence, scores)
+
+    def drop_route(self, route: int) -> None:
+        """Leaves a route out: those behind it move up by one."""
+        for name, rows in list(self.named_buffers()):
+            setattr(self, name, torch.cat([rows[:route], rows[route + 1 :]]))
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, rows in before.items():
+            setattr(self, name, rows.to(getattr(self, name).device))
+        return self
+
+
+class ScoreRouter(Router):
+    """
+    Every ticket scores every sample, K forwards: the evidence is its logit, of tickets for labels the log-sum-exp of
+    their logits.
+    """
+
+    name = "score"
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        columns = []
+        for route in range(model.num_routes):
+            with model.route_context(route):
+                logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True))
+            columns.append(logits.float().logsumexp(dim=1))  # of one logit, the logit itself
+        return torch.stack(columns, dim=1)
+
+
+class CentroidRouter(Router):
+    """
+    The nearest mean in the penultimate features of the union of all tickets, one forward. Near is meant in units of
+    how features differ within a route (Mahalanobis' distance), or else what the task is about would drown what tells
+    the routes apart. The evidence is minus half the squared distance, up to what is the same for all routes, which
+    makes it linear in the features.
+
+    Buffers: also `directions`, `float32 [num_routes, num_features]`, and `bias`, `float32 [num_routes]`.
+    """
+
+    name = "centroid"
+    directions: Tensor
+    bias: Tensor
+
+    def __init__(self, num_routes: int, num_features: int) -> None:
+        super().__init__(num_routes)
+        self.register_buffer("directions", torch.zeros(num_routes, num_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(num_routes, dtype=torch.float32))
+
+    @property
+    def num_features(self) -> int:
+        return self.directions.shape[1]
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), model.route_context(UNION):
+            features = pooled_features(model.backbone, inputs)
+        if features.shape[1] != self.num_features:
+            raise ValueError(
+                f"this router was fitted for another backbone: it knows {self.num_features} features, and there are "
+                f"{features.shape[1]}."
+            )
+        return nn.functional.linear(features, self.directions, self.bias)
+
+
+class EntropyRouter(Router):
+    """
+    One gradient step over mixing coefficients (Wortsman et al., "Supermasks in superposition", 2020, section 3.3), one
+    forward and one backward: under the mean of all masks, the evidence for a route is by how much the entropy of the
+    output falls with the coefficient of its mask. One decision for the whole batch, which is of one route.
+    """
+
+    name = "entropy"
+
+    def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        # Inputs that were made in inference mode could not be saved for a backward.
+        with torch.inference_mode(False), torch.enable_grad(), model.mixture_context() as weights:
+            inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True)).float()
+            entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+            gradients = torch.autograd.grad(entropy, weights, allow_unused=True)
+        return -model.masker.along_masks(gradients).expand(len(logits), -1)
+
+
+ROUTER_CLASSES: dict[str, type[Router]] = {
+    router.name: router for router in (ScoreRouter, CentroidRouter, EntropyRouter)
+}
+
+
+def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
+    logits = output.get("logits")
+    if logits is None or logits.ndim != 2:
+        raise ValueError(
+            "this router reads one prediction a sample, logits [batch, num_labels], got "
+            f"{'none' if logits is None else tuple(logits.shape)}; use the router 'centroid'."
+        )
+    return logits
+
+
+@contextmanager
+def recorded_head_inputs(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """
+    Collects what the modules of the backbone's head are given in forwards inside the context, in the order of calls.
+    Containers are looked through, so the first entry is what the first layer of the head was given.
+    """
+    recorded: list[Tensor] = []
+    parts = (module for head in heads(backbone) for module in head.modules())
+    leaves = {id(module): module for module in parts if not any(module.children())}
+    handles = [
+        leaf.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for leaf in leaves.values()
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pooled_features(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """
+    The penultimate features of every sample: the first vector that a layer of the head is given, or else what its
+    first layer is given; of a backbone without a head its `pooler_output`, or else its last hidden state; of one that
+    generates from what it has encoded, the encoder's. What has positions is averaged over them, over the tokens that
+    `attention_mask` has where it has one entry for each.
+
+    Args:
+        backbone (`nn.Module`): a transformers model, timm models wrapped.
+        inputs (`Mapping[str, Any]`): arguments of its forward, without labels.
+
+    Returns:
+        `Tensor`: `float32 [batch, num_features]`.
+    """
+    features = (_encoded if _generates(backbone) else _before_head)(backbone, inputs).float()
+    if features.ndim == 2:
+        return features
+    if features.ndim == 4:  # [batch, channels, height, width]
+        return features.mean(dim=(2, 3))
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != features.shape[:2]:
+        return features.mean(dim=1)
+    weights = mask.to(features.dtype).unsqueeze(-1)
+    return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def _generates(backbone: Any) -> bool:
+    """Whether the backbone is an encoder and a decoder, with no more of a head than the output embeddings."""
+    return backbone.config.is_encoder_decoder and all(
+        head is backbone.get_output_embeddings() for head in heads(backbone)
+    )
+
+
+def _encoded(backbone: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """`[batch, positions, num_features]`; what the decoder is given may not be known before there is an answer."""
+    of_encoder = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "use_cache"))}
+    return backbone.get_encoder()(**of_encoder, return_dict=True).last_hidden_state
+
+
+def _before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    with recorded_head_inputs(backbone) as recorded:
+        output = backbone(**inputs, return_dict=True)
+    if recorded:
+        # A head that averages over positions itself knows which are padding, where samples of audio are masked.
+        return next((given for given in recorded if given.ndim == 2), recorded[0])
+    pooled = output.get("pooler_output")
+    return output["last_hidden_state"] if pooled is None else pooled
+
+
+def empty_router(config: RTLConfig) -> Router | None:
+    """The router that a configuration names, to be filled from a file."""
+    if config.router == "given":
+        return None
+    arguments = (config.num_routes,) if config.router_features is None else (config.num_routes, config.router_features)
+    return ROUTER_CLASSES[config.router](*arguments)
+
+
+def with_decision(output: ModelOutput, decision: RouteDecision) -> ModelOutput:
+    output["route_ids"], output["route_scores"] = decision.route_ids, decision.route_scores
+    return output

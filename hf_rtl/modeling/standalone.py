@@ -1,0 +1,272 @@
+"""One ticket as a plain model, also without the channels that never matter: smaller tensors, the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel, TimmWrapperConfig
+from transformers.pytorch_utils import Conv1D
+
+from .channel_graph import ChannelGraph
+from .masking import and_masks
+from .norm_statistics import tracked_buffers
+from .prunable import parameter_aliases, parameter_at
+from .routed_model import RoutedModel
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """Input and output channels of a layer, before and after."""
+
+    name: str
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What [`remove_dead_channels`] did: every convolution and linear layer, and the number of all parameters."""
+
+    layers: list[LayerChannels]
+    num_parameters: tuple[int, int]
+
+    @property
+    def changed(self) -> bool:
+        return self.num_parameters[0] != self.num_parameters[1]
+
+    def __str__(self) -> str:
+        rows = [
+            f"{layer.name:60} in {layer.inputs[0]:>6} -> {layer.inputs[1]:>6}  "
+            f"out {layer.outputs[0]:>6} -> {layer.outputs[1]:>6}"
+            for layer in self.layers
+            if layer.inputs[0] != layer.inputs[1] or layer.outputs[0] != layer.outputs[1]
+        ]
+        return "\n".join([*rows, f"parameters {self.num_parameters[0]:,} -> {self.num_parameters[1]:,}"])
+
+
+@torch.no_grad()
+def extract_ticket(
+    model: RoutedModel, route: int, *, prune_structure: bool, example_inputs: Mapping[str, Tensor] | None
+) -> PreTrainedModel:
+    """See [`RTLModel.extract_ticket`]; `route` is an index, or -1 for the union."""
+    ticket = copy.deepcopy(model.backbone)
+    aliases = parameter_aliases(ticket)
+    for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True):
+        weight = parameter_at(aliases[name][0])
+        weight.copy_(and_masks(weight.detach(), mask))
+    if model.norm_statistics is not None:
+        for (module, name), rows in zip(tracked_buffers(ticket), model.norm_statistics.rows, strict=True):
+            module.get_buffer(name).copy_(rows[route])
+    private = model.private_parameters
+    for own, rows, row in zip(private.own(ticket), private.rows, private.row(route), strict=True):
+        own.copy_(row)
+        own.requires_grad_(rows.requires_grad)
+    if model.config.ticket_task == "membership":
+        name = model.route_name(route)
+        ticket.config.id2label, ticket.config.label2id = {0: name}, {name: 0}
+        if isinstance(ticket.config, TimmWrapperConfig):
+            # What it saves instead, and has from a file if the model was loaded from one.
+            ticket.config.label_names = [name]
+    if prune_structure:
+        report = remove_dead_channels(ticket, example_inputs)
+        logger.info("Channels of the ticket of route %s:\n%s", model.route_name(route), report)
+        if report.changed:
+            ticket.save_pretrained = ticket.push_to_hub = refuse_to_save
+    return ticket
+
+
+@torch.no_grad()
+def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] | None = None) -> StructureReport:
+    """
+    Removes, in place, the channels of `model` that never matter to its outputs in evaluation mode.
+
+    A channel goes if each layer that reads it multiplies it by weights that are zero, or finds it zero whatever the
+    input (as when all weights that make it are zero, and bias, batch norm and activation leave zero), or makes of it
+    only channels that go themselves. That is exact: every term that is dropped is zero. Outputs agree to rounding
+    (1e-12 relative in float64, 1e-6 in float32), not to the bit, as shorter sums are added up in another order.
+
+    Followed are convolutions (of grouped ones, depthwise included, whole groups go), linear layers, batch norm,
+    activations, pooling, elementwise sums and products, concatenation, reshaping. Channels are left alone where they
+    meet anything else, in particular norms over channels, so residual streams of transformers, and attention, and in
+    transposed convolutions. A layer keeps one channel at least. A model whose outputs do not depend on all of its
+    parameters is left as it is. Every tensor that the model returns for `example_inputs` is an output, nested too;
+    hidden states that only a later call asks for lack channels. Shapes no longer follow the configuration.
+
+    Args:
+        model (`nn.Module`): a network that `torch.export` takes.
+        example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, two samples or more. Defaults to
+            images of the configured size, or to `model.dummy_inputs`.
+
+    Returns:
+        [`StructureReport`]: channels and parameters before and after.
+
+    Raises:
+        ValueError: no `example_inputs`, and none can be made for this model.
+    """
+    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    inputs = {name: _double(tensor) for name, tensor in inputs.items()}
+    # Constants are computed in float64, so that rounding decides nothing.
+    original = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    exported = torch.export.export(_TensorOutputs(original), (), inputs, strict=False).run_decompositions({})
+    graph = ChannelGraph(exported, "model.", original)
+    kept = graph.kept()
+    if graph.unread:
+        logger.warning(
+            "No channels are removed: the outputs do not depend on all parameters (%s), so what else reads their "
+            "channels is not known.",
+            ", ".join(graph.unread[:3]),
+        )
+        kept = {}
+    elif kept:
+        expected = _TensorOutputs(original)(**inputs)
+        _slice(original, kept)
+        if not _agree(original, inputs, expected):
+            logger.warning("No channels are removed: this model's code depends on how many there are.")
+            kept = {}
+    before = _sizes(model), _num_parameters(model)
+    _slice(model, kept)
+    after = _sizes(model), _num_parameters(model)
+    layers = [
+        LayerChannels(name, (before[0][name][0], inputs), (before[0][name][1], outputs))
+        for name, (inputs, outputs) in after[0].items()
+    ]
+    return StructureReport(layers, (before[1], after[1]))
+
+
+def example_inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    """
+    Inputs that `model` takes: random images of the size in its configuration, or its `dummy_inputs` of tokens.
+
+    Raises:
+        ValueError: it takes something else.
+    """
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids":
+        return dict(model.dummy_inputs)  # type: ignore[arg-type]
+    if name != "pixel_values":
+        raise ValueError(
+            f"`example_inputs` cannot be made for {type(model).__name__}, which takes {name!r}: give the arguments of "
+            "a forward, as in `example_inputs={'input_values': torch.randn(2, 16000)}`."
+        )
+    config: Any = model.config
+    timm_model: Any = getattr(model, "timm_model", None)
+    if timm_model is not None:
+        channels, *size = timm_model.pretrained_cfg["input_size"]
+        channels = (config.model_args or {}).get("in_chans", channels)
+        size = (config.model_args or {}).get("img_size", size)
+    else:
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    return {name: torch.randn(2, channels, height, width)}
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Stands for `save_pretrained` and `push_to_hub` of a model whose shapes do not follow its configuration."""
+    raise ValueError(
+        "this ticket was extracted with `prune_structure=True`, so its shapes do not follow its configuration, and "
+        "what `save_pretrained` writes could not be loaded. Save `torch.export.export(ticket, …)` with "
+        "`torch.export.save`, or export it to ONNX; or extract the ticket without `prune_structure`."
+    )
+
+
+class _TensorOutputs(nn.Module):
+    """Gives the tensors that a model returns, without caches beside them, which `torch.export` refuses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_tensors_in(self.model(**inputs)))
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, however nested."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping | tuple | list):
+        for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(value)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
+
+
+def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tensor, ...]) -> bool:
+    """Whether `model` still runs and gives `expected`; code of its own may count on the number of channels."""
+    try:
+        outputs = _TensorOutputs(model)(**inputs)
+    except Exception:  # whatever that code raises
+        return False
+    # In float64, as outputs may be `bool`.
+    pairs = [(output.double(), one.double()) for output, one in zip(outputs, expected, strict=True)]
+    return all(
+        output.shape == one.shape and bool((output - one).abs().max() <= 1e-6 * one.abs().max())
+        for output, one in pairs
+    )
+
+
+def _slice(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Keeps the indices `kept` of parameters and buffers, wherever they are registered, and sets layers' sizes."""
+    names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sliced: dict[int, Tensor] = {}
+    for name, dims in kept.items():
+        tensor = names[name]
+        smaller = tensor.detach()
+        for dim, indices in dims.items():
+            smaller = smaller.index_select(dim, indices.to(tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+        sliced[id(tensor)] = smaller
+    for module in model.modules():
+        places: list[Any] = [module._parameters, module._buffers]
+        for tensors in places:
+            changed = {key: sliced[id(tensor)] for key, tensor in tensors.items() if id(tensor) in sliced}
+            if changed:
+                tensors.update(changed)
+                _set_size(module)
+
+
+def _set_size(module: Any) -> None:
+    """Sets the numbers of channels that a layer keeps beside its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, _BatchNorm):
+        module.num_features = next(
+            tensor for tensor in (module.running_mean, module.weight) if tensor is not None
+        ).numel()
+    elif isinstance(module, _ConvNd):
+        if module.groups > 1:
+            module.groups = module.groups * len(module.weight) // module.out_channels
+        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Input and output channels of every convolution and linear layer."""
+    sizes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            sizes[name] = (module.nx, module.nf)
+        elif isinstance(module, _ConvNd):
+            sizes[name] = (module.in_channels, module.out_channels)
+    return sizes
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

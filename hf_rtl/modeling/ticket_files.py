@@ -1,0 +1,460 @@
+"""Ticket files: tickets apart from their model, for others who have a copy of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from torch import Tensor
+from transformers.utils.hub import extract_commit_hash
+
+from .configuration_rtl import VERSION, check_format_version
+from .files import move_files, read_tensors, write_json, write_tensors
+from .hashing import are_known, hashes
+from .hub import tickets_page
+from .mask_bank import count_bits, unpack
+from .model_file import decode, encode
+from .norm_statistics import tracked_buffers
+from .prunable import parameter_aliases
+from .routed_model import RoutedModel
+
+
+FORMAT_VERSION = 1
+INDEX = "tickets.json"
+TICKETS_PATTERN = "ticket-*.safetensors"
+PAGE = "README.md"
+
+_FILE_NAME = re.compile(r"ticket-\d{3,6}\.safetensors")
+# Tensors of a ticket's file -> whether they hold the running statistics that are floats, or the counts.
+_STATISTICS = {"statistics": True, "num_batches_tracked": False}
+
+
+# What tickets are made of
+
+
+def base_tensors(model: RoutedModel, routes: Sequence[int]) -> dict[str, Tensor]:
+    """The weights in the union of `routes` and which ones these are, and all that no mask covers."""
+    union = model.mask_bank.packed_union(routes)
+    parts = zip(model.mask_bank.weight_names, model.masker.weights, union, strict=True)
+    kept = {name: _selected(weight, unpack(row, weight.shape)) for name, weight, row in parts}
+    return {**kept, **dense_tensors(model), "union of the masks": torch.cat(union)}
+
+
+def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
+    """
+    Parameters and buffers of the backbone that no mask covers, without the buffers of which routes have rows of their
+    own. Private parameters are in with what was shared before they became private, as a copy that shares them has it.
+    """
+    others = {weight.data_ptr() for weight in model.masker.weights}
+    if model.norm_statistics is not None:
+        others |= {module.get_buffer(name).data_ptr() for module, name in tracked_buffers(model.backbone)}
+    return {name: tensor for name, tensor in model.backbone.state_dict().items() if tensor.data_ptr() not in others}
+
+
+def _selected(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.detach()[mask.to(weight.device)]
+
+
+# Saving
+
+
+def save_tickets(
+    model: RoutedModel, directory: Path, routes: Sequence[int], *, base_routes: Sequence[int]
+) -> dict[str, Any]:
+    """
+    Writes the tickets of `routes` into a folder, the index last. A page of tickets in it is brought up to date.
+
+    ```
+    tickets.json             the index: the base, hashes of what tickets read of it, a list of the tickets
+    ticket-000.safetensors   mask: coded bits; statistics, num_batches_tracked, private: the route's rows, one after
+                             the other; added: coded bits of kept weights that the base has not; values: these
+    ```
+
+    Args:
+        base_routes (`Sequence[int]`): routes whose union is what the base has.
+
+    Returns:
+        The index.
+    """
+    base = model.mask_bank.packed_union(base_routes)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-", suffix=".tmp") as staging:
+        tickets = []
+        for number, route in enumerate(routes):
+            tensors, about = _ticket(model, route, base)
+            file = f"ticket-{number:03d}.safetensors"
+            write_tensors(Path(staging) / file, tensors)
+            tickets.append({"name": model.route_names[route], "file": file, **about})
+        index = {
+            "format_version": FORMAT_VERSION,
+            "hf_rtl_version": VERSION,
+            "base": base_of(model),
+            "ticket_task": model.config.ticket_task,
+            "norm_statistics": model.config.norm_statistics,
+            "private_parameters": list(model.private_parameters.names),
+            "weights": [[name, list(shape)] for name, shape in model.config.prunable],
+            "dense": {name: hashes({name: tensor}) for name, tensor in dense_tensors(model).items()},
+            "tickets": tickets,
+        }
+        write_json(Path(staging) / INDEX, index)
+        known = directory / PAGE
+        write_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
+        move_files(Path(staging), directory, last=INDEX, stale=TICKETS_PATTERN)
+    return index
+
+
+def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a ticket's file, and what the index says of it."""
+    rows = [rows[route] for rows in model.mask_bank.packed]
+    added = [row & ~base_row for row, base_row in zip(rows, base, strict=True)]
+    tensors, coding = {}, {}
+    coding["mask"], tensors["mask"] = encode(torch.cat(rows))
+    in_base, values = {}, []
+    for name, weight, row, added_row in zip(
+        model.mask_bank.weight_names, model.masker.weights, rows, added, strict=True
+    ):
+        values.append(_selected(weight, unpack(added_row, weight.shape)))
+        read = _selected(weight, unpack(row & ~added_row, weight.shape))
+        if len(read):
+            in_base[name] = hashes({name: read})
+    num_added = sum(map(len, values))
+    if num_added:
+        coding["added"], tensors["added"] = encode(torch.cat(added))
+        tensors["values"] = torch.cat(values)
+    if model.norm_statistics is not None:
+        statistics = [rows[route].reshape(-1) for rows in model.norm_statistics.rows]
+        for name, is_float in _STATISTICS.items():
+            parts = [row for row in statistics if row.is_floating_point() == is_float]
+            if parts:
+                tensors[name] = torch.cat(parts)
+    if model.private_parameters.names:
+        tensors["private"] = torch.cat([row.detach().reshape(-1) for row in model.private_parameters.row(route)])
+    about = {
+        "kept": sum(int(count_bits(row)) for row in rows),
+        "added": num_added,
+        "threshold": None if model.config.thresholds is None else model.config.thresholds[route],
+        "coding": coding,
+        "in_base": in_base,
+    }
+    return tensors, about
+
+
+def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
+    """Writes `content`, that of a `README.md`, with `index` in it, if that is to change: see `hub.CardWriter`."""
+    page = tickets_page(index, content, repo_id=repo_id)
+    if page is not None:
+        (folder / PAGE).write_bytes(page)
+
+
+def base_of(model: RoutedModel) -> dict[str, Any]:
+    """
+    Which base the model is: the `fingerprint` of what its own tickets are made of, that is all but the added ones, and
+    if it came from there, `repo` and `revision` on the Hub.
+    """
+    own = [route for route, name in enumerate(model.route_names) if name not in model.config.added_routes]
+    tensors = base_tensors(model, own)
+    if model.config.base is not None and are_known(tensors, model.config.base["fingerprint"]):
+        return model.config.base
+    return {"fingerprint": hashes(tensors)}
+
+
+# Loading
+
+
+def read_index(name_or_path: str | Path, **hub_arguments: Any) -> dict[str, Any]:
+    """
+    The index of a folder or a Hub repository with ticket files.
+
+    Args:
+        **hub_arguments: as `revision` and `token`, to `hf_hub_download`.
+
+    Raises:
+        ValueError: there are no tickets, or their index is damaged or of a newer version.
+    """
+    return _TicketFolder(name_or_path, hub_arguments).index
+
+
+class _TicketFolder:
+    """A folder or a repository with ticket files. Of a repository all files are taken from one commit."""
+
+    def __init__(self, name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> None:
+        self.name = str(name_or_path)
+        self._hub_arguments = dict(hub_arguments)
+        try:
+            file = self.path(INDEX)
+            text = file.read_text()
+        except LocalEntryNotFoundError:  # of a repository, and the Hub cannot be asked
+            raise
+        except (FileNotFoundError, RemoteEntryNotFoundError):
+            raise ValueError(
+                f"{self.name!r} holds no tickets: it has no {INDEX}, which `save_tickets` writes. A whole model is "
+                "loaded by `RTLModel.from_pretrained`."
+            ) from None
+        commit = extract_commit_hash(str(file), None)
+        if commit is not None:
+            self._hub_arguments["revision"] = commit
+        try:
+            self.index = json.loads(text)
+            check_format_version(self.index, FORMAT_VERSION, f"{self.name!r}")
+            whole = _is_whole(self.index)
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+            raise self.damaged(INDEX) from None
+        if not whole:
+            raise self.damaged(INDEX)
+
+    def path(self, file: str) -> Path:
+        folder = Path(self.name)
+        if folder.is_dir():
+            return folder / file
+        return Path(hf_hub_download(self.name, file, **self._hub_arguments))
+
+    def damaged(self, file: str) -> ValueError:
+        return ValueError(f"{file} of {self.name!r} is damaged.")
+
+
+def _is_whole(index: Mapping[str, Any]) -> bool:
+    """Whether an index has what is said of its tickets, in the types that it is written in."""
+    kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "dense": dict}
+    kinds |= dict.fromkeys(("private_parameters", "weights", "tickets"), list)
+    of_a_ticket = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
+    names = [entry["name"] for entry in index["tickets"]]
+    return (
+        all(isinstance(index[key], kind) for key, kind in kinds.items())
+        and all(type(entry[key]) is kind for entry in index["tickets"] for key, kind in of_a_ticket.items())
+        and all(names)
+        and len(set(names)) == len(names)
+        and all(_FILE_NAME.fullmatch(entry["file"]) for entry in index["tickets"])
+        and all(type(name) is str for name in index["private_parameters"])
+        and all(_is_threshold(entry["threshold"]) for entry in index["tickets"])
+        and all(isinstance(index["base"][key], str) for key in index["base"].keys() & {"repo", "revision"})
+        and len(index["weights"]) > 0
+        and all(len(weight) == 2 and type(weight[0]) is str for weight in index["weights"])
+        and all(type(size) is int and size > 0 for _, shape in index["weights"] for size in shape)
+    )
+
+
+def _is_threshold(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+@dataclass
+class _Ticket:
+    """What a ticket's file holds, on the CPU: of masks one `bool` tensor per prunable weight, of its shape."""
+
+    name: str
+    masks: list[Tensor]
+    added: list[Tensor]
+    values: list[Tensor]  # of the weights in `added`, in the order of their positions
+    statistics: list[Tensor]  # the route's row, one tensor per buffer
+    private: dict[str, Tensor]  # the route's row, by name
+    threshold: float | None
+
+
+def load_tickets(
+    model: RoutedModel,
+    name_or_path: str | Path,
+    routes: Sequence[str] | None,
+    *,
+    rename: Mapping[str, str] | Literal["auto"] | None,
+    **hub_arguments: Any,
+) -> list[str]:
+    """See [`RTLModel.load_tickets`]. Nothing is changed before everything has been checked."""
+    folder = _TicketFolder(name_or_path, hub_arguments)
+    entries = _chosen(folder, routes)
+    names = _new_names([entry["name"] for entry in entries], model.route_names, rename)
+    try:
+        _check_same_kind(model, folder)
+        tickets = [_read_ticket(model, folder, entry, name) for entry, name in zip(entries, names, strict=True)]
+        _check_same_base(model, folder, entries, tickets)
+    except (AttributeError, KeyError, TypeError):
+        raise folder.damaged(INDEX) from None
+    weights = _with_added_weights(model, tickets)
+    with torch.no_grad():
+        for weight, changed in zip(model.masker.weights, weights, strict=True):
+            weight.copy_(changed)
+    for ticket in tickets:
+        model.append_ticket(
+            ticket.name,
+            ticket.masks,
+            statistics=ticket.statistics,
+            private_parameters=ticket.private,
+            threshold=ticket.threshold,
+            brings_weights=any(map(len, ticket.values)),
+        )
+    return names
+
+
+def _chosen(folder: _TicketFolder, routes: Sequence[str] | None) -> list[dict[str, Any]]:
+    entries = {entry["name"]: entry for entry in folder.index["tickets"]}
+    unknown = [route for route in routes or () if route not in entries]
+    if unknown or isinstance(routes, str) or len(set(routes or ())) < len(routes or ()):
+        raise ValueError(
+            f"`routes` = {routes!r} must be a list of names of {', '.join(map(repr, entries))}, the tickets of "
+            f"{folder.name!r}, each at most once."
+        )
+    return [entries[route] for route in (entries if routes is None else routes)]
+
+
+def _new_names(
+    names: Sequence[str], known: Sequence[str], rename: Mapping[str, str] | Literal["auto"] | None
+) -> list[str]:
+    """The names under which tickets are added to a model that has routes of the names `known`."""
+    is_dict = isinstance(rename, Mapping) and all(isinstance(new, str) and new for new in rename.values())
+    if not (rename is None or rename == "auto" or is_dict):
+        raise ValueError(f"`rename` must be 'auto' or a dict from names in the files to new ones, got {rename!r}.")
+    if isinstance(rename, Mapping):
+        unknown = [name for name in rename if name not in names]
+        if unknown:
+            raise ValueError(f"`rename` has {unknown[0]!r}, but the tickets are {', '.join(map(repr, names))}.")
+        names = [rename.get(name, name) for name in names]
+    taken, result = set(known), []
+    for name in names:
+        if name in taken and rename != "auto":
+            raise ValueError(
+                f"the model has a route {name!r} already. Give the new ticket another name, with "
+                f"`rename={{{name!r}: {_free(name, taken)!r}}}` or `rename='auto'`, or remove the old one by "
+                f"`model.drop_route({name!r})`."
+            )
+        result.append(_free(name, taken))
+        taken.add(result[-1])
+    return result
+
+
+def _free(name: str, taken: set[str]) -> str:
+    candidates = (f"{name}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _check_same_kind(model: RoutedModel, folder: _TicketFolder) -> None:
+    for name in ("ticket_task", "norm_statistics"):
+        if folder.index[name] != getattr(model.config, name):
+            raise ValueError(
+                f"the tickets of {folder.name!r} have {name}={folder.index[name]!r}, but the model has "
+                f"{getattr(model.config, name)!r}: they are of another base."
+            )
+    theirs = [(name, list(shape)) for name, shape in folder.index["weights"]]
+    ours = [(name, list(shape)) for name, shape in model.config.prunable]
+    if theirs != ours:
+        differing = [weight for weight in theirs if weight not in ours] + [w for w in ours if w not in theirs]
+        raise ValueError(
+            f"the tickets of {folder.name!r} are for another backbone: its prunable weights differ from the model's, "
+            f"as {', '.join(f'{name} {shape}' for name, shape in differing[:3]) or 'in their order'}."
+        )
+
+    alone = {name for name, places in parameter_aliases(model.backbone).items() if len(places) == 1}
+    foreign = set(folder.index["private_parameters"]) - (alone - set(model.mask_bank.weight_names))
+    if foreign:
+        raise ValueError(
+            f"the tickets of {folder.name!r} are for another backbone: they bring {', '.join(sorted(foreign)[:3])}, "
+            "which the model has not, has tied, or covers with masks."
+        )
+
+
+def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, Any], name: str) -> _Ticket:
+    tensors = read_tensors(folder.path(entry["file"]))
+    if tensors is None:
+        raise folder.damaged(entry["file"])
+    shapes, coding = model.mask_bank.shapes, entry["coding"]
+    sizes = [-(-shape.numel() // 8) for shape in shapes]
+    rows = decode(coding["mask"], tensors["mask"], sum(sizes)).split(sizes)
+    masks = [unpack(row, shape) for row, shape in zip(rows, shapes, strict=True)]
+    added = [torch.zeros_like(mask) for mask in masks]
+    values = torch.empty(0)
+    if entry["added"]:
+        rows = decode(coding["added"], tensors["added"], sum(sizes)).split(sizes)
+        added = [unpack(row, shape) for row, shape in zip(rows, shapes, strict=True)]
+        values = tensors["values"]
+    counts = [int(mask.sum()) for mask in added]
+    num_kept = sum(int(mask.sum()) for mask in masks)
+    if (num_kept, sum(counts), sum(counts)) != (entry["kept"], entry["added"], len(values)) or any(
+        (extra & ~mask).any() for extra, mask in zip(added, masks, strict=True)
+    ):
+        raise folder.damaged(entry["file"])
+    statistics = _split_statistics(model, folder, entry["file"], tensors)
+    private = _split_private(model, folder, entry["file"], tensors)
+    return _Ticket(name, masks, added, list(values.split(counts)), statistics, private, entry["threshold"])
+
+
+def _split_private(
+    model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    parameters = {name: model.backbone.get_parameter(name) for name in folder.index["private_parameters"]}
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    flat = tensors.get("private", torch.empty(0))
+    if len(flat) != sum(sizes):
+        raise folder.damaged(file)
+    parts = flat.split(sizes) if sizes else ()
+    return {name: part.view(parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
+
+
+def _split_statistics(
+    model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
+) -> list[Tensor]:
+    if model.norm_statistics is None:
+        return []
+    rows = [rows[0] for rows in model.norm_statistics.rows]
+    split: dict[bool, Iterator[Tensor]] = {}
+    for name, is_float in _STATISTICS.items():
+        sizes = [row.numel() for row in rows if row.is_floating_point() == is_float]
+        flat = tensors.get(name, torch.empty(0))
+        if len(flat) != sum(sizes):
+            raise folder.damaged(file)
+        split[is_float] = iter(flat.split(sizes))
+    return [next(split[row.is_floating_point()]).view(row.shape) for row in rows]
+
+
+def _check_same_base(
+    model: RoutedModel, folder: _TicketFolder, entries: Sequence[Mapping[str, Any]], tickets: Sequence[_Ticket]
+) -> None:
+    """Raises `ValueError` unless the model has all that the tickets read of their base, to the bit or rounded."""
+    dense = dense_tensors(model)
+    known = folder.index["dense"]
+    differing = sorted(dense.keys() ^ known.keys())
+    differing += [name for name in dense if name in known and not are_known({name: dense[name]}, known[name])]
+    weights = dict(zip(model.mask_bank.weight_names, model.masker.weights, strict=True))
+    for entry, ticket in zip(entries, tickets, strict=True):
+        for name, mask, added in zip(weights, ticket.masks, ticket.added, strict=True):
+            read = _selected(weights[name], mask & ~added)
+            if len(read) and name not in differing and not are_known({name: read}, entry["in_base"][name]):
+                differing.append(name)
+    if differing:
+        base = folder.index["base"]
+        origin = f", which is {base['repo']!r} at revision {base['revision']}," if base.get("repo") else ""
+        raise ValueError(
+            f"the tickets of {folder.name!r} were made from another base{origin} than this model: of what they read, "
+            f"{len(differing)} tensor(s) differ ({', '.join(differing[:5])})."
+        )
+
+
+def _with_added_weights(model: RoutedModel, tickets: Sequence[_Ticket]) -> list[Tensor]:
+    """
+    The model's prunable weights with those that the tickets bring, which no other ticket may have with other values.
+    """
+    names, used = model.mask_bank.weight_names, model.mask_bank.union()
+    weights = [weight.detach() for weight in model.masker.weights]
+    for ticket in tickets:
+        for layer, (added, values) in enumerate(zip(ticket.added, ticket.values, strict=True)):
+            if not len(values):
+                continue
+            mask, free = added.to(used[layer].device), ~used[layer]
+            values = values.to(weights[layer])
+            conflicts = (weights[layer][mask] != values) & ~free[mask]
+            if conflicts.any():
+                raise ValueError(
+                    f"ticket {ticket.name!r} brings {int(conflicts.sum())} weights of {names[layer]} that another "
+                    "ticket of this model keeps with other values: they were added to the base independently, and one "
+                    "model cannot hold both. Drop the other by `drop_route`, or load this one into a fresh copy."
+                )
+            weights[layer] = weights[layer].masked_scatter(mask, values)
+        used = [one | other.to(one.device) for one, other in zip(used, ticket.masks, strict=True)]
+    return weights

@@ -1,0 +1,223 @@
+"""Algorithm 1 for all routes: which process searches for which ticket, what is on disk already, whether all agree."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling.mask_bank import MaskBank, pack, unpack
+from ..pruning import prune
+from .callbacks import RunProgress
+from .plan import Round
+from .processes import Lifeline, Processes
+from .randomness import Stream, reproducible
+from .run_directory import RunDirectory
+from .ticket_trainer import TicketTrainer
+from .training_args import RTLTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Extraction:
+    """
+    The search for tickets (paper, Algorithm 1), dealt out by route over the processes of a run.
+
+    A route's prune events follow each other on one process, in a plain local loop: no DDP, and no collectives until
+    all are done. Each finished mask is on disk at once, so that an interrupted run goes on from there, on any number
+    of processes: masks depend neither on that number nor on the order of the routes.
+
+    Args:
+        run_directory ([`RunDirectory`]): where masks are.
+        processes ([`Processes`]): who works with us.
+        lifeline ([`Lifeline`]): entered.
+        bank ([`MaskBank`]): names and shapes; not changed.
+        theta0 (`Mapping[str, Tensor]`): what every training starts from.
+        make_ticket_trainer (`Callable`): gives a [`TicketTrainer`] on θ0.
+        batches (`Callable`): (route, event) -> the batches of that training.
+        inputs_of (`Callable`): a batch -> the backbone's inputs.
+        num_steps (`Sequence[int]`): length of a training, per route.
+        args ([`RTLTrainingArguments`]): see there.
+        progress ([`RunProgress`]): is told of every step.
+    """
+
+    run_directory: RunDirectory
+    processes: Processes
+    lifeline: Lifeline
+    bank: MaskBank
+    theta0: Mapping[str, Tensor]
+    make_ticket_trainer: Callable[[], TicketTrainer]
+    batches: Callable[[int, int], Iterator[dict[str, Any]]]
+    inputs_of: Callable[[dict[str, Any]], dict[str, Any]]
+    num_steps: Sequence[int]
+    args: RTLTrainingArguments
+    progress: RunProgress
+
+    def __post_init__(self) -> None:
+        self._ticket_trainer: TicketTrainer | None = None
+
+    def run(self, round_: Round, masks: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """
+        The masks of all routes at the end of a round, from those at its beginning. What is on disk is not done again.
+
+        Raises:
+            FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
+            RuntimeError: the processes do not hold the same masks, or `debug_determinism` found other ones.
+        """
+        if not round_.kept:
+            return list(masks)
+        dealt = self.processes.of_first(self._deal_out(round_) if self.processes.rank == 0 else None)
+        own: dict[int, list[Tensor]] = {}
+        with reproducible(self.args.extraction_threads):
+            for route in dealt[self.processes.rank]:
+                own[route] = self._search(route, round_, masks[route])
+        self.lifeline.meet()
+        others = sum(steps for route, steps in enumerate(self.num_steps) if route not in own)
+        self.progress.step(len(round_.kept) * others)
+        found = self._exchange(own)
+        if self.args.debug_determinism:
+            self._search_again(round_, masks, found, dealt)
+        self._ticket_trainer = None
+        return found
+
+    def _deal_out(self, round_: Round) -> list[list[int]]:
+        """The routes of every process, so that all have about as many steps left to do."""
+        shapes = self.bank.shapes
+        missing = [
+            sum(self.run_directory.load_masks(event, route, shapes) is None for event in round_.events)
+            for route in range(self.bank.num_routes)
+        ]
+        steps = [number * steps for number, steps in zip(missing, self.num_steps, strict=True)]
+        return deal_out(steps, self.processes.world_size)
+
+    def _search(self, route: int, round_: Round, mask: list[Tensor]) -> list[Tensor]:
+        """All prune events of one route in a round."""
+        name = self.bank.route_names[route]
+        for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
+            self.progress.begin_route(name, number, len(round_.kept))
+            pruned = self.run_directory.load_masks(event, route, self.bank.shapes)
+            if pruned is None:
+                pruned, started_from = self.train_and_prune(route, event, mask, num_kept, self.progress.step)
+                self.run_directory.save_masks(event, route, pruned, started_from=started_from)
+            else:
+                self.progress.step(self.num_steps[route])
+            mask = pruned
+        return mask
+
+    def train_and_prune(
+        self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
+    ) -> tuple[list[Tensor], str]:
+        """One prune event: train from m ⊙ θ0, remove the smallest weights. Also a hash of what training began with."""
+        name = self.bank.route_names[route]
+        if self._ticket_trainer is None:
+            self._ticket_trainer = self.make_ticket_trainer()
+        trainer = self._ticket_trainer
+        last_batch: dict[str, Any] = {}
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for batch in self.batches(route, event):
+                last_batch.update(batch)
+                yield batch
+
+        seed = (self.args.seed, Stream.EXTRACTION, event, route)
+        try:
+            weights = trainer.train(mask, batches(), seed=seed, on_step=on_step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
+        started_from = trainer.started_from
+        reference = [self.theta0[weight] for weight in self.bank.weight_names]
+        pruned = prune(weights, mask, num_kept=num_kept, scope=self.args.prune_scope, reference=reference)
+        if not self.args.allow_disconnected and trainer.is_disconnected(pruned, self.inputs_of(last_batch)):
+            raise FloatingPointError(
+                f"pruning to {num_kept:,} weights has cut the output of ticket {name!r} from its input. Lower "
+                "`target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
+            )
+        return pruned, started_from
+
+    def _exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
+        """The masks of all routes, from those of each process; the same everywhere, or an error."""
+        packed = {route: torch.cat([pack(mask) for mask in masks]) for route, masks in own.items()}
+        sizes = [-(-shape.numel() // 8) for shape in self.bank.shapes]
+        rows = self.processes.merge_routes(packed, self.bank.num_routes, sum(sizes))
+        self._check_same(packed, rows)
+        return [
+            [unpack(part, shape) for part, shape in zip(row.split(sizes), self.bank.shapes, strict=True)]
+            for row in rows
+        ]
+
+    def _check_same(self, own: Mapping[int, Tensor], rows: Tensor) -> None:
+        made = {route: _fingerprint(packed) for route, packed in own.items()}
+        received = [_fingerprint(row) for row in rows]
+        everyone = self.processes.gather((made, received))
+        for maker, (theirs, _) in enumerate(everyone):
+            for route, fingerprint in theirs.items():
+                for rank, (_, got) in enumerate(everyone):
+                    if got[route] != fingerprint:
+                        raise RuntimeError(
+                            f"process {rank} has other masks of route {self.bank.route_names[route]!r} "
+                            f"({got[route][:16]}…) than process {maker}, which found them ({fingerprint[:16]}…)."
+                        )
+
+    def _search_again(
+        self, round_: Round, masks: Sequence[list[Tensor]], found: Sequence[list[Tensor]], dealt: list[list[int]]
+    ) -> None:
+        """Recomputes a round's last prune event of one route on another process than the one that did it first."""
+        route = round_.index % self.bank.num_routes
+        finder = next(rank for rank, routes in enumerate(dealt) if route in routes)
+        rank = (finder + 1) % self.processes.world_size
+        name, event = self.bank.route_names[route], round_.events[-1]
+        differing = 0
+        if self.processes.rank == rank:
+            before = masks[route]
+            if len(round_.events) > 1:
+                loaded = self.run_directory.load_masks(event - 1, route, self.bank.shapes)
+                if loaded is None:
+                    raise RuntimeError(
+                        f"process {rank} cannot read the mask of route {name!r} after event {event - 1}."
+                    )
+                before = loaded
+            with reproducible(self.args.extraction_threads):
+                again, _ = self.train_and_prune(route, event, before, round_.kept[-1], lambda: None)
+            differing = sum(int((one != two).sum()) for one, two in zip(again, found[route], strict=True))
+        self.lifeline.meet()
+        differing = sum(self.processes.gather(differing))
+        if differing:
+            raise RuntimeError(
+                f"`debug_determinism`: process {rank} finds another mask of route {name!r} after prune event {event} "
+                f"than process {finder} did: {differing:,} weights differ. Data or computation differ between them."
+            )
+        if self.processes.rank == 0:
+            logger.info(f"Process {rank} finds the same mask of route {name!r} after event {event} as {finder} did.")
+
+
+def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """
+    Deals out routes over processes: the dearest that is left to the process with the least to do.
+
+    Args:
+        costs (`Sequence[float]`): of every route.
+        world_size (`int`): number of processes.
+
+    Returns:
+        Per process, the indices of its routes in ascending order; none if there are fewer routes than processes.
+    """
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0.0, 0, rank) for rank in range(world_size)]
+    for route in sorted(range(len(costs)), key=lambda route: -costs[route]):
+        # By number of routes where costs are equal, as when all is done already.
+        load, num_routes, rank = heapq.heappop(loads)
+        dealt[rank].append(route)
+        heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))
+    return [sorted(routes) for routes in dealt]
+
+
+def _fingerprint(packed: Tensor) -> str:
+    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()

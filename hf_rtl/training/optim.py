@@ -1,0 +1,335 @@
+"""The masked optimizer step: a step on a route moves the weights of its ticket and no others (paper, Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
+
+from ..modeling.mask_bank import integer_dtype
+from ..modeling.modeling_rtl import RTLModel
+
+
+# Elements that a processor works on at once, so that all intermediate results stay in its cache.
+_CHUNK = 2**18
+
+
+class _MaskedOptimizer(Optimizer):
+    """
+    Shared by the two below: prunable weights and private parameters get our own masked update, all other parameters
+    torch's fused one.
+
+    Masking the gradient alone would not do: momentum of earlier routes' steps and weight decay would move weights
+    outside the ticket. Here the update and the per-element state both stand still where the mask is 0.
+    """
+
+    _state_names: tuple[str, ...]
+
+    def __init__(self, params: Iterable, model: RTLModel, defaults: dict[str, Any]) -> None:
+        self._model = model
+        # `fused` makes `load_state_dict` put counts of steps onto their parameter's device, where the fused update
+        # of the other parameters needs them.
+        super().__init__(params, {**defaults, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """
+        One update for the routes trained since the last one; several are masked by their union.
+
+        Raises:
+            RuntimeError: no route was trained, or `zero_grad` has been called since.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        masked_parameters = self._model.masked_parameters
+        masks: dict[Tensor, Tensor] = {}
+        if _has_gradient(masked_parameters):
+            masks = dict(zip(masked_parameters, self._model.update_masks(), strict=True))
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            masked = [parameter for parameter in parameters if parameter in masks]
+            for parts in _batches([self._tensors(parameter, masks[parameter]) for parameter in masked]):
+                self._update_masked(group, *parts)
+            dense = [parameter for parameter in parameters if parameter not in masks]
+            if dense:
+                self._update_dense(group, dense)
+        self._model.routes_since_update.clear()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and with them which routes they came from."""
+        super().zero_grad(set_to_none)
+        self._model.routes_since_update.clear()
+
+    def _tensors(self, parameter: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """(parameter, gradient, mask, *state), all of one shape and memory layout."""
+        state = self.state[parameter]
+        for name in self._state_names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return parameter, parameter.grad, mask, *(state[name] for name in self._state_names)
+
+    def _update_masked(self, group: dict[str, Any], *parts: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _update_dense(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class MaskedAdamW(_MaskedOptimizer):
+    """
+    AdamW whose step on a route moves the weights of its ticket and no others.
+
+    Every element of a prunable weight keeps its own bias corrections 1 − β^t, with t the number of *its* updates: with
+    one count for all, an element that few routes own would be moved several times too far. With a single route that
+    keeps everything it equals `torch.optim.AdamW` to rounding. Not supported: `amsgrad`, `maximize`.
+
+    Args:
+        params (`Iterable`): parameters or groups.
+        model ([`RTLModel`]): tells which weights are masked, and which routes were trained since the last step.
+        lr (`float`, *optional*, defaults to 1e-3), betas (`tuple`, *optional*, defaults to `(0.9, 0.999)`), eps
+            (`float`, *optional*, defaults to 1e-8), weight_decay (`float`, *optional*, defaults to 0.0): as in torch,
+            but without decay by default.
+    """
+
+    # correction1 and correction2 are 1 − β1^t and 1 − β2^t, which obey the moments' own recurrence towards 1.
+    _state_names = ("exp_avg", "exp_avg_sq", "correction1", "correction2")
+
+    def __init__(
+        self,
+        params: Iterable,
+        model: RTLModel,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, model, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._ones_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _update_masked(self, group, params, grads, masks, exp_avgs, exp_avg_sqs, corrections1, corrections2):
+        beta1, beta2 = group["betas"]
+        ones = self._ones(params)
+        weights = _where_kept(1 - beta1, masks, params)
+        torch._foreach_lerp_(exp_avgs, grads, weights)
+        torch._foreach_lerp_(corrections1, ones, weights)
+        weights = _where_kept(1 - beta2, masks, params)
+        torch._foreach_lerp_(exp_avg_sqs, torch._foreach_mul(grads, grads), weights)
+        torch._foreach_lerp_(corrections2, ones, weights)
+        # An element that was never updated gives 0/0 here; `_move` masks it to 0.
+        denominators = torch._foreach_div(exp_avg_sqs, corrections2)
+        # The square root as 1 / rsqrt: on processors torch's sqrt is ten times slower on zeros, of which masked state
+        # is full.
+        torch._foreach_rsqrt_(denominators)
+        torch._foreach_reciprocal_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(exp_avgs, corrections1)
+        torch._foreach_div_(updates, denominators)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        _move(params, updates, masks, group["lr"])
+
+    def _ones(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Ones of the shapes in `like`, in one small memory, which processors read faster than an expanded scalar."""
+        largest = max(tensor.numel() for tensor in like)
+        key = like[0].device, like[0].dtype
+        if key not in self._ones_memory or self._ones_memory[key].numel() < largest:
+            self._ones_memory[key] = like[0].new_ones(largest)
+        return [self._ones_memory[key][: tensor.numel()].view(tensor.shape) for tensor in like]
+
+    def _update_dense(self, group, parameters):
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        adamw(
+            list(parameters),
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class MaskedSGD(_MaskedOptimizer):
+    """
+    SGD, with momentum and coupled weight decay, whose step on a route moves the weights of its ticket and no others.
+
+    With a single route that keeps everything it equals `torch.optim.SGD` to rounding. Not supported: `dampening`,
+    `maximize`.
+
+    Args:
+        params (`Iterable`): parameters or groups.
+        model ([`RTLModel`]): tells which weights are masked, and which routes were trained since the last step.
+        lr (`float`, *optional*, defaults to 1e-3), momentum (`float`, *optional*, defaults to 0.0), weight_decay
+            (`float`, *optional*, defaults to 0.0), nesterov (`bool`, *optional*, defaults to `False`): as in torch.
+    """
+
+    _state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable,
+        model: RTLModel,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(
+            params, model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        )
+
+    def _update_masked(self, group, params, grads, masks, buffers):
+        momentum = group["momentum"]
+        updates = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
+        if momentum:
+            # The buffer moves by (momentum − 1) · buffer + gradient where kept, and by nothing elsewhere.
+            changes = torch._foreach_add(updates, buffers, alpha=momentum - 1)
+            _and_all(changes, masks)
+            torch._foreach_add_(buffers, changes)
+            updates = torch._foreach_add(updates, buffers, alpha=momentum) if group["nesterov"] else buffers
+        _move(params, [update.clone() for update in updates], masks, group["lr"])
+
+    def _update_dense(self, group, parameters):
+        states = [self.state[parameter] for parameter in parameters]
+        buffers = [state.get("momentum_buffer") for state in states]
+        sgd(
+            list(parameters),
+            [parameter.grad for parameter in parameters],
+            buffers,
+            fused=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+        if group["momentum"]:
+            for state, buffer in zip(states, buffers, strict=True):
+                state["momentum_buffer"] = buffer
+
+
+def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
+    """
+    Makes any torch optimizer's step move the weights of the trained routes' tickets and no others.
+
+    Before a step the prunable weights, the private parameters and their per-element state are kept aside; after it
+    they are put back where the mask is 0. That costs a copy of both, and counts of steps are shared by all elements:
+    [`MaskedAdamW`] and [`MaskedSGD`] have neither drawback. Returns the same optimizer.
+    """
+    before: dict[Tensor, list[tuple[str | None, Tensor]]] = {}
+
+    def keep(*_: Any) -> None:
+        if not _has_gradient(model.masked_parameters):
+            return
+        model.update_masks()
+        for parameter in model.masked_parameters:
+            state = optimizer.state.get(parameter, {})
+            own = [(name, value.clone()) for name, value in state.items() if _is_per_element(value, parameter)]
+            before[parameter] = [(None, parameter.detach().clone()), *own]
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        if not before:
+            return
+        for parameter, mask in zip(model.masked_parameters, model.update_masks(), strict=True):
+            state = optimizer.state.get(parameter, {})
+            old = dict(before.pop(parameter))
+            _restore(parameter, old.pop(None), mask)
+            for name, value in state.items():
+                if _is_per_element(value, parameter):
+                    _restore(value, old.get(name, torch.zeros_like(value)), mask)
+        model.routes_since_update.clear()
+
+    zero_grad = optimizer.zero_grad
+
+    def forget(set_to_none: bool = True) -> None:
+        zero_grad(set_to_none)
+        model.routes_since_update.clear()
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(put_back)
+    # With the gradients goes which routes they came from, as when a gradient scaler has skipped the step.
+    optimizer.zero_grad = forget  # type: ignore[method-assign]
+    return optimizer
+
+
+def _has_gradient(parameters: Sequence[Tensor]) -> bool:
+    """Whether any of the masked parameters has one: if not, none moves, and no route need have been trained."""
+    return any(parameter.grad is not None for parameter in parameters)
+
+
+def _is_per_element(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _restore(new: Tensor, old: Tensor, mask: Tensor) -> None:
+    """Puts the bits of `old` into `new` where `mask` has none set."""
+    new.copy_(torch.where(mask != 0, new, old))
+
+
+def _batches(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
+    """
+    Groups of corresponding tensors of one device and type to update at once, each a list per kind.
+
+    On processors a cache-sized group after another, large tensors being cut; on accelerators everything, since there
+    the number of launches counts.
+    """
+    group: list[tuple[Tensor, ...]] = []
+    size = 0
+    for parts in tensors:
+        if group and (parts[0].device, parts[0].dtype) != (group[0][0].device, group[0][0].dtype):
+            yield [list(kind) for kind in zip(*group, strict=True)]
+            group, size = [], 0
+        limit = _CHUNK if parts[0].device.type == "cpu" else 2**62
+        pieces = [parts]
+        if parts[0].numel() > limit and all(part.is_contiguous() for part in parts):
+            pieces = list(zip(*(part.view(-1).split(limit) for part in parts), strict=True))
+        for piece in pieces:
+            if group and size + piece[0].numel() > limit:
+                yield [list(kind) for kind in zip(*group, strict=True)]
+                group, size = [], 0
+            group.append(piece)
+            size += piece[0].numel()
+    if group:
+        yield [list(kind) for kind in zip(*group, strict=True)]
+
+
+def _where_kept(value: float, masks: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """`value` where the integer masks have their bits set, 0 elsewhere, in the types of `like`."""
+    bits = torch.tensor(value, dtype=like[0].dtype, device=like[0].device).view(integer_dtype(like[0].dtype))
+    return [torch.bitwise_and(mask, bits).view(tensor.dtype) for mask, tensor in zip(masks, like, strict=True)]
+
+
+def _and_all(values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    for value, mask in zip(values, masks, strict=True):
+        value.view(mask.dtype).bitwise_and_(mask)
+
+
+def _move(params: Sequence[Tensor], updates: Sequence[Tensor], masks: Sequence[Tensor], lr: float) -> None:
+    """params −= lr · updates where kept. Elsewhere −lr · 0 = −0 is added, which leaves every bit as it was."""
+    _and_all(updates, masks)
+    torch._foreach_add_(list(params), list(updates), alpha=-lr)

@@ -1,0 +1,236 @@
+"""The directory of a training run: what is in it, how it is written, and whether it fits a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..modeling.files import read_tensors, write_json, write_tensors
+from ..modeling.hashing import hash_file
+from ..modeling.mask_bank import pack, unpack
+
+
+logger = logging.getLogger(__name__)
+
+REPORT = "round.json"
+
+
+class RunDirectory:
+    """
+    ```
+    run.json                                    configuration, versions, hashes
+    theta0.safetensors                          what every event and every joint retraining starts from
+    extraction/extraction.json                  the part of the configuration that decides the masks
+    extraction/event-NNN/route-KKK.safetensors  the mask of a route after a prune event
+    round-NN-sparsity-S/                        a complete model, with that round's Trainer checkpoints inside
+    final/                                      the last round's model
+    ```
+    A file that exists under its name is whole: files are written beside and then renamed. Tensor files carry a hash of
+    their content, so a damaged one is found and its work done again.
+    """
+
+    def __init__(self, path: str | os.PathLike, extraction_path: str | os.PathLike | None = None) -> None:
+        self.path = Path(path)
+        self.extraction_path = self.path / "extraction" if extraction_path is None else Path(extraction_path)
+        # Tells files that this run is writing from those of others.
+        self.owner = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:8] + "-"
+
+    def mask_file(self, event: int, route: int) -> Path:
+        return self.extraction_path / f"event-{event:03d}" / f"route-{route:03d}.safetensors"
+
+    @property
+    def theta0_file(self) -> Path:
+        return self.path / "theta0.safetensors"
+
+    @property
+    def final_folder(self) -> Path:
+        return self.path / "final"
+
+    def open(
+        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any], surroundings: Mapping[str, str]
+    ) -> None:
+        """
+        Starts a run in this directory, or continues the one that is there.
+
+        Args:
+            configuration (`Mapping[str, Any]`): what decides the result; must be the same to continue.
+            extraction (`Mapping[str, Any]`): the part of it that decides the masks.
+            surroundings (`Mapping[str, str]`): versions and devices, which decide rounding; others are warned of.
+
+        Raises:
+            ValueError: a run, or extracted masks, of another configuration are there; says which values differ. Or
+                the file that says so is damaged.
+        """
+        files = {
+            self.path / "run.json": {"configuration": configuration, "surroundings": surroundings},
+            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": surroundings},
+        }
+        for file, content in files.items():
+            if file.exists():
+                saved = _read_settings(file)
+                current = json.loads(json.dumps(content))
+                _check_same(file, saved["configuration"], current["configuration"])
+                _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
+        self._remove_what_a_killed_run_left()
+        for file, content in files.items():
+            if not file.exists():
+                write_json(file, content, owner=self.owner)
+
+    def _remove_what_a_killed_run_left(self) -> None:
+        """Files and folders that were written beside their place; nothing of others in the same folders."""
+        own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared.*"]
+        left = [path for pattern in own for path in self.path.glob(f"{pattern}.tmp")]
+        left += [*self.path.glob("round-*/**/.*.tmp"), *self.final_folder.glob(".*.tmp")]
+        # Other runs may be writing masks into the same folder.
+        left += self.extraction_path.glob(f"**/.*.{self.owner}*.tmp")
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT}
+        written = {**report, "files": hashes}
+        write_json(folder / REPORT, written)
+        return written
+
+    def read_report(self, folder: Path) -> dict[str, Any] | None:
+        """The report of a finished round; `None` if it is not finished, or its report or model is damaged."""
+        try:
+            report = json.loads((folder / REPORT).read_text())
+            damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
+        except FileNotFoundError as error:
+            if not (folder / REPORT).exists():
+                return None
+            damaged = [Path(error.filename).name]
+        except (KeyError, ValueError):
+            damaged = [REPORT]
+        if damaged:
+            logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
+            return None
+        return report
+
+    def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
+        """Writes a route's mask after an event, with the hash of what its training started from."""
+        tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
+        write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
+
+    def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
+        """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
+        tensors = read_tensors(self.mask_file(event, route))
+        if tensors is None:
+            return None
+        return [unpack(tensors[f"m{layer:04d}"], shape) for layer, shape in enumerate(shapes)]
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text())
+        return {"configuration": saved["configuration"], "surroundings": saved["surroundings"]}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{str(file)!r} is damaged: what the run in this folder was made with is not known. Delete the folder, or "
+            "choose another one."
+        ) from None
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    return "; ".join(f"{name}: {_short(saved.get(name))} there, {_short(current.get(name))} now" for name in differing)
+
+
+def _warn_of_other_surroundings(file: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    differences = _differences(saved, current)
+    if differences:
+        logger.warning(
+            f"{str(file.parent)!r} was begun in other surroundings ({differences}): what is added now may differ in "
+            "rounding, and so in masks, from what an uninterrupted run would have given."
+        )
+
+
+def _check_same(file: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differences = _differences(saved, current)
+    if differences:
+        raise ValueError(
+            f"{str(file.parent)!r} holds a run of another configuration ({differences}). Choose another `output_dir` "
+            "or `extraction_dir`, or give the same arguments to continue that run."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+logger = logging.getLogger(__name__)
+
+SEAL = "checkpoint.json"
+
+
+def seal(checkpoint: Path, *, world_size: int) -> None:
+    """Says that a checkpoint is whole, what is in it, and how many processes made it."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
+    write_json(checkpoint / SEAL, {"world_size": world_size, "files": hashes})
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has been sealed and holds what it held then."""
+    try:
+        files = json.loads((checkpoint / SEAL).read_text())["files"]
+        return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
+    except (FileNotFoundError, KeyError, ValueError):  # another OSError says nothing of what is there
+        return False
+
+
+def is_usable(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: it is whole, and so is the best one so far, which it refers to."""
+    if not is_whole(checkpoint):
+        return False
+    best = best_checkpoint(checkpoint)
+    return best is None or is_whole(best)
+
+
+def best_checkpoint(checkpoint: Path) -> Path | None:
+    """The best checkpoint when this one was made. It lies beside it, also if the run was moved since."""
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    return None if best is None else checkpoint.parent / Path(best).name
+
+
+def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
+    """
+    The latest of a folder's checkpoints that is usable. Those after it are removed: their steps are done again.
+
+    Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
+    """
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for checkpoint in sorted(checkpoints, key=_step_of, reverse=True):
+        if is_usable(checkpoint):
+            made_by = json.loads((checkpoint / SEAL).read_text())["world_size"]
+            if made_by != world_size:
+                logger.warning(
+                    f"{str(checkpoint)!r} was made by {made_by} process(es) and is continued by {world_size}: the "
+                    "joint retraining will not be the same to the bit as an uninterrupted one."
+                )
+            return checkpoint
+        logger.warning(f"{str(checkpoint)!r} is cut short or damaged, and removed: its steps are done again.")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

@@ -1,0 +1,186 @@
+"""Trains one ticket: a masked copy of the network, from the initial weights, on one route (paper, Algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+from ..modeling.hashing import hash_tensors
+from ..modeling.mask_bank import integer_dtype
+from ..modeling.masking import and_masks
+from ..modeling.prunable import parameter_aliases
+from .randomness import seeded
+
+
+@dataclass
+class TicketTrainer:
+    """
+    Trains a plain copy of a backbone from masked initial weights. No DDP and no collectives: routes are independent.
+
+    Args:
+        network (`nn.Module`): a copy of the backbone that this object may change.
+        theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
+        weight_names (`list[str]`): the prunable weights, in the bank's order.
+        make_optimizer (`Callable`): a fresh optimizer for the network.
+        compute_loss (`Callable`): (network, batch) -> scalar loss.
+        autocast (`Callable`): context in which the loss is computed.
+        frozen (`list[Tensor]`, *optional*): `bool`, one per prunable weight: what training leaves as it is to the bit,
+            but pruning may remove.
+        max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
+        fp16 (`bool`): whether to scale losses.
+    """
+
+    network: nn.Module
+    theta0: Mapping[str, Tensor]
+    weight_names: Sequence[str]
+    make_optimizer: Callable[[nn.Module], Optimizer]
+    compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    frozen: Sequence[Tensor] | None = None
+    max_grad_norm: float = 0.0
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        aliases = parameter_aliases(self.network)
+        self.weights: list[Tensor] = [getattr(*aliases[name][0]) for name in self.weight_names]
+        # Hash of every parameter and buffer that the latest training started from.
+        self.started_from = ""
+
+    @torch.no_grad()
+    def rewind(self, masks: Sequence[Tensor] | None) -> None:
+        """Sets every parameter and buffer to θ0, the prunable weights to where(mask, θ0, 0)."""
+        for name, tensor in named_state(self.network):
+            tensor.copy_(self.theta0[name])
+        if masks is not None:
+            for weight, mask in zip(self.weights, masks, strict=True):
+                weight.masked_fill_(~mask.to(weight.device), 0)
+
+    def train(
+        self,
+        masks: Sequence[Tensor] | None,
+        batches: Iterable[dict[str, Any]],
+        *,
+        seed: Sequence[int],
+        on_step: Callable[[], None] = lambda: None,
+        make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> list[Tensor]:
+        """
+        Trains from m ⊙ θ0 on `batches`; gradients are masked, so pruned weights stay 0.
+
+        Args:
+            masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
+            batches (`Iterable`): what `compute_loss` takes.
+            seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
+            on_step (`Callable`): called after every step.
+            make_scheduler (`Callable`, *optional*): of the learning rate, which is constant without.
+
+        Returns:
+            The trained prunable weights, on the CPU.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite.
+        """
+        device = next(self.network.parameters()).device
+        with seeded(seed, device):
+            self.begin(masks)
+            scheduler = None if make_scheduler is None else make_scheduler(self._optimizer)
+            total_loss = torch.zeros((), device=device)
+            for batch in batches:
+                total_loss += self.step(batch)
+                if scheduler is not None:
+                    scheduler.step()
+                on_step()
+            # Looked at once, since a look at every step would wait for the device.
+            if not torch.isfinite(total_loss):
+                raise FloatingPointError(
+                    f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data."
+                )
+            self._optimizer.zero_grad()
+        return [weight.detach().cpu().clone() for weight in self.weights]
+
+    def begin(self, masks: Sequence[Tensor] | None) -> None:
+        """Rewinds to m ⊙ θ0 and makes a fresh optimizer and scaler."""
+        self.rewind(masks)
+        self.started_from = hash_tensors(dict(named_state(self.network)))
+        self.network.train()
+        self._optimizer = self.make_optimizer(self.network)
+        device = next(self.network.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
+        self._masks: list[Tensor] = []
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+        if self.frozen is not None:
+            kept = [~frozen for frozen in self.frozen]
+            masks = (
+                kept if masks is None else [mask & own.to(mask.device) for mask, own in zip(masks, kept, strict=True)]
+            )
+            self._frozen = [
+                (frozen.to(weight.device), weight.detach().clone())
+                for frozen, weight in zip(self.frozen, self.weights, strict=True)
+            ]
+        if masks is not None and not all(bool(mask.all()) for mask in masks):
+            self._masks = [_as_integers(mask, weight) for mask, weight in zip(masks, self.weights, strict=True)]
+
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        """One optimizer step on `batch` with masked gradients. Returns the loss, still on its device."""
+        self._optimizer.zero_grad()
+        with self.autocast():
+            loss = self.compute_loss(self.network, batch)
+        self._scaler.scale(loss).backward()
+        for weight, mask in zip(self.weights, self._masks, strict=False):
+            if weight.grad is not None:
+                weight.grad = and_masks(weight.grad, mask)
+        if self.max_grad_norm > 0:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        with torch.no_grad():
+            # A masked gradient does not do: weight decay moves weights without one.
+            for weight, (frozen, value) in zip(self.weights, self._frozen, strict=False):
+                weight.copy_(torch.where(frozen, value, weight))
+        return loss.detach()
+
+    @torch.no_grad()
+    def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
+        """
+        Whether the rewound ticket gives every sample of `batch` the same output: pruning has cut it from its input.
+
+        Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
+        False where that cannot be told: for a single sample, or if nothing were pruned the output would be the same
+        too, as with a head that starts at zero.
+        """
+        return self._is_constant(masks, batch) and not self._is_constant(None, batch)
+
+    def _is_constant(self, masks: Sequence[Tensor] | None, batch: dict[str, Any]) -> bool:
+        self.rewind(masks)
+        self.network.eval()
+        for module in self.network.modules():
+            if isinstance(module, _NormBase):
+                module.train()
+        with self.autocast():
+            output = self.network(
+                **{name: value for name, value in batch.items() if name != "labels"}, return_dict=True
+            )
+        main = output.logits if "logits" in output else output[0]
+        return bool((main == main[:1]).all())
+
+
+def named_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, tied ones under their first name."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
+    """A `bool` mask as integers with all bits set where kept, of the weight's size and memory layout."""
+    integers = torch.empty_like(weight, dtype=integer_dtype(weight.dtype), requires_grad=False)
+    return integers.copy_(mask).neg_()
