@@ -81,8 +81,9 @@ class Rounds:
         try:
             for round_ in plan.rounds:
                 progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
-                found = extraction.run(round_, masks)
-                new_figures, stop = self._tell_callbacks(round_, found)
+                with trainer.in_round(round_, num_steps_before=self.num_steps):
+                    found = extraction.run(round_, masks)
+                    new_figures, stop = self._tell_callbacks(round_, found)
                 if stop and previous is not None:
                     if not previous.retrained:
                         output = self.finish(previous, masks, figures)

@@ -79,7 +79,7 @@ class RouteTrainer(Trainer):
         self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
         self.add_callback(self.progress)
         # The round that is being worked on, and the steps of the rounds before it, for the log.
-        self._round: Round | None = None
+        self.current_round: Round | None = None
         self._steps_before = 0
         self._warned_of_emptied_layers = False
         # Whether the batch in hand is of all routes.
@@ -104,11 +104,12 @@ class RouteTrainer(Trainer):
         The round that retraining and evaluation inside belong to: its index keys the batches, and it is logged along,
         with steps that count on from `num_steps_before`.
         """
-        self._round, self._steps_before = round_, num_steps_before
+        before = self.current_round
+        self.current_round, self._steps_before = round_, num_steps_before
         try:
             yield
         finally:
-            self._round, self._steps_before = None, 0
+            self.current_round = before  # an evaluation that follows still counts from the same steps
 
     def put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
         """Gives the model the masks of all routes, the same on all processes; warns once of layers without weights."""
@@ -141,7 +142,7 @@ class RouteTrainer(Trainer):
         self.model_wrapped = self.model
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
-        set_seed(seed_of(self.args.seed, Stream.RETRAINING, self.current_round.index))
+        set_seed(seed_of(self.args.seed, Stream.RETRAINING, self._require_round().index))
         # Masks never change here, and statistics are averaged: DDP need not send process 0's in every step.
         statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
         kept_in_step = [
@@ -162,12 +163,10 @@ class RouteTrainer(Trainer):
             self._delete_old_checkpoints()
         return output
 
-    @property
-    def current_round(self) -> Round:
-        """The round that is being worked on. Raises `RuntimeError` outside of one."""
-        if self._round is None:
+    def _require_round(self) -> Round:
+        if self.current_round is None:
             raise RuntimeError("batches are made inside `train()` only.")
-        return self._round
+        return self.current_round
 
     def recalibrate_union(self) -> None:
         """Takes the running statistics of the union of all tickets anew, from training samples of all routes."""
@@ -175,7 +174,7 @@ class RouteTrainer(Trainer):
 
     def _recalibration_batches(self) -> Iterator[dict[str, Any]]:
         data = self.run_data.require_training()
-        generator = np.random.default_rng([data.seed, Stream.RECALIBRATION, self.current_round.index])
+        generator = np.random.default_rng([data.seed, Stream.RECALIBRATION, self._require_round().index])
         order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * data.batch_size]
         samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
         rows = Rows(samples, order.tolist())
@@ -303,7 +302,7 @@ class RouteTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         data = self.run_data.require_training()
         sampler = self.retraining_sampler(
-            self.current_round.index, rank=self.args.process_index, world_size=self.args.world_size
+            self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
         loader = data.loader(sampler, self.collate(), **self.loader_arguments())
         # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
@@ -484,8 +483,8 @@ class RouteTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; steps count over all rounds, and the round is logged along."""
-        if self._round is not None:
-            logs["round"] = self._round.index + 1
+        if self.current_round is not None:
+            logs["round"] = self.current_round.index + 1
         self.state.global_step += self._steps_before
         try:
             super().log(logs, *args, **kwargs)

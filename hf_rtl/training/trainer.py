@@ -164,8 +164,6 @@ class RTLTrainer(RouteTrainer):
             rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
             self.rounds = rounds.reports
             output = rounds.run(lifeline)
-            # Logged steps count over all rounds, also those of an evaluation that follows.
-            self.state.global_step = output.global_step
             self._save_final()
         if self.args.push_to_hub:
             self.push_to_hub()

@@ -21,12 +21,14 @@ from timm.models import create_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import TrainerCallback, ViTConfig  # noqa: E402
 
-import hf_rtl.collapse_monitor  # noqa: E402
-import hf_rtl.lifeline  # noqa: E402
+import hf_rtl.training.callbacks  # noqa: E402
+import hf_rtl.training.processes  # noqa: E402
 from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
 from hf_rtl.analysis import Change  # noqa: E402
+from hf_rtl.training import route_trainer  # noqa: E402
 from hf_rtl.training.extraction import Extraction  # noqa: E402
 from hf_rtl.training.processes import Processes  # noqa: E402
+from hf_rtl.training.running_statistics import running_statistics  # noqa: E402
 from hf_rtl.training.ticket_trainer import TicketTrainer  # noqa: E402
 
 
@@ -152,7 +154,7 @@ def train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
 def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`; also what every update of joint retraining saw and did, and how DDP was set up."""
     trainer = make_trainer(folder, kind, **options)
-    original_step, original_average = trainer.training_step, trainer._average_statistics
+    original_step, original_average = trainer.training_step, route_trainer.average_over_processes
     batches: list[dict[str, Any]] = []
     moved_outside: list[int] = []
     statistics: list[tuple[list, list, list]] = []
@@ -174,13 +176,13 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
             wrapped["broadcast"] = [names[id(buffer)] for buffer in model_in_ddp.modules_buffers]
         return original_step(model, inputs, num_items_in_batch)
 
-    def average(route):
-        rows = trainer._statistics(route)
+    def average(rows, accelerator):
+        route = batches[-1]["route"]
         other_routes = [other for other in range(trainer.model.num_routes) if other != route]
-        others = [row for other in other_routes for row in trainer._statistics(other)]
+        others = [row for other in other_routes for row in running_statistics(trainer.model, other)]
         before = [row.numpy().copy() for row in rows]
         before_others = [row.numpy().copy() for row in others]
-        original_average(route)
+        original_average(rows, accelerator)
         after = [row.numpy().copy() for row in rows]
         unchanged = [bool((a == b.numpy()).all()) for a, b in zip(before_others, others, strict=True)]
         statistics.append((before, after, unchanged))
@@ -198,9 +200,10 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
             for mask, before, after in zip(masks, weights, trainer.model.masked_parameters, strict=True):
                 moved_outside.append(int(((before != after) & ~mask).sum()))
 
-    trainer.training_step, trainer._average_statistics = training_step, average
+    trainer.training_step = training_step
     trainer.add_callback(Watch())
-    trainer.train()
+    with patch.object(route_trainer, "average_over_processes", average):
+        trainer.train()
     watched = {"batches": batches, "moved_outside": moved_outside, "statistics": statistics, "wrapped": wrapped}
     return {**summary(trainer), **watched}
 
@@ -215,7 +218,7 @@ def stop_at_collapse(folder: str, kind: str, options: dict[str, Any]) -> dict[st
     monitor = CollapseMonitor(stop_on_collapse=True)
     trainer = make_trainer(folder, kind, **options)
     trainer.add_callback(monitor)
-    with patch.object(hf_rtl.collapse_monitor, "detect_collapse", detect):
+    with patch.object(hf_rtl.training.callbacks, "detect_collapse", detect):
         trainer.train()
     similarity = [report["similarity/mean"] for report in trainer.rounds]
     return {**summary(trainer), "similarity": similarity, "num_points": len(monitor.points)}
@@ -363,7 +366,7 @@ def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[st
 
 def train_for_long(folder: str, place: str) -> None:
     """Trains until it is killed: in extraction once its first mask is there, or in joint retraining."""
-    hf_rtl.lifeline.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 5
     steps = 10**9
     if place == "retraining":
         train(folder, "timm", {"max_steps": steps, "save_strategy": "steps", "save_steps": 2})
@@ -404,7 +407,7 @@ def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str,
     owner, name, size = {
         "extraction": (TicketTrainer, "train", 2**12),
         "checkpoint": (RTLTrainer, "_save_optimizer_and_scheduler", 2**16),
-        "model": (RTLTrainer, "_recalibrate_union", 2**16),
+        "model": (RTLTrainer, "recalibrate_union", 2**16),
     }[place]
     with patch.object(owner, name, limited(getattr(owner, name), size)):
         return train(folder, "timm", options)
@@ -432,7 +435,7 @@ def write_into_a_read_only_folder(folder: str) -> dict[str, Any]:
 
 def fail_to_begin(folder: str) -> dict[str, Any]:
     """As `train`, but process 0 does not even make its trainer."""
-    hf_rtl.lifeline.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 5
     trainer = make_trainer(folder)
     if dist.get_rank() == 0:
         raise ValueError("no such data")
