@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .hashing import hash_parts
 
 
 # Row b of `_BITS` holds the eight bits of the byte b, lowest first (as `np.packbits(bitorder="little")`).
@@ -201,11 +202,9 @@ class MaskBank(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over the number of routes and, for each weight in order, its name, shape and packed masks."""
-        digest = hashlib.sha256(f"{self.num_routes}".encode())
-        for name, shape, rows in zip(self.weight_names, self.shapes, self.packed, strict=True):
-            digest.update(f"|{name}|{tuple(shape)}|".encode())
-            digest.update(rows.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        layers = zip(self.weight_names, self.shapes, self.packed, strict=True)
+        parts = [(f"|{name}|{tuple(shape)}|", rows) for name, shape, rows in layers]
+        return hash_parts([(f"{self.num_routes}{parts[0][0]}", parts[0][1]), *parts[1:]])
 
     # Changing
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.hashing import hash_parts
 from ..modeling.mask_bank import pack, unpack
 from ..pruning import prune
 from .plan import Round
@@ -137,8 +137,8 @@ class Extraction:
         ]
 
     def _check_same(self, own: Mapping[int, Tensor], rows: Tensor) -> None:
-        made = {route: _fingerprint(packed) for route, packed in own.items()}
-        received = [_fingerprint(row) for row in rows]
+        made = {route: hash_parts([("", packed)]) for route, packed in own.items()}
+        received = [hash_parts([("", row)]) for row in rows]
         everyone = self.processes.gather((made, received))
         for maker, (theirs, _) in enumerate(everyone):
             for route, fingerprint in theirs.items():
@@ -253,7 +253,3 @@ def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
         dealt[rank].append(route)
         heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))
     return [sorted(routes) for routes in dealt]
-
-
-def _fingerprint(packed: Tensor) -> str:
-    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()

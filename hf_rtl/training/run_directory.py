@@ -24,7 +24,7 @@ from .run_identity import with_later_fields
 
 logger = logging.getLogger(__name__)
 
-REPORT = "round.json"
+REPORT_FILE = "round.json"
 
 
 class RunDirectory:
@@ -105,22 +105,22 @@ class RunDirectory:
     def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT}
+        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT_FILE}
         written = {**report, "files": hashes}
-        write_json(folder / REPORT, written)
+        write_json(folder / REPORT_FILE, written)
         return written
 
     def read_report(self, folder: Path) -> dict[str, Any] | None:
         """The report of a finished round; `None` if it is not finished, or its report or model is damaged."""
         try:
-            report = json.loads((folder / REPORT).read_text())
+            report = json.loads((folder / REPORT_FILE).read_text())
             damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
         except FileNotFoundError as error:
-            if not (folder / REPORT).exists():
+            if not (folder / REPORT_FILE).exists():
                 return None
             damaged = [Path(error.filename).name]
         except (KeyError, ValueError):
-            damaged = [REPORT]
+            damaged = [REPORT_FILE]
         if damaged:
             logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
             return None
