@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling.files import read_tensors, write_json, write_tensors
 from ..modeling.hashing import hash_file
-from ..modeling.mask_bank import pack, unpack
 from .run_identity import with_later_fields
 
 
@@ -126,17 +124,21 @@ class RunDirectory:
             return None
         return report
 
-    def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
-        """Writes a route's mask after an event, with the hash of what its training started from."""
-        tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
+    def save_mask(self, event: int, route: int, packed: Sequence[Tensor], *, started_from: str = "") -> None:
+        """
+        Writes a route's mask after an event.
+
+        Args:
+            packed (`Sequence[Tensor]`): its rows, `uint8`, one per prunable weight, as of `MaskBank.pack`.
+            started_from (`str`, *optional*): hash of what its training started from.
+        """
+        tensors = {f"m{layer:04d}": row.cpu() for layer, row in enumerate(packed)}
         write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
 
-    def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
-        """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
+    def load_mask(self, event: int, route: int) -> list[Tensor] | None:
+        """The packed rows that `save_mask` wrote, `None` if there are none or they are damaged."""
         tensors = read_tensors(self.mask_file(event, route))
-        if tensors is None:
-            return None
-        return [unpack(tensors[f"m{layer:04d}"], shape) for layer, shape in enumerate(shapes)]
+        return None if tensors is None else [tensors[name] for name in sorted(tensors)]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

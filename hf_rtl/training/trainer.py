@@ -210,7 +210,8 @@ class RTLTrainer(RouteTrainer):
         self.progress.begin_round(name)
         try:
             with Lifeline(self.args.process_index, self.args.world_size), self.explained_failures():
-                rounds.finish(replace(original, name=name), masks, {})
+                packed = [self.model.mask_bank.pack(mask) for mask in masks]
+                rounds.finish(replace(original, name=name), packed, {})
         finally:
             self.progress.finish()
         return rounds.reports[0]
