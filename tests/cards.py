@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainingArguments
 from hf_rtl.metrics import label_metrics, membership_metrics
-from hf_rtl.training.run_report import describe_run, write_run
+from hf_rtl.model_card.run_record import write_run
+from hf_rtl.training.run_report import describe_run
 
 
 SPECIFICATION = yaml.safe_load(Path(__file__).with_name("model_card_specification.yaml").read_text())

@@ -28,9 +28,9 @@ import hf_rtl.model_card
 from hf_rtl import RTLModelForImageClassification
 from hf_rtl.metrics import label_metrics, router_metrics
 from hf_rtl.model_card import write_card
+from hf_rtl.model_card.run_record import write_run
 from hf_rtl.modeling.modeling_rtl import TASK_CLASSES
 from hf_rtl.modeling.routers import ScoreRouter
-from hf_rtl.training.run_report import write_run
 
 
 # The form

@@ -355,7 +355,7 @@ def test_datasets_need_not_be_installed():
     code = """
 import sys
 sys.modules["datasets"] = None
-from hf_rtl.partition import partition_by_column
+from hf_rtl.data.partition_by import partition_by_column
 assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
 """
     subprocess.run([sys.executable, "-c", code], check=True)

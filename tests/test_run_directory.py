@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hf_rtl.files
+import hf_rtl.modeling.files
 from hf_rtl.modeling.files import read_tensors, write_json, write_tensors
 from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.training.run_directory import RunDirectory
@@ -133,7 +133,7 @@ def test_tensors_are_written_beside_and_renamed(tmp_path, monkeypatch):
         seen.append(os.fspath(path))
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(hf_rtl.files, "save_file", watched)
+    monkeypatch.setattr(hf_rtl.modeling.files, "save_file", watched)
     write_tensors(tmp_path / "x.safetensors", TENSORS)
     assert len(seen) == 1
     assert os.path.basename(seen[0]) != "x.safetensors"
@@ -301,7 +301,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_of_others(tm
     names = [".run.json.17.tmp", "round-01-sparsity-0.5/.round.json.17.tmp", ".final-x1y2.tmp/model.safetensors"]
     left = [tmp_path / "run" / name for name in names]
     of_others = [tmp_path / "run" / ".editor.tmp", shared / "event-000" / ".notes.tmp"]
-    monkeypatch.setattr(hf_rtl.files.os, "replace", lambda source, target: None)  # killed before the renaming
+    monkeypatch.setattr(hf_rtl.modeling.files.os, "replace", lambda source, target: None)  # killed before the renaming
     for run in ("run", "another"):
         RunDirectory(tmp_path / run, shared).save_masks(0, 0, MASKS)
     monkeypatch.undo()
@@ -341,7 +341,7 @@ def test_a_disk_that_fails_in_the_last_moment_leaves_the_file_as_it_was(tmp_path
 
 
 def test_equal_tensors_give_equal_files(tmp_path):
-    command = "import torch; from hf_rtl.files import write_tensors; from pathlib import Path; import sys; "
+    command = "import torch; from hf_rtl.modeling.files import write_tensors; from pathlib import Path; import sys; "
     command += "write_tensors(Path(sys.argv[1]), {'b': torch.ones(2), 'a': torch.zeros(3)}, started_from='abc', k='v')"
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", command, str(tmp_path / name)], check=True)

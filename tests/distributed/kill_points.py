@@ -20,10 +20,9 @@ from distributed import runs
 from distributed.processes import Team
 from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 
-import hf_rtl.files
-import hf_rtl.joint_trainer
-import hf_rtl.lifeline
-import hf_rtl.processes
+import hf_rtl.modeling.files
+import hf_rtl.training.processes
+import hf_rtl.training.route_trainer
 from hf_rtl import RTLTrainer
 from hf_rtl.training.extraction import Extraction
 from hf_rtl.training.run_directory import RunDirectory
@@ -78,7 +77,7 @@ class Stops:
         self._stop_in_extraction()
         for owner, name, number in (
             (Path, "write_text", 0),
-            (hf_rtl.files, "save_file", 1),
+            (hf_rtl.modeling.files, "save_file", 1),
             (transformers.modeling_utils, "safe_save_file", 1),
             (torch, "save", 1),
             (TrainerState, "save_to_json", 1),
@@ -87,7 +86,7 @@ class Stops:
             self._stop_in_writes(owner, name, number)
         self._stop_at_renames()
         self._stop_in_removals()
-        self._stop_before(hf_rtl.processes, "_appears", BETWEEN)
+        self._stop_before(hf_rtl.training.processes, "_appears", BETWEEN)
         self._stop_before(RunDirectory, "open", BETWEEN)
         self._stop_before(RTLTrainer, "_theta0", BETWEEN)
         self._stop_before(Extraction, "run", BETWEEN)
@@ -100,9 +99,9 @@ class Stops:
         self._stop_before(RTLTrainer, "_save_checkpoint", SAVING)
         self._stop_before(RTLTrainer, "_save_optimizer_and_scheduler", SAVING)
         self._stop_before(RTLTrainer, "save_model", SAVING)
-        self._stop_before(hf_rtl.joint_trainer, "seal", SAVING)
+        self._stop_before(hf_rtl.training.route_trainer, "seal", SAVING)
         self._stop_before(RunDirectory, "write_report", SAVING)
-        self._stop_before(hf_rtl.lifeline.Lifeline, "_leave", SAVING)
+        self._stop_before(hf_rtl.training.processes.Lifeline, "_leave", SAVING)
 
     def watch(self, trainer: RTLTrainer) -> None:
         """Stops in joint retraining."""
@@ -235,8 +234,8 @@ def train(folder: str, kind: str, ends: list[Connection], resume: bool | None, p
     for other, end in enumerate(ends):
         if other != rank:
             end.close()
-    hf_rtl.lifeline.PATIENCE = patience
-    hf_rtl.lifeline.INTERVAL = 0.2
+    hf_rtl.training.processes.PATIENCE = patience
+    hf_rtl.training.processes.INTERVAL = 0.2
     stops = Stops(Path(folder), ends[rank])
     stops.install()
     trainer = runs.make_trainer(folder, kind, **OPTIONS)

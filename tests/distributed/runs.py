@@ -21,8 +21,8 @@ from timm.models import create_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import TrainerCallback, ViTConfig  # noqa: E402
 
-import hf_rtl.collapse_monitor  # noqa: E402
-import hf_rtl.lifeline  # noqa: E402
+import hf_rtl.training.callbacks  # noqa: E402
+import hf_rtl.training.processes  # noqa: E402
 from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
 from hf_rtl.analysis import Change  # noqa: E402
 from hf_rtl.training.extraction import Extraction  # noqa: E402
@@ -215,7 +215,7 @@ def stop_at_collapse(folder: str, kind: str, options: dict[str, Any]) -> dict[st
     monitor = CollapseMonitor(stop_on_collapse=True)
     trainer = make_trainer(folder, kind, **options)
     trainer.add_callback(monitor)
-    with patch.object(hf_rtl.collapse_monitor, "detect_collapse", detect):
+    with patch.object(hf_rtl.training.callbacks, "detect_collapse", detect):
         trainer.train()
     similarity = [report["similarity/mean"] for report in trainer.rounds]
     return {**summary(trainer), "similarity": similarity, "num_points": len(monitor.points)}
@@ -363,7 +363,7 @@ def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[st
 
 def train_for_long(folder: str, place: str) -> None:
     """Trains until it is killed: in extraction once its first mask is there, or in joint retraining."""
-    hf_rtl.lifeline.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 5
     steps = 10**9
     if place == "retraining":
         train(folder, "timm", {"max_steps": steps, "save_strategy": "steps", "save_steps": 2})
@@ -432,7 +432,7 @@ def write_into_a_read_only_folder(folder: str) -> dict[str, Any]:
 
 def fail_to_begin(folder: str) -> dict[str, Any]:
     """As `train`, but process 0 does not even make its trainer."""
-    hf_rtl.lifeline.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 5
     trainer = make_trainer(folder)
     if dist.get_rank() == 0:
         raise ValueError("no such data")

@@ -30,10 +30,10 @@ MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node
 # The recipe, with less patience, in a process whose number is known.
 IMPATIENT = f"""
 import os, runpy, sys
-import hf_rtl.lifeline, hf_rtl.processes
+import hf_rtl.training.processes
 
-hf_rtl.lifeline.PATIENCE = 10.0
-hf_rtl.processes.SHARED_FOLDER_PATIENCE = 2.0
+hf_rtl.training.processes.PATIENCE = 10.0
+hf_rtl.training.processes.SHARED_FOLDER_PATIENCE = 2.0
 print("process number", os.getpid(), flush=True)
 sys.path.insert(0, {str(RECIPES)!r})
 runpy.run_path({str(RECIPES / "prune.py")!r}, run_name="__main__")

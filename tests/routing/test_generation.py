@@ -473,7 +473,7 @@ def test_a_model_that_was_saved_without_a_generation_config(build, tmp_path):
 
 
 def test_who_can_generate(tiny_bert_config, tiny_attention_config, tmp_path):
-    generating = [cls for cls in hf_rtl.modeling_rtl.TASK_CLASSES if cls.can_generate()]
+    generating = [cls for cls in hf_rtl.modeling.modeling_rtl.TASK_CLASSES if cls.can_generate()]
     assert generating == [RTLModelForCausalLM, RTLModelForSeq2SeqLM]
     routes = {"route_names": ["x", "y"], "ticket_task": "labels", "seed": 0}
     other = hf_rtl.RTLModelForMaskedLM.from_backbone(tiny_bert_config, **routes)

@@ -89,7 +89,7 @@ def test_plain_tensors_need_no_datasets(tmp_path):
             raise SystemExit("datasets is there")
         import torch
         import hf_rtl
-        import hf_rtl.trainer
+        import hf_rtl.training.trainer
 
         torch.set_num_threads(1)
         samples = [{"pixel_values": torch.randn(3, 16, 16), "label": index % 2} for index in range(16)]
