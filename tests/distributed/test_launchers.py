@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed.processes import free_port
+
+from tests.distributed.processes import free_port
 
 
 pytestmark = pytest.mark.slow
@@ -191,7 +192,7 @@ def test_under_a_launcher_the_first_failure_is_shown(tmp_path: Path, machines: l
     script = tmp_path / "fails.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        f"from distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
+        f"from tests.distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
     )
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     machines.append(Launcher(two, tmp_path / "log"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hub.clients import make_model, make_trainer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer
+from tests.hub.clients import make_model, make_trainer
 
 
 FINAL_CARD = Path("run/final/README.md")

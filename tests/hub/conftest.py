@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub.environments import Environment, build_wheel
-from hub.processes import Clients
-from hub.server import LocalHub
+
+from tests.hub.environments import Environment, build_wheel
+from tests.hub.processes import Clients
+from tests.hub.server import LocalHub
 
 
 @pytest.fixture(scope="session")

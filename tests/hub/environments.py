@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.processes import environment
+from tests.hub.processes import environment
 
 
 class Environment:

@@ -75,9 +75,8 @@ def environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
 
 def _serve() -> None:
     # What is to be imported before the first fork.
-    from hub import clients
-
     from hf_rtl.model_card import write_card
+    from tests.hub import clients
 
     # What loading a model and drawing compile at first takes longer than all the rest that a process does.
     with tempfile.TemporaryDirectory() as folder:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from hub.clients import ROUTES, make_model, make_trainer
 
 from hf_rtl import ByCentres, ByColumn, Partition, RTLModel, RTLTrainer, load_rule
+from tests.hub.clients import ROUTES, make_model, make_trainer
 
 
 FEATURES = np.random.default_rng(0).normal(size=(24, 5))

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from hub.clients import command, pull, push, save, train
-from hub.processes import ClientError
-from hub.server import ConnectionCut, File, HubError
+
+from tests.hub.clients import command, pull, push, save, train
+from tests.hub.processes import ClientError
+from tests.hub.server import ConnectionCut, File, HubError
 
 
 def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import torch
-from hub.clients import answers_of, push
-from hub.environments import packages_of
+
+from tests.hub.clients import answers_of, push
+from tests.hub.environments import packages_of
 
 
 ROOT = Path(__file__).parents[2]

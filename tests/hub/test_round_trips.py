@@ -6,7 +6,8 @@ import sys
 from pathlib import PurePosixPath
 
 import pytest
-from hub.clients import (
+
+from tests.hub.clients import (
     call,
     images,
     pull,
@@ -17,7 +18,7 @@ from hub.clients import (
     push_subfolder,
     push_with_processor,
 )
-from hub.processes import ClientError, environment
+from tests.hub.processes import ClientError, environment
 
 
 def weight_files(files):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from hub.clients import call, command, save
-from hub.processes import ClientError
-from hub.rule_clients import (
+
+from hf_rtl import ByColumn, save_rule
+from tests.hub.clients import call, command, save
+from tests.hub.processes import ClientError
+from tests.hub.rule_clients import (
     FEATURES,
     RULES,
     assign,
@@ -15,8 +17,6 @@ from hub.rule_clients import (
     train_then_push_model,
     train_then_push_run,
 )
-
-from hf_rtl import ByColumn, save_rule
 
 
 BOTH = {"partition.json", "partition.safetensors"}

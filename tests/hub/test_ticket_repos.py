@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hub.clients import (
+
+from tests.hub.clients import (
     base_of,
     copy_repo,
     pull,
@@ -13,8 +14,8 @@ from hub.clients import (
     push_model_and_tickets,
     push_tickets,
 )
-from hub.processes import ClientError
-from hub.server import File, HubError
+from tests.hub.processes import ClientError
+from tests.hub.server import File, HubError
 
 
 @pytest.fixture(scope="module")

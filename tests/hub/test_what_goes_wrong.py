@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from hub.clients import (
+from safetensors.torch import load, save
+
+from tests.hub.clients import (
     call,
     pull,
     pull_impatiently,
@@ -12,9 +14,8 @@ from hub.clients import (
     train_then_push,
     train_then_push_twice,
 )
-from hub.processes import ClientError
-from hub.server import ConnectionCut, File, HubError
-from safetensors.torch import load, save
+from tests.hub.processes import ClientError
+from tests.hub.server import ConnectionCut, File, HubError
 
 
 LOADERS = ("RTLModel", "AutoModelForImageClassification")
