@@ -1,12 +1,11 @@
 """What `hf-rtl` says of its use, and how soon."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
 from hf_rtl_cli.main import main
+from tests.child_processes import run_program
 
 
 COMMANDS = [
@@ -32,7 +31,7 @@ def test_help_teaches_and_does_not_wait_for_torch(command):
         "try: main(sys.argv[1:])\n"
         "finally: assert not {'torch', 'transformers', 'hf_rtl'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True)
+    result = run_program(program, *command, "--help", check=False)
     assert result.returncode == 0 and result.stderr == ""
     name = " ".join(["hf-rtl", *command])
     assert result.stdout.startswith(f"usage: {name}")

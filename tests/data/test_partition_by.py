@@ -1,8 +1,6 @@
 """Routes read from every kind of column, and everything that is refused."""
 
 import logging
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 
 from hf_rtl.data.partition_by import partition_by_column, partition_by_function, partition_by_label
 from hf_rtl.data.rules import ByColumn
+from tests.child_processes import run_program
 from tests.data.small_data import DictDataset, both_kinds, hf_dataset, make
 
 
@@ -254,4 +253,4 @@ sys.modules["datasets"] = None
 from hf_rtl.data.partition_by import partition_by_column
 assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program(code)

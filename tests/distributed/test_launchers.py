@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_processes import ROOT, environment
 from tests.distributed.processes import free_port
 
 
 pytestmark = pytest.mark.slow
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 SMALL = [
     *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "10"),
     *("--extraction_steps", "2", "--use_cpu"),
@@ -55,11 +56,11 @@ class Launcher:
         self._log = log
         # As a shell has it: without what else the tests set.
         ours = ("ACCELERATE_", "TRANSFORMERS_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        variables = environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        variables = {name: value for name, value in variables.items() if not name.startswith(ours)}
         with log.open("w") as opened:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=opened, stderr=subprocess.STDOUT
+                command, cwd=folder, env=variables, stdout=opened, stderr=subprocess.STDOUT
             )
 
     def printed(self) -> str:
@@ -191,7 +192,6 @@ def test_under_a_launcher_the_first_failure_is_shown(tmp_path: Path, machines: l
     """It ends all processes as soon as one has ended: not before the one that failed has said why."""
     script = tmp_path / "fails.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         f"from tests.distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
     )
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

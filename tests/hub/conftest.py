@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_processes import ROOT
 from tests.hub.environments import Environment, build_wheel
 from tests.hub.processes import Clients
 from tests.hub.server import LocalHub
@@ -48,5 +49,5 @@ def published_environment(tmp_path_factory: pytest.TempPathFactory) -> Environme
     """An environment with hf_rtl as it would be published."""
     folder = tmp_path_factory.mktemp("published")
     environment = Environment(folder / "environment")
-    environment.install(build_wheel(Path(__file__).parents[2], folder / "build"))
+    environment.install(build_wheel(ROOT, folder / "build"))
     return environment

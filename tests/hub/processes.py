@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.child_processes import environment
+
 
 # Where the client keeps its cache. Relative: what the client reads when it is imported, in the process that all others
 # are forked from, then means another place for each of them.
@@ -35,11 +37,12 @@ class Clients:
     def __init__(self, url: str, log: Path) -> None:
         with log.open("w") as output:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "hub.processes"],
+                [sys.executable, "-m", "tests.hub.processes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=environment(url, cache=CACHE),
+                env=client_environment(url, cache=CACHE),
+                cwd=log.parent,
             )
 
     def run(self, function: Callable, arguments: tuple, keywords: dict, folder: Path, token: str | None) -> Any:
@@ -57,9 +60,9 @@ class Clients:
         self._server.wait()
 
 
-def environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
+def client_environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
     """Variables for a process whose client knows no other Hub than the one at `url`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    kept = {name: value for name, value in environment().items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return kept | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(cache),
@@ -67,7 +70,6 @@ def environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
         "TOKENIZERS_PARALLELISM": "false",
         **more,
     }

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from tests.child_processes import ROOT
 from tests.hub.clients import answers_of, push
 from tests.hub.environments import packages_of
 
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PROGRAM = """
 import json, sys

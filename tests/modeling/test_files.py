@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import hf_rtl.modeling.files
 from hf_rtl.modeling.files import read_tensors, write_json, write_tensors
 from hf_rtl.modeling.hashing import hash_tensors
+from tests.child_processes import run_program
 
 
 TENSORS = {
@@ -145,8 +144,8 @@ def test_a_disk_that_fails_in_the_last_moment_leaves_the_file_as_it_was(tmp_path
 
 
 def test_equal_tensors_give_equal_files(tmp_path):
-    command = "import torch; from hf_rtl.modeling.files import write_tensors; from pathlib import Path; import sys; "
-    command += "write_tensors(Path(sys.argv[1]), {'b': torch.ones(2), 'a': torch.zeros(3)}, started_from='abc', k='v')"
+    program = "import torch; from hf_rtl.modeling.files import write_tensors; from pathlib import Path; import sys; "
+    program += "write_tensors(Path(sys.argv[1]), {'b': torch.ones(2), 'a': torch.zeros(3)}, started_from='abc', k='v')"
     for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", command, str(tmp_path / name)], check=True)
+        run_program(program, tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

@@ -3,16 +3,14 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_rtl import RTLTrainer
+from tests.child_processes import run_program
 from tests.training.small_runs import ROUNDS, ROUTES, files, make_trainer, run, same
 
 
@@ -105,8 +103,5 @@ def test_plain_tensors_need_no_datasets(tmp_path):
         assert "datasets" not in sys.modules
         print("kept", trainer.rounds[0]["kept"]["a"])
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert result.returncode == 0, result.stderr
-    assert "kept" in result.stdout
+    assert "kept" in run_program(textwrap.dedent(program), tmp_path / "run").stdout
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
