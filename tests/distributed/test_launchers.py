@@ -118,6 +118,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     return launcher.printed(), json.loads((folder / "run/results.json").read_text())
 
 
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(machines: list[Launcher], tmp_path: Path) -> None:
+    script = tmp_path / "says_where.py"
+    script.write_text("from tests.child_processes import package_file; print(package_file())\n")
+    command = [*TORCH, "--standalone", str(script)]
+    machines.append(Launcher(command, tmp_path / "log", tmp_path))
+    assert machines[0].wait() == 0, machines[0].printed()
+    assert str(ROOT / "hf_rtl" / "__init__.py") in machines[0].printed().splitlines()
+
+
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
     """If this fails, accelerate has learned it: change README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
     printed, results = alone

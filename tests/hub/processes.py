@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -76,18 +74,7 @@ def client_environment(url: str, *, cache: str | Path, **more: str) -> dict[str,
 
 
 def _serve() -> None:
-    # What is to be imported before the first fork.
-    from hf_rtl.model_card import write_card
-    from tests.hub import clients
-
-    # What loading a model and drawing compile at first takes longer than all the rest that a process does.
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("timm", "vit", "bert"):
-            clients.make_model(kind).save_pretrained(Path(folder, kind))
-            write_card(Path(folder, kind))
-    # accelerate collects garbage before every training, which would look at all that is imported.
-    gc.collect()
-    gc.freeze()
+    import tests.hub.preloaded  # noqa: F401
 
     with os.fdopen(os.dup(1), "wb") as answers:
         # What is printed must not get in between the answers.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.hub.card_clients import (
+from tests.hub.clients.cards import (
     create_with_card,
     edit_card,
     push_again_after_an_edit_here,
@@ -13,7 +13,7 @@ from tests.hub.card_clients import (
     read_and_validate,
     train_from_hub,
 )
-from tests.hub.clients import copy_repo, push
+from tests.hub.clients.repositories import copy_repo, push
 
 
 def card_at(hub, name, revision="main"):

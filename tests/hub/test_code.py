@@ -5,15 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.clients import (
-    ask_one,
-    ask_to_generate,
-    pull,
-    pull_executed,
-    push,
-    push_own_backbone,
-    push_with_processor,
-)
+from tests.hub.clients.pipelines import ask_one, ask_to_generate
+from tests.hub.clients.repositories import pull, pull_executed, push, push_own_backbone, push_with_processor
 from tests.hub.processes import ClientError
 from tests.hub.server import File
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from tests.hub.clients import command, pull, push, save, train
+from tests.hub.clients.commands import command, save
+from tests.hub.clients.repositories import pull, push
+from tests.hub.clients.runs import train
 from tests.hub.processes import ClientError
 from tests.hub.server import ConnectionCut, File, HubError
 

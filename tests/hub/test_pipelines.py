@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.hub.clients import ask, ask_to_generate, push_with_processor
+from tests.hub.clients.pipelines import ask, ask_to_generate
+from tests.hub.clients.repositories import push_with_processor
 from tests.hub.processes import ClientError
 
 

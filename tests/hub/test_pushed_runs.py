@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.hub.clients import ask, pull, push_untrained, retrain_then_push, train, train_then_push
+from tests.hub.clients.pipelines import ask
+from tests.hub.clients.repositories import pull
+from tests.hub.clients.runs import push_untrained, retrain_then_push, train, train_then_push
 from tests.hub.processes import ClientError
 
 

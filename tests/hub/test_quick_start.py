@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.child_processes import ROOT
-from tests.hub.clients import answers_of, push
+from tests.hub.clients.pipelines import answers_of
+from tests.hub.clients.repositories import push
 from tests.hub.environments import packages_of
 
 

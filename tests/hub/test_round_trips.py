@@ -7,11 +7,11 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from tests.hub.clients import (
+from tests.hub.clients.models import images
+from tests.hub.clients.pipelines import pull_and_ask
+from tests.hub.clients.repositories import (
     call,
-    images,
     pull,
-    pull_and_ask,
     pull_config,
     push,
     push_after_saving,

@@ -1,15 +1,15 @@
-"""What the processes of the tests of saved rules do."""
+"""Rules of partitions, pushed with a model and asked for by its name."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_rtl import ByCentres, ByColumn, Partition, RTLModel, RTLTrainer, load_rule
-from tests.hub.clients import ROUTES, make_model, make_trainer
+from tests.hub.clients.models import ROUTES, log_messages
+from tests.hub.clients.runs import make_trainer
 
 
 FEATURES = np.random.default_rng(0).normal(size=(24, 5))
@@ -35,10 +35,6 @@ def train_then_push_model(kind: str, name: str) -> None:
     trained(kind).model.push_to_hub(name)
 
 
-def push_without_rule(name: str) -> None:
-    make_model("vit").push_to_hub(name)
-
-
 def assign(name: str, size: int = 24, **options: Any) -> list[int]:
     """The routes of `FEATURES`, so many at a time, by the rule in a repository."""
     rule = load_rule(name, **options)
@@ -52,10 +48,7 @@ def describe_rule(name: str, **options: Any) -> str:
 
 def change_and_push(source: str, name: str, *, drop: str | None = None) -> list[str]:
     """What was logged of rules when a copy of a model was pushed."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("hf_rtl").addHandler(handler)
+    said = log_messages()
     model = RTLModel.from_pretrained(source)
     if drop is not None:
         model.drop_route(drop)

@@ -1,4 +1,4 @@
-"""What the processes of the model cards' tests do."""
+"""Cards in repositories, which somebody edits there or here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer
-from tests.hub.clients import make_model, make_trainer
+from tests.hub.clients.models import ROUTES
+from tests.hub.clients.runs import make_trainer
 
 
 FINAL_CARD = Path("run/final/README.md")
@@ -92,10 +93,6 @@ def push_trained_model(name: str) -> None:
     trainer.model.push_to_hub(name, tags=["mine"])
 
 
-def push_other_weights(name: str) -> None:
-    make_model("vit", seed=5).push_to_hub(name)
-
-
 def train_from_hub(backbone: str, name: str) -> None:
     """Pushes a plain network, then trains tickets that start from it, and from folders with the same."""
     config = ViTConfig(
@@ -118,9 +115,7 @@ def train_from_hub(backbone: str, name: str) -> None:
     ):
         if target.endswith("-both"):  # a folder that is named as the repository is
             plain.save_pretrained(backbone)
-        model = RTLModelForImageClassification.from_backbone(
-            source, route_names=["ant", "bee", "cat"], ticket_task="membership"
-        )
+        model = RTLModelForImageClassification.from_backbone(source, route_names=ROUTES, ticket_task="membership")
         made = make_trainer(hub_model_id=target, output_dir=str(Path(target).absolute()))
         trainer = RTLTrainer(model, made.args, train_dataset=made.train_dataset)
         trainer.train()
