@@ -121,7 +121,10 @@ def test_backbones_of_timm_and_transformers_need_no_other_package(tiny_vit_confi
     assert packages_of(RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **routes).backbone) == []
 
 
-@pytest.mark.parametrize("backbone, package", [("ghostnet_rtl", "hf_rtl"), ("stranger_to_timm", "test_hub_code")])
+@pytest.mark.parametrize(
+    "backbone, package",
+    [("ghostnet_rtl", "hf_rtl"), pytest.param("stranger_to_timm", "tests", id="stranger_to_timm-test_hub_code")],
+)
 def test_other_backbones_are_saved_without_code_and_it_is_said_why(tmp_path, caplog, backbone, package):
     model = RTLModelForImageClassification.from_backbone(backbone, route_names=["a"], ticket_task="labels")
     assert packages_of(model.backbone) == [package]

@@ -1,4 +1,4 @@
-"""How the search for tickets is dealt out over processes. Whole searches: trainer/ and distributed/."""
+"""How the search for tickets is dealt out over processes. Whole searches: `test_trainer_*.py`."""
 
 import itertools
 
