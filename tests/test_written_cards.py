@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ViTImageProcessor
 
-import hf_rtl.model_card
+import hf_rtl.model_card.card
 from hf_rtl import ByColumn, RTLTrainer, RTLTrainingArguments, save_rule
 from hf_rtl.model_card import RTLCardData, write_card
 
@@ -236,7 +236,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
 
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", importing)
-    monkeypatch.setattr(hf_rtl.model_card, "find_spec", lambda name: None)
+    monkeypatch.setattr(hf_rtl.model_card.card, "find_spec", lambda name: None)
     page = page_of(write_card(make_model(), tmp_path))
     assert "similarity.png" not in page and len(table_with(page, "cat", "dog", "owl")) == 3
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
@@ -302,7 +302,7 @@ def test_a_training_ends_with_a_card(trainer):
     ]
     assert "### On near\n" in card.text and "### On near\\_by\n" in card.text
     counts = [row["training samples"] for row in table_with(card.text, "kept weights")]
-    assert counts == [*map(str, trainer.route_data.partition.counts.tolist()), "21"]
+    assert counts == [*map(str, trainer.run_data.training.partition.counts.tolist()), "21"]
     assert f"torch {torch.__version__}" in card.text and "1 process (cpu)" in card.text
     assert "all of them are in\n[training_args.json](training_args.json):" in card.text
 

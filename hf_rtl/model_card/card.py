@@ -37,7 +37,7 @@ PICTURE = "similarity.png"
 
 TAGS = ["hf_rtl", "pruning", "sparsity", "lottery-ticket"]
 # The Hub's names of tasks. None for sequence to sequence, for which transformers has no pipeline any more.
-_PIPELINE_TAGS = {
+PIPELINE_TAGS = {
     AutoModelForImageClassification: "image-classification",
     AutoModelForSemanticSegmentation: "image-segmentation",
     AutoModelForAudioClassification: "audio-classification",
@@ -224,7 +224,7 @@ def _to_change(file: Path, remote: bytes | None) -> Readme:
 
 def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None) -> dict[str, Any]:
     """The YAML part of a card: what is given, what follows from the model, and a result per route and for all."""
-    pipeline_tag = card.pipeline_tag or _PIPELINE_TAGS.get(model.backbone_class)
+    pipeline_tag = card.pipeline_tag or PIPELINE_TAGS.get(model.backbone_class)
     results = list(_eval_results(model, card, run, pipeline_tag or "other"))
     data = ModelCardData(
         language=card.language,

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.mask_bank import MaskBank, pack, unpack
+from ..modeling.mask_bank import pack, unpack
 from ..pruning import prune
-from .callbacks import RunProgress
 from .plan import Round
-from .processes import Lifeline, Processes
+from .processes import Lifeline
 from .randomness import Stream, reproducible
+from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
 from .ticket_trainer import TicketTrainer
 from .training_args import RTLTrainingArguments
@@ -36,32 +36,25 @@ class Extraction:
     of processes: masks depend neither on that number nor on the order of the routes.
 
     Args:
+        trainer ([`RouteTrainer`]): gives data, arguments and the training of single tickets; its model is not changed.
         run_directory ([`RunDirectory`]): where masks are.
-        processes ([`Processes`]): who works with us.
         lifeline ([`Lifeline`]): entered.
-        bank ([`MaskBank`]): names and shapes; not changed.
-        theta0 (`Mapping[str, Tensor]`): what every training starts from.
-        make_ticket_trainer (`Callable`): gives a [`TicketTrainer`] on θ0.
-        batches (`Callable`): (route, event) -> the batches of that training.
-        inputs_of (`Callable`): a batch -> the backbone's inputs.
+        theta0 (`dict[str, Tensor]`): what every training starts from.
         num_steps (`Sequence[int]`): length of a training, per route.
-        args ([`RTLTrainingArguments`]): see there.
-        progress ([`RunProgress`]): is told of every step.
     """
 
+    trainer: RouteTrainer
     run_directory: RunDirectory
-    processes: Processes
     lifeline: Lifeline
-    bank: MaskBank
-    theta0: Mapping[str, Tensor]
-    make_ticket_trainer: Callable[[], TicketTrainer]
-    batches: Callable[[int, int], Iterator[dict[str, Any]]]
-    inputs_of: Callable[[dict[str, Any]], dict[str, Any]]
+    theta0: dict[str, Tensor]
     num_steps: Sequence[int]
-    args: RTLTrainingArguments
-    progress: RunProgress
 
     def __post_init__(self) -> None:
+        self.args = self.trainer.args
+        self.bank = self.trainer.model.mask_bank
+        self.processes = self.trainer.processes
+        self.progress = self.trainer.progress
+        # Made when a ticket is first searched for: a process may have none to find.
         self._ticket_trainer: TicketTrainer | None = None
 
     def run(self, round_: Round, masks: Sequence[list[Tensor]]) -> list[list[Tensor]]:
@@ -115,32 +108,22 @@ class Extraction:
     def train_and_prune(
         self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
     ) -> tuple[list[Tensor], str]:
-        """One prune event: train from m ⊙ θ0, remove the smallest weights. Also a hash of what training began with."""
-        name = self.bank.route_names[route]
+        """One prune event of a route. Also a hash of what its training began with."""
         if self._ticket_trainer is None:
-            self._ticket_trainer = self.make_ticket_trainer()
-        trainer = self._ticket_trainer
-        last_batch: dict[str, Any] = {}
-
-        def batches() -> Iterator[dict[str, Any]]:
-            for batch in self.batches(route, event):
-                last_batch.update(batch)
-                yield batch
-
-        seed = (self.args.seed, Stream.EXTRACTION, event, route)
-        try:
-            weights = trainer.train(mask, batches(), seed=seed, on_step=on_step)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
-        started_from = trainer.started_from
-        reference = [self.theta0[weight] for weight in self.bank.weight_names]
-        pruned = prune(weights, mask, num_kept=num_kept, scope=self.args.prune_scope, reference=reference)
-        if not self.args.allow_disconnected and trainer.is_disconnected(pruned, self.inputs_of(last_batch)):
-            raise FloatingPointError(
-                f"pruning to {num_kept:,} weights has cut the output of ticket {name!r} from its input. Lower "
-                "`target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
-            )
-        return pruned, started_from
+            self._ticket_trainer = self.trainer.ticket_trainer(self.theta0)
+        batches = self.trainer.extraction_batches(route, event)
+        pruned = train_and_prune(
+            self._ticket_trainer,
+            mask,
+            batches,
+            num_kept,
+            args=self.args,
+            route=route,
+            name=self.bank.route_names[route],
+            event=event,
+            on_step=on_step,
+        )
+        return pruned, self._ticket_trainer.started_from
 
     def _exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
         """The masks of all routes, from those of each process; the same everywhere, or an error."""
@@ -196,6 +179,59 @@ class Extraction:
             )
         if self.processes.rank == 0:
             logger.info(f"Process {rank} finds the same mask of route {name!r} after event {event} as {finder} did.")
+
+
+def train_and_prune(
+    trainer: TicketTrainer,
+    mask: list[Tensor],
+    batches: Iterator[dict[str, Any]],
+    num_kept: int,
+    *,
+    args: RTLTrainingArguments,
+    route: int,
+    name: str,
+    event: int,
+    on_step: Callable[[], None],
+) -> list[Tensor]:
+    """
+    One prune event: train a ticket from m ⊙ θ0, remove the weights that are smallest then.
+
+    Args:
+        trainer ([`TicketTrainer`]): on θ0.
+        mask (`list[Tensor]`): `bool`, one per prunable weight: m.
+        batches: of the training.
+        num_kept (`int`): weights that are left.
+        args ([`RTLTrainingArguments`]): `prune_scope`, `allow_disconnected` and `seed`.
+        route (`int`), name (`str`): whose ticket it is.
+        event (`int`): number of the event in the run.
+        on_step (`Callable`): called after every step.
+
+    Returns:
+        The mask after the event.
+
+    Raises:
+        FloatingPointError: a loss became NaN or infinite, or the ticket was cut from its input.
+    """
+    last_batch: dict[str, Any] = {}
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            last_batch.update(batch)
+            yield batch
+
+    seed = (args.seed, Stream.EXTRACTION, event, route)
+    try:
+        weights = trainer.train(mask, noted(), seed=seed, on_step=on_step)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
+    reference = [trainer.theta0[name].cpu() for name in trainer.weight_names]
+    pruned = prune(weights, mask, num_kept=num_kept, scope=args.prune_scope, reference=reference)
+    if not args.allow_disconnected and trainer.is_disconnected(pruned, last_batch):
+        raise FloatingPointError(
+            f"pruning to {num_kept:,} weights has cut the output of ticket {name!r} from its input. Lower "
+            "`target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
+        )
+    return pruned
 
 
 def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:

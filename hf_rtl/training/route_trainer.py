@@ -1,10 +1,11 @@
-"""Joint retraining of all tickets (paper, Algorithm 2) in the loop of the Hugging Face `Trainer`."""
+"""What the Hugging Face `Trainer` calls: loaders of single-route batches, masked steps, evaluation through tickets."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -13,168 +14,119 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast, str_to_bool
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, set_seed
-from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
+from transformers import ProgressCallback, Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
-from ..data.columns import check_label_column, columns_of, single_labels
-from ..data.partition import Partition, Rule
-from ..data.route_data import EvaluationData, RouteData, Rows, check_partition
+from ..data.partition import Partition
+from ..data.route_data import EvaluationData, RouteData, Rows
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
+from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
-from ..modeling.image_processing import savable_processor
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers
 from .callbacks import RunProgress
-from .evaluation import ONE_PREDICTION_PER_SAMPLE, TicketEvaluator, check_router
+from .evaluation import ONE_PREDICTION_PER_SAMPLE, check_router, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, seed_of
+from .router_fitting import Batches, fit_router
+from .run_data import RunData
 from .run_directory import best_checkpoint, last_usable_checkpoint, seal
-from .ticket_trainer import named_state
+from .run_report import emptied_by_route
+from .running_statistics import average_over_processes, recalibrate_union, running_statistics
+from .ticket_trainer import TicketTrainer, named_state
 from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
 
 
-class JointTrainer(TicketEvaluator):
+class RouteTrainer(Trainer):
     """
-    Trains and evaluates the tickets of a model jointly, over any number of processes: batches of one route, masked
-    updates, statistics per route. [`RTLTrainer`] adds the search for the tickets, and has the documentation.
+    The part of [`RTLTrainer`] that transformers' training and evaluation loops call, over any number of processes:
+    batches of one route, masked updates, statistics per route, every ticket evaluated on samples of its own route.
+    Beside it the trainings of single tickets, which need the same data, loss and optimizer.
 
-    A training belongs to a [`Round`], whose index keys its batches; which one is set by `RTLTrainer`.
+    Args:
+        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): which fit `run_data`.
+        run_data ([`RunData`]): the data sets with their routes.
+        **kwargs: as of `Trainer`.
     """
 
+    model: RTLModel
+    args: RTLTrainingArguments
     optimizer: Any
+    _signature_columns: list[str] | None
 
-    def __init__(
-        self,
-        model: RTLModel,
-        args: RTLTrainingArguments,
-        *,
-        train_dataset: Any = None,
-        partition: Partition | None = None,
-        eval_dataset: Any = None,
-        calibration_dataset: Any = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(model, RTLModel):
-            raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
-        if not isinstance(args, RTLTrainingArguments):
-            raise TypeError(f"`args` must be RTLTrainingArguments, got {type(args).__name__}.")
-        for name in ("optimizers", "model_init"):
-            if kwargs.get(name) not in (None, (None, None)):
-                raise ValueError(f"`{name}` is not supported: every round makes a fresh optimizer on the same θ0.")
-        membership = model.config.ticket_task == "membership"
-        if membership and args.rewind_to:
-            raise ValueError(
-                f"`rewind_to` = {args.rewind_to} trains one dense network on all data, but the head of membership "
-                "tickets asks 'is this mine?', which is no question to all data; leave it at 0."
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, and `Trainer` would spread `nn.DataParallel` over them, whose "
-                f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-        if kwargs.get("processing_class") is not None:
-            kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
-        _check_parallelism(args)
-        _check_connected(args)
-        self.route_data: RouteData | None = None
-        self.calibration_dataset = calibration_dataset
-        self._partitions = []
-        self._given_partition = partition
-        if partition is not None:
-            partition = check_partition(partition, train_dataset, model.route_names)
-        if train_dataset is not None:
-            if partition is None:
-                partition = self._find_partition(model, args, train_dataset, allow_empty=False)
-            labels = None
-            if not membership and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
-                labels = single_labels(train_dataset)
-                if kwargs.get("data_collator") is None:
-                    check_label_column(columns_of(train_dataset))
-            partition.check(model.config.ticket_task, labels)
-            self.route_data = RouteData(
-                train_dataset,
-                partition,
-                membership=membership,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                batch_size=args.route_batch_size,
-                seed_transforms=args.seed_transforms,
-            )
-            if args.calibration_fraction:
-                if calibration_dataset is not None:
-                    raise ValueError("`calibration_dataset` and `calibration_fraction` are both given; choose one.")
-                self.route_data, held_out = self.route_data.hold_out(args.calibration_fraction, args.seed)
-                self.calibration_dataset = held_out.dataset
-                self._partitions.append((held_out.dataset, held_out.partition))
-            unit = (2 if membership else 1) * args.world_size
-            if args.route_batch_size % unit:
-                each = "a positive and a negative" if membership else "a sample"
-                raise ValueError(
-                    f"`route_batch_size` = {args.route_batch_size} must be a multiple of {unit}: {each} for each of "
-                    f"{args.world_size} process(es)."
-                )
-            first = 0 if args.competing_epochs else None
-            self.route_data.sampler((), world_size=args.world_size, first_competing_epoch=first)
-        if args.competing_epochs and not membership:
-            raise ValueError(
-                f"`competing_epochs` = {args.competing_epochs} compares the scores of membership tickets, and these "
-                "are tickets for labels; leave it at 0."
-            )
-        if args.router != "given":
-            check_router(args.router, model, self.calibration_dataset)
-            if args.router_fallback is not None:
-                model.route_index(args.router_fallback)
-        # Now rather than after hours of training: whether evaluation and calibration can find their routes.
-        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        for dataset in (*evaluated, calibration_dataset):
-            if dataset is not None:
-                # Thresholds and routers are fitted for every route.
-                allow_empty = dataset is not calibration_dataset
-                self._partitions.append((dataset, self._find_partition(model, args, dataset, allow_empty)))
-        if compute_metrics is None and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
-            compute_metrics = self.compute_ticket_metrics
+    def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
+        self.run_data = run_data
+        if kwargs.get("compute_metrics") is None and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+            kwargs["compute_metrics"] = self.compute_ticket_metrics
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # it makes the folder
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                compute_metrics=compute_metrics,
-                **kwargs,
-            )
+            super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.accelerator)
         self.remove_callback(ProgressCallback)
         self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
         self.add_callback(self.progress)
-        self._round: Round | None = None
+        # The round that is being worked on, and the steps of the rounds before it, for the log.
+        self.current_round: Round | None = None
+        self._steps_before = 0
+        self._warned_of_emptied_layers = False
         # Whether the batch in hand is of all routes.
         self._is_competing = False
         # Whether the joint retraining goes on from a checkpoint, and which was the best by then.
         self._is_continued = False
         self._best_before: Path | None = None
-        # Of the rounds before this one, for the log.
-        self._steps_before = 0
+        # The partition of the data set that is being evaluated, and what came out without a given route.
+        self._evaluated: Partition
+        self._routed: list[dict[str, Tensor]] = []
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
-    # Training
+    def explained_failures(self) -> AbstractContextManager:
+        """A context that says of a full disk, or of memory that ran out, what can be done."""
+        return explain_failures(self.args.output_dir, batch_size=self.args.route_batch_size)
+
+    # One joint retraining (paper, Algorithm 2)
+
+    @contextmanager
+    def in_round(self, round_: Round, *, num_steps_before: int) -> Iterator[None]:
+        """
+        The round that retraining and evaluation inside belong to: its index keys the batches, and it is logged along,
+        with steps that count on from `num_steps_before`.
+        """
+        before = self.current_round
+        self.current_round, self._steps_before = round_, num_steps_before
+        try:
+            yield
+        finally:
+            self.current_round = before  # an evaluation that follows still counts from the same steps
+
+    def put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
+        """Gives the model the masks of all routes, the same on all processes; warns once of layers without weights."""
+        for route, mask in enumerate(masks):
+            self.model.mask_bank[route] = mask
+        self.processes.check_same({"mask_fingerprint": self.model.mask_bank.fingerprint()})
+        emptied = emptied_by_route(self.model)
+        if emptied and not self._warned_of_emptied_layers and self.processes.rank == 0:
+            self._warned_of_emptied_layers = True
+            name, layers = next(iter(emptied.items()))
+            logger.warning(
+                f"pruning has emptied whole layers, of ticket {name!r} for one: {', '.join(layers)}. See "
+                "`prune_scope='layer'`, or the reports of the rounds for all of them."
+            )
 
     @torch.no_grad()
-    def _start_from(self, theta0: dict[str, Tensor]) -> None:
+    def start_from(self, theta0: dict[str, Tensor]) -> None:
         """Sets every parameter, buffer, private and statistics row to θ0; forgets what was fitted to others."""
         self.model.config.thresholds = None
         self.model.set_router(None)
@@ -184,13 +136,13 @@ class JointTrainer(TicketEvaluator):
             self.model.norm_statistics.reset(self.model.backbone)
         self.model.private_parameters.reset(self.model.backbone)
 
-    def _retrain(self, folder: Path) -> TrainOutput:
-        """Algorithm 2 in the Trainer's own loop, with a fresh optimizer, schedule and scaler."""
+    def retrain_jointly(self, folder: Path) -> TrainOutput:
+        """Trains all tickets with a fresh optimizer, schedule and scaler, or goes on from a checkpoint in `folder`."""
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
-        set_seed(seed_of(self.args.seed, Stream.RETRAINING, self._current_round.index))
+        set_seed(seed_of(self.args.seed, Stream.RETRAINING, self._require_round().index))
         # Masks never change here, and statistics are averaged: DDP need not send process 0's in every step.
         statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
         kept_in_step = [
@@ -211,49 +163,204 @@ class JointTrainer(TicketEvaluator):
             self._delete_old_checkpoints()
         return output
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._init_training_state(*args, **kwargs)
-        if self._best_before is not None:
-            self.state.best_model_checkpoint = str(self._best_before)  # where it is now, if the run was moved
-        return output
+    def _require_round(self) -> Round:
+        if self.current_round is None:
+            raise RuntimeError("batches are made inside `train()` only.")
+        return self.current_round
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Continued from its last step, Trainer would train one more before it looks whether it is to stop.
-        saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
-        if self.state.global_step >= self.state.max_steps or saved.get("should_training_stop"):
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def recalibrate_union(self) -> None:
+        """Takes the running statistics of the union of all tickets anew, from training samples of all routes."""
+        recalibrate_union(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
+
+    def _recalibration_batches(self) -> Iterator[dict[str, Any]]:
+        data = self.run_data.require_training()
+        generator = np.random.default_rng([data.seed, Stream.RECALIBRATION, self._require_round().index])
+        order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * data.batch_size]
+        samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
+        rows = Rows(samples, order.tolist())
+        drop_last = len(order) > data.batch_size
+        for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=self.collate(), drop_last=drop_last):
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
+            yield self._prepare_inputs(inputs)
+
+    def calibrated_thresholds(self) -> list[float] | None:
+        """Thresholds of membership tickets, from the data held out for it; `None` without such data or tickets."""
+        if self.run_data.calibration_dataset is None or self.model.config.ticket_task != "membership":
+            return None
+        loader = self.get_eval_dataloader(self.run_data.calibration_dataset)
+        output = self.evaluation_loop(loader, description="Calibration", prediction_loss_only=False)
+        return calibrate_thresholds(output.predictions, output.label_ids)
+
+    def fit_router(self, name: str, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
+        """
+        Fits a router and gives it to the model: for inputs that come without a route. `train()` does so after every
+        joint retraining if `args.router` names one.
+
+        Its scales and offsets are fitted on `calibration_dataset` or on the part of the training data that was held
+        out of training, and what else it learns on the training data; never on `eval_dataset`.
+
+        Args:
+            name (`str`): `"score"`, `"centroid"` or `"entropy"`; see `routers.py`.
+            threshold, fallback: as of [`RTLModel.set_router`].
+
+        Raises:
+            ValueError: an unknown name, one that does not suit the task, no data that was held out, or, without
+                `args.allow_disconnected`, evidence that is the same for all samples.
+        """
+        check_router(name, self.model, self.run_data.calibration_dataset)
+        self.model.eval()
+        data = self.run_data
+        training = self.batches_with_routes(data.require_training().dataset)
+        held_out = self.batches_with_routes(data.calibration_dataset)
+        router = fit_router(
+            name,
+            self.model,
+            training,
+            held_out,
+            gather=self.accelerator.gather_for_metrics,
+            # A user who goes on with tickets that are cut through does so to the end of the run.
+            allow_constant=self.args.allow_disconnected,
+        )
+        for buffer in router.buffers():
+            buffer.copy_(broadcast(buffer.clone()))  # all have fitted it, maybe on devices that round differently
+        self.model.set_router(router, threshold=threshold, fallback=fallback)
+
+    def batches_with_routes(self, dataset: Any) -> Batches:
+        """The inputs of a data set without labels, each batch with the routes of its samples."""
+        for batch in self.get_eval_dataloader(dataset):
+            inputs = self._prepare_inputs(batch)
+            labels, route_ids = inputs.pop("labels", None), inputs.pop("route_ids", None)
+            with self.compute_loss_context_manager():
+                yield inputs, labels if route_ids is None else route_ids
+
+    # Trainings of single tickets (paper, Algorithm 1)
+
+    def ticket_trainer(
+        self, theta0: dict[str, Tensor], network: nn.Module | None = None, frozen: Sequence[Tensor] | None = None
+    ) -> TicketTrainer:
+        """
+        What trains one ticket at a time, with the loss, optimizer and precision of this trainer.
+
+        Args:
+            theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
+            network (`nn.Module`, *optional*): what it may change; by default a copy of the backbone.
+            frozen (`Sequence[Tensor]`, *optional*): as of [`TicketTrainer`].
+        """
+        if network is None:
+            network = copy.deepcopy(self.model.backbone).to(self.args.device)
+            private = self.model.private_parameters
+            for own, rows in zip(private.own(network), private.rows, strict=True):
+                own.requires_grad_(rows.requires_grad)
+        return TicketTrainer(
+            network=network,
+            theta0=theta0,
+            weight_names=self.model.mask_bank.weight_names,
+            make_optimizer=self.plain_optimizer,
+            compute_loss=self.compute_loss,
+            autocast=self.compute_loss_context_manager,
+            prepare=self.ticket_inputs,
+            frozen=frozen,
+            max_grad_norm=self.args.max_grad_norm,
+            fp16=self.args.mixed_precision == "fp16",
+        )
+
+    def extraction_steps(self, route: int, data: RouteData | None = None) -> int:
+        """Steps that a route trains before each prune event; `data` are by default those of the run."""
+        if self.args.extraction_steps is not None:
+            return self.args.extraction_steps
+        data = self.run_data.require_training() if data is None else data
+        updates = data.sampler((), routes=[route]).num_updates_per_route
+        return max(1, round(self.args.extraction_epochs * updates))
+
+    def extraction_batches(self, route: int, event: int, data: RouteData | None = None) -> Iterator[dict[str, Any]]:
+        """The batches that a route trains on before a prune event."""
+        data = self.run_data.require_training() if data is None else data
+        sampler = data.sampler((Stream.EXTRACTION, event), routes=[route])
+        return islice(self.endless_batches(data, sampler), self.extraction_steps(route, data))
+
+    def endless_batches(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
+        """The batches of one epoch after the other, not yet on the device."""
+        return data.endless_batches(sampler, self.collate(), **self.loader_arguments())
+
+    def ticket_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A single-route batch as the plain backbone takes it, on the device."""
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "route"})
+        if self.model.config.ticket_task == "membership":
+            inputs["labels"] = self.model.ticket_labels(inputs["labels"])
+        return inputs
+
+    def plain_optimizer(self, network: nn.Module) -> Optimizer:
+        """A fresh optimizer, as the arguments say, for a network without masks."""
+        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+        kwargs = dict(kwargs)
+        if optimizer_class in (torch.optim.AdamW, torch.optim.SGD):
+            kwargs["fused"] = True
+        return optimizer_class(self.parameter_groups(network), **kwargs)
+
+    # Loaders
 
     def get_train_dataloader(self) -> DataLoader:
-        data = self._require_data()
-        sampler = self._retraining_sampler(
-            self._current_round.index, rank=self.args.process_index, world_size=self.args.world_size
+        data = self.run_data.require_training()
+        sampler = self.retraining_sampler(
+            self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
-        loader = data.loader(sampler, self._collate(), **self._loader_arguments())
+        loader = data.loader(sampler, self.collate(), **self.loader_arguments())
         # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
         return prepare_data_loader(
             loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
-        """
-        The batches of a round's joint retraining, on the device, for controls that are to see the same data: whole
-        ones, also on one of several processes.
-        """
-        sampler = self._retraining_sampler(round_index)
-        batches = self._endless(self._require_data(), sampler)
-        num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
-        return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
-
-    def _retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
+    def retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
+        """Batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
         accumulation = self.args.gradient_accumulation_steps
         key = (Stream.RETRAINING, round_index)
         competing = self.args.competing_epochs
         first = int(self.args.num_train_epochs) - competing if competing else None
-        return self._require_data().sampler(
+        return self.run_data.require_training().sampler(
             key, gradient_accumulation_steps=accumulation, first_competing_epoch=first, **part
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an `eval_dataset`.")
+        self._evaluated = self.partition_of(dataset)
+        membership = self.model.config.ticket_task == "membership"
+        samples = EvaluationData(dataset, self._evaluated, membership=membership)
+        loader = DataLoader(
+            samples, batch_size=self.args.eval_batch_size, collate_fn=self.collate(), **self.loader_arguments()
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def partition_of(self, dataset: Any) -> Partition:
+        """The routes of the samples of a data set to evaluate on."""
+        return self.run_data.partition_of(self.model, self.args, dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            of_backbone = inspect.signature(self.model.backbone.forward).parameters
+            self._signature_columns = [*(self._signature_columns or []), *of_backbone]
+
+    def collate(self) -> Callable[[list], dict]:
+        """What makes a batch of samples, columns that the backbone does not take left out."""
+        return self._get_collator_with_removed_columns(self.data_collator)
+
+    def loader_arguments(self) -> dict[str, Any]:
+        """What all data loaders of a run have in common."""
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+
+    # Steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         route = inputs.pop("route")
@@ -268,7 +375,7 @@ class JointTrainer(TicketEvaluator):
         with self.model.route_context(route):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._average_statistics(route)
+            average_over_processes(running_statistics(self.model, route), self.accelerator)
         return loss
 
     def compute_loss(
@@ -289,30 +396,9 @@ class JointTrainer(TicketEvaluator):
         loss = nn.functional.cross_entropy(scores, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def _average_statistics(self, route: int) -> None:
-        """
-        Keeps running statistics the same on all processes: their mean, after every update. They obey a linear
-        recurrence, so this is the recurrence on the mean of what the batches of the processes gave.
-        """
-        if self.processes.world_size == 1:
-            return
-        rows = self._statistics(route)
-        if rows:
-            mean = self.accelerator.reduce(torch.cat([row.reshape(-1).float() for row in rows]), "mean")
-            parts = mean.split([row.numel() for row in rows])
-            torch._foreach_copy_(rows, [part.view_as(row) for part, row in zip(parts, rows, strict=True)])
-
-    def _statistics(self, route: int) -> list[Tensor]:
-        """Running means and variances of a route, to be written in place."""
-        if self.model.norm_statistics is None:
-            rows = [module.get_buffer(name) for module, name in tracked_buffers(self.model.backbone)]
-        else:
-            rows = [rows[route] for rows in self.model.norm_statistics.rows]
-        return [row for row in rows if row.is_floating_point()]
-
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            groups = self._parameter_groups(self.model)
+            groups = self.parameter_groups(self.model)
             own = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             optimizer_class, kwargs = own[0], dict(own[1])
             kwargs.pop("fused", None)
@@ -324,17 +410,10 @@ class JointTrainer(TicketEvaluator):
                 self.optimizer = mask_updates(optimizer_class(groups, **own[1]), self.model)
         return self.optimizer
 
-    def _plain_optimizer(self, network: nn.Module) -> Optimizer:
-        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
-        kwargs = dict(kwargs)
-        if optimizer_class in (torch.optim.AdamW, torch.optim.SGD):
-            kwargs["fused"] = True
-        return optimizer_class(self._parameter_groups(network), **kwargs)
-
-    def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """Trained parameters with and without weight decay, as `Trainer` splits them."""
         decayed = set(self.get_decay_parameter_names(network))
-        # Of rows of private parameters what they are rows of decides: their own names tell nothing.
+        # What private rows are rows of decides: their own names tell nothing.
         private = self.model.private_parameters
         rows_of = {id(rows): f"backbone.{name}" for rows, name in zip(private.rows, private.names, strict=True)}
         named = [
@@ -347,6 +426,10 @@ class JointTrainer(TicketEvaluator):
             {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
         ]
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """As accelerate autocasts the model: extraction and recalibration compute in the same types."""
+        return self.accelerator.autocast()
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Without clipping, the norm that Trainer would compute for its log alone costs a pass over all gradients.
         return grad_norm if grad_norm is None else super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -355,55 +438,53 @@ class JointTrainer(TicketEvaluator):
         # Trainer's estimate counts all parameters anew in every step, and knows nothing of masks.
         return 0
 
-    @torch.no_grad()
-    def _recalibrate_union(self) -> None:
-        """Takes the union's statistics row anew: the plain average over batches of samples of all routes."""
-        if self.model.norm_statistics is None:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._init_training_state(*args, **kwargs)
+        if self._best_before is not None:
+            self.state.best_model_checkpoint = str(self._best_before)  # where it is now, if the run was moved
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Continued from its last step, Trainer would train one more before it looks whether it is to stop.
+        saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
+        if self.state.global_step >= self.state.max_steps or saved.get("should_training_stop"):
+            self.control.should_training_stop = True
             return
-        data = self._require_data()
-        norms = [module for module in self.model.backbone.modules() if isinstance(module, _NormBase)]
-        if not norms:
-            return
-        size, generator = (
-            data.batch_size,
-            np.random.default_rng([data.seed, Stream.RECALIBRATION, self._current_round.index]),
-        )
-        order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * size]
-        samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
-        rows = Rows(samples, order.tolist())
-        loader = DataLoader(rows, batch_size=size, collate_fn=self._collate(), drop_last=len(order) > size)
-        momenta = [module.momentum for module in norms]
-        self.model.eval()
-        try:
-            with self.model.route_context(UNION):
-                for module in norms:
-                    module.reset_running_stats()
-                    module.train()
-                    module.momentum = None  # torch's word for a cumulative average
-                for batch in loader:
-                    inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
-                    with self.compute_loss_context_manager():
-                        self.model(**self._prepare_inputs(inputs))
-        finally:
-            for module, momentum in zip(norms, momenta, strict=True):
-                module.momentum = momentum
-            self.model.eval()
-        for row in self._statistics(UNION):
-            row.copy_(broadcast(row.clone()))  # all have computed it, maybe on devices that round differently
+        super()._run_epoch(*args, **kwargs)
 
-    def _explained_failures(self) -> AbstractContextManager:
-        return explain_failures(self.args.output_dir, batch_size=self.args.route_batch_size)
+    # Evaluation
 
-    # What Trainer calls
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._routed = []
+        return super().evaluation_loop(*args, **kwargs)
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        """As accelerate autocasts the model: extraction and recalibration compute in the same types."""
-        return self.accelerator.autocast()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As `Trainer`'s; keeps what the metrics of routers need beside its outputs, of all processes."""
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.compute_metrics == self.compute_ticket_metrics and not prediction_loss_only:
+            given = ("labels", "route_ids")
+            inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in given}
+            with torch.no_grad(), self.compute_loss_context_manager():
+                routed = routed_outputs(self.model, inputs, output[1])
+                self._routed.append(self.accelerator.gather_for_metrics(routed))
+        return output
+
+    def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of `hf_rtl.metrics` for the model's task, and with a router those of its decisions."""
+        return ticket_metrics(self.model, prediction, self._routed, self._evaluated.route_ids)
+
+    # Logs and files
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; steps count over all rounds, and the round is logged along."""
-        if self._round is not None:
-            logs["round"] = self._round.index + 1
+        if self.current_round is not None:
+            logs["round"] = self.current_round.index + 1
         self.state.global_step += self._steps_before
         try:
             super().log(logs, *args, **kwargs)
@@ -436,11 +517,12 @@ class JointTrainer(TicketEvaluator):
             (folder / "training_args.bin").unlink(missing_ok=True)
             arguments = self.args.to_dict()
             write_json(folder / "training_args.json", {k: v for k, v in arguments.items() if not k.endswith("_dir")})
-            if self.route_data is not None:
-                self._save_rule(folder, self.route_data.partition.rule)
+            if self.run_data.training is not None:
+                self._save_rule(folder)
 
-    def _save_rule(self, folder: Path, rule: Rule | None) -> None:
+    def _save_rule(self, folder: Path) -> None:
         """Beside the model; where a rule does not fit, or there is none, also none of an earlier save is left."""
+        rule = self.run_data.require_training().partition.rule
         if rule is None:
             remove_rule(folder)
         else:
@@ -456,12 +538,6 @@ class JointTrainer(TicketEvaluator):
                 f"{len(load_result.unexpected_keys)} unknown {load_result.unexpected_keys[:3]}."
             )
 
-    @property
-    def _current_round(self) -> Round:
-        if self._round is None:
-            raise RuntimeError("batches are made inside `train()` only.")
-        return self._round
-
     @contextmanager
     def _output_dir(self, folder: Path) -> Iterator[None]:
         before, self.args.output_dir = self.args.output_dir, str(folder)
@@ -469,25 +545,3 @@ class JointTrainer(TicketEvaluator):
             yield
         finally:
             self.args.output_dir = before
-
-
-def _check_parallelism(args: RTLTrainingArguments) -> None:
-    """Raises `ValueError` where weights are to be split, by arguments or by what `accelerate launch` was told."""
-    given = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "PARALLELISM_CONFIG": args.parallelism_config}
-    for name in (*given, "MEGATRON_LM"):
-        if given.get(name) or str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
-            raise ValueError(
-                f"{name} is not supported: it splits weights over the devices, but a mask covers a whole one, and so "
-                "does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` gives, with "
-                "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
-            )
-
-
-def _check_connected(args: RTLTrainingArguments) -> None:
-    """Raises `ValueError` if a launcher started several processes that know nothing of each other."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > args.world_size:
-        raise ValueError(
-            f"a launcher has started {started} processes, but they are not connected: each would do the whole run, in "
-            "the same folder. On CPUs, set `use_cpu=True` in the arguments (for a recipe, add --use_cpu)."
-        )

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..modeling.files import read_tensors, write_json, write_tensors
 from ..modeling.hashing import hash_file
 from ..modeling.mask_bank import pack, unpack
+from .run_identity import with_later_fields
 
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class RunDirectory:
         Starts a run in this directory, or continues the one that is there.
 
         Args:
-            configuration (`Mapping[str, Any]`): what decides the result; must be the same to continue.
-            extraction (`Mapping[str, Any]`): the part of it that decides the masks.
+            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): as of `run_identity`; must be the
+                same to continue, but for fields that the files lack, see `with_later_fields`.
             surroundings (`Mapping[str, str]`): versions and devices, which decide rounding; others are warned of.
 
         Raises:
@@ -80,7 +81,8 @@ class RunDirectory:
             if file.exists():
                 saved = _read_settings(file)
                 current = json.loads(json.dumps(content))
-                _check_same(file, saved["configuration"], current["configuration"])
+                identity = with_later_fields(saved["configuration"], current["configuration"])
+                _check_same(file, json.loads(json.dumps(identity)), current["configuration"])
                 _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
         self._remove_what_a_killed_run_left()
         for file, content in files.items():

@@ -8,11 +8,16 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from transformers.trainer_utils import TrainOutput
 
+from ..data.partition import Partition
 from ..model_card.run_record import model_identity
 from ..modeling.modeling_rtl import RTLModel
+from ..pruning import emptied_layers
+from .plan import Round
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 
 
@@ -42,13 +47,54 @@ _OF_A_ROUND = (
 )
 
 
+def emptied_by_route(model: RTLModel) -> dict[str, list[str]]:
+    """Route -> the prunable weights of which its ticket keeps nothing, where there are any."""
+    bank = model.mask_bank
+    emptied = {name: emptied_layers(bank[name]) for name in bank.route_names}
+    return {name: [bank.weight_names[layer] for layer in layers] for name, layers in emptied.items() if layers}
+
+
+def report_round(
+    model: RTLModel, round_: Round, *, metrics: Mapping[str, float], output: TrainOutput, seconds: float
+) -> dict[str, Any]:
+    """
+    JSON values of what a round has come to, in the order of `round.json`.
+
+    Args:
+        model ([`RTLModel`]): as the round leaves it.
+        metrics (`Mapping[str, float]`): of its evaluation.
+        output (`TrainOutput`): of its joint retraining.
+        seconds (`float`): from the beginning of joint retraining.
+    """
+    bank = model.mask_bank
+    similarity = bank.similarity()
+    others = similarity.masked_select(~torch.eye(bank.num_routes, dtype=torch.bool, device=similarity.device))
+    return {
+        "round": round_.index + 1,
+        "sparsity": round_.sparsity,
+        "folder": round_.name,
+        "kept": dict(zip(bank.route_names, bank.count().tolist(), strict=True)),
+        "union": bank.union_count(),
+        "core": bank.core_count(),
+        "footprint": model.footprint(),
+        "mean_similarity": float(others.mean()) if len(others) else None,
+        "emptied_layers": emptied_by_route(model),
+        "mask_fingerprint": bank.fingerprint(),
+        "thresholds": model.config.thresholds,
+        "metrics": metrics,
+        "train_loss": output.training_loss,
+        "steps": output.global_step,
+        "seconds": seconds,
+    }
+
+
 def describe_run(
     model: RTLModel,
     args: RTLTrainingArguments,
     reports: Sequence[Mapping[str, Any]],
     *,
-    num_training_samples: Mapping[str, int],
-    num_evaluation_samples: Mapping[str, Mapping[str, int]],
+    training: Partition,
+    evaluations: Mapping[str, Partition],
 ) -> dict[str, Any]:
     """
     JSON values of all that a card says of a run: nothing of the machine or the user but the kind of device.
@@ -57,15 +103,15 @@ def describe_run(
         model ([`RTLModel`]): as the run left it, and as it is saved.
         args ([`RTLTrainingArguments`]): of the run.
         reports: of all rounds.
-        num_training_samples (`Mapping[str, int]`): route -> its number.
-        num_evaluation_samples (`Mapping[str, Mapping[str, int]]`): name of an evaluation set, `""` if there is but
-            one -> route -> its number; empty if nothing was evaluated.
+        training ([`Partition`]): of the training data.
+        evaluations (`Mapping[str, Partition]`): name of an evaluation set, `""` if there is but one -> its partition;
+            empty if nothing was evaluated.
     """
     values = args.to_dict()
     defaults = {field.name: _default(field) for field in fields(RTLTrainingArguments)}
     # Off is off, whether by `False` or by `None`.
     changed = [name for name in _ARGUMENTS if (values[name] or None) != (defaults[name] or None)]
-    prefixes = {name: f"eval_{name}_" if name else "eval_" for name in num_evaluation_samples}
+    prefixes = {name: f"eval_{name}_" if name else "eval_" for name in evaluations}
     run = {
         "model": model_identity(model),
         "backbone": _repo_of(model.backbone),
@@ -73,18 +119,23 @@ def describe_run(
         "defaults": {name: defaults[name] for name in changed},
         "seed": args.seed,
         "thresholds": model.config.thresholds,
-        "num_training_samples": dict(num_training_samples),
+        "num_training_samples": _num_samples(model, training),
         "rounds": [{name: report.get(name) for name in _OF_A_ROUND} for report in reports],
         "evaluations": [
             {
                 "name": name,
-                "num_samples": dict(num_samples),
+                "num_samples": _num_samples(model, partition),
                 "rounds": [_metrics(report["metrics"], prefixes[name], list(prefixes.values())) for report in reports],
             }
-            for name, num_samples in num_evaluation_samples.items()
+            for name, partition in evaluations.items()
         ],
     }
     return _finite(run)
+
+
+def _num_samples(model: RTLModel, partition: Partition) -> dict[str, int]:
+    """Route -> its number of samples."""
+    return dict(zip(model.route_names, partition.counts.tolist(), strict=True))
 
 
 def _repo_of(backbone: Any) -> str | None:

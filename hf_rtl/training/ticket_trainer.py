@@ -31,8 +31,9 @@ class TicketTrainer:
         theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
         weight_names (`list[str]`): the prunable weights, in the bank's order.
         make_optimizer (`Callable`): a fresh optimizer for the network.
-        compute_loss (`Callable`): (network, batch) -> scalar loss.
+        compute_loss (`Callable`): (network, inputs) -> scalar loss.
         autocast (`Callable`): context in which the loss is computed.
+        prepare (`Callable`): a batch -> inputs of the network; by default they are the same.
         frozen (`list[Tensor]`, *optional*): `bool`, one per prunable weight: what training leaves as it is to the bit,
             but pruning may remove.
         max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
@@ -45,6 +46,7 @@ class TicketTrainer:
     make_optimizer: Callable[[nn.Module], Optimizer]
     compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
     frozen: Sequence[Tensor] | None = None
     max_grad_norm: float = 0.0
     fp16: bool = False
@@ -78,7 +80,7 @@ class TicketTrainer:
 
         Args:
             masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
-            batches (`Iterable`): what `compute_loss` takes.
+            batches (`Iterable`): what `prepare` takes.
             seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
             on_step (`Callable`): called after every step.
             make_scheduler (`Callable`, *optional*): of the learning rate, which is constant without.
@@ -132,8 +134,9 @@ class TicketTrainer:
     def step(self, batch: dict[str, Any]) -> Tensor:
         """One optimizer step on `batch` with masked gradients. Returns the loss, still on its device."""
         self._optimizer.zero_grad()
+        inputs = self.prepare(batch)
         with self.autocast():
-            loss = self.compute_loss(self.network, batch)
+            loss = self.compute_loss(self.network, inputs)
         self._scaler.scale(loss).backward()
         for weight, mask in zip(self.weights, self._masks, strict=False):
             if weight.grad is not None:
@@ -158,18 +161,17 @@ class TicketTrainer:
         False where that cannot be told: for a single sample, or if nothing were pruned the output would be the same
         too, as with a head that starts at zero.
         """
-        return self._is_constant(masks, batch) and not self._is_constant(None, batch)
+        inputs = {name: value for name, value in self.prepare(batch).items() if name != "labels"}
+        return self._is_constant(masks, inputs) and not self._is_constant(None, inputs)
 
-    def _is_constant(self, masks: Sequence[Tensor] | None, batch: dict[str, Any]) -> bool:
+    def _is_constant(self, masks: Sequence[Tensor] | None, inputs: dict[str, Any]) -> bool:
         self.rewind(masks)
         self.network.eval()
         for module in self.network.modules():
             if isinstance(module, _NormBase):
                 module.train()
         with self.autocast():
-            output = self.network(
-                **{name: value for name, value in batch.items() if name != "labels"}, return_dict=True
-            )
+            output = self.network(**inputs, return_dict=True)
         main = output.logits if "logits" in output else output[0]
         return bool((main == main[:1]).all())
 

@@ -2,63 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import timm
-import torch
-import transformers
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..data.partition import Partition
 from ..model_card.card import CARD, RTLCardData, write_card
 from ..model_card.run_record import write_run
-from ..modeling.configuration_rtl import RTLConfig
-from ..modeling.files import read_tensors, write_bytes, write_tensors
-from ..modeling.hashing import hash_tensors
+from ..modeling.files import read_tensors, write_bytes
 from ..modeling.hub import MODEL_FILES, branch_head, commit_folder, read_card
-from ..modeling.masking import UNION
+from ..modeling.image_processing import savable_processor
 from ..modeling.modeling_rtl import RTLModel
-from ..pruning import emptied_layers, round_schedule
-from .callbacks import ModelCardCallback, listeners, tell_of_tickets
-from .extraction import Extraction
-from .plan import Plan, Round, make_rounds
+from ..pruning import round_schedule
+from .callbacks import ModelCardCallback
+from .plan import Plan, make_rounds
 from .processes import Lifeline
-from .randomness import Stream, reproducible, seeded, surroundings
-from .route_adding import RouteAddingTrainer
+from .rounds import Rounds, find_theta0, open_run
+from .route_adding import add_route
+from .route_trainer import RouteTrainer
+from .run_data import RunData, check_arguments
 from .run_directory import RunDirectory
 from .run_report import describe_run
 from .ticket_trainer import named_state
-from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
+from .training_args import RTLTrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
-# Of a model's configuration: what training changes, and who wrote it.
-_NOT_OF_A_RUN = (
-    "mask_fingerprint",
-    "base",
-    "thresholds",
-    "router",
-    "router_features",
-    "router_threshold",
-    "router_fallback",
-    "transformers_version",
-    "hf_rtl_version",
-    "format_version",
-    "architectures",
-)
-
-
-class RTLTrainer(RouteAddingTrainer):
+class RTLTrainer(RouteTrainer):
     """
     Finds one ticket per route and retrains them jointly (paper, Algorithms 1 and 2), on the Hugging Face `Trainer`.
 
@@ -99,21 +74,30 @@ class RTLTrainer(RouteAddingTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
+        check_arguments(model, args, kwargs)
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
+        run_data = RunData(
             model,
             args,
             train_dataset=train_dataset,
             partition=partition,
             eval_dataset=eval_dataset,
             calibration_dataset=calibration_dataset,
+            has_collator=kwargs.get("data_collator") is not None,
+        )
+        super().__init__(
+            model,
+            args,
+            run_data=run_data,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             **kwargs,
         )
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
         # One report per retrained round: sparsity, folder, counts, similarity, emptied layers, metrics.
         self.rounds: list[dict[str, Any]] = []
-        self._log_before: list[dict[str, Any]] = []
-        self._warned_of_emptied_layers = False
         # What only its author can say of the model, as `license`; on its card, also on the one that `train()` pushes.
         self.card_data = RTLCardData()
         self._card_callback = ModelCardCallback()
@@ -123,7 +107,7 @@ class RTLTrainer(RouteAddingTrainer):
 
     def plan(self) -> Plan:
         """What `train()` is going to do. Raises `ValueError` if targets and model do not fit."""
-        data = self._require_data()
+        data = self.run_data.require_training()
         num_weights = self.model.mask_bank.num_weights
         schedule = round_schedule(
             num_weights,
@@ -141,7 +125,7 @@ class RTLTrainer(RouteAddingTrainer):
             make_rounds(schedule, self.args.target_sparsity, retrain_every_round=self.args.retrain_every_round),
             num_weights=num_weights,
             route_sizes=dict(zip(self.model.route_names, sizes, strict=True)),
-            extraction_steps=[self._extraction_steps(route) for route in range(self.model.num_routes)],
+            extraction_steps=[self.extraction_steps(route) for route in range(self.model.num_routes)],
             retraining_steps=retraining_steps,
         )
 
@@ -174,69 +158,108 @@ class RTLTrainer(RouteAddingTrainer):
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
-        with Lifeline(self.args.process_index, self.args.world_size) as lifeline, self._explained_failures():
-            output = self._run(plan, self._initial, lifeline)
+        with Lifeline(self.args.process_index, self.args.world_size) as lifeline, self.explained_failures():
+            open_run(self, self.run_directory, plan, self._initial)
+            theta0 = find_theta0(self, self.run_directory, self._initial, lifeline)
+            rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
+            self.rounds = rounds.reports
+            output = rounds.run(lifeline)
+            self._save_final()
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
 
-    def _run(self, plan: Plan, initial: dict[str, Tensor], lifeline: Lifeline) -> TrainOutput:
-        self._open_run(plan, initial)
-        theta0 = self._theta0(initial, lifeline)
-        self.rounds, self._steps_before, self._log_before = [], 0, []
-        self.progress.start(plan.num_steps)
-        output = TrainOutput(0, 0.0, {})
-        try:
-            extraction = self._extraction(plan, theta0, lifeline)
-            full = [torch.ones(shape, dtype=torch.bool) for shape in self.model.mask_bank.shapes]
-            masks = [full] * self.model.num_routes
-            previous: Round | None = None
-            figures: dict[str, float] = {}
-            for round_ in plan.rounds:
-                self._round = round_
-                self.progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
-                found = extraction.run(round_, masks)
-                new_figures, stop = self._tell_callbacks(round_, found)
-                if stop and previous is not None:
-                    if not previous.retrained:
-                        output = self._finish_round(previous, masks, theta0, plan, figures)
-                    break
-                previous, masks, figures = round_, found, new_figures
-                if round_.retrained:
-                    output = self._finish_round(round_, masks, theta0, plan, figures)
-        finally:
-            self._round = None
-            self.progress.finish()
+    def _save_final(self) -> None:
+        """Saves the last round's model once more, with the record of the run and a card."""
+        data = self.run_data.require_training()
         self.save_model(str(self.run_directory.final_folder), _internal_call=True)
-        self.model.partition_rule = self._require_data().partition.rule
+        self.model.partition_rule = data.partition.rule
         if self.is_world_process_zero():
-            self.model.training_run = self._describe_run()
+            evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            self.model.training_run = describe_run(
+                self.model,
+                self.args,
+                self.rounds,
+                training=data.partition,
+                evaluations={name: self.partition_of(data) for name, data in evaluated.items() if data is not None},
+            )
             write_run(self.run_directory.final_folder, self.model.training_run)
         self.create_model_card()
-        return output
 
-    def _tell_callbacks(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
-        """`on_tickets_found`: the figures that callbacks give, and whether one asks to stop; the same everywhere."""
-        callbacks = listeners(self.callback_handler.callbacks)
-        answer: tuple[dict[str, float], bool] = ({}, False)
-        if callbacks and self.processes.rank == 0:
-            bank, directory = self.model.mask_bank, self.run_directory
-            answer = tell_of_tickets(callbacks, round_, masks, bank, directory, self.args, self.state, self.control)
-        return self.processes.of_first(answer)
+    def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
+        """
+        Joint retraining alone, of given masks, after `train()`: for controls such as random or shuffled masks.
 
-    def _describe_run(self) -> dict[str, Any]:
-        data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        partitions = {name: self._partition_of(dataset) for name, dataset in data.items() if dataset is not None}
-        return describe_run(
-            self.model,
-            self.args,
-            self.rounds,
-            num_training_samples=self._num_samples(self._require_data().partition),
-            num_evaluation_samples={name: self._num_samples(partition) for name, partition in partitions.items()},
-        )
+        Args:
+            masks (`Sequence[Sequence[Tensor]]`): one mask per route, as of `MaskBank`.
+            like (`str`): folder of the round whose batches are used again, as `"round-01-sparsity-0.25"`.
+            name (`str`): folder inside `output_dir` that the model is saved in.
 
-    def _num_samples(self, partition: Partition) -> dict[str, int]:
-        return dict(zip(self.model.route_names, partition.counts.tolist(), strict=True))
+        Returns:
+            A report as those in `rounds`, which it is not added to. Afterwards the model holds the given masks.
+        """
+        plan = self.plan()
+        original = next((round_ for round_ in plan.rounds if round_.name == like), None)
+        theta0 = read_tensors(self.run_directory.theta0_file)
+        if original is None or theta0 is None:
+            raise ValueError(
+                f"`like` = {like!r} is no round of the run in {self.args.output_dir!r}; run `train()` first."
+            )
+        rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
+        self.progress.start(plan.retraining_steps)
+        self.progress.begin_round(name)
+        try:
+            with Lifeline(self.args.process_index, self.args.world_size), self.explained_failures():
+                rounds.finish(replace(original, name=name), masks, {})
+        finally:
+            self.progress.finish()
+        return rounds.reports[0]
+
+    def add_route(self, name: str, dataset: Any, *, calibration_dataset: Any = None) -> dict[str, Any]:
+        """
+        Finds a ticket for new data and adds it to the model as its last route, as it is now in memory.
+
+        Frozen is what other tickets read: the weights in the union of their masks, and all that is shared. The new
+        ticket may read it too; it trains the weights that no other ticket keeps, its row of statistics, and its own
+        copies of norms, biases and head, which become private with it (see `make_private`). Outputs of the other
+        tickets stay the same to the bit; the union, route -1, becomes that of all tickets, with the statistics that it
+        has. Every training starts from the model's current weights, private parameters and statistics of the union.
+
+        Prune events are those of `args` to the last of `target_sparsity`; then the ticket is retrained alone, for
+        `num_train_epochs` or `max_steps` of single batches. Every process does all of it. Nothing is written:
+        `save_pretrained`, or `save_tickets(folder, [name])` for those who have the model as it was.
+
+        Args:
+            name (`str`): of the new route.
+            dataset (map-style data set of dicts): its samples, all of this route; columns as of `train_dataset`. For
+                `membership` samples of `train_dataset` are the negatives; for `labels` the trainer needs none.
+            calibration_dataset (map-style data set of dicts, *optional*): samples of this route that it is not trained
+                on, to go with the trainer's own `calibration_dataset`; alternatively `args.calibration_fraction` of
+                `dataset`. With them a router is fitted again, and the threshold of a membership ticket calibrated;
+                without, a router is taken out, with a warning, and the threshold is 0.
+
+        Returns:
+            `route`, its name; `kept`, the weights of the ticket; `added`, those that no other ticket keeps;
+            `changed_decisions`, if a router was fitted again: by old route, the fraction of its held-out samples that
+            it now sends elsewhere, else `None`.
+
+        Raises:
+            TypeError, ValueError: a name that is taken, data that does not suit, or running statistics that all
+                tickets share. The model has not been changed then.
+            FloatingPointError: a loss became NaN or infinite, or the ticket was cut from its input. Likewise.
+            If a router cannot be fitted again, the error comes when the ticket has been added, without a router.
+        """
+        return add_route(self, name, dataset, calibration_dataset=calibration_dataset)
+
+    def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
+        """
+        The batches of a round's joint retraining, on the device, for controls that are to see the same data: whole
+        ones, also on one of several processes.
+        """
+        sampler = self.retraining_sampler(round_index)
+        batches = self.endless_batches(self.run_data.require_training(), sampler)
+        num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
+        return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
 
     def create_model_card(
         self,
@@ -287,89 +310,6 @@ class RTLTrainer(RouteAddingTrainer):
         if not (folder / "config.json").exists():
             raise ValueError(f"{self.args.output_dir!r} has no final model yet; run `train()` to its end first.")
         return folder
-
-    def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
-        """
-        Joint retraining alone, of given masks, after `train()`: for controls such as random or shuffled masks.
-
-        Args:
-            masks (`Sequence[Sequence[Tensor]]`): one mask per route, as of `MaskBank`.
-            like (`str`): folder of the round whose batches are used again, as `"round-01-sparsity-0.25"`.
-            name (`str`): folder inside `output_dir` that the model is saved in.
-
-        Returns:
-            A report as those in `rounds`, which it is not added to. Afterwards the model holds the given masks.
-        """
-        plan = self.plan()
-        original = next((round_ for round_ in plan.rounds if round_.name == like), None)
-        theta0 = read_tensors(self.run_directory.theta0_file)
-        if original is None or theta0 is None:
-            raise ValueError(
-                f"`like` = {like!r} is no round of the run in {self.args.output_dir!r}; run `train()` first."
-            )
-        before = self.rounds, self._steps_before, self._log_before
-        self.rounds, self._steps_before, self._log_before = [], 0, []
-        self.progress.start(plan.retraining_steps)
-        self.progress.begin_round(name)
-        try:
-            with Lifeline(self.args.process_index, self.args.world_size), self._explained_failures():
-                self._finish_round(replace(original, name=name), masks, theta0, plan, {})
-                return self.rounds[0]
-        finally:
-            self.rounds, self._steps_before, self._log_before = before
-            self._round = None
-            self.progress.finish()
-
-    def _open_run(self, plan: Plan, initial: dict[str, Tensor]) -> None:
-        """Starts or continues the run on disk, once it is sure that all processes mean the same run."""
-        data = self._require_data()
-        model = self.model.config.to_dict()
-        for name in _NOT_OF_A_RUN:
-            model.pop(name, None)
-        routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
-        inputs = {"initial_weights": hash_tensors(initial), "route_ids": routes, "seed": data.seed}
-        inputs["mixed_precision"] = self.args.mixed_precision  # `accelerate launch` can set it too
-        extraction = {**self.args.values_of(EXTRACTION_FIELDS), **inputs, "ticket_task": self.model.config.ticket_task}
-        extraction |= {"prunable": model["prunable"], "backbone_config": model["backbone_config"]}
-        configuration = {**extraction, **self.args.values_of(RETRAINING_FIELDS), "model": model}
-        modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-        around = {name: module.__version__ for name, module in modules.items()} | surroundings(self.args.device)
-        around["first_batch"] = self._hash_of_first_batch(plan)
-        self.processes.check_same({**configuration, **around})
-        if self.processes.world_size > 1:
-            folders = [self.run_directory.path, self.run_directory.extraction_path]
-            self.processes.check_shared(folders, self.run_directory.owner)
-        if self.processes.rank == 0:
-            self.run_directory.open(configuration, extraction, around)
-        self.processes.wait()
-
-    def _hash_of_first_batch(self, plan: Plan) -> str:
-        """Of what extraction begins with, after all transforms."""
-        event = plan.rounds[0].first_event
-        with seeded((self.args.seed, Stream.EXTRACTION), self.args.device):
-            batch = next(self._extraction_batches(0, event))
-        return hash_tensors({name: value for name, value in batch.items() if isinstance(value, Tensor)})
-
-    def _theta0(self, initial: dict[str, Tensor], lifeline: Lifeline) -> dict[str, Tensor]:
-        """The weights that everything starts from: the initial ones, or those after `rewind_to` dense steps."""
-        file = self.run_directory.theta0_file
-        if self.processes.rank == 0:
-            stored = read_tensors(file)
-            if not self.args.rewind_to:
-                if stored is None or hash_tensors(stored) != hash_tensors(initial):
-                    write_tensors(file, initial)
-            elif stored is None:
-                trainer = self._ticket_trainer(initial)
-                with reproducible(self.args.extraction_threads):
-                    trainer.train(None, self._dense_batches(), seed=(self.args.seed, Stream.REWINDING))
-                write_tensors(file, dict(named_state(trainer.network)))
-        lifeline.meet()
-        theta0 = read_tensors(file) if self.args.rewind_to else initial
-        if theta0 is None:
-            raise RuntimeError(
-                f"process {self.processes.rank} cannot read {str(file)!r}, which process 0 has written."
-            )
-        return theta0
 
     def push_to_hub(
         self,
@@ -436,128 +376,3 @@ class RTLTrainer(RouteAddingTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: what is pushed is `final/` alone, when all rounds are done."""
-
-    # Extraction
-
-    def _extraction(self, plan: Plan, theta0: dict[str, Tensor], lifeline: Lifeline) -> Extraction:
-        return Extraction(
-            run_directory=self.run_directory,
-            processes=self.processes,
-            lifeline=lifeline,
-            bank=self.model.mask_bank,
-            theta0=theta0,
-            make_ticket_trainer=lambda: self._ticket_trainer(theta0),
-            batches=self._extraction_batches,
-            inputs_of=self._inputs_of,
-            num_steps=plan.extraction_steps,
-            args=self.args,
-            progress=self.progress,
-        )
-
-    def _dense_batches(self) -> Iterator[dict[str, Any]]:
-        """Batches over all samples as if they were one route, for rewinding."""
-        data = self._require_data().as_one_route()
-        return islice(self._endless(data, data.sampler((Stream.REWINDING,))), self.args.rewind_to)
-
-    def _put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
-        for route, mask in enumerate(masks):
-            self.model.mask_bank[route] = mask
-        self.processes.check_same({"mask_fingerprint": self.model.mask_bank.fingerprint()})
-        emptied = self._emptied_layers()
-        if emptied and not self._warned_of_emptied_layers and self.processes.rank == 0:
-            self._warned_of_emptied_layers = True
-            name, layers = next(iter(emptied.items()))
-            logger.warning(
-                f"pruning has emptied whole layers, of ticket {name!r} for one: {', '.join(layers)}. See "
-                "`prune_scope='layer'`, or the reports of the rounds for all of them."
-            )
-
-    def _emptied_layers(self) -> dict[str, list[str]]:
-        bank = self.model.mask_bank
-        emptied = {name: emptied_layers(bank[name]) for name in bank.route_names}
-        return {name: [bank.weight_names[layer] for layer in layers] for name, layers in emptied.items() if layers}
-
-    # A round's joint retraining
-
-    def _finish_round(
-        self,
-        round_: Round,
-        masks: Sequence[Sequence[Tensor]],
-        theta0: dict[str, Tensor],
-        plan: Plan,
-        figures: dict[str, float],
-    ) -> TrainOutput:
-        """Joint retraining, calibration, evaluation and saving of a round; only read back if that is done already."""
-        self._round = round_
-        self._put_masks(masks)
-        folder = self.run_directory.path / round_.name
-        report = self.processes.of_first(self.run_directory.read_report(folder) if self.processes.rank == 0 else None)
-        if report is not None:
-            if report["mask_fingerprint"] != self.model.mask_bank.fingerprint():
-                raise ValueError(
-                    f"{str(folder)!r} holds a model that was retrained with other masks; move it away, or choose "
-                    "another `name`."
-                )
-            self.model.take_router_of(RTLConfig.from_pretrained(folder))
-            self._load_from_checkpoint(str(folder))
-            self.model.config.thresholds = report["thresholds"]
-            self.progress.step(plan.retraining_steps)
-        else:
-            start = time.perf_counter()
-            self._start_from(theta0)
-            started_from = hash_tensors(dict(named_state(self.model.backbone)))
-            output = self._retrain(folder)
-            # The loss alone does not tell if the run was continued from its last step.
-            if not math.isfinite(output.training_loss) or not self._is_finite():
-                raise FloatingPointError(
-                    f"joint retraining of {round_.name}: the loss or a weight became NaN or infinite (mean loss "
-                    f"{output.training_loss}); lower `learning_rate`, or check the data."
-                )
-            # Training data may have random transforms: they are the same wherever the run was continued.
-            with seeded((self.args.seed, Stream.RECALIBRATION, round_.index), self.args.device):
-                self._recalibrate_union()
-                self.model.config.thresholds = self._calibrated_thresholds()
-                if self.args.router != "given":
-                    fallback = self.args.router_fallback or UNION
-                    self.fit_router(self.args.router, threshold=self.args.router_threshold, fallback=fallback)
-            metrics = {} if self.eval_dataset is None else self.evaluate()
-            if figures:
-                self.log(dict(figures))
-            self.save_model(str(folder), _internal_call=True)
-            report = self._report(round_, metrics, output, time.perf_counter() - start)
-            report |= {"started_from": started_from, **figures}
-            if self.processes.rank == 0:
-                report = self.run_directory.write_report(folder, report)
-            report = self.processes.of_first(report)
-        self.rounds.append({**report, **figures})  # a round that is read back may have been without these callbacks
-        self._steps_before += report["steps"]
-        self._log_before = report["log_history"]
-        return TrainOutput(self._steps_before, report["train_loss"], report["metrics"])
-
-    @torch.no_grad()
-    def _is_finite(self) -> bool:
-        return bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all())
-
-    def _report(self, round_: Round, metrics: dict[str, float], output: TrainOutput, seconds: float) -> dict[str, Any]:
-        bank = self.model.mask_bank
-        similarity = bank.similarity()
-        others = similarity.masked_select(~torch.eye(bank.num_routes, dtype=torch.bool, device=similarity.device))
-        return {
-            "round": round_.index + 1,
-            "sparsity": round_.sparsity,
-            "folder": round_.name,
-            "kept": dict(zip(bank.route_names, bank.count().tolist(), strict=True)),
-            "union": bank.union_count(),
-            "core": bank.core_count(),
-            "footprint": self.model.footprint(),
-            "mean_similarity": float(others.mean()) if len(others) else None,
-            "emptied_layers": self._emptied_layers(),
-            "mask_fingerprint": bank.fingerprint(),
-            "thresholds": self.model.config.thresholds,
-            "metrics": metrics,
-            "train_loss": output.training_loss,
-            "steps": output.global_step,
-            "seconds": seconds,
-            "surroundings": self._card_callback.surroundings,
-            "log_history": self._log_before + self.state.log_history,
-        }

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 import hf_rtl.modeling.files
 import hf_rtl.training.processes
 import hf_rtl.training.route_trainer
+import hf_rtl.training.trainer
 from hf_rtl import RTLTrainer
 from hf_rtl.training.extraction import Extraction
 from hf_rtl.training.run_directory import RunDirectory
@@ -88,13 +89,13 @@ class Stops:
         self._stop_in_removals()
         self._stop_before(hf_rtl.training.processes, "_appears", BETWEEN)
         self._stop_before(RunDirectory, "open", BETWEEN)
-        self._stop_before(RTLTrainer, "_theta0", BETWEEN)
+        self._stop_before(hf_rtl.training.trainer, "find_theta0", BETWEEN)
         self._stop_before(Extraction, "run", BETWEEN)
         self._stop_before(Extraction, "_exchange", BETWEEN)
-        self._stop_before(RTLTrainer, "_put_masks", BETWEEN)
-        self._stop_before(RTLTrainer, "_start_from", BETWEEN)
-        self._stop_before(RTLTrainer, "_retrain", BETWEEN)
-        self._stop_before(RTLTrainer, "_recalibrate_union", BETWEEN)
+        self._stop_before(RTLTrainer, "put_masks", BETWEEN)
+        self._stop_before(RTLTrainer, "start_from", BETWEEN)
+        self._stop_before(RTLTrainer, "retrain_jointly", BETWEEN)
+        self._stop_before(RTLTrainer, "recalibrate_union", BETWEEN)
         self._stop_before(RTLTrainer, "evaluate", BETWEEN)
         self._stop_before(RTLTrainer, "_save_checkpoint", SAVING)
         self._stop_before(RTLTrainer, "_save_optimizer_and_scheduler", SAVING)
@@ -125,8 +126,8 @@ class Stops:
         return f"{self._round()} step {self.trainer.state.global_step} {what}"
 
     def _round(self) -> str:
-        started = self.trainer is not None and self.trainer._round is not None
-        return self.trainer._round.name if started else "run"
+        started = self.trainer is not None and self.trainer.current_round is not None
+        return self.trainer.current_round.name if started else "run"
 
     def _wrap(self, owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
         original = getattr(owner, name)

@@ -25,8 +25,10 @@ import hf_rtl.training.callbacks  # noqa: E402
 import hf_rtl.training.processes  # noqa: E402
 from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
 from hf_rtl.analysis import Change  # noqa: E402
+from hf_rtl.training import route_trainer  # noqa: E402
 from hf_rtl.training.extraction import Extraction  # noqa: E402
 from hf_rtl.training.processes import Processes  # noqa: E402
+from hf_rtl.training.running_statistics import running_statistics  # noqa: E402
 from hf_rtl.training.ticket_trainer import TicketTrainer  # noqa: E402
 
 
@@ -152,7 +154,7 @@ def train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
 def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`; also what every update of joint retraining saw and did, and how DDP was set up."""
     trainer = make_trainer(folder, kind, **options)
-    original_step, original_average = trainer.training_step, trainer._average_statistics
+    original_step, original_average = trainer.training_step, route_trainer.average_over_processes
     batches: list[dict[str, Any]] = []
     moved_outside: list[int] = []
     statistics: list[tuple[list, list, list]] = []
@@ -174,13 +176,13 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
             wrapped["broadcast"] = [names[id(buffer)] for buffer in model_in_ddp.modules_buffers]
         return original_step(model, inputs, num_items_in_batch)
 
-    def average(route):
-        rows = trainer._statistics(route)
+    def average(rows, accelerator):
+        route = batches[-1]["route"]
         other_routes = [other for other in range(trainer.model.num_routes) if other != route]
-        others = [row for other in other_routes for row in trainer._statistics(other)]
+        others = [row for other in other_routes for row in running_statistics(trainer.model, other)]
         before = [row.numpy().copy() for row in rows]
         before_others = [row.numpy().copy() for row in others]
-        original_average(route)
+        original_average(rows, accelerator)
         after = [row.numpy().copy() for row in rows]
         unchanged = [bool((a == b.numpy()).all()) for a, b in zip(before_others, others, strict=True)]
         statistics.append((before, after, unchanged))
@@ -198,9 +200,10 @@ def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, 
             for mask, before, after in zip(masks, weights, trainer.model.masked_parameters, strict=True):
                 moved_outside.append(int(((before != after) & ~mask).sum()))
 
-    trainer.training_step, trainer._average_statistics = training_step, average
+    trainer.training_step = training_step
     trainer.add_callback(Watch())
-    trainer.train()
+    with patch.object(route_trainer, "average_over_processes", average):
+        trainer.train()
     watched = {"batches": batches, "moved_outside": moved_outside, "statistics": statistics, "wrapped": wrapped}
     return {**summary(trainer), **watched}
 
@@ -404,7 +407,7 @@ def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str,
     owner, name, size = {
         "extraction": (TicketTrainer, "train", 2**12),
         "checkpoint": (RTLTrainer, "_save_optimizer_and_scheduler", 2**16),
-        "model": (RTLTrainer, "_recalibrate_union", 2**16),
+        "model": (RTLTrainer, "recalibrate_union", 2**16),
     }[place]
     with patch.object(owner, name, limited(getattr(owner, name), size)):
         return train(folder, "timm", options)

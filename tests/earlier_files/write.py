@@ -7,6 +7,7 @@ Those of a date are never written again. `tests/test_earlier_files.py` reads the
 that are defined here.
 """
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -153,10 +154,8 @@ def main(folder):
     }
     save_file(answers, folder / "answers.safetensors")
     stopped = trainer(folder / "run", membership_model(), [StopInSecondRound()])
-    try:
+    with contextlib.suppress(StopError):
         stopped.train()
-    except StopError:
-        pass
     # The second round's tickets of one route are found; those of the others were not when the run ended.
     for file in (folder / "run" / "extraction").glob("event-*/route-*.safetensors"):
         if file.parent.name == max(p.name for p in file.parent.parent.glob("event-*")) and file.name > "route-000.z":

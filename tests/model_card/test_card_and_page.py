@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from transformers.pipelines import PIPELINE_REGISTRY
 
-import hf_rtl.model_card
 from hf_rtl import RTLModelForImageClassification
 from hf_rtl.metrics import label_metrics, router_metrics
 from hf_rtl.model_card import write_card
+from hf_rtl.model_card.card import PIPELINE_TAGS
 from hf_rtl.model_card.run_record import write_run
 from hf_rtl.modeling.modeling_rtl import TASK_CLASSES
 from hf_rtl.modeling.routers import ScoreRouter
@@ -56,7 +56,7 @@ def test_metadata_follow_the_specification(tmp_path, ticket_task, has_run, given
 
 
 def test_every_task_has_a_name_that_the_hub_and_transformers_know():
-    tags = hf_rtl.model_card._PIPELINE_TAGS
+    tags = PIPELINE_TAGS
     names = {cls.__name__: tags.get(cls.backbone_class) for cls in TASK_CLASSES}
     assert [name for name, tag in names.items() if tag is None] == ["RTLModel", "RTLModelForSeq2SeqLM"]
     assert set(tags.values()) <= set(SPECIFICATION["pipeline_tags"]) & set(PIPELINE_REGISTRY.get_supported_tasks())

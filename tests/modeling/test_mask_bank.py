@@ -213,9 +213,8 @@ def test_similarity_of_empty_layers_is_nan():
 
 def test_similarity_over_several_blocks(monkeypatch):
     bank, masks = random_bank(3)
-    monkeypatch.setattr(
-        "hf_rtl.modeling.mask_bank._blocks", lambda num_bytes, _: (slice(b, b + 1) for b in range(num_bytes))
-    )
+    blocks = "hf_rtl.modeling.mask_bank._blocks"
+    monkeypatch.setattr(blocks, lambda num_bytes, _: (slice(b, b + 1) for b in range(num_bytes)))
     assert bank.similarity()[0, 2].item() == jaccard(everything(masks[0]), everything(masks[2]))
 
 

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-import hf_rtl
 from hf_rtl import (
     RTLModel,
     RTLModelForCausalLM,
@@ -28,6 +27,7 @@ from hf_rtl import (
     RTLModelForTokenClassification,
 )
 from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.prunable import parameter_aliases
 from tests.modeling.bits import assert_bit_equal, tensors
 
 
@@ -84,9 +84,7 @@ def test_save_and_load_is_bit_exact(build, tmp_path, kind, dtype, sharded):
     assert_bit_equal(loaded, model)
     assert {rows.dtype for rows in loaded.mask_bank.packed} == {torch.uint8}
     assert {rows.dtype for rows in loaded.norm_statistics.rows} <= {torch.float32, torch.int64}
-    shared = [
-        name for name, places in hf_rtl.modeling.prunable.parameter_aliases(loaded.backbone).items() if len(places) > 1
-    ]
+    shared = [name for name, places in parameter_aliases(loaded.backbone).items() if len(places) > 1]
     assert bool(shared) == (kind in ("bert", "t5"))
     for route in (0, 1, UNION):
         assert torch.equal(loaded(**inputs, route_ids=route).logits, model(**inputs, route_ids=route).logits)

@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_rtl import RTLTrainer
-from hf_rtl.training import extraction
+from hf_rtl.training import extraction, rounds
 from tests.training.small_runs import make_trainer
 
 
@@ -36,8 +36,8 @@ class StopAtEvaluation(TrainerCallback):
 
 
 def stop_in(monkeypatch, name, number):
-    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function that extraction uses."""
-    owner = RTLTrainer if hasattr(RTLTrainer, name) else extraction
+    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function that extraction or a round uses."""
+    owner = next(owner for owner in (RTLTrainer, extraction, rounds) if hasattr(owner, name))
     original, calls = getattr(owner, name), Counter()
 
     def stopping(*positional, **keywords):

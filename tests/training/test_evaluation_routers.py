@@ -66,7 +66,8 @@ def test_evaluation_shows_given_and_inferred_routes_and_the_union(routed) -> Non
 def test_routers_are_fitted_on_training_data_alone(routed, tmp_path) -> None:
     """On the samples held out of training, by their routes; with whatever evaluation data and task's labels."""
     model = RTLModel.from_pretrained(routed.run_directory.final_folder)
-    held_out = [routed.calibration_dataset[index] for index in range(len(routed.calibration_dataset))]
+    dataset = routed.run_data.calibration_dataset
+    held_out = [dataset[index] for index in range(len(dataset))]
     assert len(held_out) == 12
     rows = torch.cat(
         [model.router.evidence(model, {"pixel_values": s["pixel_values"][None]}) for s in held_out]

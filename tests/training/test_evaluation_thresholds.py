@@ -15,11 +15,11 @@ from tests.training.small_runs import ROUNDS, ROUTES, Images, Recorder, make_tra
 def test_samples_held_out_for_calibration_are_not_trained_on(tmp_path, monkeypatch):
     data = Images(36)
     made = make_trainer(tmp_path / "run", train=data, calibration_fraction=0.25, seed=1)
-    held_out = sorted(made.calibration_dataset.indices)
+    held_out = sorted(made.run_data.calibration_dataset.indices)
     assert 0 not in held_out  # that sample is looked at for its columns
     assert [index % 3 for index in held_out].count(0) == [index % 3 for index in held_out].count(2) == 3
     assert len(held_out) == 9
-    monkeypatch.setattr(RTLTrainer, "_calibrated_thresholds", lambda self: None)
+    monkeypatch.setattr(RTLTrainer, "calibrated_thresholds", lambda self: None)
     data.fetched.clear()
     made.train()
     assert set(data.fetched) == set(range(36)) - set(held_out)
@@ -33,8 +33,8 @@ def test_thresholds_are_calibrated_in_every_round_stored_and_loaded(tmp_path):
     for name, report in zip(ROUNDS, made.rounds, strict=True):
         model = RTLModelForImageClassification.from_pretrained(tmp_path / "run" / name)
         assert model.config.thresholds == report["thresholds"]
-        pixels = torch.stack([made.calibration_dataset[index]["pixel_values"] for index in range(9)])
-        homes = np.array([made.calibration_dataset[index]["label"] for index in range(9)])
+        pixels = torch.stack([made.run_data.calibration_dataset[index]["pixel_values"] for index in range(9)])
+        homes = np.array([made.run_data.calibration_dataset[index]["label"] for index in range(9)])
         with torch.no_grad():
             scores = torch.cat([model(pixel_values=part).logits for part in pixels.split(8)])
         assert model.config.thresholds == calibrate_thresholds(scores.numpy(), homes)
@@ -61,7 +61,7 @@ def test_a_calibration_set_of_its_own(tmp_path):
     calibration = Images(9, seed=5)
     made = run(tmp_path / "run", target_sparsity=[0.3], options={"calibration_dataset": calibration})
     assert len(made.rounds[0]["thresholds"]) == 3
-    assert len(made.route_data.dataset) == 24
+    assert len(made.run_data.training.dataset) == 24
     with pytest.raises(ValueError, match="`calibration_dataset` and `calibration_fraction`"):
         make_trainer(tmp_path / "b", calibration_fraction=0.2, options={"calibration_dataset": calibration})
 
@@ -87,9 +87,9 @@ def test_held_out_samples_keep_their_route_where_classes_are_ordered_otherwise(t
         made = make_trainer(
             tmp_path / str(len(results)), train=train, calibration_fraction=0.25, target_sparsity=[0.3]
         )
-        loader = made.get_eval_dataloader(made.calibration_dataset)
+        loader = made.get_eval_dataloader(made.run_data.calibration_dataset)
         labels = list(chain(*(batch["labels"].tolist() for batch in loader)))
-        assert labels == [index % 3 for index in made.calibration_dataset.indices]
+        assert labels == [index % 3 for index in made.run_data.calibration_dataset.indices]
         made.train()
         results.append(made.rounds[0]["thresholds"])
     assert results[0] == results[1]

@@ -197,7 +197,7 @@ def test_its_ticket_learns_and_is_the_same_again(tmp_path):
 def test_a_router_is_fitted_again(tmp_path):
     made = adding_trainer(tmp_path, "labels", calibration_fraction=0.25, train=Images(48, columns=DOMAINS))
     made.fit_router("score", threshold=0.1, fallback="bee")
-    model, held_out = made.model, made.calibration_dataset
+    model, held_out = made.model, made.run_data.calibration_dataset
 
     def decisions():
         images = torch.stack([held_out[index]["pixel_values"] for index in range(len(held_out))])
@@ -208,10 +208,11 @@ def test_a_router_is_fitted_again(tmp_path):
     changed = (decisions() != before).double()
     domains = torch.tensor([held_out[index]["domain"] for index in range(len(held_out))])
     assert report["changed_decisions"] == {n: float(changed[domains == k].mean()) for k, n in enumerate(ROUTES)}
-    for dataset, counts in ((made.route_data.dataset, [12, 12, 12, 18]), (made.calibration_dataset, [4, 4, 4, 6])):
+    data = made.run_data
+    for dataset, counts in ((data.training.dataset, [12, 12, 12, 18]), (data.calibration_dataset, [4, 4, 4, 6])):
         # Whatever the new samples' column says, which was not to be looked at.
-        assert made._partition_of(dataset).counts.tolist() == counts
-    assert model.router.num_routes == 4 and len(made.calibration_dataset) == len(held_out) + 6
+        assert made.partition_of(dataset).counts.tolist() == counts
+    assert model.router.num_routes == 4 and len(made.run_data.calibration_dataset) == len(held_out) + 6
     assert (model.config.router, model.config.router_threshold, model.config.router_fallback) == ("score", 0.1, "bee")
 
 
@@ -256,10 +257,10 @@ def test_labels_need_no_training_data(tmp_path):
 def test_what_cannot_be_added_changes_nothing(tmp_path):
     def refused(made, message, *arguments, error=ValueError, **keywords):
         before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-        config, data = made.model.config.to_dict(), made.route_data
+        config, data = made.model.config.to_dict(), made.run_data.training
         with pytest.raises(error, match=message):
             made.add_route(*arguments, **keywords)
-        assert made.model.config.to_dict() == config and made.route_data is data
+        assert made.model.config.to_dict() == config and made.run_data.training is data
         assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
 
     labels = adding_trainer(tmp_path / "labels", "labels")

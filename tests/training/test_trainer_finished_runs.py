@@ -260,7 +260,7 @@ def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
 def test_extraction_takes_the_options_of_training(tmp_path):
     made = make_trainer(tmp_path, max_grad_norm=0.5, learning_rate=0.25, adam_beta1=0.5, weight_decay=0.125)
     made.args.mixed_precision = "fp16"  # refused on a processor, so not given
-    ticket = made._ticket_trainer(dict(named_state(made.model.backbone)))
+    ticket = made.ticket_trainer(dict(named_state(made.model.backbone)))
     assert (ticket.max_grad_norm, ticket.fp16) == (0.5, True)
     assert ticket.network is not made.model.backbone
     optimizer = ticket.make_optimizer(ticket.network)

@@ -35,7 +35,7 @@ PLACES = {
     ("step", 4): (12, 9),  # in the middle of the first joint retraining
     ("step", 9): (6, 4),  # and of the second
     ("evaluation", 2): (6, 0),
-    ("_report", 1): (12, 6),  # the model is saved, but not yet the report
+    ("report_round", 1): (12, 6),  # the model is saved, but not yet the report
 }
 
 
@@ -60,7 +60,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, mon
 
 def test_the_same_trainer_continues_what_broke_off(finished, tmp_path, monkeypatch):
     """Its model has been trained by then; θ0 is what it was."""
-    for place in (("step", 4), ("step", 9), ("_recalibrate_union", 2)):
+    for place in (("step", 4), ("step", 9), ("recalibrate_union", 2)):
         made = interrupt(monkeypatch, tmp_path / place[0] / str(place[1]), place)
         if place[0] == "step":
             made.remove_callback(StopAtStep)
@@ -165,7 +165,7 @@ def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monke
     """The last step is not the last of an epoch, of which Trainer would train one more."""
     options = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 1, **steps}
     whole = run(tmp_path / "whole", **options)
-    interrupt(monkeypatch, tmp_path / "run", ("_recalibrate_union", 1), **options)
+    interrupt(monkeypatch, tmp_path / "run", ("recalibrate_union", 1), **options)
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded], **options)
     assert whole.rounds[0]["steps"] == {"max_steps": 4, "num_train_epochs": 9}[next(iter(steps))]

@@ -151,9 +151,9 @@ def test_a_column_says_the_routes_of_other_data_where_it_is_named(tmp_path):
 def test_samples_to_calibrate_on_are_held_out_of_every_route(tmp_path):
     partition = grouped(36)["options"]["partition"]
     made = make_trainer(tmp_path / "run", **grouped(36), calibration_fraction=0.25)
-    for data in (made.route_data, made):
-        held = data.dataset if data is not made else made.calibration_dataset
-        routes = data.partition.route_ids if data is not made else made._partition_of(held).route_ids
+    for data in (made.run_data.training, made):
+        held = data.dataset if data is not made else made.run_data.calibration_dataset
+        routes = data.partition.route_ids if data is not made else made.partition_of(held).route_ids
         assert routes.tolist() == partition.route_ids[list(held.indices)].tolist()
     assert made.plan().route_sizes == dict.fromkeys(ROUTES, 9)
     made.train()
@@ -203,7 +203,7 @@ def test_what_has_no_rule_leaves_none(tmp_path):
     assert rule_files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("place", [("step", 4), ("_report", 1), ("evaluation", 2)])
+@pytest.mark.parametrize("place", [("step", 4), ("report_round", 1), ("evaluation", 2)])
 def test_a_run_is_continued_with_its_partition_only(finished, tmp_path, monkeypatch, place):
     interrupt(monkeypatch, tmp_path / "run", place, **grouped())
     before = contents(tmp_path / "run")

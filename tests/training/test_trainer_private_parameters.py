@@ -80,7 +80,7 @@ def test_frozen_ones_are_not_trained_in_either_phase(tmp_path):
     options = {"route_names": ["ant", "bee", "cat"], "ticket_task": "membership", "private_parameters": PRIVATE}
     model = type(image_model()).from_backbone(backbone, **options)
     made = make_trainer(tmp_path / "run", model, target_sparsity=[0.3])
-    network = made._ticket_trainer(dict(backbone.state_dict())).network
+    network = made.ticket_trainer(dict(backbone.state_dict())).network
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["timm_model.fc.bias"]
     made.train()
     rows = model.private_parameters.rows[-1]
@@ -105,11 +105,11 @@ def test_whatever_the_optimizer(tmp_path, optim):
 
 def test_rows_are_decayed_as_what_they_are_rows_of(tmp_path):
     made = make_trainer(tmp_path, private_model(), weight_decay=0.1)
-    decayed, others = made._parameter_groups(made.model)
+    decayed, others = made.parameter_groups(made.model)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     rows = dict(zip(NAMES, made.model.private_parameters.rows, strict=True))
     shared = image_model()
-    expected = make_trainer(tmp_path, shared)._parameter_groups(shared)[0]["params"]
+    expected = make_trainer(tmp_path, shared).parameter_groups(shared)[0]["params"]
     expected = {name for name in NAMES if any(p is shared.backbone.get_parameter(name) for p in expected)}
     assert {name for name, p in rows.items() if any(p is one for one in decayed["params"])} == expected
     assert expected and len(expected) < len(NAMES)
@@ -124,9 +124,8 @@ def test_the_union_is_recalibrated_with_the_mean_of_all_rows(private_run):
     hook = made.model.backbone.timm_model.bn1.register_forward_pre_hook(
         lambda module, _: seen.append((module.weight.detach().clone(), module.momentum))
     )
-    made._round = made.plan().rounds[-1]
-    made._recalibrate_union()
-    made._round = None
+    with made.in_round(made.plan().rounds[-1], num_steps_before=0):
+        made.recalibrate_union()
     hook.remove()
     rows = made.model.private_parameters.rows[NAMES.index("timm_model.bn1.weight")]
     assert seen and all(momentum is None for _, momentum in seen)

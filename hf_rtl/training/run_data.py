@@ -1,0 +1,199 @@
+"""Whether data, arguments and model fit each other, before anything is written; the routes of a run's data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import str_to_bool
+
+from ..data.columns import check_label_column, columns_of, single_labels
+from ..data.partition import Partition
+from ..data.route_data import RouteData, check_partition, find_partition
+from ..modeling.modeling_rtl import RTLModel
+from .evaluation import ONE_PREDICTION_PER_SAMPLE, check_router
+from .training_args import RTLTrainingArguments
+
+
+class RunData:
+    """
+    The data sets of a run, with the route of every sample.
+
+    Args:
+        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): of the run.
+        train_dataset, partition, eval_dataset, calibration_dataset: as of [`RTLTrainer`].
+        has_collator (`bool`): whether the caller makes `labels` of the samples of a batch.
+
+    Attributes:
+        training ([`RouteData`], *optional*): what tickets are trained on, without what is held out.
+        calibration_dataset (*optional*): the one that was given, or what is held out of the training data.
+
+    Raises:
+        TypeError, ValueError: data, arguments and model do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: RTLModel,
+        args: RTLTrainingArguments,
+        *,
+        train_dataset: Any = None,
+        partition: Partition | None = None,
+        eval_dataset: Any = None,
+        calibration_dataset: Any = None,
+        has_collator: bool = False,
+    ) -> None:
+        self.training: RouteData | None = None
+        self.calibration_dataset = calibration_dataset
+        # Its rule assigns other data too, if `args` name no column.
+        self._given_partition = partition
+        # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
+        self._partitions: list[tuple[Any, Partition]] = []
+        if partition is not None:
+            partition = check_partition(partition, train_dataset, model.route_names)
+        if train_dataset is not None:
+            if partition is None:
+                partition = self._find_partition(model, args, train_dataset, allow_empty=False)
+            _check_labels(model, train_dataset, partition, has_collator)
+            self.training = route_data(model, args, train_dataset, partition)
+            if args.calibration_fraction:
+                if calibration_dataset is not None:
+                    raise ValueError("`calibration_dataset` and `calibration_fraction` are both given; choose one.")
+                self.training, held_out = self.training.hold_out(args.calibration_fraction, args.seed)
+                self.calibration_dataset = held_out.dataset
+                self.remember(held_out.dataset, held_out.partition)
+            _check_batches(args, self.training)
+        _check_competition(model, args)
+        if args.router != "given":
+            check_router(args.router, model, self.calibration_dataset)
+            if args.router_fallback is not None:
+                model.route_index(args.router_fallback)
+        # Now rather than after hours of training: whether evaluation and calibration can find their routes.
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (*evaluated, calibration_dataset):
+            if dataset is not None:
+                # Thresholds and routers are fitted for every route.
+                allow_empty = dataset is not calibration_dataset
+                self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
+
+    def remember(self, dataset: Any, partition: Partition) -> None:
+        """Notes the partition of a data set that is going to be evaluated."""
+        self._partitions.append((dataset, partition))
+
+    def partition_of(self, model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
+        """The partition of a data set to evaluate on, which may have samples of some routes only."""
+        known = (partition for other, partition in self._partitions if other is dataset)
+        return next(known, None) or self._find_partition(model, args, dataset)
+
+    def require_training(self) -> RouteData:
+        """The training data. Raises `ValueError` if there is none."""
+        if self.training is None:
+            raise ValueError("training needs a `train_dataset`.")
+        return self.training
+
+    def _find_partition(
+        self, model: RTLModel, args: RTLTrainingArguments, dataset: Any, allow_empty: bool = True
+    ) -> Partition:
+        return find_partition(
+            dataset,
+            route_column=args.route_column,
+            route_names=model.route_names,
+            ticket_task=str(model.config.ticket_task),
+            allow_empty=allow_empty,
+            training=self._given_partition,
+        )
+
+
+def route_data(model: RTLModel, args: RTLTrainingArguments, dataset: Any, partition: Partition) -> RouteData:
+    """A data set as the arguments say that it is trained on."""
+    return RouteData(
+        dataset,
+        partition,
+        membership=model.config.ticket_task == "membership",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        batch_size=args.route_batch_size,
+        seed_transforms=args.seed_transforms,
+    )
+
+
+def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[str, Any]) -> None:
+    """
+    Raises `TypeError` or `ValueError` where arguments contradict the model, or the machine.
+
+    Args:
+        given (`Mapping[str, Any]`): the other arguments of the trainer.
+    """
+    if not isinstance(model, RTLModel):
+        raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
+    if not isinstance(args, RTLTrainingArguments):
+        raise TypeError(f"`args` must be RTLTrainingArguments, got {type(args).__name__}.")
+    for name in ("optimizers", "model_init"):
+        if given.get(name) not in (None, (None, None)):
+            raise ValueError(f"`{name}` is not supported: every round makes a fresh optimizer on the same θ0.")
+    if model.config.ticket_task == "membership" and args.rewind_to:
+        raise ValueError(
+            f"`rewind_to` = {args.rewind_to} trains one dense network on all data, but the head of membership "
+            "tickets asks 'is this mine?', which is no question to all data; leave it at 0."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, and `Trainer` would spread `nn.DataParallel` over them, whose "
+            f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    _check_parallelism(args)
+    _check_connected(args)
+
+
+def _check_parallelism(args: RTLTrainingArguments) -> None:
+    """Raises `ValueError` where weights are to be split, by arguments or by what `accelerate launch` was told."""
+    given = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "PARALLELISM_CONFIG": args.parallelism_config}
+    for name in (*given, "MEGATRON_LM"):
+        if given.get(name) or str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+            raise ValueError(
+                f"{name} is not supported: it splits weights over the devices, but a mask covers a whole one, and so "
+                "does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` gives, with "
+                "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
+            )
+
+
+def _check_connected(args: RTLTrainingArguments) -> None:
+    """Raises `ValueError` if a launcher started several processes that know nothing of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > args.world_size:
+        raise ValueError(
+            f"a launcher has started {started} processes, but they are not connected: each would do the whole run, in "
+            "the same folder. On CPUs, set `use_cpu=True` in the arguments (for a recipe, add --use_cpu)."
+        )
+
+
+def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool) -> None:
+    """Raises `ValueError` unless a partition of training data, and its labels, suit the task of the tickets."""
+    labels = None
+    if model.config.ticket_task == "labels" and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+        labels = single_labels(dataset)
+        if not has_collator:
+            check_label_column(columns_of(dataset))
+    partition.check(model.config.ticket_task, labels)
+
+
+def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:
+    """Raises `ValueError` unless batches can be dealt out over the processes."""
+    unit = (2 if data.membership else 1) * args.world_size
+    if args.route_batch_size % unit:
+        each = "a positive and a negative" if data.membership else "a sample"
+        raise ValueError(
+            f"`route_batch_size` = {args.route_batch_size} must be a multiple of {unit}: {each} for each of "
+            f"{args.world_size} process(es)."
+        )
+    first = 0 if args.competing_epochs else None
+    data.sampler((), world_size=args.world_size, first_competing_epoch=first)
+
+
+def _check_competition(model: RTLModel, args: RTLTrainingArguments) -> None:
+    if args.competing_epochs and model.config.ticket_task != "membership":
+        raise ValueError(
+            f"`competing_epochs` = {args.competing_epochs} compares the scores of membership tickets, and these "
+            "are tickets for labels; leave it at 0."
+        )
