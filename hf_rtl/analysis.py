@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .modeling.mask_bank import MaskBank
+from .modeling.mask_bank import MaskBank, expected_similarity
 
 
 Array = NDArray[np.float64]
@@ -62,16 +62,9 @@ def expected_jaccard(num_first: int, num_second: int, num_weights: int) -> float
 
 def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]:
     """
-    Mean and variance of the Jaccard similarity, over all weights together, of independent random masks that keep as
-    many weights in each layer as the given ones.
-
-    This is the chance level for tickets of global magnitude pruning: layers differ in density, and the tickets agree
-    on that, so even with layers shuffled they are more alike than uniformly random masks of the same total.
-
-    With X = Σ X_l, the X_l hypergeometric and independent, μ = Σ a_l b_l / n_l and σ² = Σ a_l b_l (n_l - a_l)
-    (n_l - b_l) / (n_l² (n_l - 1)) are the mean and variance of X. The similarity is g(X) = X / (S - X) with
-    S = Σ (a_l + b_l), so to second order its mean is g(μ) + σ² S / (S - μ)³ and its variance (σ S / (S - μ)²)². What
-    is left out is of order n^-2, below 1e-4 from some hundred kept weights on.
+    Mean and variance of the Jaccard similarity of independent random masks that keep as many weights in each layer as
+    the given ones: the chance level for tickets of global magnitude pruning. See
+    `modeling.mask_bank.expected_similarity`, which has the formula.
 
     Args:
         kept (`[L, K]`): weights that each of K masks keeps in each of L layers.
@@ -80,16 +73,8 @@ def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]
     Returns:
         Two arrays `float64 [K, K]`; NaN where both masks keep nothing. The diagonal is for two independent masks, too.
     """
-    kept, sizes = np.asarray(kept, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-    size = sizes[:, None, None]
-    removed = sizes[:, None] - kept
-    both = kept[:, :, None] * kept[:, None, :]
-    mean = (both / size).sum(0)
-    variance = (both * removed[:, :, None] * removed[:, None, :] / (size**2 * np.maximum(size - 1, 1))).sum(0)
-    total = kept.sum(0)[:, None] + kept.sum(0)[None, :]
-    with np.errstate(invalid="ignore"):
-        union = total - mean
-        return mean / union + variance * total / union**3, variance * (total / union**2) ** 2
+    mean, variance = expected_similarity(torch.as_tensor(np.asarray(kept)), torch.as_tensor(np.asarray(sizes)))
+    return mean.numpy(), variance.numpy()
 
 
 @dataclass(frozen=True)

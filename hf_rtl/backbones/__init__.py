@@ -1,4 +1,8 @@
-"""Backbones that the paper needs and the libraries lack. Importing this package registers them."""
+"""
+Backbones that the paper needs and the libraries lack. Importing this package registers them.
+
+They import torch, timm and transformers, and nothing of ours: what knows of routes does not belong here.
+"""
 
 from .coordinate_mlp import CoordinateMLP, CoordinateMLPConfig
 from .ghostnet import GhostNetRTL

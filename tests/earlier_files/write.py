@@ -105,9 +105,8 @@ def membership_model():
     )
 
 
-def arguments(folder):
-    return RTLTrainingArguments(
-        output_dir=str(folder),
+def arguments(folder, **values):
+    written = dict(
         target_sparsity=[0.3, 0.6],
         prune_amount=0.3,
         extraction_steps=2,
@@ -121,6 +120,7 @@ def arguments(folder):
         use_cpu=True,
         disable_tqdm=True,
     )
+    return RTLTrainingArguments(output_dir=str(folder), **{**written, **values})
 
 
 class StopError(Exception):
@@ -133,10 +133,10 @@ class StopInSecondRound(TrainerCallback):
             raise StopError
 
 
-def trainer(folder, model, callbacks=()):
-    return RTLTrainer(
-        model, arguments(folder), train_dataset=samples(), eval_dataset=samples(), callbacks=list(callbacks)
-    )
+def trainer(folder, model, callbacks=(), **values):
+    """`values` are other arguments than those that the run was written with."""
+    args = arguments(folder, **values)
+    return RTLTrainer(model, args, train_dataset=samples(), eval_dataset=samples(), callbacks=list(callbacks))
 
 
 def main(folder):

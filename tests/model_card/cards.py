@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_rtl import RTLModelForImageClassification, RTLTrainingArguments
+from hf_rtl import Partition, RTLModelForImageClassification, RTLTrainingArguments
 from hf_rtl.metrics import label_metrics, membership_metrics
 from hf_rtl.model_card.run_record import write_run
 from hf_rtl.training.run_report import describe_run
@@ -65,13 +65,13 @@ def with_run(model, folder, **arguments):
     }
     model.save_pretrained(folder)
     arguments = RTLTrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **arguments)
-    samples = {name: 100 + route for route, name in enumerate(names)}
+    routes = range(len(names))
     run = describe_run(
         model,
         arguments,
         [report],
-        num_training_samples=samples,
-        num_evaluation_samples={"": dict.fromkeys(names, 10)},
+        training=Partition(np.repeat(routes, [100 + route for route in routes]), names),
+        evaluations={"": Partition(np.repeat(routes, 10), names)},
     )
     write_run(Path(folder), run)
     return metrics

@@ -1,5 +1,6 @@
 """The mask bank against numpy's bit packing and against sets of Python integers."""
 
+import collections
 import itertools
 import math
 
@@ -226,20 +227,46 @@ def test_blocks_cover_every_byte_once(num_bytes, num_routes):
     assert covered == list(range(num_bytes))
 
 
-def test_chance_similarity_is_the_ratio_of_expectations():
-    bank, masks = random_bank(3, keep=0.3)
+def expectation_by_enumeration(kept, sizes):
+    """The expected similarity of two random masks with `kept` [(a, b), …] weights in layers of `sizes`, summed up."""
+    chances = {0: 1.0}  # number of weights that both keep, over the layers so far -> its probability
+    for (a, b), size in zip(kept, sizes, strict=True):
+        longer = collections.Counter()
+        for both in range(max(0, a + b - size), min(a, b) + 1):
+            ways = math.comb(a, both) * math.comb(size - a, b - both) / math.comb(size, b)
+            for before, chance in chances.items():
+                longer[before + both] += chance * ways
+        chances = longer
+    total = sum(map(sum, kept))
+    return sum(chance * both / (total - both) for both, chance in chances.items())
+
+
+def test_chance_similarity_is_that_of_masks_with_the_same_densities_in_every_layer():
+    sizes, densities = (400, 400, 30), [(0.9, 0.8), (0.1, 0.2), (0.5, 0.5)]
+    masks = {
+        name: [torch.arange(n) < round(n * pair[k]) for n, pair in zip(sizes, densities, strict=True)]
+        for k, name in enumerate("ab")
+    }
+    bank = MaskBank.from_masks(["x", "y", "z"], masks)
     chance, per_layer = bank.chance_similarity(), bank.chance_similarity(per_layer=True)
-    for i, j in itertools.product(range(3), repeat=2):
-        p, q = (len(everything(masks[k])) / 39 for k in (i, j))
-        assert chance[i, j].item() == pytest.approx(p * q / (p + q - p * q), rel=1e-12)
-        p, q = (len(kept(masks[k][1])) / 16 for k in (i, j))
-        assert per_layer[1, i, j].item() == pytest.approx(p * q / (p + q - p * q), rel=1e-12)
+    counts = [tuple(round(n * density) for density in pair) for n, pair in zip(sizes, densities, strict=True)]
+    assert chance[0, 1].item() == chance[1, 0].item()
+    assert chance[0, 1].item() == pytest.approx(expectation_by_enumeration(counts, sizes), abs=1e-5)
+    for layer, tolerance in enumerate((1e-5, 2e-4, 2e-3)):
+        expected = expectation_by_enumeration(counts[layer : layer + 1], sizes[layer : layer + 1])
+        assert per_layer[layer, 0, 1].item() == pytest.approx(expected, abs=tolerance)
+    # One density over all layers together would give another figure.
+    p, q = (sum(count[k] for count in counts) / sum(sizes) for k in (0, 1))
+    assert abs(p * q / (p + q - p * q) - chance[0, 1].item()) > 0.2
 
 
 def test_chance_similarity_is_what_random_masks_have():
-    bank = MaskBank([("w", (200, 200))], ["a", "b"])
-    bank["a"], bank["b"] = [torch.rand(200, 200) < 0.3], [torch.rand(200, 200) < 0.6]
+    """Two layers, nine tenths and one tenth kept: far more alike than masks of one density over both."""
+    torch.manual_seed(1)
+    drawn = {name: [torch.rand(200, 200) < density for density in (0.9, 0.1)] for name in "ab"}
+    bank = MaskBank.from_masks(["x", "y"], drawn)
     assert bank.similarity()[0, 1].item() == pytest.approx(bank.chance_similarity()[0, 1].item(), abs=0.01)
+    assert bank.chance_similarity()[0, 1].item() > 0.6
 
 
 # Changing
