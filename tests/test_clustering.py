@@ -8,13 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_partition import DictDataset, hf_dataset
-from test_partition_rules import nearest
 from threadpoolctl import threadpool_limits
 
 from hf_rtl import clustering
 from hf_rtl.clustering import group_class_names, partition_by_class_names, partition_by_features
 from hf_rtl.data.rules import ByGroups, load_rule, save_rule
+from tests.data.small_data import DictDataset, hf_dataset, nearest
 
 
 SIZES = [40, 25, 30]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from earlier_files import write
 from safetensors.torch import load_file
 
 from hf_rtl import ByColumn, RTLModel, RTLModelForImageClassification, load_rule
@@ -15,6 +14,7 @@ from hf_rtl.modeling.hashing import hash_file
 from hf_rtl.training import rounds, run_identity
 from hf_rtl.training.run_directory import RunDirectory
 from hf_rtl.training.ticket_trainer import named_state
+from tests.earlier_files import write
 
 
 FOLDERS = sorted((Path(__file__).parent / "earlier_files").glob("20*"))

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 import transformers.modeling_utils
-from distributed import runs
-from distributed.processes import Team
 from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 
 import hf_rtl.modeling.files
@@ -28,6 +26,8 @@ from hf_rtl import RTLTrainer
 from hf_rtl.training.extraction import Extraction
 from hf_rtl.training.run_directory import RunDirectory
 from hf_rtl.training.ticket_trainer import TicketTrainer
+from tests.distributed import runs
+from tests.distributed.processes import Team
 
 
 PHASES = EXTRACTION, WRITING, BETWEEN, RETRAINING, SAVING = (

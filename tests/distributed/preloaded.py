@@ -4,9 +4,9 @@ import gc
 import tempfile
 
 import sklearn.metrics  # noqa: F401
-from distributed import runs
 
 from hf_rtl.model_card import write_card
+from tests.distributed import runs
 
 
 # matplotlib's fonts, what loading a model compiles, and so on: more work than all the rest of a run of these tests.

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.child_processes import ROOT, environment
+
 
 # A server that has imported everything once: a process is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distributed.preloaded"])
+_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 class Team:
@@ -31,29 +33,21 @@ class Team:
         arguments (`tuple`): for it.
         world_size (`int`): number of processes.
         logs (`Path`): folder for what they print, `rank-N.log`.
-        environment (`dict[str, str]`, *optional*): more variables.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        arguments: tuple,
-        *,
-        world_size: int,
-        logs: Path,
-        environment: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, function: Callable, arguments: tuple, *, world_size: int, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.log_files = [logs / f"rank-{rank}.log" for rank in range(world_size)]
         with pytest.MonkeyPatch.context() as patched:
-            # Before Python 3.13, the server looks for what it is to import in this path alone.
-            patched.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+            # The server looks for what it is to import in its working directory and in this path.
+            patched.chdir(ROOT)
+            patched.setenv("PYTHONPATH", environment()["PYTHONPATH"])
             forkserver.ensure_running()
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._connections: list[Connection] = []
         self.processes = []
         for rank, log in enumerate(self.log_files):
-            variables = {"OMP_NUM_THREADS": "1", **(environment or {})}
+            variables = {"OMP_NUM_THREADS": "1"}
             if world_size > 1:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 variables |= {"LOCAL_WORLD_SIZE": str(world_size), **address}

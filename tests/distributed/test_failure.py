@@ -3,8 +3,9 @@
 import time
 
 import pytest
-from distributed import runs
-from distributed.processes import Team, launch
+
+from tests.distributed import runs
+from tests.distributed.processes import Team, launch
 
 
 def started(folder, team, pattern, number=1):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from distributed import runs
-from distributed.kill_points import (
+
+from tests.distributed import runs
+from tests.distributed.kill_points import (
     EXTRACTION,
     NUM_STEPS,
     OPTIONS,
@@ -27,7 +28,7 @@ from distributed.kill_points import (
     Point,
     StoppedRun,
 )
-from distributed.processes import launch
+from tests.distributed.processes import launch
 
 
 PATIENCE = 5.0  # of the process that is left when the other is killed, in seconds

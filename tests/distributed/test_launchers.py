@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed.processes import free_port
+
+from tests.child_processes import ROOT, environment
+from tests.distributed.processes import free_port
 
 
 pytestmark = pytest.mark.slow
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 SMALL = [
     *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "10"),
     *("--extraction_steps", "2", "--use_cpu"),
@@ -54,11 +56,11 @@ class Launcher:
         self._log = log
         # As a shell has it: without what else the tests set.
         ours = ("ACCELERATE_", "TRANSFORMERS_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        variables = environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        variables = {name: value for name, value in variables.items() if not name.startswith(ours)}
         with log.open("w") as opened:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=opened, stderr=subprocess.STDOUT
+                command, cwd=folder, env=variables, stdout=opened, stderr=subprocess.STDOUT
             )
 
     def printed(self) -> str:
@@ -114,6 +116,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     finally:
         launcher.stop()
     return launcher.printed(), json.loads((folder / "run/results.json").read_text())
+
+
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(machines: list[Launcher], tmp_path: Path) -> None:
+    script = tmp_path / "says_where.py"
+    script.write_text("from tests.child_processes import package_file; print(package_file())\n")
+    command = [*TORCH, "--standalone", str(script)]
+    machines.append(Launcher(command, tmp_path / "log", tmp_path))
+    assert machines[0].wait() == 0, machines[0].printed()
+    assert str(ROOT / "hf_rtl" / "__init__.py") in machines[0].printed().splitlines()
 
 
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
@@ -190,8 +201,7 @@ def test_under_a_launcher_the_first_failure_is_shown(tmp_path: Path, machines: l
     """It ends all processes as soon as one has ended: not before the one that failed has said why."""
     script = tmp_path / "fails.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        f"from distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
+        f"from tests.distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"
     )
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     machines.append(Launcher(two, tmp_path / "log"))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from distributed import runs
-from distributed.processes import Team, launch
+
+from tests.distributed import runs
+from tests.distributed.processes import Team, launch
 
 
 WORLDS = [1, 2, 3]

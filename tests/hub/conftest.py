@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub.environments import Environment, build_wheel
-from hub.processes import Clients
-from hub.server import LocalHub
+
+from tests.child_processes import ROOT
+from tests.hub.environments import Environment, build_wheel
+from tests.hub.processes import Clients
+from tests.hub.server import LocalHub
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +49,5 @@ def published_environment(tmp_path_factory: pytest.TempPathFactory) -> Environme
     """An environment with hf_rtl as it would be published."""
     folder = tmp_path_factory.mktemp("published")
     environment = Environment(folder / "environment")
-    environment.install(build_wheel(Path(__file__).parents[2], folder / "build"))
+    environment.install(build_wheel(ROOT, folder / "build"))
     return environment

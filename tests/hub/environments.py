@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.processes import environment
+from tests.hub.processes import client_environment
 
 
 class Environment:
@@ -29,7 +29,7 @@ class Environment:
         # Isolated: neither PYTHONPATH nor the script's folder is searched, where hf_rtl may lie.
         result = subprocess.run(
             [self.python, "-I", *arguments],
-            env=environment(url, cache=folder / "cache", **variables),
+            env=client_environment(url, cache=folder / "cache", **variables),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,

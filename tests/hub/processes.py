@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.child_processes import environment
 
 
 # Where the client keeps its cache. Relative: what the client reads when it is imported, in the process that all others
@@ -35,11 +35,12 @@ class Clients:
     def __init__(self, url: str, log: Path) -> None:
         with log.open("w") as output:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "hub.processes"],
+                [sys.executable, "-m", "tests.hub.processes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=environment(url, cache=CACHE),
+                env=client_environment(url, cache=CACHE),
+                cwd=log.parent,
             )
 
     def run(self, function: Callable, arguments: tuple, keywords: dict, folder: Path, token: str | None) -> Any:
@@ -57,9 +58,9 @@ class Clients:
         self._server.wait()
 
 
-def environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
+def client_environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
     """Variables for a process whose client knows no other Hub than the one at `url`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    kept = {name: value for name, value in environment().items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return kept | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(cache),
@@ -67,26 +68,13 @@ def environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
         "TOKENIZERS_PARALLELISM": "false",
         **more,
     }
 
 
 def _serve() -> None:
-    # What is to be imported before the first fork.
-    from hub import clients
-
-    from hf_rtl.model_card import write_card
-
-    # What loading a model and drawing compile at first takes longer than all the rest that a process does.
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("timm", "vit", "bert"):
-            clients.make_model(kind).save_pretrained(Path(folder, kind))
-            write_card(Path(folder, kind))
-    # accelerate collects garbage before every training, which would look at all that is imported.
-    gc.collect()
-    gc.freeze()
+    import tests.hub.preloaded  # noqa: F401
 
     with os.fdopen(os.dup(1), "wb") as answers:
         # What is printed must not get in between the answers.

@@ -1,7 +1,8 @@
 """The page of a pushed model, and whose text is on it."""
 
 import pytest
-from hub.card_clients import (
+
+from tests.hub.clients.cards import (
     create_with_card,
     edit_card,
     push_again_after_an_edit_here,
@@ -12,7 +13,7 @@ from hub.card_clients import (
     read_and_validate,
     train_from_hub,
 )
-from hub.clients import copy_repo, push
+from tests.hub.clients.repositories import copy_repo, push
 
 
 def card_at(hub, name, revision="main"):

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from hub.clients import ask_one, ask_to_generate, pull, pull_executed, push, push_own_backbone, push_with_processor
-from hub.processes import ClientError
-from hub.server import File
+
+from tests.hub.clients.pipelines import ask_one, ask_to_generate
+from tests.hub.clients.repositories import pull, pull_executed, push, push_own_backbone, push_with_processor
+from tests.hub.processes import ClientError
+from tests.hub.server import File
 
 
 STRANGER = Path(__file__).parent / "stranger.py"

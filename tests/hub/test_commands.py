@@ -3,9 +3,12 @@
 import json
 
 import pytest
-from hub.clients import command, pull, push, save, train
-from hub.processes import ClientError
-from hub.server import ConnectionCut, File, HubError
+
+from tests.hub.clients.commands import command, save
+from tests.hub.clients.repositories import pull, push
+from tests.hub.clients.runs import train
+from tests.hub.processes import ClientError
+from tests.hub.server import ConnectionCut, File, HubError
 
 
 def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):

@@ -1,8 +1,10 @@
 """The stock pipelines of transformers, given nothing but the name of a repository."""
 
 import pytest
-from hub.clients import ask, ask_to_generate, push_with_processor
-from hub.processes import ClientError
+
+from tests.hub.clients.pipelines import ask, ask_to_generate
+from tests.hub.clients.repositories import push_with_processor
+from tests.hub.processes import ClientError
 
 
 TASKS = {"timm": "image-classification", "vit": "image-classification", "bert": "text-classification"}

@@ -1,8 +1,11 @@
 """What a trainer pushes: the model that its run ended with, as one commit."""
 
 import pytest
-from hub.clients import ask, pull, push_untrained, retrain_then_push, train, train_then_push
-from hub.processes import ClientError
+
+from tests.hub.clients.pipelines import ask
+from tests.hub.clients.repositories import pull
+from tests.hub.clients.runs import push_untrained, retrain_then_push, train, train_then_push
+from tests.hub.processes import ClientError
 
 
 MODEL_FILES = {

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import torch
-from hub.clients import answers_of, push
-from hub.environments import packages_of
+
+from tests.child_processes import ROOT
+from tests.hub.clients.pipelines import answers_of
+from tests.hub.clients.repositories import push
+from tests.hub.environments import packages_of
 
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PROGRAM = """
 import json, sys

@@ -6,18 +6,19 @@ import sys
 from pathlib import PurePosixPath
 
 import pytest
-from hub.clients import (
+
+from tests.hub.clients.models import images
+from tests.hub.clients.pipelines import pull_and_ask
+from tests.hub.clients.repositories import (
     call,
-    images,
     pull,
-    pull_and_ask,
     pull_config,
     push,
     push_after_saving,
     push_subfolder,
     push_with_processor,
 )
-from hub.processes import ClientError, environment
+from tests.hub.processes import ClientError, client_environment
 
 
 def weight_files(files):
@@ -137,7 +138,7 @@ def test_what_was_pulled_once_needs_no_hub(run, tmp_path):
     program = "\n".join(line.strip() for line in program.splitlines())
     fingerprint, answers = run(pull_and_ask, "org/cached", str(tmp_path / "image.png"))
     cache = tmp_path / "process-2" / "cache"
-    variables = environment("http://127.0.0.1:1", cache=cache, HF_HUB_OFFLINE="1")
+    variables = client_environment("http://127.0.0.1:1", cache=cache, HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", program, str(tmp_path / "image.png")]
     result = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

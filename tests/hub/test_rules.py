@@ -3,20 +3,20 @@
 import json
 
 import pytest
-from hub.clients import call, command, save
-from hub.processes import ClientError
-from hub.rule_clients import (
+
+from hf_rtl import ByColumn, save_rule
+from tests.hub.clients.commands import command, save
+from tests.hub.clients.repositories import call, push
+from tests.hub.clients.rules import (
     FEATURES,
     RULES,
     assign,
     change_and_push,
     describe_rule,
-    push_without_rule,
     train_then_push_model,
     train_then_push_run,
 )
-
-from hf_rtl import ByColumn, save_rule
+from tests.hub.processes import ClientError
 
 
 BOTH = {"partition.json", "partition.safetensors"}
@@ -27,10 +27,10 @@ def rule_files(repo):
     return {path for path in repo.at("main").files if path.startswith("partition")}
 
 
-@pytest.mark.parametrize("push", [train_then_push_run, train_then_push_model])
-def test_a_rule_is_pushed_with_the_model_of_a_run(hub, run, push):
-    name = f"org/{push.__name__}"
-    run(push, "centres", name)
+@pytest.mark.parametrize("train_then_push", [train_then_push_run, train_then_push_model])
+def test_a_rule_is_pushed_with_the_model_of_a_run(hub, run, train_then_push):
+    name = f"org/{train_then_push.__name__}"
+    run(train_then_push, "centres", name)
     repo = hub.repos[name]
     assert rule_files(repo) == BOTH and len(repo.history()) == 2
     for size in (1, 7, 24):
@@ -39,11 +39,11 @@ def test_a_rule_is_pushed_with_the_model_of_a_run(hub, run, push):
     assert json.loads(run(command, "inspect", name, "--json"))["rule"] == RULES["centres"].describe()
     # Another model in its place does not go on with its rule, and what was there can still be had.
     before = repo.at("main").oid
-    run(push, "column", name)
+    run(train_then_push, "column", name)
     assert rule_files(repo) == {"partition.json"}
     assert run(describe_rule, name) == "what its column 'label' says"
     assert run(assign, name, revision=before) == ROUTES_OF_FEATURES
-    run(push, "none", name)
+    run(train_then_push, "none", name)
     assert rule_files(repo) == set()
     with pytest.raises(ClientError, match=f"FileNotFoundError: '{name}' holds no rule: it has no partition.json"):
         run(describe_rule, name)
@@ -57,7 +57,7 @@ def test_copies_of_a_model_have_its_rule_until_their_routes_change(hub, run):
     (line,) = run(change_and_push, "org/with-rule", "org/copy-with-rule", drop="bee")
     assert "for other routes, 'ant', 'bee', 'cat', than those of the model, 'ant', 'cat'" in line
     assert rule_files(hub.repos["org/copy-with-rule"]) == set()
-    run(push_without_rule, "org/with-rule")
+    run(push, "org/with-rule")
     assert rule_files(hub.repos["org/with-rule"]) == set()
 
 

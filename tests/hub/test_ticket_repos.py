@@ -3,18 +3,11 @@
 import json
 
 import pytest
-from hub.clients import (
-    base_of,
-    copy_repo,
-    pull,
-    pull_with_tickets,
-    push,
-    push_compact,
-    push_model_and_tickets,
-    push_tickets,
-)
-from hub.processes import ClientError
-from hub.server import File, HubError
+
+from tests.hub.clients.repositories import base_of, copy_repo, pull, push
+from tests.hub.clients.tickets import pull_with_tickets, push_compact, push_model_and_tickets, push_tickets
+from tests.hub.processes import ClientError
+from tests.hub.server import File, HubError
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,12 @@
 import json
 
 import pytest
-from hub.clients import (
-    call,
-    pull,
-    pull_impatiently,
-    push,
-    push_view,
-    train_then_push,
-    train_then_push_twice,
-)
-from hub.processes import ClientError
-from hub.server import ConnectionCut, File, HubError
 from safetensors.torch import load, save
+
+from tests.hub.clients.repositories import call, pull, pull_impatiently, push, push_view
+from tests.hub.clients.runs import train_then_push, train_then_push_twice
+from tests.hub.processes import ClientError
+from tests.hub.server import ConnectionCut, File, HubError
 
 
 LOADERS = ("RTLModel", "AutoModelForImageClassification")

@@ -1,0 +1,46 @@
+"""Does once what every process does first and once, for the process that they are forked from."""
+
+import gc
+import tempfile
+from pathlib import Path
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import torch
+from timm.models import create_model
+from transformers import (
+    BertForSequenceClassification,
+    ImageClassificationPipeline,
+    TextClassificationPipeline,
+    TimmWrapperForImageClassification,
+    ViTForImageClassification,
+)
+
+import hf_rtl.plots
+from hf_rtl.model_card import write_card
+from tests.hub.clients import (  # noqa: F401
+    cards,
+    commands,
+    models,
+    pipelines,
+    repositories,
+    rules,
+    runs,
+    tickets,
+)
+
+
+torch.set_num_threads(1)
+# All these are imported when they are first looked at.
+_ = create_model, BertForSequenceClassification, TimmWrapperForImageClassification, ViTForImageClassification
+_ = ImageClassificationPipeline, TextClassificationPipeline, hf_rtl.plots, matplotlib.backends.backend_agg
+
+# What loading a model and drawing compile at first takes longer than all the rest that a process does.
+with tempfile.TemporaryDirectory() as folder:
+    for kind in ("timm", "vit", "bert"):
+        models.make_model(kind).save_pretrained(Path(folder, kind))
+        write_card(Path(folder, kind))
+
+# accelerate collects garbage before every training, which would look at all that is imported.
+gc.collect()
+gc.freeze()

@@ -1,0 +1,296 @@
+"""Model cards: what they say, and in which form."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from hf_rtl import RTLModelForImageClassification
+from hf_rtl.metrics import label_metrics, router_metrics
+from hf_rtl.model_card import write_card
+from hf_rtl.model_card.card import PIPELINE_TAGS
+from hf_rtl.model_card.run_record import write_run
+from hf_rtl.modeling.modeling_rtl import TASK_CLASSES
+from hf_rtl.modeling.routers import ScoreRouter
+from tests.model_card.cards import (
+    HOSTILE,
+    MEMBERSHIP,
+    SPECIFICATION,
+    faults,
+    make_model,
+    page_of,
+    python_blocks,
+    table_with,
+    tables,
+    with_run,
+)
+
+
+# The form
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+@pytest.mark.parametrize("has_run", [True, False])
+@pytest.mark.parametrize("given", [{}, {"license": "mit", "language": ["en"], "datasets": "org/data", "tags": "x"}])
+def test_metadata_follow_the_specification(tmp_path, ticket_task, has_run, given):
+    model = make_model(ticket_task)
+    if has_run:
+        with_run(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    metadata = ModelCard.load(write_card(tmp_path, **given)).data.to_dict()
+    assert faults(metadata) == []
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "image-classification"
+    assert "hf_rtl" in metadata["tags"] and ("model-index" in metadata) == has_run
+    assert ("license" in metadata, "datasets" in metadata) == (bool(given), bool(given))
+    # What else a check would find.
+    broken = {"model-index": [{"results": [{"task": {"type": "x"}, "dataset": {}, "metrics": [{"value": "1"}]}]}]}
+    assert len(faults({**broken, "tags": "x", "pipeline_tag": "membership", "licence": "mit"})) == 9
+
+
+def test_every_task_has_a_name_that_the_hub_and_transformers_know():
+    tags = PIPELINE_TAGS
+    names = {cls.__name__: tags.get(cls.backbone_class) for cls in TASK_CLASSES}
+    assert [name for name, tag in names.items() if tag is None] == ["RTLModel", "RTLModelForSeq2SeqLM"]
+    assert set(tags.values()) <= set(SPECIFICATION["pipeline_tags"]) & set(PIPELINE_REGISTRY.get_supported_tasks())
+    assert names["RTLModelForAudioClassification"] == "audio-classification"
+    assert names["RTLModelForSequenceClassification"] == "text-classification"
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+def test_a_card_comes_back_with_every_metric_as_it_was_measured(tmp_path, ticket_task):
+    model = make_model(ticket_task)
+    metrics = with_run(model, tmp_path)
+    card = ModelCard.load(write_card(tmp_path, dataset_name="Animals", dataset_split="test"))
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict() and again.data.eval_results == card.data.eval_results
+    assert again.text == card.text
+
+    results = card.data.eval_results
+    assert all(result.dataset_name == "Animals" and result.dataset_split == "test" for result in results)
+    assert {result.task_type for result in results} == {"image-classification"}
+    assert len(results) == len(metrics) - (ticket_task == "membership")  # all but the number of constant tickets
+    of_whom = {f"route {name}": f"{name}/" for name in model.route_names} | {"all routes": ""}
+    for whose, prefix in of_whom.items():
+        measured = {name: value for name, value in metrics.items() if name[: name.find("/") + 1] == prefix}
+        measured.pop("constant_tickets", None)
+        assert [r.metric_value for r in results if r.dataset_config == whose] == list(measured.values())
+    of_all = {result.metric_name: result for result in results if result.dataset_config == "all routes"}
+    if ticket_task == "membership":
+        assert of_all["F1, calibrated threshold, mean over routes"].metric_value == metrics["calibrated_f1"]
+        assert of_all["Balanced accuracy, score > 0, worst route"].metric_value == metrics["worst_balanced_accuracy"]
+        assert of_all["AUROC, mean over routes"].metric_type == "roc_auc"
+        assert card.data.metrics == ["accuracy", "f1", "precision", "recall", "roc_auc"]
+    else:
+        assert of_all["Accuracy, worst route"].metric_value == metrics["worst_route_accuracy"]
+        assert {result.metric_type for result in results} == {"accuracy"}
+
+
+@pytest.mark.parametrize("names", [HOSTILE, [f"route {index}" for index in range(100)]], ids=["hostile", "many"])
+def test_any_names_make_a_page_that_can_be_read(tmp_path, names):
+    model = make_model(route_names=names)
+    with_run(model, tmp_path)
+    file = write_card(tmp_path)
+    card = ModelCard.load(file)
+    metadata, page = card.data.to_dict(), card.text
+    assert faults(metadata) == []
+    configs = [result["dataset"]["config"] for result in metadata["model-index"][0]["results"]]
+    assert configs == [*(f"route {name}" for name in names), "all routes"]
+    shown = [name if len(name) <= 40 else name[:39] + "…" for name in names]
+    for titles in (("kept weights",), ("threshold",)):
+        assert [row["route"] for row in table_with(page, *titles)] == [*shown, "all routes"]
+    assert any(shown[0] in table[0] for table in tables(page)) == (len(names) <= 12)
+    for block in python_blocks(page):
+        compile(block, "card", "exec")
+    assert "<b>x" not in MarkdownIt().enable("table").render(page)
+    if names == HOSTILE:
+        content = file.read_bytes()
+        assert write_card(tmp_path).read_bytes() == content
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
+    model = make_model(ticket_task)
+    metrics = with_run(model, tmp_path, learning_rate=0.01, target_sparsity=[0.5], max_steps=1234)
+    page = page_of(write_card(tmp_path))
+    masks = [torch.cat([layer.flatten() for layer in model.mask_bank[name]]) for name in model.route_names]
+    columns = dict(zip(["bal. acc.", "precision", "recall", "F1", "AUROC"], MEMBERSHIP, strict=True))
+    if ticket_task == "labels":
+        columns = {"accuracy": "accuracy"}
+
+    *routes, of_all = table_with(page, "kept weights")
+    for index, (name, row) in enumerate(zip(model.route_names, routes, strict=True)):
+        kept = int(masks[index].sum())
+        assert row[""] == str(index) and row["route"] == name and row["kept weights"] == f"{kept:,}"
+        assert row["density"] == f"{100 * kept / len(masks[index]):.1f} %"
+        assert (row["training samples"], row["test samples"]) == (str(100 + index), "10")
+        assert {title: row[title] for title in columns} == {
+            title: f"{metrics[f'{name}/{metric}']:.3f}" for title, metric in columns.items()
+        }
+    assert {title: of_all[title] for title in columns} == {t: f"{metrics[m]:.3f}" for t, m in columns.items()}
+    assert (of_all["training samples"], of_all["test samples"]) == ("303", "30")
+    assert of_all["density"] == f"{100 * int(torch.stack(masks).sum()) / torch.stack(masks).numel():.1f} %"
+
+    for row, mask in zip(table_with(page, *model.route_names), masks, strict=True):
+        for name, other in zip(model.route_names, masks, strict=True):
+            alike = int((mask & other).sum()) / int((mask | other).sum())
+            assert row[name] == ("1" if mask is other else f"{alike:.3f}")
+    union, core = torch.stack(masks).any(0).sum(), torch.stack(masks).all(0).sum()
+    assert f"{int(union):,} weights" in page and f"{int(core):,} (" in page
+
+    footprint = model.footprint()
+    sizes = {row["bytes"]: row["of 3 plain networks"] for row in table_with(page, "bytes")}
+    for form in ("full_bytes", "compact_bytes", "union_bytes", "independent_full_bytes", "independent_bytes"):
+        share = 100 * footprint[form] / footprint["independent_full_bytes"]
+        assert sizes[f"{footprint[form]:,}"] == f"{share:.1f} %", form
+
+    (round_,) = table_with(page, "round")
+    assert (round_["steps"], round_["evaluation loss"]) == ("1,234", "0.500")
+    judged_by = "bal. acc." if ticket_task == "membership" else "worst route"
+    judged = metrics["balanced_accuracy" if ticket_task == "membership" else "worst_route_accuracy"]
+    assert (round_["union"], round_[judged_by]) == (f"{int(union):,}", f"{judged:.3f}")
+    arguments = {row["argument"]: (row["value"], row["default"]) for row in table_with(page, "argument")}
+    assert arguments == {
+        "learning_rate": ("0.01", "0.0001"),
+        "target_sparsity": ("[0.5]", "[0.25, 0.5, 0.75]"),
+        "max_steps": ("1234", "-1"),
+    }
+    assert "torch 1.2.3" in page and "2 processes" in page and "Seed 42" in page
+
+
+def test_calibrated_metrics_have_a_table_of_their_own(tmp_path):
+    model = make_model()
+    metrics = with_run(model, tmp_path)
+    *routes, of_all = table_with(page_of(write_card(tmp_path)), "threshold")
+    for name, threshold, row in zip(model.route_names, (0, 0.25, 0.5), routes, strict=True):
+        assert (row["route"], row["threshold"]) == (name, f"{threshold:.3f}")
+        assert row["F1"] == f"{metrics[f'{name}/calibrated_f1']:.3f}"
+        assert row["bal. acc."] == f"{metrics[f'{name}/calibrated_balanced_accuracy']:.3f}"
+    assert of_all["precision"] == f"{metrics['calibrated_precision']:.3f}" and "AUROC" not in of_all
+
+
+def test_thresholds_are_those_that_were_measured(tmp_path):
+    model = make_model()
+    with_run(model, tmp_path)
+    model.config.thresholds = None
+    model.save_pretrained(tmp_path)
+    page = page_of(write_card(tmp_path))
+    assert [row["threshold"] for row in table_with(page, "threshold")] == ["0.000", "0.250", "0.500", ""]
+    assert "model.config.thresholds" not in page and "No thresholds were calibrated" in page
+
+
+def test_metrics_of_one_s_own_go_by_their_names(tmp_path):
+    model = make_model("labels")
+    with_run(model, tmp_path)
+    run = json.loads((tmp_path / "training_run.json").read_text())
+    run["evaluations"][0]["rounds"] = [{"loss": 0.5, "wer": 0.125, "cat/wer": 0.25}]
+    write_run(tmp_path, run)
+    card = ModelCard.load(write_card(tmp_path))
+    measured = [(r.dataset_config, r.metric_type, r.metric_value) for r in card.data.eval_results]
+    assert measured == [("route cat", "wer", 0.25), ("all routes", "wer", 0.125)] and card.data.metrics is None
+    assert "\n- wer: 0.125\n" in card.text and "accuracy" not in table_with(card.text, "kept weights")[0]
+
+
+def test_undefined_figures_are_dashes_and_no_results(tmp_path):
+    model = make_model()
+    with_run(model, tmp_path)
+    run = json.loads((tmp_path / "training_run.json").read_text())
+    run["evaluations"][0]["rounds"][-1]["dog/auroc"] = None
+    write_run(tmp_path, run)
+    card = ModelCard.load(write_card(tmp_path))
+    assert [row["AUROC"] == "–" for row in table_with(card.text, "kept weights")] == [False, True, False, False]
+    of_dog = [result.metric_type for result in card.data.eval_results if result.dataset_config == "route dog"]
+    assert len(of_dog) == 9 and "roc_auc" not in of_dog
+
+
+def test_limits_are_those_of_the_model(tmp_path):
+    model = make_model()
+    masks = [mask & (layer not in (3, 4)) for layer, mask in enumerate(model.mask_bank["dog"])]
+    masks[4].view(-1)[0] = True  # a single weight, which is enough
+    model.mask_bank["dog"] = masks
+    with_run(model, tmp_path)
+    page = page_of(write_card(tmp_path, limitations=["Not for *cats*."]))
+    layer = model.mask_bank.weight_names[3].replace("_", "\\_")
+    assert f"Of 1 of 15 prunable weights some tickets keep nothing: {layer} (1 of 3 tickets).\n" in page
+    assert "**1 ticket gives every sample the same score**" in page
+    assert "- Not for *cats*.\n" in page and "is not described here" not in page
+    assert "The calibrated thresholds fit" in page and "Statistics are shared" not in page
+
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=["a", "b"], ticket_task="labels", num_labels=2, norm_statistics="shared"
+    )
+    page = page_of(write_card(model, tmp_path / "other"))
+    assert "**Statistics are shared.**" in page and "Layers are empty" not in page and "same score" not in page
+    assert "Precision depends" not in page and "is not described here" in page
+
+
+@pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+def test_a_router_is_told_of_with_what_it_gets_right(tmp_path, ticket_task):
+    model = make_model(ticket_task)
+    page = page_of(write_card(model, tmp_path / "before"))
+    assert "**Somebody must say the route.**" in page and "router finds" not in page
+    model.set_router(ScoreRouter(3), threshold=0.25, fallback="owl")
+    metrics = with_run(model, tmp_path)
+    names, homes = model.route_names, np.arange(30) % 3
+    routed = router_metrics(np.random.default_rng(1).normal(size=(30, 3)), homes, names)
+    if ticket_task == "labels":
+        logits = np.random.default_rng(2).normal(size=(30, 4))
+        routed |= label_metrics(logits, homes, homes, names, prefix="inferred_")
+        routed |= label_metrics(-logits, homes, homes, names, prefix="union_")
+    run = json.loads((tmp_path / "training_run.json").read_text())
+    run["evaluations"][0]["rounds"][-1].update(routed)
+    write_run(tmp_path, run)
+    page = page_of(write_card(tmp_path))
+    assert "the model's router (`score`) finds the likeliest route" in page and "**The router errs.**" in page
+    assert "Where the probability is below 0.25, it takes the route owl." in page
+    assert "Somebody must say" not in page and "no answer but an error" not in page
+    assert f"- Accuracy of the router: samples whose likeliest route is theirs: {routed['route_accuracy']:.3f}" in page
+    if ticket_task == "labels":
+        rows = table_with(page, "acc., route inferred", "acc. of the union", "routes found")
+        for row, name in zip(rows, names, strict=False):
+            assert row["acc., route inferred"] == f"{routed[f'{name}/inferred_accuracy']:.3f}"
+            assert row["acc. of the union"] == f"{routed[f'{name}/union_accuracy']:.3f}"
+            assert row["routes found"] == f"{routed[f'{name}/route_recall']:.3f}"
+            assert row["accuracy"] == f"{metrics[f'{name}/accuracy']:.3f}"
+        assert page.count('classifier("image.png")') == 2
+
+
+def test_of_a_model_without_a_run_nothing_is_made_up(tmp_path):
+    card = ModelCard.load(write_card(make_model(), tmp_path))
+    assert "How well the tickets do is not known" in card.text and "How the tickets were found" in card.text
+    assert card.data.eval_results is None and card.data.metrics is None and card.data.base_model is None
+    assert len(table_with(card.text, "kept weights")) == 4 and len(table_with(card.text, "bytes")) > 5
+    assert not any(len(table[0]) > 4 and "round" in table[0] for table in tables(card.text))
+    assert "None" not in card.text and "Undefined" not in card.text
+
+
+def test_a_run_with_other_masks_or_weights_is_not_the_model_s(tmp_path, caplog):
+    model = make_model()
+    with_run(model, tmp_path)
+    assert "model-index" in write_card(tmp_path).read_text()
+    for change in ("masks", "weights"):
+        changed = make_model()
+        if change == "masks":  # of the same union
+            cat, dog = changed.mask_bank["cat"], changed.mask_bank["dog"]
+            changed.mask_bank["cat"], changed.mask_bank["dog"] = dog, cat
+        else:
+            changed.masker.weights[0].data.mul_(2)
+        changed.config.thresholds = model.config.thresholds
+        changed.save_pretrained(tmp_path)
+        with caplog.at_level(logging.WARNING, logger="hf_rtl"):
+            card = ModelCard.load(write_card(tmp_path))
+        assert card.data.eval_results is None and "How well the tickets do is not known" in card.text
+        assert "other masks or weights" in caplog.text
+        caplog.clear()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert "model-index" in write_card(tmp_path).read_text()

@@ -1,0 +1,114 @@
+"""Where a backbone comes from, and which weights it starts with."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForTokenClassification
+from tests.modeling.bits import assert_bit_equal
+
+
+ROUTES = {"route_names": ["x", "y"], "ticket_task": "labels"}
+
+
+# Initial weights
+
+
+@pytest.mark.parametrize(
+    "architecture", ["test_resnet", "test_vit", "test_byobnet", "test_efficientnet", "ghostnet_rtl"]
+)
+def test_initial_weights_are_timms(architecture):
+    model = RTLModelForImageClassification.from_backbone(
+        architecture, route_names=["a", "b"], ticket_task="membership", seed=3
+    )
+    torch.manual_seed(3)
+    expected = timm.create_model(architecture, num_classes=1)
+    assert_bit_equal(model.backbone.timm_model, expected)
+    for rows, name in zip(model.norm_statistics.rows, model.norm_statistics.state_dict(), strict=True):
+        assert all(torch.equal(row, rows[0]) for row in rows), name
+
+
+def test_a_seed_decides_the_weights_and_leaves_the_generator(tiny_vit_config):
+    for source in (tiny_vit_config, "test_resnet"):
+        before = torch.random.get_rng_state()
+        one, two, three = (RTLModelForImageClassification.from_backbone(source, seed=s, **ROUTES) for s in (1, 1, 2))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert_bit_equal(one, two)
+        assert not all(torch.equal(p, q) for p, q in zip(one.parameters(), three.parameters(), strict=True))
+
+
+# Where a backbone comes from
+
+
+def test_from_a_folder_keeps_its_weights(tmp_path, tiny_vit_config):
+    backbone = AutoModelForImageClassification.from_config(tiny_vit_config)
+    backbone.save_pretrained(tmp_path)
+    model = RTLModelForImageClassification.from_backbone(tmp_path, **ROUTES)
+    assert_bit_equal(model.backbone, backbone)
+    fresh = RTLModelForImageClassification.from_backbone(str(tmp_path), pretrained=False, seed=9, **ROUTES)
+    assert not torch.equal(fresh.backbone.classifier.weight, backbone.classifier.weight)
+    # Another number of labels: a new head, the rest as it was.
+    member = RTLModelForImageClassification.from_backbone(
+        tmp_path, route_names=["a", "b"], ticket_task="membership", seed=0
+    )
+    assert member.backbone.classifier.out_features == 1
+    assert_bit_equal(member.backbone.vit, backbone.vit)
+
+
+def test_from_a_model(tiny_vit_config):
+    backbone = AutoModelForImageClassification.from_config(tiny_vit_config, attn_implementation="eager")
+    before = copy.deepcopy(backbone)
+    model = RTLModelForImageClassification.from_backbone(backbone, **ROUTES)
+    assert model.backbone is backbone and backbone.config._attn_implementation == "eager"
+    assert_bit_equal(backbone, before)
+    for extra in ({"num_labels": 5}, {"pretrained": True}):
+        with pytest.raises(ValueError, match=f"`{next(iter(extra))}` cannot be set for an already built model"):
+            RTLModelForImageClassification.from_backbone(backbone, **extra, **ROUTES)
+
+
+def test_from_a_timm_module():
+    module = timm.create_model("test_resnet", num_classes=5, in_chans=1)
+    model = RTLModelForImageClassification.from_backbone(module, in_chans=1, **ROUTES)
+    assert_bit_equal(model.backbone.timm_model, module)
+    assert model.backbone.timm_model is not module and model.config.num_labels == 5
+    with pytest.raises(ValueError, match="is not what timm.create_model.*as `in_chans=1`"):
+        RTLModelForImageClassification.from_backbone(module, **ROUTES)
+    with pytest.raises(ValueError, match="has 5 classes, but 4 are asked for"):
+        RTLModelForImageClassification.from_backbone(module, in_chans=1, num_labels=4, **ROUTES)
+    base = RTLModel.from_backbone(timm.create_model("test_resnet", num_classes=0), **ROUTES)
+    assert base.eval()(torch.randn(1, 3, 32, 32), route_ids=0).last_hidden_state.shape[0] == 1
+
+
+def test_from_a_configuration(tiny_vit_config):
+    config = TimmWrapperConfig(architecture="test_resnet", model_args={"in_chans": 1}, do_pooling=False, num_labels=3)
+    model = RTLModelForImageClassification.from_backbone(config, seed=3, **ROUTES)
+    torch.manual_seed(3)
+    assert_bit_equal(model.backbone.timm_model, timm.create_model("test_resnet", num_classes=3, in_chans=1))
+    assert model.config.backbone_config.do_pooling is False and config.num_labels == 3
+    model = RTLModelForImageClassification.from_backbone(tiny_vit_config, num_labels=6, **ROUTES)
+    assert model.backbone.classifier.out_features == 6 and tiny_vit_config.num_labels == 3
+    with pytest.raises(ValueError, match="`hiden_size` is no field of ViTConfig"):
+        RTLModelForImageClassification.from_backbone(tiny_vit_config, hiden_size=8, **ROUTES)
+    with pytest.raises(ValueError, match="`in_chans` is no field of TimmWrapperConfig.*`model_args`"):
+        RTLModelForImageClassification.from_backbone(config, in_chans=1, **ROUTES)
+
+
+def test_what_no_backbone_can_be_made_of():
+    with pytest.raises(TypeError, match="`backbone` must be a timm name.*got int"):
+        RTLModel.from_backbone(7, **ROUTES)
+    with pytest.raises(ValueError, match="neither a transformers model nor made by timm"):
+        RTLModel.from_backbone(nn.Linear(2, 2), **ROUTES)
+
+
+def test_membership_needs_one_logit(tiny_bert_config):
+    routes = {"route_names": ["a", "b"], "ticket_task": "membership"}
+    with pytest.raises(ValueError, match="`num_labels` = 3 contradicts `ticket_task='membership'`"):
+        RTLModelForImageClassification.from_backbone("test_resnet", num_labels=3, **routes)
+    with pytest.raises(ValueError, match="RTLModelForTokenClassification has none"):
+        RTLModelForTokenClassification.from_backbone(tiny_bert_config, **routes)
+    with pytest.raises(ValueError, match="at least two routes"):
+        RTLModelForImageClassification.from_backbone("test_resnet", route_names=["a"], ticket_task="membership")
