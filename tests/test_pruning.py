@@ -224,7 +224,7 @@ def test_targets_are_counted_on_the_original_number():
         (
             {"schedule": "cubic"},
             ValueError,
-            "`schedule` must be one of 'geometric', 'linear', 'constant', got 'cubic'",
+            "one of 'geometric', 'linear', 'constant', got 'cubic'",
         ),
         ({"target_sparsities": []}, ValueError, "`target_sparsities` is empty"),
         ({"target_sparsities": 0.5}, TypeError, r"a list is needed: `\[0.5\]`"),
