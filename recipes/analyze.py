@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import table, write_results
 
 from hf_rtl import MaskBank, RTLModel
 from hf_rtl.analysis import (
@@ -51,6 +50,7 @@ from hf_rtl.analysis import (
 )
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.training.run_directory import REPORT, RunDirectory
+from shared.report import table, write_results
 
 
 @dataclass

@@ -34,17 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import chosen_methods, parse, set_up
-from data_arguments import DataArguments
-from image_data import channels_last, load_images
-from report import over_seeds, plot_methods, row, table, write_results
-from sanity import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
 from hf_rtl.metrics import membership_metrics
 from hf_rtl.modeling.files import write_json
+from shared.arguments import chosen_methods, parse, set_up
+from shared.controls import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
+from shared.data_arguments import DataArguments
+from shared.image_data import channels_last, load_images
+from shared.report import over_seeds, plot_methods, row, table, write_results
 
 
 DENSE, SINGLE, SINGLE_UNION = "dense", "IMP single", "IMP single, union"

@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 import torch
 from analyze import Point, alignment, draw, line, ordering, points_of_run, route_figures
-from arguments import parse, set_up
-from data_arguments import DataArguments
 from prune import prepare_images
-from report import over_seeds, table, write_results
 from torch import Tensor
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.pruning import random_masks, shuffled_masks
+from shared.arguments import parse, set_up
+from shared.data_arguments import DataArguments
+from shared.report import over_seeds, table, write_results
 
 
 METRIC = "balanced_accuracy"

@@ -38,16 +38,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from arguments import chosen_methods, parse, set_up
-from inr_plots import draw_reconstructions, draw_scatter
-from report import table, write_results
-from scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
 from scipy.stats import spearmanr
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import CoordinateMLPConfig
 from hf_rtl.plots import route_curves
+from shared.arguments import chosen_methods, parse, set_up
+from shared.plots import draw_reconstructions, draw_scatter
+from shared.report import table, write_results
+from shared.scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
 
 
 RTL, SINGLE, BALANCED = "RTL", "IMP single", "IMP single, balanced"

@@ -20,13 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import sanity
-import single_mask
-from arguments import parse, set_up
-from data_arguments import DataArguments
-from image_data import load_images
-from report import plan_text, plot, routes_rows, row, table, write_results
-from text_data import load_text
 from transformers import AutoTokenizer
 
 from hf_rtl import (
@@ -36,6 +29,13 @@ from hf_rtl import (
     RTLTrainer,
     RTLTrainingArguments,
 )
+from shared import controls as sanity
+from shared import single_mask
+from shared.arguments import parse, set_up
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.report import plan_text, plot, routes_rows, row, table, write_results
+from shared.text_data import load_text
 
 
 @dataclass

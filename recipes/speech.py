@@ -39,17 +39,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import chosen_methods, parse, set_up
-from report import over_seeds, table, write_results
-from sanity import model_of_round
-from speech_data import Mixtures, SpeechArguments, load_mixtures, stack
-from speech_report import differences, enhancement_metrics, input_ratios, line_of, spectrograms, split, write_audio
 from torch import Tensor, nn
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import SpeechUNetConfig
 from hf_rtl.modeling.files import read_tensors, write_json
 from hf_rtl.training.ticket_trainer import TicketTrainer
+from shared.arguments import chosen_methods, parse, set_up
+from shared.controls import model_of_round
+from shared.report import over_seeds, table, write_results
+from shared.speech_data import Mixtures, SpeechArguments, load_mixtures, stack
+from shared.speech_report import (
+    differences,
+    enhancement_metrics,
+    input_ratios,
+    line_of,
+    spectrograms,
+    split,
+    write_audio,
+)
 
 
 DENSE, SINGLE, SINGLE_UNION, MULTIPLE = "dense", "IMP single", "IMP single, union", "IMP multiple"

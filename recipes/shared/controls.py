@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_arguments import DataArguments
-from image_data import ImageTensors
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModelForImageClassification
@@ -21,6 +19,9 @@ from hf_rtl.modeling.build_backbone import build_backbone
 from hf_rtl.modeling.files import read_tensors
 from hf_rtl.pruning import random_masks, shuffled_masks
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
+
+from .data_arguments import DataArguments
+from .image_data import ImageTensors
 
 
 # What takes the tickets' place, at their densities.

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_arguments import DataArguments
-from text_data import load_text
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hf_rtl import RTLModelForSequenceClassification, clustering
+from shared.data_arguments import DataArguments
+from shared.text_data import load_text
 
 
 WORDS = ["bad", "poor", "so", "fine", "good", "great", "film", "phone", "plot", "cable"]
@@ -253,7 +253,7 @@ def test_verify_claims_nothing_of_wrong_routes(
 def test_runs_of_several_seeds_become_a_card_of_means(
     text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import card
+    from pages import card
 
     other = tmp_path / "other"
     shutil.copytree(text_run, other)

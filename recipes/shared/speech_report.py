@@ -9,9 +9,10 @@ from typing import Any
 
 import soundfile
 import torch
-from speech_data import Mixtures
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio
+
+from .speech_data import Mixtures
 
 
 MEAN = "SI-SNRi"

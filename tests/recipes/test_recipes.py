@@ -25,11 +25,15 @@ from hf_rtl import load_rule
 from hf_rtl.model_card.markdown import text
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
+    return run_python(str(RECIPES / script), *arguments, check=check, **variables)
+
+
+def run_python(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert not check or result.returncode == 0, result.stderr[-3000:]
@@ -120,8 +124,8 @@ def test_an_unknown_key_is_refused_with_the_closest_name(
 
 
 def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
-    from data_arguments import DataArguments
-    from image_data import load_images
+    from shared.data_arguments import DataArguments
+    from shared.image_data import load_images
 
     file = tmp_path / "groups.yaml"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
@@ -208,7 +212,7 @@ def test_accelerate_reads_its_configurations(name: str) -> None:
 
 @pytest.mark.parametrize("card", sorted(path.stem for path in (RECIPES.parent / "model_cards/templates").glob("*.md")))
 def test_cards_are_what_their_results_say(card: str) -> None:
-    from card import MODEL_CARDS, render
+    from pages.card import MODEL_CARDS, render
 
     assert (MODEL_CARDS / f"{card}.md").read_text() == render(card)
 
@@ -222,7 +226,7 @@ def runs_of_cards() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "run_name"), runs_of_cards())
 def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) -> None:
-    from card import MODEL_CARDS
+    from pages.card import MODEL_CARDS
 
     kept = "-".join([name, *run_name.split()])
     card = ModelCard.load(MODEL_CARDS / f"{kept}-model-card.md")
@@ -245,8 +249,7 @@ def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) 
 def test_a_run_is_made_into_cards(
     digits_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import card
-    import render_card
+    from pages import card, render_card
 
     folder, _ = digits_run
     shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
@@ -267,8 +270,9 @@ def test_tickets_are_compared_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import baselines
-    import card
-    from report import table
+
+    from pages import card
+    from shared.report import table
 
     arguments = (
         *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0),
@@ -375,7 +379,7 @@ def test_all_tables_say_what_pruning_has_cut() -> None:
 def test_a_card_is_of_one_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import card
+    from pages import card
 
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
     for name in ("one", "two"):
@@ -389,7 +393,7 @@ def test_a_card_is_of_one_comparison(
 
 
 def test_tables_are_summarised_over_seeds() -> None:
-    from report import over_seeds
+    from shared.report import over_seeds
 
     tables = [
         [{"method": "shared", "sparsity": 0.5, "K-way acc.": accuracy, "union": union, "cal. b.a.": None}]
@@ -406,14 +410,16 @@ def test_tables_are_summarised_over_seeds() -> None:
 
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import card
+    from pages import card
 
     file = tmp_path / "scaling-results.json"
-    printed = run(
-        "benchmarks/scaling.py",
+    python_path = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(
+        *("-m", "benchmarks.scaling"),
         *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
         *("--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
         CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=python_path,
     ).stdout
     results = json.loads(file.read_text())
     assert [entry["processes"] for entry in results["measured"]] == [1, 2]

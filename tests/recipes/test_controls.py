@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from data_arguments import DataArguments
-from image_data import channels_last, load_images
-from sanity import independent_models, one_vs_rest
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
+from shared.controls import independent_models, one_vs_rest
+from shared.data_arguments import DataArguments
+from shared.image_data import channels_last, load_images
 
 
 BACKBONE = "test_resnet"

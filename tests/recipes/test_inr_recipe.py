@@ -16,10 +16,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from hf_rtl import RTLModel, RTLTrainingArguments
+from shared.scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
 
 
 def png(array: np.ndarray) -> bytes:

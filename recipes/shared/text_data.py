@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from data_arguments import DataArguments, read_splits
 from datasets import ClassLabel, Dataset
+
+from .data_arguments import DataArguments, read_splits
 
 
 def load_text(

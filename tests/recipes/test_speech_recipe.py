@@ -12,11 +12,13 @@ import pyarrow
 import pytest
 import soundfile
 import speech
-import speech_report
 import torch
 import yaml
 from pyarrow import parquet
-from speech_data import (
+
+from hf_rtl import RTLModel
+from shared import speech_report
+from shared.speech_data import (
     Mixtures,
     SpeechArguments,
     draw_segment,
@@ -27,8 +29,6 @@ from speech_data import (
     scene_files,
     split_by_time,
 )
-
-from hf_rtl import RTLModel
 
 
 RATE = 2000

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_arguments import DataArguments, read_splits
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
 from hf_rtl import ByGroups, partition_by_groups
+
+from .data_arguments import DataArguments, read_splits
 
 
 class ImageTensors(Dataset):

@@ -1,7 +1,7 @@
 """
 Render docs/claims.md, the paper's claims beside what was measured, from a template and the results of the cards.
 
-    python recipes/claims.py
+    PYTHONPATH=recipes python -m pages.claims
 
 In claims_template.md, `{cifar10_methods[decisions][per route 75%][bal. acc.]}` is what the table
 `decisions` of model_cards/cifar10_methods.md shows in the line of that method and sparsity; no measured number is
@@ -15,8 +15,9 @@ import string
 from pathlib import Path
 from typing import Any
 
-from card import MODEL_CARDS, is_table
-from report import cell
+from shared.report import cell
+
+from .card import MODEL_CARDS, is_table
 
 
 TEMPLATE = Path(__file__).with_name("claims_template.md")
