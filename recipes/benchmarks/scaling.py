@@ -27,11 +27,12 @@ import transformers
 from tabulate import tabulate
 from transformers import TrainerCallback
 
-from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
+from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
 from shared.arguments import parse
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
+from shared.models import membership_model
 
 from .timing import command_of
 
@@ -145,13 +146,7 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
     """One process of a run; the first writes what was measured."""
     transformers.utils.logging.disable_progress_bar()
     train, _ = load_images(data, seed=0)
-    model = RTLModelForImageClassification.from_backbone(
-        arguments.backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
-        seed=0,
-        in_chans=data.num_channels,
-    )
+    model = membership_model(arguments.backbone, train, seed=0)
     args = RTLTrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),

@@ -1,4 +1,4 @@
 """
-What several commands of recipes/ need: their arguments, data, methods, controls, tables and pictures. Modules import
-hf_rtl and each other, never a command, a page or a benchmark; what one command alone needs stays in that command.
+What the commands of recipes/ are made of: arguments, data, methods, controls, tables and pictures, one idea a module.
+Modules import hf_rtl and each other; what is run, or imports a command, a page or a benchmark, does not belong here.
 """

@@ -1,36 +1,30 @@
-"""Controls beside RTL at the same budget: what a table must be compared with before it is believed."""
+"""The controls of `recipes/prune.py`: what the table of a run must be compared with before it is believed."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLModel, RTLTrainer
-from hf_rtl.data.sampling import ALL_ROUTES
-from hf_rtl.metrics import membership_metrics
-from hf_rtl.modeling.build_backbone import build_backbone
-from hf_rtl.modeling.files import read_tensors
+from hf_rtl.metrics import label_metrics, membership_metrics
 from hf_rtl.pruning import random_masks, shuffled_masks
-from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
-from .data_arguments import DataArguments
 from .image_data import ImageTensors
+from .models import model_of_round, tickets_of_round
+from .plain_networks import one_vs_rest
 
 
 # What takes the tickets' place, at their densities.
 CONTROL_MASKS = {"random masks": random_masks, "layer-shuffled masks": shuffled_masks}
 
 
-def controls(
-    trainer: RTLTrainer, train: ImageTensors, test: ImageTensors, backbone: str, data: DataArguments
-) -> list[dict[str, Any]]:
+def image_controls(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
     """
     Reports with a `method` for every round of a finished run: random masks and layer-shuffled masks of the tickets'
     densities, retrained as the tickets were; the tickets with routes shifted by one, so that each answers for its
@@ -38,22 +32,17 @@ def controls(
     """
     reports = []
     for report in trainer.rounds:
-        model = model_of_round(trainer, report)
-        reports.append(_shifted(trainer, model, test, report))
-        tickets = [model.mask_bank[route] for route in range(model.num_routes)]
+        reports.append(_shifted(trainer, test, report))
+        tickets = tickets_of_round(trainer, report)
         for method in CONTROL_MASKS:
             reports.append({"method": method, **with_other_masks(trainer, report, tickets, method)})
-    return [*reports, dense(trainer, test, backbone, data)]
+    return reports + dense_image_network(trainer, test, backbone)
 
 
-def dense(trainer: RTLTrainer, test: ImageTensors, backbone: str, data: DataArguments) -> dict[str, Any]:
-    """The report of a dense one-vs-rest model, trained on the batches of the first round."""
-    metrics = one_vs_rest(trainer, test, backbone, data)
-    return {"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}
-
-
-def model_of_round(trainer: RTLTrainer, report: dict[str, Any]) -> RTLModel:
-    return type(trainer.model).from_pretrained(f"{trainer.args.output_dir}/{report['folder']}")
+def dense_image_network(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
+    """The report of a dense one-vs-rest model alone, trained on the batches of the first round."""
+    metrics = one_vs_rest(trainer, test, backbone)
+    return [{"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}]
 
 
 def with_other_masks(
@@ -68,14 +57,16 @@ def with_other_masks(
     return trainer.retrain(masks, like=report["folder"], name=name)
 
 
-def _shifted(trainer: RTLTrainer, model: Any, test: ImageTensors, report: dict[str, Any]) -> dict[str, Any]:
+def _shifted(trainer: RTLTrainer, test: ImageTensors, report: dict[str, Any]) -> dict[str, Any]:
     """Ticket k scores for route k + 1."""
+    model = model_of_round(trainer, report)
     scores, homes = _scores(trainer, model, test)
     metrics = membership_metrics(np.roll(scores, 1, axis=1), homes, model.route_names)
     return {"method": "routes shifted by one", "sparsity": report["sparsity"], "metrics": metrics}
 
 
-def _scores(trainer: RTLTrainer, model: Any, test: ImageTensors) -> tuple[np.ndarray, np.ndarray]:
+def _scores(trainer: RTLTrainer, model: RTLModel, test: ImageTensors) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of all tickets, `[N, K]`, and the route of every sample, `[N]`."""
     before, trainer.model = trainer.model, model.to(trainer.args.device)
     try:
         loader = trainer.get_eval_dataloader(test)
@@ -85,82 +76,63 @@ def _scores(trainer: RTLTrainer, model: Any, test: ImageTensors) -> tuple[np.nda
     return output.predictions, output.label_ids
 
 
-def one_vs_rest(
+def text_controls(
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+) -> list[dict[str, Any]]:
+    """
+    Reports with a `method` beside those of a finished run: its last round with the other router, and for every round
+    a single mask for all data, of the tickets' density; also a dense model.
+
+    Args:
+        trainer ([`RTLTrainer`]): after `train()`. Its model is left with the other router.
+        make_model (`Callable`): makes the model with given `route_names`, from the same initial weights each time.
+        train, test (`Dataset`): the data of the run.
+    """
+    reports = []
+    if trainer.args.router != "given":
+        router = "score" if trainer.args.router == "centroid" else "centroid"
+        trainer.fit_router(router)
+        reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
+    sparsities = sorted({0.0, *trainer.args.target_sparsity})
+    return reports + _single_mask(trainer, make_model, train, test, "single-mask", sparsities)
+
+
+def dense_text_network(
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+) -> list[dict[str, Any]]:
+    """The report of a dense model alone; see `text_controls`."""
+    return _single_mask(trainer, make_model, train, test, "dense", [0.0])
+
+
+def _single_mask(
     trainer: RTLTrainer,
-    test: ImageTensors,
-    backbone: str,
-    data: DataArguments,
-    *,
-    round_index: int = 0,
-    masks: Sequence[Tensor] | None = None,
-) -> dict[str, float]:
+    make_model: Callable[..., RTLModel],
+    train: Dataset,
+    test: Dataset,
+    folder: str,
+    sparsities: list[float],
+) -> list[dict[str, Any]]:
     """
-    Metrics of one network with a logit per route, trained on the batches of a round: one of route k trains logit k
-    alone, and one that tickets compete for all of them. `masks`: one per prunable weight; by default all is kept.
+    The rounds of iterative magnitude pruning, the same trainer on the same data as one route, with as many samples in
+    extraction and in retraining as all tickets have together. Its round at sparsity 0 prunes nothing: a dense model.
     """
-    args, names = trainer.args, trainer.model.route_names
-    network = build_backbone(
-        backbone,
-        AutoModelForImageClassification,
-        seed=args.seed,
-        num_labels=len(names),
-        problem_type="multi_label_classification",
-        in_chans=data.num_channels,
-    ).to(args.device)
-    theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
-
-    def loss(network: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(batch["pixel_values"]).logits
-        if batch["route"] == ALL_ROUTES:
-            return cross_entropy(logits, batch["labels"])
-        logits = logits[:, batch["route"]]
-        return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
-
-    plain = _plain_trainer(trainer, network, theta0, loss)
-    trainer.progress.start(trainer.plan().retraining_steps)
-    trainer.progress.begin_round("one-vs-rest")
-    plain.train(masks, trainer.retraining_batches(round_index), seed=(args.seed, 0), on_step=trainer.progress.step)
-    trainer.progress.finish()
-    return membership_metrics(_plain_scores(network, test, args), test.labels.numpy(), names)
-
-
-def independent_models(
-    trainer: RTLTrainer, test: ImageTensors, tickets: Sequence[Sequence[Tensor]], *, round_index: int
-) -> dict[str, float]:
-    """
-    Metrics of one network per route that shares nothing with the others: each ticket's masks, trained from θ0 on the
-    batches that its route has in a round.
-    """
-    network = copy.deepcopy(trainer.model.backbone)
-    theta0 = read_tensors(trainer.run_directory.theta0_file)
-
-    def loss(network: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(batch["pixel_values"]).logits.squeeze(1)
-        return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
-
-    plain = _plain_trainer(trainer, network, theta0, loss)
-    scores = []
-    trainer.progress.start(trainer.plan().retraining_steps)
-    for route, masks in enumerate(tickets):
-        trainer.progress.begin_round(f"model of {trainer.model.route_names[route]}")
-        batches = (batch for batch in trainer.retraining_batches(round_index) if batch["route"] == route)
-        plain.train(masks, batches, seed=(trainer.args.seed, route), on_step=trainer.progress.step)
-        scores.append(_plain_scores(network, test, trainer.args)[:, 0])
-    trainer.progress.finish()
-    return membership_metrics(np.stack(scores, axis=1), test.labels.numpy(), trainer.model.route_names)
-
-
-def _plain_trainer(trainer: RTLTrainer, network: torch.nn.Module, theta0: Any, loss: Any) -> TicketTrainer:
-    names = trainer.model.mask_bank.weight_names
-    return TicketTrainer(network, theta0, names, trainer._plain_optimizer, loss, trainer.compute_loss_context_manager)
-
-
-@torch.no_grad()
-def _plain_scores(network: torch.nn.Module, test: ImageTensors, args: Any) -> np.ndarray:
-    network.eval()
-    scores = []
-    for start in range(0, len(test), args.eval_batch_size):
-        samples = test.__getitems__(range(start, min(start + args.eval_batch_size, len(test))))
-        pixels = torch.stack([sample["pixel_values"] for sample in samples]).to(args.device)
-        scores.append(network(pixels).logits.float().cpu().numpy())
-    return np.concatenate(scores)
+    args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
+    route_ids = np.array(test[args.route_column])
+    single = RTLTrainer(
+        make_model(route_names=["all"]),
+        replace(
+            args,
+            output_dir=f"{args.output_dir}/{folder}",
+            target_sparsity=sparsities,
+            extraction_steps=sum(plan.extraction_steps),
+            max_steps=plan.retraining_steps,
+            router="given",
+            route_column=None,
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=lambda output: label_metrics(output.predictions, output.label_ids, route_ids, names),
+        processing_class=trainer.processing_class,
+    )
+    single.train()
+    return [{**report, "method": "single mask" if report["sparsity"] else "dense"} for report in single.rounds]

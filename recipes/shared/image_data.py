@@ -34,6 +34,10 @@ class ImageTensors(Dataset):
         self.images, self.labels, self.label_names = images, labels, list(label_names)
         self.mean, self.std = mean, std
 
+    @property
+    def num_channels(self) -> int:
+        return self.images.shape[1]
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -54,9 +58,8 @@ def channels_last(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, ImageTensors]:
     """The training and the test images. With `route_groups`, their labels are the groups."""
-    loaders = {"digits": _digits}
     folder = Path(arguments.dataset).expanduser()
-    if arguments.dataset in loaders:
+    if arguments.dataset == "digits":
         splits = _digits()
     elif folder.is_dir() and list(folder.glob("*-ubyte.gz")):
         splits = _idx(folder)
