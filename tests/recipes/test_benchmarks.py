@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.commands import RECIPES, run_python
 
 from benchmarks import mixed_batch, timing
 from hf_rtl import RTLModelForImageClassification
@@ -62,3 +64,28 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
     assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scaling-results.json"
+    python_path = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(
+        *("-m", "benchmarks.scaling"),
+        *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
+        *("--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=python_path,
+    ).stdout
+    results = json.loads(file.read_text())
+    assert [entry["processes"] for entry in results["measured"]] == [1, 2]
+    assert len({entry["masks"] for entry in results["measured"]}) == 1
+    assert all(entry[name] > 0 for entry in results["measured"] for name in ("extraction_seconds", "startup_seconds"))
+    extraction = results["figures"][1]
+    assert extraction["ratio"] == pytest.approx(extraction["1 process"] / extraction["2 processes"])
+
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    rendered = card.render("scaling")
+    assert results["masks"] in rendered and results["masks"] in printed
+    assert f"{extraction['ratio']:.3f}" in rendered
