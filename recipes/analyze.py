@@ -39,12 +39,12 @@ from hf_rtl.class_similarity import load_class_similarity
 from shared.points import (
     Point,
     alignment,
-    metric_of,
     ordering,
     point_line,
     points_of_models,
     points_of_run,
     route_figures,
+    route_metric,
 )
 from shared.report import table, write_results
 
@@ -74,7 +74,7 @@ def main() -> None:
         changes = detect_collapse([point.similarity for point in points])
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    metric = arguments.metric or metric_of(points, names)
+    metric = arguments.metric or route_metric(points, names)
     figures = [route_figures(point, metric) for point in points]
     print(table([point_line(point, of_routes) for point, of_routes in zip(points, figures, strict=True)]))
     print("\nSharp changes", *verdict(names, changes, len(points)), sep="\n")

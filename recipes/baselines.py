@@ -81,7 +81,7 @@ def main() -> None:
     methods = chosen_methods(comparison.methods, METHODS)
     set_up(comparison.threads)
     reports = [ImageRuns(comparison, data, args, seed).all_reports(methods) for seed in comparison.seeds]
-    lines_of_seeds = [[line_of(report) for report in of_seed] for of_seed in reports]
+    lines_of_seeds = [[report_line(report) for report in of_seed] for of_seed in reports]
     tables = split(over_seeds(lines_of_seeds))
     for lines in tables.values():
         print(table(lines), end="\n\n")
@@ -153,7 +153,7 @@ class ImageRuns(SeedRuns):
             data_collator=channels_last,
             train_dataset=self.train,
             eval_dataset=self.test,
-            compute_metrics=lambda prediction: of_logits(prediction, self.train.label_names),
+            compute_metrics=lambda prediction: logit_metrics(prediction, self.train.label_names),
         )
 
     def reports(self, method: str) -> Iterator[dict[str, Any]]:
@@ -242,9 +242,9 @@ class ImageRuns(SeedRuns):
         return self.measured(method, at, measure_with_time)
 
 
-def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
+def logit_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
     """
-    Of a network with a logit per class the same figures as of tickets. A class is predicted where its logit is the
+    The figures that tickets have, of a network with a logit per class. A class is predicted where its logit is the
     highest, as the paper scores its single model; curves are of the logarithms of probabilities.
     """
     logits, labels = torch.from_numpy(prediction.predictions).double(), prediction.label_ids
@@ -255,7 +255,7 @@ def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, flo
     return {**metrics, **{name: value for name, value in decided.items() if name.rsplit("/")[-1] in DECIDED}}
 
 
-def line_of(report: dict[str, Any]) -> dict[str, Any]:
+def report_line(report: dict[str, Any]) -> dict[str, Any]:
     """All of a report that the tables show."""
     return {**row(report["method"], report["at"], report), **report["costs"]}
 

@@ -99,7 +99,7 @@ def main() -> None:
         training=training_record(args),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
-        # Of the first learning rate and seed.
+        # Pictures are of the first learning rate and seed.
         pictures=draw(output_dir, all_runs[: len(scenes)], comparison) if RTL in methods else [],
         **tables,
         reports=reports,

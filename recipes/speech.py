@@ -46,7 +46,7 @@ from shared.models import model_of_round, tickets_of_round
 from shared.plain_networks import independent_networks
 from shared.report import over_seeds, table, training_record, write_results
 from shared.speech_data import Mixtures, SpeechArguments, load_mixtures, stack
-from shared.speech_report import differences, enhancement_metrics, input_ratios, line_of, split, write_audio
+from shared.speech_report import differences, enhancement_metrics, input_ratios, report_line, split, write_audio
 
 
 SHARED, PER_ROUTE = "RTL, shared", "RTL, per route"
@@ -88,7 +88,7 @@ def main() -> None:
         if seed == comparison.seeds[0]:
             pictures = show_examples(runs, methods, output_dir)
     names = runs.test.scene_names
-    lines = [[line_of(report, names) for report in of_seed] for of_seed in reports]
+    lines = [[report_line(report, names) for report in of_seed] for of_seed in reports]
     tables = split(over_seeds(lines))
     others = (SINGLE, SINGLE_UNION, MULTIPLE, SHARED)
     tables["differences"] = over_seeds([differences(of_seed, PER_ROUTE, others) for of_seed in lines])

@@ -34,7 +34,7 @@ from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from shared.models import membership_model
 
-from .timing import command_of
+from .timing import command_line
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.
@@ -93,7 +93,7 @@ def main() -> None:
         content = {
             "device": measured[0]["device"],
             "torch": torch.__version__,
-            "command": command_of(__spec__.name),
+            "command": command_line(__spec__.name),
             "processes": arguments.processes,
             "turns": arguments.turns,
             "batch": arguments.route_batch_size,

@@ -34,7 +34,7 @@ def parse(description: str) -> tuple[argparse.Namespace, torch.device]:
     return arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def command_of(module: str) -> str:
+def command_line(module: str) -> str:
     """The command line that started a module of the benchmarks, as it is given in the root of the repository."""
     # sys.argv begins with the module's file, a place on this machine.
     return shlex.join(["PYTHONPATH=recipes", "python", "-m", module, *sys.argv[1:]])
@@ -50,7 +50,7 @@ def report(
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
     made = {"device": name, "torch": torch.__version__, "turns": arguments.turns}
-    write_json(arguments.output, {**made, "command": command_of(module), "figures": list(figures)})
+    write_json(arguments.output, {**made, "command": command_line(module), "figures": list(figures)})
 
 
 def in_turn(steps: Mapping[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, list[float]]:

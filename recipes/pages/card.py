@@ -50,7 +50,7 @@ def main() -> None:
     names = arguments.names or [""] * len(arguments.runs)
     kept = MODEL_CARDS / f"{arguments.card}-results.json"
     if arguments.runs and (arguments.runs[0] / ANALYSIS).exists():
-        results = {"": of_analyses(arguments.runs)}
+        results = {"": comparison_of_seeds(arguments.runs)}
     else:
         results = {
             name: json.loads((run / "results.json").read_text())
@@ -72,7 +72,7 @@ def main() -> None:
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
 
 
-def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
+def comparison_of_seeds(folders: Sequence[Path]) -> dict[str, Any]:
     """Analyses of runs that differ in the seed, as the results of one comparison; pictures are of the first."""
     results = [json.loads((folder / ANALYSIS).read_text()) for folder in folders]
     tables = {
@@ -94,7 +94,7 @@ def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def masks_line(point: dict[str, Any]) -> dict[str, Any]:
-    """Of a point in the file of recipes/analyze.py the means over tickets, and over their pairs by depth."""
+    """The means of a point in the file of recipes/analyze.py: over tickets, and over their pairs by depth."""
     measured = [value for value in point["metric"].values() if value is not None]
     return {
         "method": "tickets",

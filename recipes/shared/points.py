@@ -67,7 +67,7 @@ def points_of_models(folders: Sequence[Path]) -> list[Point]:
     return points
 
 
-def metric_of(points: Sequence[Point], names: Sequence[str]) -> str | None:
+def route_metric(points: Sequence[Point], names: Sequence[str]) -> str | None:
     """The measure of every route that the reports have, if they have one."""
     reports = [point.report for point in points if point.report is not None]
     for metric in ("balanced_accuracy", "accuracy"):

@@ -36,7 +36,7 @@ def _means(values: Tensor, test: Mixtures) -> dict[str, float]:
     return {name: float(values[test.scenes == scene].mean()) for scene, name in enumerate(test.scene_names)}
 
 
-def line_of(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
+def report_line(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
     """All of a report that the tables show."""
     metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
     return {

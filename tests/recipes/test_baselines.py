@@ -10,7 +10,7 @@ from pathlib import Path
 import baselines
 import numpy as np
 import pytest
-from baselines import of_logits, split
+from baselines import logit_metrics, split
 from PIL import Image
 from recipes.commands import RECIPES
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
@@ -95,7 +95,7 @@ def test_tickets_are_compared_over_seeds(
 def test_a_network_with_a_logit_per_class_is_scored_by_its_highest() -> None:
     logits = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     labels = np.random.default_rng(1).integers(4, size=60)
-    metrics = of_logits(EvalPrediction(predictions=logits, label_ids=labels), ["a", "b", "c", "d"])
+    metrics = logit_metrics(EvalPrediction(predictions=logits, label_ids=labels), ["a", "b", "c", "d"])
     predicted = logits.argmax(axis=1)
     assert metrics["accuracy"] == np.mean(predicted == labels)
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)

@@ -122,7 +122,7 @@ def test_folders_of_images_and_of_parquet_files_are_read_alike(folder: Path, tmp
             assert np.array_equal(scene.image, image)
             assert [int(name.split()[1]) for name in scene.region_names] == sorted(set(regions.flatten().tolist()))
             assert np.array_equal(np.unique(regions)[scene.regions], regions)
-    # Of sources where 0 is no region.
+    # In this source 0 is no region.
     (halves, _) = load_scenes(SceneArguments(dataset=str(folder), unlabelled_in=[folder.name]))
     assert halves.region_names == ["region 4"] and not halves.regions.any()
     (small,) = load_scenes(SceneArguments(dataset=str(folder), names=["halves"], image_size=4))
@@ -155,7 +155,7 @@ def test_pixels_are_points_with_colours() -> None:
     assert batch["class_ids"].tolist() == [2, 0] and batch["route_ids"].tolist() == [6, 0]
     assert set(Pixels(scene).collate([pixels[0]])) == {"coordinates", "labels"}
     assert [pixels[index]["region"] for index in range(len(pixels))] == [0, 0, 1, 1, 0, 2, 2, 1]
-    # Of every region as many; those of the smallest come again.
+    # Every region has as many; those of the smallest come again.
     balanced = pixels.balanced()
     assert sorted(balanced[index]["pixel"] for index in range(len(balanced))) == [0, 1, 2, 3, 4, 5, 5, 6, 7]
     assert all(balanced[index] == pixels[balanced[index]["pixel"]] for index in range(9)) and len(pixels) == 8

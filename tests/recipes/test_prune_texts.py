@@ -212,7 +212,7 @@ def test_runs_of_several_seeds_become_a_card_of_means(
     lines = (tmp_path / "text.md").read_text().splitlines()
     assert lines[0] == "seeds 0, 1"
     of_all, of_routes = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
-    # Of two values, the sample standard deviation is their distance over the root of two.
+    # The sample standard deviation of two values is their distance over the root of two.
     assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in of_all
     assert f"| {results['table'][0]['union'] - 1:,} " in of_all
     assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in of_routes

@@ -19,7 +19,7 @@ from hf_rtl import RTLTrainingArguments
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
-    # Of another recipe than prune.py, the first line says which.
+    # The first line names the recipe, if it is another than prune.py.
     of_recipes = {
         "prune": (prune.ModelArguments, prune.DataArguments),
         "baselines": (baselines.ComparisonArguments, baselines.DataArguments),
