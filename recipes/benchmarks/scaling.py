@@ -1,7 +1,7 @@
 """
 What a second process is worth: the same extraction and the same joint retraining, by one process and by several.
 
-    python recipes/benchmarks/scaling.py --turns 3 --output FILE
+    PYTHONPATH=recipes python -m benchmarks.scaling --turns 3 --output FILE
 
 Every measurement is a whole run in fresh processes, each with one CPU thread or one GPU of its own: one process as
 `python` starts it, several by torch's launcher. The two kinds of run take turns, so that both see the same machine;
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,15 +27,14 @@ import transformers
 from tabulate import tabulate
 from transformers import TrainerCallback
 
+from hf_rtl import RTLTrainer, RTLTrainingArguments
+from hf_rtl.modeling.files import write_json
+from shared.arguments import parse
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.models import membership_model
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from arguments import parse  # noqa: E402
-from data_arguments import DataArguments  # noqa: E402
-from image_data import load_images  # noqa: E402
-
-from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
-from hf_rtl.modeling.files import write_json  # noqa: E402
+from .timing import command_line
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.
@@ -95,7 +93,7 @@ def main() -> None:
         content = {
             "device": measured[0]["device"],
             "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command_line(__spec__.name),
             "processes": arguments.processes,
             "turns": arguments.turns,
             "batch": arguments.route_batch_size,
@@ -132,10 +130,10 @@ def run(num_processes: int) -> dict[str, Any]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_processes)))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:num_processes])
     with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__).resolve()), *sys.argv[1:], "--measure", folder]
+        module = ["-m", __spec__.name, *sys.argv[1:], "--measure", folder]
         start = time.time()
         subprocess.run(
-            [sys.executable, *(launcher if num_processes > 1 else []), *script], env=environment, check=True
+            [sys.executable, *(launcher if num_processes > 1 else []), *module], env=environment, check=True
         )
         measured = json.loads((Path(folder) / "measured.json").read_text())
     if measured["processes"] != num_processes:
@@ -148,13 +146,7 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
     """One process of a run; the first writes what was measured."""
     transformers.utils.logging.disable_progress_bar()
     train, _ = load_images(data, seed=0)
-    model = RTLModelForImageClassification.from_backbone(
-        arguments.backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
-        seed=0,
-        in_chans=data.num_channels,
-    )
+    model = membership_model(arguments.backbone, train, seed=0)
     args = RTLTrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),
