@@ -167,7 +167,7 @@ def test_prune_refuses_bad_input():
         prune(weights, masks, num_kept=-1)
     with pytest.raises(TypeError, match=r"`num_kept` must be an int, got 2.0, a `float`"):
         prune(weights, masks, num_kept=2.0)
-    with pytest.raises(ValueError, match="`scope` is 'local'; allowed are 'global', 'layer', 'global_normalised'"):
+    with pytest.raises(ValueError, match="`scope` must be one of 'global', 'layer', 'global_normalised', got 'local'"):
         prune(weights, masks, num_kept=1, scope="local")
     with pytest.raises(ValueError, match="`reference` is None"):
         prune(weights, masks, num_kept=1, scope="global_normalised")

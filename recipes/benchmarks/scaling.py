@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
+from hf_rtl.training.extraction import Extraction
 from shared.arguments import parse
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
@@ -164,7 +165,9 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         seed=0,
     )
     clock = StepClock()
-    trainer = TimedTrainer(model, args, train_dataset=train, callbacks=[clock])
+    extraction = ExtractionClock()
+    extraction.watch()
+    trainer = RTLTrainer(model, args, train_dataset=train, callbacks=[clock])
     trainer.train()
     processes = trainer.processes.gather(os.getpid())
     if trainer.is_world_process_zero():
@@ -173,8 +176,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
             folder / "measured.json",
             {
                 "processes": len(set(processes)),
-                "ready": trainer.ready,
-                "extraction_seconds": trainer.extraction_seconds,
+                "ready": extraction.ready,
+                "extraction_seconds": extraction.seconds,
                 "step_milliseconds": 1e3 * (clock.ticks[1] - clock.ticks[0]) / (arguments.retraining_steps - WARM_UP),
                 "masks": model.mask_bank.fingerprint(),
                 "device": torch.cuda.get_device_name()
@@ -184,26 +187,26 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         )
 
 
-class TimedTrainer(RTLTrainer):
+class ExtractionClock:
     """Times extraction, and notes when all processes were ready for it."""
 
-    ready = 0.0
-    extraction_seconds = 0.0
+    def __init__(self) -> None:
+        self.ready = 0.0
+        self.seconds = 0.0
 
-    def _extraction(self, *args: Any) -> Any:
-        extraction = super()._extraction(*args)
-        find = extraction.run
+    def watch(self) -> None:
+        """Times every round's extraction in this process from now on."""
+        find = Extraction.run
 
-        def run(*args: Any) -> Any:
-            self.processes.wait()
+        def run(extraction: Extraction, *args: Any) -> Any:
+            extraction.processes.wait()
             self.ready = self.ready or time.time()
             start = time.perf_counter()
-            masks = find(*args)
-            self.extraction_seconds += time.perf_counter() - start
+            masks = find(extraction, *args)
+            self.seconds += time.perf_counter() - start
             return masks
 
-        extraction.run = run
-        return extraction
+        Extraction.run = run  # type: ignore[method-assign]
 
 
 class StepClock(TrainerCallback):

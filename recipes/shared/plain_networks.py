@@ -99,7 +99,7 @@ def independent_metrics(
 
 def _plain_trainer(trainer: RTLTrainer, network: nn.Module, theta0: dict[str, Tensor], loss: Loss) -> TicketTrainer:
     names = trainer.model.mask_bank.weight_names
-    return TicketTrainer(network, theta0, names, trainer._plain_optimizer, loss, trainer.compute_loss_context_manager)
+    return TicketTrainer(network, theta0, names, trainer.plain_optimizer, loss, trainer.compute_loss_context_manager)
 
 
 @torch.no_grad()

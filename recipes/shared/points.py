@@ -15,7 +15,7 @@ from scipy.spatial.distance import squareform
 
 from hf_rtl import MaskBank, RTLModel
 from hf_rtl.analysis import TicketSimilarity, semantic_alignment, similarity_by_depth, spearman, ticket_similarity
-from hf_rtl.training.run_directory import REPORT, RunDirectory
+from hf_rtl.training.run_directory import REPORT_FILE, RunDirectory
 
 
 @dataclass
@@ -32,17 +32,17 @@ def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
     """The masks after all prune events that are done for every route, or of the rounds where those are not kept."""
     model = json.loads((run / "run.json").read_text())["configuration"]["model"]
     directory = RunDirectory(run, extraction_dir)
-    files = [directory.read_report(file.parent) for file in sorted(run.glob(f"round-*/{REPORT}"))]
+    files = [directory.read_report(file.parent) for file in sorted(run.glob(f"round-*/{REPORT_FILE}"))]
     reports = {report["mask_fingerprint"]: report for report in files if report is not None}
     points = []
     for event in range(len(list(directory.extraction_path.glob("event-*")))):
         bank = MaskBank([(name, shape) for name, shape in model["prunable"]], model["route_names"])
-        masks = [directory.load_masks(event, route, bank.shapes) for route in range(bank.num_routes)]
+        masks = [directory.load_mask(event, route) for route in range(bank.num_routes)]
         found = [mask for mask in masks if mask is not None]
         if len(found) < bank.num_routes:  # the run has not come further
             break
         for route, mask in enumerate(found):
-            bank[route] = mask
+            bank.set_packed(route, mask)
         report = reports.get(bank.fingerprint())
         name = report["folder"] if report is not None else f"event {event + 1}"
         points.append(Point(name, bank, ticket_similarity(bank), report))

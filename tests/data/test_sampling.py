@@ -214,7 +214,7 @@ def test_sampler_refuses_bad_input(arguments, error, message):
 def test_set_epoch_refuses_bad_input():
     with pytest.raises(ValueError, match="`epoch` must be at least 0, got -1"):
         sampler().set_epoch(-1)
-    with pytest.raises(TypeError, match="`epoch` is 0.5"):
+    with pytest.raises(TypeError, match="`epoch` must be an int, got 0.5"):
         sampler().set_epoch(0.5)
 
 
