@@ -14,6 +14,7 @@ from .data.columns import find_label_column, read_column
 from .data.partition import Partition
 from .data.partition_by import partition_by_groups
 from .data.rules import ByCentres, check_features
+from .modeling.checks import check_integer
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def partition_by_features(
     points = _check_points("features", features)
     if num_routes is not None and min_cluster_size is None:
         argument = f"`num_routes` = {num_routes}"
-        _check_integer("num_routes", num_routes, smallest=2)
+        check_integer("num_routes", num_routes, minimum=2)
         _check_num_distinct(points, num_routes)
         clusters = _kmeans(points, num_routes, seed)
     elif min_cluster_size is not None and num_routes is None:
@@ -152,8 +153,8 @@ def group_class_names(
     if twice:
         raise ValueError(f"`names` has {', '.join(map(repr, twice))} more than once; names must be distinct.")
     _check_cluster_size(min_cluster_size, len(names))
-    _check_integer("num_neighbors", num_neighbors, smallest=2)
-    _check_integer("num_dimensions", num_dimensions, smallest=1)
+    check_integer("num_neighbors", num_neighbors, minimum=2)
+    check_integer("num_dimensions", num_dimensions, minimum=1)
     embeddings = _check_points("encoder", encoder(list(names)))
     if len(embeddings) != len(names):
         raise ValueError(
@@ -245,13 +246,8 @@ def _check_points(name: str, points: Any) -> np.ndarray:
     return points
 
 
-def _check_integer(name: str, value: Any, *, smallest: int) -> None:
-    if not isinstance(value, int) or value < smallest:
-        raise ValueError(f"`{name}` is {value!r}; an integer from {smallest} is needed.")
-
-
 def _check_cluster_size(min_cluster_size: int, num_points: int) -> None:
-    _check_integer("min_cluster_size", min_cluster_size, smallest=2)
+    check_integer("min_cluster_size", min_cluster_size, minimum=2)
     if 2 * min_cluster_size > num_points:
         raise ValueError(
             f"`min_cluster_size` is {min_cluster_size}; two clusters of that size are needed, but there are only "

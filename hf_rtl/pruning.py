@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .modeling.checks import check_choice, check_integer, check_number
+
 
 SCOPES = ("global", "layer", "global_normalised")
 SCHEDULES = ("geometric", "linear", "constant")
@@ -58,13 +60,12 @@ def prune(
     _check_masks(masks)
     _check_weights("weights", weights, masks)
     num_survivors = sum(int(mask.sum()) for mask in masks)
-    num_kept = _whole_number("num_kept", num_kept)
+    num_kept = check_integer("num_kept", num_kept)
     if not 0 <= num_kept <= num_survivors:
         raise ValueError(
             f"`num_kept` is {num_kept}; allowed is 0 to {num_survivors}, the number of surviving weights."
         )
-    if scope not in SCOPES:
-        raise ValueError(f"`scope` is {scope!r}; allowed are {', '.join(map(repr, SCOPES))}.")
+    check_choice("scope", scope, SCOPES)
 
     magnitudes = []
     for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
@@ -179,11 +180,10 @@ def round_schedule(
         >>> round_schedule(100, [0.25, 0.5], schedule="constant", amount=20)
         [[80, 75], [55, 50]]
     """
-    num_weights = _whole_number("num_weights", num_weights)
+    num_weights = check_integer("num_weights", num_weights)
     if num_weights < 1:
         raise ValueError(f"`num_weights` is {num_weights}; at least 1 weight is needed.")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"`schedule` is {schedule!r}; allowed are {', '.join(map(repr, SCHEDULES))}.")
+    check_choice("schedule", schedule, SCHEDULES)
     _check_amount(schedule, amount)
     targets = _check_targets(target_sparsities)
 
@@ -279,15 +279,8 @@ def _kind(value: object) -> str:
     return f"a `{value.dtype}` tensor" if isinstance(value, Tensor) else f"a `{type(value).__name__}`"
 
 
-def _whole_number(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` is {value!r}, a `{type(value).__name__}`; an `int` is needed.")
-    return int(value)
-
-
 def _check_amount(schedule: str, amount: float) -> None:
-    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise TypeError(f"`amount` is {amount!r}, a `{type(amount).__name__}`; a number is needed.")
+    check_number("amount", amount)
     if schedule == "constant":
         if not (amount >= 1 and float(amount).is_integer()):
             raise ValueError(
@@ -304,11 +297,7 @@ def _check_amount(schedule: str, amount: float) -> None:
 def _check_targets(target_sparsities: Sequence[float]) -> list[float]:
     if isinstance(target_sparsities, numbers.Real):
         raise TypeError(f"`target_sparsities` is {target_sparsities}; a list is needed: `[{target_sparsities}]`.")
-    targets: list[float] = []
-    for target in target_sparsities:
-        if isinstance(target, bool) or not isinstance(target, numbers.Real):
-            raise TypeError(f"`target_sparsities` has {target!r}, a `{type(target).__name__}`; numbers are needed.")
-        targets.append(float(target))
+    targets = [check_number(f"target_sparsities[{k}]", target) for k, target in enumerate(target_sparsities)]
     if not targets:
         raise ValueError("`target_sparsities` is empty; it needs one target per round, as in `[0.25, 0.5, 0.75]`.")
     for position, target in enumerate(targets):

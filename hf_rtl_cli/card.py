@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from hf_rtl.model_card import write_card
+from hf_rtl.modeling.hub import CARD_FILE
 
 from .models import CARD_SOURCES, load_model
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     with contextlib.ExitStack() as stack:
         target = _made(args.out or stack.enter_context(tempfile.TemporaryDirectory()))
-        page = Path(pulled, "README.md")
+        page = Path(pulled, CARD_FILE)
         if page.is_file() and not (target / page.name).exists():
             shutil.copy(page, target / page.name)
         file = write_card(pulled, target, model_id=args.model)

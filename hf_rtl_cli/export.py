@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_rtl.modeling.footprint import human_bytes
 from hf_rtl.modeling.standalone import example_inputs_of
 
 from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_whole
-from .tables import human_bytes, printable
+from .tables import printable
 
 
 _ONNX_LIMIT = 2 * 10**9  # bytes that fit into one ONNX file; larger weights lie beside it

@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from hf_rtl import RTLModel, load_rule
+from hf_rtl.modeling.footprint import FORMS, human_bytes
 
 from .models import load_model
 from .similarity import pairs_text, similarity_of
-from .tables import bar, fraction, human_bytes, key_values, more, printable, table, terminal_width
+from .tables import bar, fraction, key_values, more, printable, table, terminal_width
 
 
 _MAX_ROUTES = 20
@@ -156,22 +157,10 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
     return "\n".join(lines)
 
 
-_FORMS = {
-    "full_bytes": "full: all weights, raw masks",
-    "compact_bytes": "compact: what tickets need",
-    "union_bytes": "  weights in some ticket",
-    "coded_mask_bytes": "  masks, coded",
-    "dense_bytes": "  all that no mask covers",
-    "tickets_bytes": "ticket files of all routes",
-    "independent_full_bytes": "{} plain models",
-    "independent_compact_bytes": "{} sparse models, coded masks",
-}
-
-
 def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> str:
     plain, sparse = footprint["independent_full_bytes"], footprint["independent_compact_bytes"]
     rows = []
-    for key, form in _FORMS.items():
+    for key, form in FORMS.items():
         size = footprint[key]
         ratios = [f"{size / plain:.3f}", f"{size / sparse:.3f}"]
         rows.append([form.format(num_routes), human_bytes(size), f"{size:,}", *ratios])

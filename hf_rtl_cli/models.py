@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hf_rtl import RTLModel
 from hf_rtl.data.rules import TENSORS_FILE
 from hf_rtl.modeling.files import move_files
+from hf_rtl.modeling.hub import CARD_FILE
 
 
 # What pipelines read beside a model, whatever it is: image processors, feature extractors, tokenizers.
@@ -36,7 +37,7 @@ _OTHER_FILES = (*PROCESSOR_FILES, "*.json", TENSORS_FILE, "*.txt", "*.md", "*.pn
 _CHECKPOINT_FILES = ("trainer_state.json", "checkpoint.json")
 _WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
 # What a card is made of.
-CARD_SOURCES = [*_WEIGHT_FILES, "*.json", TENSORS_FILE, "README.md"]
+CARD_SOURCES = [*_WEIGHT_FILES, "*.json", TENSORS_FILE, CARD_FILE]
 _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 

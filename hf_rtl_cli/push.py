@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 from hf_rtl.data.rules import remove_unfitting_rule
 from hf_rtl.model_card import write_card
 from hf_rtl.modeling.files import write_bytes
-from hf_rtl.modeling.hub import MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
+from hf_rtl.modeling.hub import CARD_FILE, MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
 
 from .models import form_of, load_model, model_files
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     left_out = sorted({file.name for file in folder.iterdir()} - {file.name for file in files})
     if left_out:
         print(f"Left out, as no part of the model: {', '.join(left_out)}", file=sys.stderr)
-    if not (folder / "README.md").is_file():
+    if not (folder / CARD_FILE).is_file():
         print(f"There is no README.md, the model's page; `hf-rtl card {args.folder}` writes one.", file=sys.stderr)
     with tempfile.TemporaryDirectory() as staging:
         for file in files:
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.compact:
             model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
         remove_unfitting_rule(Path(staging), model.route_names)
-        repo_id, commit = _pushed(Path(staging), args, with_card=(folder / "README.md").is_file())
-        if (folder / "README.md").is_file():
+        repo_id, commit = _pushed(Path(staging), args, with_card=(folder / CARD_FILE).is_file())
+        if (folder / CARD_FILE).is_file():
             # With the next push it is known what was changed here since.
-            write_bytes(folder / "README.md", (Path(staging) / "README.md").read_bytes())
+            write_bytes(folder / CARD_FILE, (Path(staging) / CARD_FILE).read_bytes())
         sent = sorted(file.name for file in Path(staging).iterdir())
     return {
         "repo": repo_id,

@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import io
 import itertools
-import math
 import textwrap
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_rtl import MaskBank, plots
-from hf_rtl.modeling.files import write_bytes
+from hf_rtl.modeling.files import json_values, write_bytes
 
 from .models import load_model
 from .tables import bar, columns, fraction, more, printable, shortened, table, terminal_width
@@ -41,10 +40,7 @@ def similarity_of(bank: MaskBank) -> dict[str, list[list[float | None]]]:
 
 def _as_values(jaccard: Tensor, chance: Tensor) -> dict[str, list[list[float | None]]]:
     matrices = {"jaccard": jaccard, "chance": chance, "corrected": (jaccard - chance) / (1 - chance)}
-    return {
-        name: [[value if math.isfinite(value) else None for value in row] for row in matrix.tolist()]
-        for name, matrix in matrices.items()
-    }
+    return json_values({name: matrix.tolist() for name, matrix in matrices.items()})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -87,16 +87,6 @@ def fraction(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def human_bytes(count: int) -> str:
-    """As the Hub shows sizes: decimal units, three digits."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    digits = 0 if units[0] == "B" else max(0, 2 - int(math.log10(max(value, 1))))
-    return f"{value:.{digits}f} {units[0]}"
-
-
 def more(num_hidden: int, note: str = "") -> list[str]:
     """The line under a list that is cut, if it is."""
     return [f"{CUT} and {num_hidden:,} more{note}; --all shows them"] if num_hidden > 0 else []

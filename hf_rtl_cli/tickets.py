@@ -12,7 +12,8 @@ from transformers.utils import has_file
 
 from hf_rtl import RTLModel
 from hf_rtl.data.rules import remove_unfitting_rule
-from hf_rtl.modeling.ticket_files import INDEX, read_index
+from hf_rtl.modeling.hub import CARD_FILE
+from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
 from .models import check_free, check_name, copy_beside, form_of, load_model, written_whole
 from .tables import fraction, more, printable, table, terminal_width
@@ -39,7 +40,7 @@ def text(values: dict[str, Any], args: argparse.Namespace) -> str:
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     check_name(args.source, revision=args.revision)
-    if has_file(args.source, INDEX, revision=args.revision, token=args.token):
+    if has_file(args.source, INDEX_FILE, revision=args.revision, token=args.token):
         return _listed_files(args.source, read_index(args.source, revision=args.revision, token=args.token))
     return _listed_model(args.source, load_model(args.source, revision=args.revision, token=args.token))
 
@@ -141,7 +142,7 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
             model.save_pretrained(staging, **form)
             remove_unfitting_rule(staging, model.route_names)
-    if (folder / "README.md").is_file():
+    if (folder / CARD_FILE).is_file():
         print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}
 

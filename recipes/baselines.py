@@ -24,33 +24,33 @@ command continues where it was interrupted.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import chosen_methods, parse, set_up
-from data_arguments import DataArguments
-from image_data import channels_last, load_images
-from report import over_seeds, plot_methods, row, table, write_results
-from sanity import CONTROL_MASKS, independent_models, model_of_round, one_vs_rest, with_other_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
 from hf_rtl.metrics import membership_metrics
-from hf_rtl.modeling.files import write_json
+from shared.arguments import chosen_methods, parse, set_up
+from shared.controls import CONTROL_MASKS, with_other_masks
+from shared.data_arguments import DataArguments
+from shared.image_data import channels_last, load_images
+from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns
+from shared.models import membership_model, tickets_of_round
+from shared.plain_networks import independent_metrics, one_vs_rest
+from shared.report import over_seeds, row, table, training_record, write_results
 
 
-DENSE, SINGLE, SINGLE_UNION = "dense", "IMP single", "IMP single, union"
-ONE_VS_REST, MULTIPLE = "one-vs-rest", "IMP multiple"
+ONE_VS_REST = "one-vs-rest"
+SHARED, PER_ROUTE, COMPETING = "shared", "per route", "competing"
 # Tickets -> their normalisation statistics.
-TICKETS = {"shared": "shared", "per route": "per_route", "competing": "per_route"}
+TICKETS = {SHARED: "shared", PER_ROUTE: "per_route", COMPETING: "per_route"}
 METHODS = [DENSE, SINGLE, SINGLE_UNION, ONE_VS_REST, MULTIPLE, *CONTROL_MASKS, *TICKETS]
 # What a decision for the highest score changes: with a logit per class it is never "none of them", nor two.
 DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
@@ -80,184 +80,171 @@ def main() -> None:
     comparison, data, args = parse((ComparisonArguments, DataArguments, RTLTrainingArguments), description=__doc__)
     methods = chosen_methods(comparison.methods, METHODS)
     set_up(comparison.threads)
-    runs = []
-    for number in comparison.seeds:
-        seed = Seed(comparison, data, args, number)
-        runs.append([(method, report) for method in methods for report in seed.reports(method)])
-    lines_of_seeds = [[line_of(method, report) for method, report in run] for run in runs]
+    reports = [ImageRuns(comparison, data, args, seed).all_reports(methods) for seed in comparison.seeds]
+    lines_of_seeds = [[report_line(report) for report in of_seed] for of_seed in reports]
     tables = split(over_seeds(lines_of_seeds))
     for lines in tables.values():
         print(table(lines), end="\n\n")
     pictures = []
     if find_spec("matplotlib"):
+        from shared.plots import draw_methods
+
         pictures.append("curves.png")
-        plot_methods(Path(args.output_dir) / pictures[0], lines_of_seeds, ["bal. acc.", "K-way acc.", "AUROC"])
+        draw_methods(lines_of_seeds, ["bal. acc.", "K-way acc.", "AUROC"], Path(args.output_dir) / pictures[0])
     write_results(
         Path(args.output_dir) / "results.json",
         pictures=pictures,
         data={**asdict(data), "dataset": Path(data.dataset).name},
         comparison=asdict(comparison),
-        training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        training=training_record(args),
         **tables,
-        runs={
-            number: [{"method": method, **report} for method, report in run]
-            for number, run in zip(comparison.seeds, runs, strict=True)
-        },
+        runs=dict(zip(comparison.seeds, reports, strict=True)),
     )
 
 
-class Seed:
-    """The runs of one seed, below `output_dir/seed-N`, each trained when it is first asked for."""
+class ImageRuns(SeedRuns):
+    """The runs of one seed, below `output_dir/seed-N`."""
+
+    tickets = PER_ROUTE
 
     def __init__(
         self, comparison: ComparisonArguments, data: DataArguments, args: RTLTrainingArguments, seed: int
     ) -> None:
-        self.backbone, self.data = comparison.backbone, data
-        self.folder = Path(args.output_dir) / f"seed-{seed}"
-        self.args = replace(args, seed=seed, router="score", extraction_dir=str(self.folder / "extraction"))
+        folder = Path(args.output_dir) / f"seed-{seed}"
+        super().__init__(folder, replace(args, seed=seed, router="score", extraction_dir=str(folder / "extraction")))
+        self.backbone = comparison.backbone
         self.train, self.test = load_images(data, seed=seed)
 
-    def reports(self, method: str) -> Iterator[dict[str, Any]]:
-        """Of every round of a method, with `at`, the sparsity of the tickets that it is to be compared with."""
-        if method == DENSE:
-            yield from self._of_trainer(self._single(method, [0.0]), [0.0])
-        elif method == SINGLE:
-            yield from self._of_trainer(self.imp_single, self.args.target_sparsity)
-        elif method == SINGLE_UNION:
-            weights = self.per_route.model.mask_bank.num_weights
-            sparsities = [1 - report["union"] / weights for report in self.per_route.rounds]
-            yield from self._of_trainer(self._single(method, sparsities), self.args.target_sparsity)
-        elif method == "per route":
-            yield from self._of_trainer(self.per_route, self.args.target_sparsity)
-        elif method in TICKETS:
-            yield from self._of_trainer(self._tickets(method), self.args.target_sparsity)
-        else:
-            for index, report in enumerate(self.per_route.rounds):
-                yield self._of_round(method, index, report)
-
-    @cached_property
-    def per_route(self) -> RTLTrainer:
-        return self._tickets("per route")
-
-    @cached_property
-    def imp_single(self) -> RTLTrainer:
-        return self._single(SINGLE, self.args.target_sparsity)
-
-    def _arguments(self, method: str, **changed: Any) -> RTLTrainingArguments:
-        folder = self.folder / method.replace(",", "").replace(" ", "-")
-        return replace(self.args, output_dir=str(folder), **changed)
-
-    def _tickets(self, method: str) -> RTLTrainer:
-        """One membership ticket per class."""
-        competing = self.args.competing_epochs if method == "competing" else 0
-        trainer = self._ticket_trainer(self._arguments(method, competing_epochs=competing), TICKETS[method])
-        trainer.train()
-        return trainer
+    def trainer(self, method: str) -> RTLTrainer:
+        if method in TICKETS:
+            competing = self.args.competing_epochs if method == COMPETING else 0
+            return self._ticket_trainer(self.arguments(method, competing_epochs=competing), TICKETS[method])
+        return self._single_trainer(method)
 
     def _ticket_trainer(self, args: RTLTrainingArguments, norm_statistics: str) -> RTLTrainer:
-        model = RTLModelForImageClassification.from_backbone(
-            self.backbone,
-            route_names=self.train.label_names,
-            ticket_task="membership",
-            seed=args.seed,
-            norm_statistics=norm_statistics,
-            in_chans=self.train.images.shape[1],
-        )
+        """One membership ticket per class."""
+        model = membership_model(self.backbone, self.train, seed=args.seed, norm_statistics=norm_statistics)
         data = {"train_dataset": self.train, "eval_dataset": self.test, "data_collator": channels_last}
         return RTLTrainer(model, args, **data)
 
-    def _single(self, method: str, sparsities: Sequence[float]) -> RTLTrainer:
+    def _single_trainer(self, method: str) -> RTLTrainer:
         """Iterative magnitude pruning of one network for all classes: the same trainer, with a single route."""
-        changed = {"router": "given", "competing_epochs": 0, "extraction_dir": None}
-        args = self._arguments(method, **changed, target_sparsity=list(sparsities))
-        steps = self._ticket_trainer(replace(self.args, competing_epochs=0), "shared").plan().retraining_steps
+        sparsities = self.sparsities(method)
+        plan = self._ticket_trainer(replace(self.args, competing_epochs=0), "shared").plan()
         model = RTLModelForImageClassification.from_backbone(
             self.backbone,
             route_names=["all"],
             ticket_task="labels",
             num_labels=len(self.train.label_names),
-            seed=args.seed,
-            in_chans=self.train.images.shape[1],
+            seed=self.args.seed,
+            in_chans=self.train.num_channels,
         )
-        trainer = RTLTrainer(
+        args = self.arguments(
+            method,
+            router="given",
+            competing_epochs=0,
+            extraction_dir=None,
+            target_sparsity=sparsities,
+            max_steps=plan.retraining_steps,
+        )
+        return RTLTrainer(
             model,
-            replace(args, max_steps=steps),
+            args,
             data_collator=channels_last,
             train_dataset=self.train,
             eval_dataset=self.test,
-            compute_metrics=lambda prediction: of_logits(prediction, self.train.label_names),
+            compute_metrics=lambda prediction: logit_metrics(prediction, self.train.label_names),
         )
-        trainer.train()
-        return trainer
 
-    def _of_trainer(self, trainer: RTLTrainer, at: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """The reports of a run, with what was spent until the end of each round."""
-        plan = trainer.plan()
-        num_routes, events = trainer.model.num_routes, 0
-        for report, round_, tickets_at in zip(trainer.rounds, plan.rounds, at, strict=True):
-            events += len(round_.kept)
-            yield {
-                **{name: value for name, value in report.items() if name != "log_history"},
-                "at": tickets_at,
-                "costs": {
-                    "trainings": events * num_routes + 1,
-                    "samples in extraction": events * sum(plan.extraction_steps) * self.args.route_batch_size,
-                    "samples in retraining": plan.retraining_steps * self.args.route_batch_size,
-                    "kFLOPs an image": round(num_routes * forward_flops(trainer) / 1e3),
-                    "minutes of retraining": report["seconds"] / 60,
-                },
+    def reports(self, method: str) -> Iterator[dict[str, Any]]:
+        """Those of every round, or of what takes the place of the tickets of a round."""
+        if method in (*TICKETS, DENSE, SINGLE, SINGLE_UNION):
+            yield from self._run_reports(method)
+            return
+        for index, report in enumerate(list(self._run_reports(PER_ROUTE))):
+            if method in CONTROL_MASKS:
+                yield self._control_report(method, report)
+            elif method == MULTIPLE:
+                yield self._independent_report(index, report)
+            else:
+                yield self._one_vs_rest_report(index, report)
+
+    def _run_reports(self, method: str) -> Iterator[dict[str, Any]]:
+        """Those of a run, with more costs: floating point operations, and the time of retraining."""
+        trainer = self.trained(method)
+        for report in super().reports(method):
+            further = {
+                "kFLOPs an image": round(trainer.model.num_routes * forward_flops(trainer) / 1e3),
+                "minutes of retraining": report["seconds"] / 60,
             }
+            yield {**report, "costs": {**report["costs"], **further}}
 
-    def _of_round(self, method: str, index: int, report: dict[str, Any]) -> dict[str, Any]:
-        """The report of what takes the place of the tickets of a round."""
-        trainer, at = self.per_route, self.args.target_sparsity[index]
-        tickets_model = model_of_round(trainer, report)
-        tickets = [tickets_model.mask_bank[route] for route in range(tickets_model.num_routes)]
-        of_tickets = list(self._of_trainer(trainer, self.args.target_sparsity))[index]
-        if method in CONTROL_MASKS:
-            control = with_other_masks(trainer, report, tickets, method)
-            costs = {"trainings": 1, "samples in extraction": 0, "minutes of retraining": control["seconds"] / 60}
-            control = {name: value for name, value in control.items() if name != "log_history"}
-            return {**control, "at": at, "costs": {**of_tickets["costs"], **costs}}
-        if method == MULTIPLE:
-            result = self._kept(method, at, lambda: independent_models(trainer, self.test, tickets, round_index=index))
-            num_kept, trainings = sum(report["kept"].values()), of_tickets["costs"]["trainings"] - 1 + len(tickets)
-            num_bytes = report["footprint"]["independent_bytes"]
-            costs, emptied = {**of_tickets["costs"], "trainings": trainings}, report["emptied_layers"]
-        else:
-            of_single = list(self._of_trainer(self.imp_single, self.args.target_sparsity))[index]
-            masks = model_of_round(self.imp_single, of_single).mask_bank[0]
-            result = self._kept(
-                method,
-                at,
-                lambda: one_vs_rest(trainer, self.test, self.backbone, self.data, round_index=index, masks=masks),
-            )
-            num_kept, costs, emptied = of_single["union"], of_single["costs"], of_single["emptied_layers"]
-            num_bytes = of_single["footprint"]["total_bytes"]
+    def _control_report(self, method: str, report: dict[str, Any]) -> dict[str, Any]:
+        """Other masks of the tickets' densities, retrained as the tickets of a round were."""
+        trainer = self.trained(PER_ROUTE)
+        control = with_other_masks(trainer, report, tickets_of_round(trainer, report), method)
+        spent = {"trainings": 1, "samples in extraction": 0, "minutes of retraining": control["seconds"] / 60}
         return {
-            "metrics": result["metrics"],
-            "at": at,
-            "kept": report["kept"],
-            "union": num_kept,
-            "footprint": {"total_bytes": num_bytes},
-            "emptied_layers": emptied,
-            "costs": {**costs, "minutes of retraining": result["seconds"] / 60},
+            **{name: value for name, value in control.items() if name not in self.left_out},
+            "at": report["at"],
+            "costs": {**report["costs"], **spent},
         }
 
-    def _kept(self, method: str, at: float, measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        """Metrics that `measure` gives, and its time; from disk if it was done already."""
-        file = self.folder / method.replace(" ", "-") / f"sparsity-{at:g}.json"
-        if not file.exists():
+    def _independent_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
+        """A network per class under the masks of the tickets of a round."""
+        trainer = self.trained(PER_ROUTE)
+        tickets = tickets_of_round(trainer, report)
+        found = self._timed(
+            MULTIPLE, report["at"], lambda: independent_metrics(trainer, self.test, tickets, round_index=index)
+        )
+        spent = {
+            "trainings": report["costs"]["trainings"] - 1 + len(tickets),
+            "minutes of retraining": found["seconds"] / 60,
+        }
+        return {
+            "metrics": found["metrics"],
+            "at": report["at"],
+            "kept": report["kept"],
+            "union": sum(report["kept"].values()),
+            "footprint": {"total_bytes": report["footprint"]["independent_bytes"]},
+            "emptied_layers": report["emptied_layers"],
+            "costs": {**report["costs"], **spent},
+        }
+
+    def _one_vs_rest_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
+        """One network under the mask of `IMP single`, on the batches that the tickets of a round were retrained on."""
+        single = list(self._run_reports(SINGLE))[index]
+        (masks,) = tickets_of_round(self.trained(SINGLE), single)
+        trainer = self.trained(PER_ROUTE)
+        found = self._timed(
+            ONE_VS_REST,
+            report["at"],
+            lambda: one_vs_rest(trainer, self.test, self.backbone, round_index=index, masks=masks),
+        )
+        return {
+            "metrics": found["metrics"],
+            "at": report["at"],
+            "kept": report["kept"],
+            "union": single["union"],
+            "footprint": {"total_bytes": single["footprint"]["total_bytes"]},
+            "emptied_layers": single["emptied_layers"],
+            "costs": {**single["costs"], "minutes of retraining": found["seconds"] / 60},
+        }
+
+    def _timed(self, method: str, at: float, measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
+        """`metrics` that `measure` gives, and how many `seconds` it took; read back if it was measured before."""
+
+        def measure_with_time() -> dict[str, Any]:
             start = time.perf_counter()
             metrics = measure()
-            file.parent.mkdir(exist_ok=True)
-            write_json(file, {"metrics": metrics, "seconds": time.perf_counter() - start})
-        return json.loads(file.read_text())
+            return {"metrics": metrics, "seconds": time.perf_counter() - start}
+
+        return self.measured(method, at, measure_with_time)
 
 
-def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
+def logit_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
     """
-    Of a network with a logit per class the same figures as of tickets. A class is predicted where its logit is the
+    The figures that tickets have, of a network with a logit per class. A class is predicted where its logit is the
     highest, as the paper scores its single model; curves are of the logarithms of probabilities.
     """
     logits, labels = torch.from_numpy(prediction.predictions).double(), prediction.label_ids
@@ -268,9 +255,9 @@ def of_logits(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, flo
     return {**metrics, **{name: value for name, value in decided.items() if name.rsplit("/")[-1] in DECIDED}}
 
 
-def line_of(method: str, report: dict[str, Any]) -> dict[str, Any]:
+def report_line(report: dict[str, Any]) -> dict[str, Any]:
     """All of a report that the tables show."""
-    return {**row(method, report["at"], report), **report["costs"]}
+    return {**row(report["method"], report["at"], report), **report["costs"]}
 
 
 def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -30,17 +30,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from analyze import Point, alignment, draw, line, ordering, points_of_run, route_figures
-from arguments import parse, set_up
-from data_arguments import DataArguments
-from prune import prepare_images
-from report import over_seeds, table, write_results
 from torch import Tensor
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.pruning import random_masks, shuffled_masks
+from shared.arguments import parse, set_up
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.models import membership_model
+from shared.plots import draw_points
+from shared.points import Point, alignment, ordering, point_line, points_of_run, route_figures
+from shared.report import over_seeds, table, training_record, write_results
 
 
 METRIC = "balanced_accuracy"
@@ -104,9 +106,7 @@ def main() -> None:
     class_similarity = None if collapse.class_similarity is None else Path(collapse.class_similarity)
     classes = None
     if class_similarity is not None:
-        classes = load_class_similarity(
-            class_similarity, prepare_images(data, replace(args, seed=collapse.seeds[0]))[0].label_names
-        )
+        classes = load_class_similarity(class_similarity, load_images(data, seed=collapse.seeds[0])[0].label_names)
     output_dir = Path(args.output_dir)
     runs = [make_run(collapse, data, args, scope, seed) for scope in collapse.scopes for seed in collapse.seeds]
     tables = {
@@ -126,7 +126,7 @@ def main() -> None:
         bank, name = run.points[at].bank, f"{run.scope}-seed-{run.seed}"
         order = ordering(run.points[at].similarity.jaccard if classes is None else classes)
         folder = output_dir / name / "analysis"
-        draw(folder, run.points, list(run.figures), run.changes, METRIC, bank, classes, order)
+        draw_points(run.points, list(run.figures), run.changes, METRIC, bank, classes, order, folder)
         if run in firsts(runs):
             pictures.append(f"{name}-curves.png")
             shutil.copy(folder / "curves.png", output_dir / pictures[-1])
@@ -135,7 +135,7 @@ def main() -> None:
         data={**asdict(data), "dataset": Path(data.dataset).name},
         # A name alone: it may be a place on this machine.
         collapse={**asdict(collapse), "class_similarity": class_similarity and class_similarity.name},
-        training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        training=training_record(args),
         pictures=pictures,
         **tables,
     )
@@ -147,8 +147,9 @@ def make_run(
     """Trains, or finds what was trained already."""
     folder = Path(args.output_dir) / f"{scope}-seed-{seed}"
     args = replace(args, output_dir=str(folder), prune_scope=scope, seed=seed)
-    train, test, _, make_model = prepare_images(data, args)
-    trainer = RTLTrainer(make_model(collapse.backbone, seed=seed), args, train_dataset=train, eval_dataset=test)
+    train, test = load_images(data, seed=seed)
+    model = membership_model(collapse.backbone, train, seed=seed)
+    trainer = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
     trainer.train()
     points = points_of_run(folder, None)
     figures = np.stack([route_figures(point, METRIC) for point in points])
@@ -173,7 +174,7 @@ def points_rows(run: Run) -> list[dict[str, Any]]:
     for point, figures in zip(run.points, run.figures, strict=True):
         if point.report is None:
             continue
-        of_point = line(point, figures)
+        of_point = point_line(point, figures)
         rows.append(
             {
                 "method": run.scope,

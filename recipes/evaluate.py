@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from data_arguments import DataArguments
-from image_data import load_images
-from report import row, table
-from text_data import load_text
 from transformers import AutoTokenizer
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.report import row, table
+from shared.text_data import load_text
 
 
 _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")

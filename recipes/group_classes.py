@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from arguments import parse, set_up
-from data_arguments import DataArguments, read_splits
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from hf_rtl.clustering import group_class_names
 from hf_rtl.modeling.files import write_bytes
+from shared.arguments import parse, set_up
+from shared.data_arguments import DataArguments, read_splits
 
 
 @dataclass

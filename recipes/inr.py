@@ -28,33 +28,26 @@ continues where it was interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from arguments import chosen_methods, parse, set_up
-from inr_plots import draw_reconstructions, draw_scatter
-from report import table, write_results
-from scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
-from scipy.stats import spearmanr
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import CoordinateMLPConfig
 from hf_rtl.plots import route_curves
-
-
-RTL, SINGLE, BALANCED = "RTL", "IMP single", "IMP single, balanced"
-SINGLE_UNION, DENSE = "IMP single, union", "dense"
-METHODS = [RTL, SINGLE, BALANCED, SINGLE_UNION, DENSE]
-# A rank correlation over fewer regions of one image says nothing.
-_MIN_REGIONS = 4
+from shared.arguments import chosen_methods, parse, set_up
+from shared.methods import DENSE, SINGLE, SeedRuns
+from shared.models import model_of_round
+from shared.plots import draw_reconstructions, draw_scatter
+from shared.report import table, training_record, write_results
+from shared.scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
+from shared.scene_report import BALANCED, METHODS, RTL, correlations, differences, figures, images, psnr
 
 
 @dataclass
@@ -82,11 +75,11 @@ def main() -> None:
     set_up(comparison.threads)
     start = time.perf_counter()
     scenes = load_scenes(data)
-    runs, reports = [], []
+    all_runs, reports = [], []
     for rate, seed, scene in product(comparison.learning_rates or [args.learning_rate], comparison.seeds, scenes):
-        run = SceneRun(scene, replace(args, seed=seed, learning_rate=rate), comparison.retraining_steps)
-        runs.append(run)
-        reports += [report for method in methods for report in run.reports(method)]
+        runs = SceneRuns(scene, replace(args, seed=seed, learning_rate=rate), comparison.retraining_steps)
+        all_runs.append(runs)
+        reports += [report for method in methods for report in runs.reports(method)]
         minutes = (time.perf_counter() - start) / 60
         print(f"{scene.name}, learning rate {rate:g}, seed {seed}: {minutes:.1f} minutes", flush=True)
     tables = {
@@ -103,65 +96,74 @@ def main() -> None:
         output_dir / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},
         comparison=asdict(comparison),
-        training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        training=training_record(args),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
-        # Of the first learning rate and seed.
-        pictures=draw(output_dir, runs[: len(scenes)], comparison) if RTL in methods else [],
+        # Pictures are of the first learning rate and seed.
+        pictures=draw(output_dir, all_runs[: len(scenes)], comparison) if RTL in methods else [],
         **tables,
         reports=reports,
     )
 
 
-class SceneRun:
-    """The trainings on one image with one seed, below `output_dir/rate-R-seed-N/NAME`."""
+class SceneRuns(SeedRuns):
+    """The runs on one image with one seed, below `output_dir/rate-R-seed-N/NAME`."""
+
+    tickets = RTL
 
     def __init__(self, scene: Scene, args: RTLTrainingArguments, retraining_steps: int) -> None:
         self.scene = scene
         num_regions, settings = len(scene.region_names), f"rate-{args.learning_rate:g}-seed-{args.seed}"
-        self.args = replace(
+        args = replace(
             args,
-            output_dir=f"{args.output_dir}/{settings}/{scene.name.replace('/', '-')}",
             max_steps=retraining_steps * num_regions,
             extraction_steps=args.extraction_steps or 100,
             # `collate` reads what a sample has.
             remove_unused_columns=False,
         )
-        self.all_regions = {"extraction_steps": self.args.extraction_steps * num_regions, "route_column": None}
+        super().__init__(Path(args.output_dir) / settings / scene.name.replace("/", "-"), args)
+        self.all_regions = {"extraction_steps": args.extraction_steps * num_regions, "route_column": None}
 
-    @cached_property
-    def rtl(self) -> RTLTrainer:
-        args = self._arguments(RTL, route_column="region")
-        return self._trained(args, CoordinateMLPConfig(), self.scene.region_names)
+    @property
+    def num_weights(self) -> int:
+        """Those of a network with one mask. It is told the region, so it has more of them than one with tickets."""
+        return self.trained(SINGLE).model.mask_bank.num_weights
 
-    @cached_property
-    def single(self) -> RTLTrainer:
-        """Its first round prunes nothing."""
-        return self._one_mask(SINGLE, [0.0, *self.args.target_sparsity])
+    def sparsities(self, method: str) -> list[float]:
+        """`IMP single` has a first round that prunes nothing: the dense network."""
+        sparsities = super().sparsities(method)
+        return [0.0, *sparsities] if method == SINGLE else sparsities
 
-    @cached_property
-    def balanced(self) -> RTLTrainer:
-        return self._one_mask(BALANCED, self.args.target_sparsity, balanced=True)
-
-    @cached_property
-    def single_union(self) -> RTLTrainer:
-        num_weights = self.single.model.mask_bank.num_weights
-        return self._one_mask(SINGLE_UNION, [1 - report["union"] / num_weights for report in self.rtl.rounds])
-
-    def reports(self, method: str) -> list[dict[str, Any]]:
-        """One per round, with `at`, the sparsity of the tickets that it is to be compared with."""
-        sparsities: Sequence[float | None] = self.args.target_sparsity
+    def trainer(self, method: str) -> RTLTrainer:
+        region_names = self.scene.region_names
         if method == RTL:
-            rounds = self.rtl.rounds
-        elif method == BALANCED:
-            rounds = self.balanced.rounds
-        elif method == SINGLE_UNION:
-            rounds = self.single_union.rounds
-        elif method == DENSE:
-            rounds, sparsities = self.single.rounds[:1], [None]
+            args = self.arguments(method, route_column="region")
+            route_names, num_classes = region_names, 0
         else:
-            rounds = self.single.rounds[1:]
-        return [self._report(method, at, report) for at, report in zip(sparsities, rounds, strict=True)]
+            args = self.arguments(method, **self.all_regions, target_sparsity=self.sparsities(method))
+            route_names, num_classes = ["all"], len(region_names)
+        config = CoordinateMLPConfig(num_classes=num_classes)
+        pixels = Pixels(self.scene, with_classes=num_classes > 0)
+        return RTLTrainer(
+            RTLModel.from_backbone(config, route_names=route_names, ticket_task="labels", seed=args.seed),
+            args,
+            train_dataset=pixels.balanced() if method == BALANCED else pixels,
+            eval_dataset=pixels,
+            data_collator=pixels.collate,
+            compute_metrics=self.metrics,
+        )
+
+    def rounds(self, method: str) -> list[dict[str, Any]]:
+        """What the trainer of a method reports of its rounds; a dense network's is a round of `IMP single`."""
+        if method == DENSE:
+            return self.trained(SINGLE).rounds[:1]
+        return self.trained(SINGLE).rounds[1:] if method == SINGLE else self.trained(method).rounds
+
+    def reports(self, method: str) -> Iterator[dict[str, Any]]:
+        """One per round, with `at`, the sparsity of the tickets that it is to be compared with."""
+        sparsities = [None] if method == DENSE else self.args.target_sparsity
+        for at, report in zip(sparsities, self.rounds(method), strict=True):
+            yield self._report(method, at, report)
 
     def _report(self, method: str, at: float | None, report: dict[str, Any]) -> dict[str, Any]:
         metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
@@ -189,51 +191,19 @@ class SceneRun:
 
     def similarity(self, report: dict[str, Any]) -> np.ndarray:
         """Floats `[K]`: the mean Jaccard similarity of each ticket of a round to the others of the image."""
-        matrix = self._model(self.rtl, report).mask_bank.similarity().double().fill_diagonal_(torch.nan)
+        matrix = model_of_round(self.trained(RTL), report).mask_bank.similarity().double().fill_diagonal_(torch.nan)
         return matrix.nanmean(1).numpy()
 
     @torch.no_grad()
-    def reconstruction(self, trainer: RTLTrainer, report: dict[str, Any]) -> np.ndarray:
-        """Colours `[H, W, 3]` in [0, 1] that the saved model of a round gives."""
+    def reconstruction(self, method: str, report: dict[str, Any]) -> np.ndarray:
+        """Colours `[H, W, 3]` in [0, 1] that the saved model of a method's round gives."""
+        trainer = self.trained(method)
         data = trainer.eval_dataset
         batch = data.collate([data[index] for index in range(len(data))])
         del batch["labels"]
-        model = self._model(trainer, report).eval()
+        model = model_of_round(trainer, report).eval()
         route_ids = data.regions if model.num_routes > 1 else 0
         return model(**batch, route_ids=route_ids).logits.clamp(0, 1).view(*self.scene.regions.shape, -1).numpy()
-
-    def _model(self, trainer: RTLTrainer, report: dict[str, Any]) -> RTLModel:
-        return RTLModel.from_pretrained(f"{trainer.args.output_dir}/{report['folder']}")
-
-    def _arguments(self, method: str, **changed: Any) -> RTLTrainingArguments:
-        return replace(
-            self.args, output_dir=f"{self.args.output_dir}/{method.replace(',', '').replace(' ', '-')}", **changed
-        )
-
-    def _one_mask(self, method: str, sparsities: list[float], *, balanced: bool = False) -> RTLTrainer:
-        args = self._arguments(method, **self.all_regions, target_sparsity=sparsities)
-        config = CoordinateMLPConfig(num_classes=len(self.scene.region_names))
-        return self._trained(args, config, ["all"], balanced=balanced)
-
-    def _trained(
-        self,
-        args: RTLTrainingArguments,
-        config: CoordinateMLPConfig,
-        route_names: Sequence[str],
-        *,
-        balanced: bool = False,
-    ) -> RTLTrainer:
-        pixels = Pixels(self.scene, with_classes=config.num_classes > 0)
-        trainer = RTLTrainer(
-            RTLModel.from_backbone(config, route_names=route_names, ticket_task="labels", seed=args.seed),
-            args,
-            train_dataset=pixels.balanced() if balanced else pixels,
-            eval_dataset=pixels,
-            data_collator=pixels.collate,
-            compute_metrics=self.metrics,
-        )
-        trainer.train()
-        return trainer
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """PSNR of the image and of every region, and the number of regions that are all of one colour."""
@@ -247,164 +217,24 @@ class SceneRun:
         return {**values, "constant_tickets": constant}
 
 
-def psnr(colours: np.ndarray, target: np.ndarray) -> float:
-    """
-    Peak signal-to-noise ratio in dB for a peak of 1, from the squared error over all pixels and channels.
-
-    Args:
-        colours (`np.ndarray`): floats `[N, 3]`, clamped to [0, 1] here, as whoever shows them must do.
-        target (`np.ndarray`): floats `[N, 3]` in [0, 1].
-    """
-    error = np.clip(colours.astype(np.float64), 0, 1) - target.astype(np.float64)
-    squared = np.mean(error**2)
-    return float("inf") if squared == 0 else float(-10 * np.log10(squared))
-
-
-def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    A line per learning rate, sparsity and method: the mean over images, of PSNR also the sample standard deviation
-    over them.
-    """
-    lines = []
-    for (rate, at, method), found in _grouped(reports, lambda r: (r["learning_rate"], r["at"], r["method"])):
-        of_images = [mean(report["psnr"] for report in same) for _, same in _grouped(found, lambda r: r["image"])]
-        of_regions = [_mean_of_regions(same) for _, same in _grouped(found, lambda r: r["image"])]
-        worst = [min(report["psnr_of_regions"].values()) for report in found]
-        num_seeds = len({report["seed"] for report in found})
-        similarities = [report["mean_similarity"] for report in found if report["mean_similarity"] is not None]
-        lines.append(
-            {
-                "method": method,
-                "sparsity": at,
-                "learning rate": f"{rate:g}",
-                "PSNR (dB)": _with_spread(of_images),
-                "mean of regions (dB)": _with_spread(of_regions),
-                "worst region (dB)": f"{mean(worst):.2f}",
-                "weights": round(mean(report["union"] for report in found)),
-                "bytes of weights and masks": round(mean(report["weight_bytes"] for report in found)),
-                "of the region map": round(mean(report["side_bytes"] for report in found)),
-                "together": round(mean(report["weight_bytes"] + report["side_bytes"] for report in found)),
-                "mean Jaccard": mean(similarities) if method == RTL and similarities else None,
-                "emptied layers (worst)": max(
-                    len(layers) for report in found for layers in [[], *report["emptied_layers"].values()]
-                ),
-                "regions of one colour": round(sum(report["constant_tickets"] for report in found) / num_seeds),
-            }
-        )
-    order = {title: number for number, title in enumerate(METHODS)}
-    return sorted(
-        lines, key=lambda line: (-float(line["learning rate"]), line["sparsity"] or 0, order[line["method"]])
-    )
-
-
-def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By how many dB the tickets are better than each other method with the same learning rate, image by image."""
-    psnrs = {
-        key: (mean(report["psnr"] for report in same), _mean_of_regions(same))
-        for key, same in _grouped(reports, lambda r: (r["learning_rate"], r["method"], r["at"], r["image"]))
-    }
-    lines = []
-    for rate, at in dict.fromkeys((rate, at) for rate, method, at, _ in psnrs if method == RTL):
-        for other in (SINGLE, BALANCED, SINGLE_UNION, DENSE):
-            at_other = None if other == DENSE else at
-            pairs = [
-                (psnrs[rate, RTL, at, image], psnrs[rate, other, at_other, image])
-                for image in dict.fromkeys(image for *_, image in psnrs)
-                if (rate, other, at_other, image) in psnrs
-            ]
-            if pairs:
-                gains, of_regions = ([rtl[kind] - single[kind] for rtl, single in pairs] for kind in (0, 1))
-                lines.append(
-                    {
-                        "learning rate": f"{rate:g}",
-                        "sparsity": at,
-                        "RTL minus": other,
-                        "dB": _with_spread(gains),
-                        "least": f"{min(gains):.2f}",
-                        "most": f"{max(gains):.2f}",
-                        "images where RTL is better": f"{sum(gain > 0 for gain in gains)} of {len(gains)}",
-                        "dB, mean of regions": _with_spread(of_regions),
-                        "better images so": f"{sum(gain > 0 for gain in of_regions)} of {len(gains)}",
-                    }
-                )
-    return lines
-
-
-def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PSNR of every image, with the first learning rate."""
-    lines = []
-    for scene in scenes:
-        height, width = scene.regions.shape
-        line: dict[str, Any] = {"image": scene.name, "size": f"{width}×{height}", "regions": len(scene.region_names)}
-        own = [
-            report
-            for report in reports
-            if report["image"] == scene.name
-            and report["learning_rate"] == reports[0]["learning_rate"]
-            and report["method"] not in (BALANCED, SINGLE_UNION)
-        ]
-        for (method, at), same in _grouped(own, lambda report: (report["method"], report["at"])):
-            title = method if at is None else f"{method} {at:.0%}"
-            line[title] = f"{mean(report['psnr'] for report in same):.2f}"
-        lines.append(line)
-    return lines
-
-
-def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Spearman's rank correlations over regions, per learning rate and sparsity: of a region's PSNR with the mean
-    similarity of its ticket to the others of its image, over all regions and within images, and of both with the
-    region's size.
-    """
-    lines = []
-    tickets = [report for report in reports if report["method"] == RTL and len(report["psnr_of_regions"]) > 1]
-    for (rate, at), found in _grouped(tickets, lambda report: (report["learning_rate"], report["at"])):
-        psnrs = [list(report["psnr_of_regions"].values()) for report in found]
-        similarities = [report["similarity_of_regions"] for report in found]
-        sizes = [report["pixels_of_regions"] for report in found]
-        within = [
-            float(spearmanr(one, other).statistic)
-            for one, other in zip(psnrs, similarities, strict=True)
-            if len(one) >= _MIN_REGIONS
-        ]
-        spread = f"{mean(within):.3f} ({min(within):.3f} to {max(within):.3f})" if within else None
-        all_psnrs, all_similarities, all_sizes = (np.concatenate(parts) for parts in (psnrs, similarities, sizes))
-        lines.append(
-            {
-                "learning rate": f"{rate:g}",
-                "sparsity": at,
-                "regions": len(all_psnrs),
-                "PSNR with similarity": float(spearmanr(all_psnrs, all_similarities).statistic),
-                "within images, mean (range)": spread,
-                "such images": len(within),
-                "PSNR with size": float(spearmanr(all_psnrs, all_sizes).statistic),
-                "similarity with size": float(spearmanr(all_similarities, all_sizes).statistic),
-            }
-        )
-    return lines
-
-
-def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArguments) -> list[str]:
+def draw(output_dir: Path, all_runs: Sequence[SceneRuns], comparison: ComparisonArguments) -> list[str]:
     """The names of pictures that are drawn beside the results."""
-    pictured = (
-        [run for run in runs if run.scene.name.endswith(tuple(comparison.pictured))]
-        if comparison.pictured
-        else runs[:2]
-    )
+    pictured = all_runs[:2]
+    if comparison.pictured:
+        pictured = [runs for runs in all_runs if runs.scene.name.endswith(tuple(comparison.pictured))]
     methods = [method for method in (RTL, SINGLE) if method in comparison.methods]
     pictures = ["reconstructions.png", "scatter.png"]
     rows = []
-    for run in pictured:
+    for runs in pictured:
         for method in methods:
-            trainer = run.rtl if method == RTL else run.single
-            reports = run.rtl.rounds if method == RTL else run.single.rounds[1:]
+            reports = runs.rounds(method)
             titles = [f"{report['sparsity']:.0%}: {report['metrics']['eval_psnr']:.2f} dB" for report in reports]
-            colours = [run.reconstruction(trainer, report) for report in reports]
-            rows.append((method, [run.scene.image / 255, *colours], ["original", *titles]))
+            colours = [runs.reconstruction(method, report) for report in reports]
+            rows.append((method, [runs.scene.image / 255, *colours], ["original", *titles]))
     draw_reconstructions(rows, output_dir / pictures[0])
-    for number, run in enumerate(pictured, start=1):
-        sparsities = torch.tensor(run.args.target_sparsity)
-        reports = run.reports(RTL)
+    for number, runs in enumerate(pictured, start=1):
+        sparsities = torch.tensor(runs.args.target_sparsity)
+        reports = list(runs.reports(RTL))
         panels = [
             ("PSNR (dB)", sparsities, torch.tensor([list(report["psnr_of_regions"].values()) for report in reports])),
             (
@@ -414,28 +244,11 @@ def draw(output_dir: Path, runs: Sequence[SceneRun], comparison: ComparisonArgum
             ),
         ]
         pictures.append(f"curves-{number}.png")
-        route_curves(panels, run.scene.region_names, output_dir / pictures[-1])
-    middle = min(runs[0].args.target_sparsity, key=lambda sparsity: abs(sparsity - 0.5))
-    points = [report for run in runs for report in run.reports(RTL) if report["at"] == middle]
+        route_curves(panels, runs.scene.region_names, output_dir / pictures[-1])
+    middle = min(all_runs[0].args.target_sparsity, key=lambda sparsity: abs(sparsity - 0.5))
+    points = [report for runs in all_runs for report in runs.reports(RTL) if report["at"] == middle]
     draw_scatter(points, output_dir / pictures[1])
     return pictures
-
-
-def _grouped(lines: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
-    """The lines of each key, in the order in which keys first come."""
-    order = {value: number for number, value in reversed(list(enumerate(map(key, lines))))}
-    together = sorted(lines, key=lambda line: order[key(line)])
-    return [(value, list(same)) for value, same in groupby(together, key)]
-
-
-def _mean_of_regions(reports: Sequence[dict[str, Any]]) -> float:
-    """The mean PSNR over regions, however large, and over the reports."""
-    return mean(mean(report["psnr_of_regions"].values()) for report in reports)
-
-
-def _with_spread(values: Sequence[float]) -> str:
-    """The mean, and of several values the sample standard deviation."""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -14,28 +14,23 @@ complete model per round beside them. A run that was interrupted continues when 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import sanity
-import single_mask
-from arguments import parse, set_up
-from data_arguments import DataArguments
-from image_data import load_images
-from report import plan_text, plot, routes_rows, row, table, write_results
-from text_data import load_text
 from transformers import AutoTokenizer
 
-from hf_rtl import (
-    Partition,
-    RTLModelForImageClassification,
-    RTLModelForSequenceClassification,
-    RTLTrainer,
-    RTLTrainingArguments,
-)
+from hf_rtl import Partition, RTLModel, RTLModelForSequenceClassification, RTLTrainer, RTLTrainingArguments
+from shared.arguments import parse, set_up
+from shared.controls import dense_image_network, dense_text_network, image_controls, text_controls
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.models import membership_model
+from shared.report import plan_text, routes_rows, row, table, training_record, write_results
+from shared.text_data import load_text
 
 
 @dataclass
@@ -63,55 +58,41 @@ class ModelArguments:
     )
 
 
-def prepare_images(data: DataArguments, args: RTLTrainingArguments) -> tuple:
-    """Training and test data, no processor, and what makes a model whose tickets tell the images of a class."""
-    train, test = load_images(data, seed=args.seed)
-    make_model = partial(
-        RTLModelForImageClassification.from_backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
-        in_chans=data.num_channels,
-    )
-    return train, test, None, make_model
+@dataclass
+class Task:
+    """
+    What tickets are found for.
 
+    Args:
+        train, test: the data.
+        make_model (`Callable`): makes a model whose tickets fit them, each time with the same weights.
+        controls (`Callable`): after a run, the reports of all that its tickets are compared with by --sanity.
+        dense (`Callable`): after a run, the report of a dense model alone.
+        partition ([`Partition`], *optional*): the routes of `train`, if its columns do not say them.
+        processor (*optional*): what is saved with the models.
+    """
 
-def prepare_texts(data: DataArguments, args: RTLTrainingArguments, backbone: str) -> tuple:
-    """Training and test data, their tokenizer, and what makes a model whose tickets label the texts of a domain."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    train, test = load_text(data, tokenizer, route_column=args.route_column, seed=args.seed)
-    label_names = train.features["label"].names
-    make_model = partial(
-        RTLModelForSequenceClassification.from_backbone,
-        route_names=train.features[args.route_column].names,
-        ticket_task="labels",
-        id2label=dict(enumerate(label_names)),
-        label2id={name: label for label, name in enumerate(label_names)},
-    )
-    return train, test, tokenizer, make_model
+    train: Any
+    test: Any
+    make_model: Callable[..., RTLModel]
+    controls: Callable[[RTLTrainer], list[dict[str, Any]]]
+    dense: Callable[[RTLTrainer], list[dict[str, Any]]]
+    partition: Partition | None = None
+    processor: Any = None
 
 
 def main() -> None:
     model_arguments, data, args = parse((ModelArguments, DataArguments, RTLTrainingArguments), description=__doc__)
     set_up(model_arguments.threads)
-    partition = None
-    if data.text_column is None:
-        train, test, processor, make_model = prepare_images(data, args)
-        if train.rule is not None:
-            # The labels are the groups already, here and in the test data; the rule is for data with classes.
-            partition = Partition(train.labels.numpy(), train.label_names, rule=train.rule)
-            args.route_column = "label"
-    else:
-        train, test, processor, make_model = prepare_texts(data, args, model_arguments.backbone)
-    make_model = partial(
-        make_model,
-        model_arguments.backbone,
-        seed=args.seed,
-        norm_statistics=model_arguments.norm_statistics,
-        prune_include=model_arguments.prune_include,
-        prune_exclude=model_arguments.prune_exclude,
-    )
+    prepare = prepare_images if data.text_column is None else prepare_texts
+    task = prepare(model_arguments, data, args)
     trainer = RTLTrainer(
-        make_model(), args, train_dataset=train, partition=partition, eval_dataset=test, processing_class=processor
+        task.make_model(),
+        args,
+        train_dataset=task.train,
+        partition=task.partition,
+        eval_dataset=task.test,
+        processing_class=task.processor,
     )
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
@@ -119,45 +100,108 @@ def main() -> None:
         text = plan_text(trainer.plan(), batch_size=args.route_batch_size, num_processes=args.world_size)
         print(text, flush=True)
     trainer.train()
-    rows = [row("RTL", report["sparsity"], report) for report in trainer.rounds]
     # Before the controls, which train and evaluate with the same trainer.
-    reports = list(trainer.rounds)
-    extra: list[dict[str, Any]] = []
-    if data.text_column is not None and (model_arguments.sanity or model_arguments.dense):
-        compare = single_mask.baselines if model_arguments.sanity else single_mask.dense
-        extra = compare(trainer, make_model, train, test)
-    elif model_arguments.sanity:
-        extra = sanity.controls(trainer, train, test, model_arguments.backbone, data)
+    rounds = list(trainer.rounds)
+    controls: list[dict[str, Any]] = []
+    if model_arguments.sanity:
+        controls = task.controls(trainer)
     elif model_arguments.dense:
-        extra = [sanity.dense(trainer, test, model_arguments.backbone, data)]
-    rows += [row(control["method"], control["sparsity"], control) for control in extra]
-    if not main_process:
-        return
+        controls = task.dense(trainer)
+    if main_process:
+        # Not in the models' folders, which are pushed: it may name a place on this machine.
+        data.save(args.output_dir)
+        report(rounds, controls, model_arguments, data, args, num_test=len(task.test))
+
+
+def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
+    """A ticket for every class of images, or group of classes, that tells its images from all others."""
+    train, test = load_images(data, seed=args.seed)
+    partition = None
+    if train.rule is not None:
+        # The labels are the groups already, here and in the test data; the rule is for data with classes.
+        partition = Partition(train.labels.numpy(), train.label_names, rule=train.rule)
+        args.route_column = "label"
+    make_model = partial(membership_model, model.backbone, train, **model_options(model, args))
+    return Task(
+        train,
+        test,
+        make_model,
+        controls=lambda trainer: image_controls(trainer, test, model.backbone),
+        dense=lambda trainer: dense_image_network(trainer, test, model.backbone),
+        partition=partition,
+    )
+
+
+def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
+    """A ticket for every domain of texts, that labels its texts."""
+    tokenizer = AutoTokenizer.from_pretrained(model.backbone)
+    train, test = load_text(data, tokenizer, route_column=args.route_column, seed=args.seed)
+    label_names = train.features["label"].names
+    make_model = partial(
+        RTLModelForSequenceClassification.from_backbone,
+        model.backbone,
+        route_names=train.features[args.route_column].names,
+        ticket_task="labels",
+        id2label=dict(enumerate(label_names)),
+        label2id={name: label for label, name in enumerate(label_names)},
+        **model_options(model, args),
+    )
+    return Task(
+        train,
+        test,
+        make_model,
+        controls=lambda trainer: text_controls(trainer, make_model, train, test),
+        dense=lambda trainer: dense_text_network(trainer, make_model, train, test),
+        processor=tokenizer,
+    )
+
+
+def model_options(model: ModelArguments, args: RTLTrainingArguments) -> dict[str, Any]:
+    """What the command line says of a model, whatever the data."""
+    return {
+        "seed": args.seed,
+        "norm_statistics": model.norm_statistics,
+        "prune_include": model.prune_include,
+        "prune_exclude": model.prune_exclude,
+    }
+
+
+def report(
+    rounds: list[dict[str, Any]],
+    controls: list[dict[str, Any]],
+    model: ModelArguments,
+    data: DataArguments,
+    args: RTLTrainingArguments,
+    *,
+    num_test: int,
+) -> None:
+    """Prints the tables, and writes the results and the picture."""
     output_dir = Path(args.output_dir)
-    # Not in the models' folders, which are pushed: it may name a place on this machine.
-    data.save(output_dir)
+    rows = [row("RTL", found["sparsity"], found) for found in rounds]
+    rows += [row(control["method"], control["sparsity"], control) for control in controls]
     print(table(rows))
-    of_routes = routes_rows([{"method": "RTL", **report} for report in reports] + extra)
+    of_routes = routes_rows([{"method": "RTL", **found} for found in rounds] + controls)
     if of_routes:
         print("\nAccuracy of every route", table(of_routes), sep="\n")
-    for report in reports:
-        report.pop("log_history", None)
-    for control in extra:
-        control.pop("log_history", None)
+    for found in rounds + controls:
+        found.pop("log_history", None)
     write_results(
         output_dir / "results.json",
         data=asdict(data),
-        model=asdict(model_arguments),
-        training={name: value for name, value in args.to_dict().items() if not name.endswith("_dir")},
+        model=asdict(model),
+        training=training_record(args),
         num_processes=args.world_size,
-        num_test=len(test),
-        rounds=reports,
-        controls=extra,
+        num_test=num_test,
+        rounds=rounds,
+        controls=controls,
         table=rows,
         routes=of_routes,
     )
     if find_spec("matplotlib"):
-        plot(output_dir / "curve.png", rows, {report["sparsity"]: report["mean_similarity"] for report in reports})
+        from shared.plots import draw_rounds
+
+        similarities = {found["sparsity"]: found["mean_similarity"] for found in rounds}
+        draw_rounds(rows, similarities, output_dir / "curve.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import doctest
 import io
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 import hf_rtl
+from hf_rtl.modeling import modeling_rtl
 
 
 ROOT = Path(__file__).parent.parent
@@ -80,3 +82,8 @@ def test_reference_names_every_training_argument():
     own = [field.name for field in dataclasses.fields(hf_rtl.RTLTrainingArguments) if field.name not in known]
     assert own
     assert [name for name in own if f"`{name}`" not in text] == []
+
+
+def test_examples_of_the_task_classes_run():
+    results = doctest.testmod(modeling_rtl)
+    assert results.attempted >= 8 and results.failed == 0

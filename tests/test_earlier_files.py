@@ -74,7 +74,7 @@ def test_a_run_that_had_not_ended_goes_on(stopped_run):
     final = RTLModel.from_pretrained(folder / "final")
     directory, bank = RunDirectory(folder), final.mask_bank
     for route in range(3):
-        first = directory.load_masks(1, route, bank.shapes)
+        first = bank.unpack(directory.load_mask(1, route))
         assert sum(int(mask.sum()) for mask in bank[route]) == bank.num_weights - round(0.6 * bank.num_weights)
         assert all(bool((mask <= earlier).all()) for mask, earlier in zip(bank[route], first, strict=True))
 

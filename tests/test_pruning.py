@@ -165,9 +165,9 @@ def test_prune_refuses_bad_input():
         prune(weights, masks, num_kept=6)
     with pytest.raises(ValueError, match="`num_kept` is -1"):
         prune(weights, masks, num_kept=-1)
-    with pytest.raises(TypeError, match=r"`num_kept` is 2.0, a `float`"):
+    with pytest.raises(TypeError, match=r"`num_kept` must be an int, got 2.0, a `float`"):
         prune(weights, masks, num_kept=2.0)
-    with pytest.raises(ValueError, match="`scope` is 'local'; allowed are 'global', 'layer', 'global_normalised'"):
+    with pytest.raises(ValueError, match="`scope` must be one of 'global', 'layer', 'global_normalised', got 'local'"):
         prune(weights, masks, num_kept=1, scope="local")
     with pytest.raises(ValueError, match="`reference` is None"):
         prune(weights, masks, num_kept=1, scope="global_normalised")
@@ -220,11 +220,15 @@ def test_targets_are_counted_on_the_original_number():
         ({"amount": 0.2, "schedule": "constant"}, ValueError, "positive whole number"),
         ({"amount": 1.5, "schedule": "constant"}, ValueError, "positive whole number"),
         ({"amount": float("inf"), "schedule": "constant"}, ValueError, "positive whole number"),
-        ({"amount": "0.2"}, TypeError, "`amount` is '0.2', a `str`"),
-        ({"schedule": "cubic"}, ValueError, "`schedule` is 'cubic'; allowed are 'geometric', 'linear', 'constant'"),
+        ({"amount": "0.2"}, TypeError, "`amount` must be a number, got '0.2', a `str`"),
+        (
+            {"schedule": "cubic"},
+            ValueError,
+            "one of 'geometric', 'linear', 'constant', got 'cubic'",
+        ),
         ({"target_sparsities": []}, ValueError, "`target_sparsities` is empty"),
         ({"target_sparsities": 0.5}, TypeError, r"a list is needed: `\[0.5\]`"),
-        ({"target_sparsities": ["0.5"]}, TypeError, "`target_sparsities` has '0.5', a `str`"),
+        ({"target_sparsities": ["0.5"]}, TypeError, "`target_sparsities\\[0\\]` must be a number, got '0.5', a `str`"),
         ({"target_sparsities": [0.5, 1.0]}, ValueError, "`target_sparsities` has 1.0"),
         ({"target_sparsities": [-0.1]}, ValueError, "`target_sparsities` has -0.1"),
         ({"target_sparsities": [float("nan")]}, ValueError, "`target_sparsities` has nan"),
@@ -234,7 +238,7 @@ def test_targets_are_counted_on_the_original_number():
         ({"target_sparsities": [0.5, 0.501]}, ValueError, "beyond the 50 removed before it"),
         ({"target_sparsities": [0.999]}, ValueError, "keeps none of 100 weights"),
         ({"num_weights": 0}, ValueError, "`num_weights` is 0"),
-        ({"num_weights": 1e6}, TypeError, "`num_weights` is 1000000.0, a `float`"),
+        ({"num_weights": 1e6}, TypeError, "`num_weights` must be an int, got 1000000.0, a `float`"),
     ],
 )
 def test_round_schedule_refuses_bad_input(arguments, error, message):

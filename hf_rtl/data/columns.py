@@ -23,18 +23,13 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
         ValueError: an empty `dataset`, an unknown `column`, or a missing value (`None` or a negative integer).
     """
-    columns = _columns(dataset)
+    columns = columns_of(dataset)
     if column not in columns:
         raise ValueError(
             f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
         )
-    class_names: list[str] | None = None
-    if _is_hf_dataset(dataset):
-        # Without the format a user's transform does not run, and integers with gaps do not turn into floats.
-        values = list(dataset.with_format(None).select_columns(column)[column][:])
-        class_names = getattr(dataset.features[column], "names", None)
-    else:
-        values = [_scalar(dataset[index][column]) for index in range(len(dataset))]
+    values = _values(dataset, column)
+    class_names = getattr(dataset.features[column], "names", None) if _is_hf_dataset(dataset) else None
     _check_values(f"Column {column!r} has", values)
     return (values, None) if class_names is None else ([class_names[value] for value in values], class_names)
 
@@ -55,24 +50,41 @@ def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[An
 
 def find_label_column(dataset: Any) -> str:
     """The data set's one column with a usual name of labels. Raises `ValueError` if it has none or several."""
-    columns = _columns(dataset)
-    found = [name for name in LABEL_COLUMNS if name in columns]
+    found = _label_columns(dataset)
     if len(found) != 1:
         raise ValueError(
             f"`label_column` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
-            f"label columns; its columns are {', '.join(map(repr, columns))}."
+            f"label columns; its columns are {', '.join(map(repr, columns_of(dataset)))}."
         )
     return found[0]
 
 
 def label_column(dataset: Any) -> str | None:
-    """The data set's label column, `None` if it has none of the usual names."""
+    """The data set's label column, the first of the usual names; `None` if it has none of them."""
+    return next(iter(_label_columns(dataset)), None)
+
+
+def _label_columns(dataset: Any) -> list[str]:
     columns = columns_of(dataset)
-    return next((name for name in LABEL_COLUMNS if name in columns), None)
+    return [name for name in LABEL_COLUMNS if name in columns]
 
 
 def columns_of(dataset: Any) -> list[str]:
-    return list(getattr(dataset, "column_names", None) or dataset[0])
+    """
+    The names of a data set's columns. One that does not tell them is asked for its first sample.
+
+    Raises:
+        TypeError: `dataset` is not a map-style data set of dicts.
+        ValueError: an empty `dataset`.
+    """
+    _check_dataset(dataset)
+    names = getattr(dataset, "column_names", None)
+    if names is not None:
+        return list(names)
+    sample = dataset[0]
+    if not isinstance(sample, Mapping):
+        raise TypeError(f"`dataset[0]` is a `{type(sample).__name__}`; samples must be dicts with named columns.")
+    return list(sample)
 
 
 def check_label_column(columns: Sequence[str]) -> None:
@@ -91,12 +103,8 @@ def single_labels(dataset: Any) -> Sequence[Any] | None:
     column = label_column(dataset)
     if column is None:
         return None
-    if hasattr(dataset, "with_format"):
-        values = list(dataset.with_format(None)[column])
-    else:
-        values = [dataset[index][column] for index in range(len(dataset))]
-    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
-    # Of numbers to regress, or several labels a sample, there is nothing to check.
+    values = _values(dataset, column)
+    # Numbers to regress, or several labels a sample, are not checked.
     return values if all(isinstance(value, (int, str)) for value in values) else None
 
 
@@ -124,14 +132,11 @@ def _check_dataset(dataset: Any) -> None:
         raise ValueError("`dataset` is empty; a partition needs samples.")
 
 
-def _columns(dataset: Any) -> list[str]:
-    _check_dataset(dataset)
+def _values(dataset: Any, column: str) -> list[Any]:
+    """A column's values, those of `datasets` without their format: no transform runs, and integers stay integers."""
     if _is_hf_dataset(dataset):
-        return list(dataset.column_names)
-    sample = dataset[0]
-    if not isinstance(sample, Mapping):
-        raise TypeError(f"`dataset[0]` is a `{type(sample).__name__}`; samples must be dicts with named columns.")
-    return list(sample)
+        return list(dataset.with_format(None).select_columns(column)[column][:])
+    return [_scalar(dataset[index][column]) for index in range(len(dataset))]
 
 
 def _scalar(value: Any) -> Any:

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from ..modeling.checks import check_choice
+from ..modeling.configuration_rtl import TICKET_TASKS
 from ..modeling.mask_bank import check_route_names
 
 
 logger = logging.getLogger(__name__)
 
-TICKET_TASKS = ("membership", "labels")
 # A route is tiny with fewer samples than this, of which a tenth is not one sample to calibrate on, …
 TINY_ROUTE = 10
 # … or with less than this part of an even share, N / K.
@@ -128,8 +129,7 @@ class Partition:
         Raises:
             ValueError: an unknown `ticket_task`, `labels` of another shape, or data that does not suit the task.
         """
-        if ticket_task not in TICKET_TASKS:
-            raise ValueError(f"`ticket_task` is {ticket_task!r}; allowed are {', '.join(map(repr, TICKET_TASKS))}.")
+        check_choice("ticket_task", ticket_task, TICKET_TASKS)
         if ticket_task == "membership":
             if len(self.route_names) < 2:
                 raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..modeling.checks import check_integer
 from .partition import check_route_ids
 
 
@@ -95,16 +96,16 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.num_routes = _check_integer("num_routes", num_routes, minimum=1)
+        self.num_routes = check_integer("num_routes", num_routes, minimum=1)
         self.route_ids = check_route_ids(route_ids, num_routes=self.num_routes)
-        self.batch_size = _check_integer("batch_size", batch_size, minimum=1)
+        self.batch_size = check_integer("batch_size", batch_size, minimum=1)
         self.membership = _check_flag("membership", membership)
         self.seed, self.key = _check_entropy(seed, key)
-        self.gradient_accumulation_steps = _check_integer(
+        self.gradient_accumulation_steps = check_integer(
             "gradient_accumulation_steps", gradient_accumulation_steps, minimum=1
         )
-        self.world_size = _check_integer("world_size", world_size, minimum=1)
-        self.rank = _check_integer("rank", rank, minimum=0)
+        self.world_size = check_integer("world_size", world_size, minimum=1)
+        self.rank = check_integer("rank", rank, minimum=0)
         if self.rank >= self.world_size:
             raise ValueError(f"`rank` is {rank}; allowed are 0 to {self.world_size - 1}, below `world_size`.")
         # What is never split between ranks: a positive with its negative, so that every rank has half of each.
@@ -127,7 +128,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         self.epoch = 0
 
     def _check_routes(self, routes: Sequence[int] | None) -> list[int]:
-        chosen = list(range(self.num_routes)) if routes is None else [_check_integer("routes", r) for r in routes]
+        chosen = list(range(self.num_routes)) if routes is None else [check_integer("routes", r) for r in routes]
         if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= r < self.num_routes for r in chosen):
             raise ValueError(f"`routes` is {routes}; distinct ids from 0 to {self.num_routes - 1} are needed.")
         counts = np.bincount(self.route_ids, minlength=self.num_routes)
@@ -151,7 +152,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch (from 0) that the next iteration yields."""
-        self.epoch = _check_integer("epoch", epoch, minimum=0)
+        self.epoch = check_integer("epoch", epoch, minimum=0)
 
     def __iter__(self) -> Iterator[list[RouteSample]]:
         if self.first_competing_epoch is not None and self.epoch >= self.first_competing_epoch:
@@ -309,14 +310,6 @@ def _generators_put_back() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def _check_integer(name: str, value: int, *, minimum: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` is {value!r}, a `{type(value).__name__}`; an `int` is needed.")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"`{name}` is {value}; at least {minimum} is needed.")
-    return int(value)
-
-
 def _check_flag(name: str, value: bool) -> bool:
     # A task's name in place of the flag would count as true, whatever the name.
     if not isinstance(value, bool):
@@ -327,4 +320,4 @@ def _check_flag(name: str, value: bool) -> bool:
 def _check_entropy(seed: int, key: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     if not isinstance(key, tuple):
         raise TypeError(f"`key` is {key!r}, a `{type(key).__name__}`; a tuple of integers is needed, as in `(2, 0)`.")
-    return _check_integer("seed", seed, minimum=0), tuple(_check_integer("key", word, minimum=0) for word in key)
+    return check_integer("seed", seed, minimum=0), tuple(check_integer("key", word, minimum=0) for word in key)

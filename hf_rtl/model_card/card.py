@@ -24,15 +24,15 @@ from transformers import (
 
 from ..data.rules import load_rule
 from ..modeling.files import write_bytes
+from ..modeling.hub import CARD_FILE
 from ..modeling.modeling_rtl import RTLModel
 from .page import METRICS_OF_THE_HUB, backbone_name, describe_metric, render_page, split_metrics
-from .readme import ALL_ROUTES, Readme
+from .readme import ALL_ROUTES_LABEL, Readme
 from .run_record import ARGUMENTS_FILE, copy_run, is_of, read_run
 
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
 PICTURE = "similarity.png"
 
 TAGS = ["hf_rtl", "pruning", "sparsity", "lottery-ticket"]
@@ -147,7 +147,7 @@ def write_card(
     """
     RTLCardData().updated(given)
     model, run, saved, target = _opened(source, folder)
-    file = target / CARD
+    file = target / CARD_FILE
     readme = _to_change(file, remote)
     noted = readme.record or {}
     card = RTLCardData().updated({**noted.get("given", {}), **given})
@@ -251,12 +251,12 @@ def _eval_results(
     ticket_task = model.config.ticket_task
     for evaluation in run["evaluations"] if run else []:
         of_routes, of_all = split_metrics(evaluation["rounds"][-1], model.route_names)
-        of_whom = {**{f"route {name}": metrics for name, metrics in of_routes.items()}, ALL_ROUTES: of_all}
+        of_whom = {**{f"route {name}": metrics for name, metrics in of_routes.items()}, ALL_ROUTES_LABEL: of_all}
         for whose, metrics in of_whom.items():
             for name, value in metrics.items():
                 if value is None or name in ("loss", "constant_tickets"):
                     continue
-                kind, words = describe_metric(name, ticket_task=ticket_task, of_all=whose == ALL_ROUTES)
+                kind, words = describe_metric(name, ticket_task=ticket_task, of_all=whose == ALL_ROUTES_LABEL)
                 # Results are told apart by their configuration, so it says whose they are.
                 config = ", ".join(part for part in (card.dataset_config, evaluation["name"], whose) if part)
                 yield EvalResult(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..modeling.footprint import human_bytes
+
 
 UNKNOWN = "–"
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -44,9 +46,4 @@ def percent(fraction: float) -> str:
 
 def size(num_bytes: int) -> str:
     """Bytes as people say them, in powers of 1000."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g}{_SPACE}{unit}"
+    return human_bytes(num_bytes).replace(" ", _SPACE)

@@ -12,6 +12,7 @@ import jinja2
 import torch
 from torch import Tensor
 
+from ..modeling.footprint import FORMS
 from ..modeling.modeling_rtl import RTLModel
 from . import markdown
 
@@ -52,19 +53,6 @@ _OF_A_ROUND = {
         "union_accuracy": "acc. of the union",
         "loss": "evaluation loss",
     },
-}
-_FORMS = {
-    "full_bytes": "**files of this model**, as `save_pretrained` writes them",
-    "compact_bytes": "files as `save_pretrained(compact=True)` writes them: without what no ticket keeps, masks coded",
-    "total_bytes": "the least that all tickets need: the three lines below",
-    "union_bytes": "weights that any ticket keeps",
-    "mask_bytes": "masks, as raw bits",
-    "dense_bytes": "what no mask covers, with every route's statistics",
-    "coded_mask_bytes": "masks, coded",
-    "tickets_bytes": "ticket files of all routes, for those who have the weights",
-    "independent_full_bytes": "**{} independent models**: plain networks, one per route",
-    "independent_bytes": "{} independent models of their kept weights, and a mask as raw bits",
-    "independent_compact_bytes": "{} independent models of their kept weights, and a coded mask",
 }
 
 
@@ -238,7 +226,7 @@ def _footprint_table(model: RTLModel) -> str:
             markdown.size(footprint[form]),
             markdown.percent(footprint[form] / whole),
         ]
-        for form, words in _FORMS.items()
+        for form, words in FORMS.items()
     ]
     return markdown.table(["", "bytes", "", f"of {model.num_routes} plain networks"], rows)
 

@@ -20,9 +20,9 @@ _NOTE = (
     "<!-- Made by hf_rtl, anew with every save. Text outside of these two marks stays, and so does metadata that you "
     "have changed. -->"
 )
-ALL_ROUTES = "all routes"
+ALL_ROUTES_LABEL = "all routes"
 # The configurations of results that are ours.
-_OURS = re.compile(rf"(^|, )(route .+|{ALL_ROUTES})$", re.DOTALL)
+_OURS = re.compile(rf"(^|, )(route .+|{ALL_ROUTES_LABEL})$", re.DOTALL)
 # A line of YAML with which a new key of the outermost mapping begins.
 _KEY = re.compile(r"^(?=[^\s#\-].*:)", re.MULTILINE)
 

@@ -6,11 +6,12 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any
 
 import timm
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .checks import check_choice
 from .mask_bank import check_route_names
 
 
@@ -114,9 +115,9 @@ class RTLConfig(PreTrainedConfig):
             kwargs["auto_map"] = named_code
         self.backbone_config = _checked_backbone_config(self.backbone_config)
         self.route_names = check_route_names(self.route_names or [])
-        self._check_choice("ticket_task", TICKET_TASKS)
-        self._check_choice("norm_statistics", NORM_STATISTICS)
-        self._check_choice("router", ROUTERS)
+        check_choice("ticket_task", self.ticket_task, TICKET_TASKS)
+        check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
+        check_choice("router", self.router, ROUTERS)
         self.private_parameters = _checked_patterns(self.private_parameters)
         self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
         self.prune_include = list(self.prune_include or [])
@@ -214,11 +215,6 @@ class RTLConfig(PreTrainedConfig):
             output.pop(key, None)
         self.dict_dtype_to_str(output)
         return output
-
-    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, field)
-        if value not in allowed:
-            raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
     def _check_router(self) -> None:
         if self.router == "entropy" and self.ticket_task == "membership":
@@ -373,6 +369,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-TicketTask = Literal["membership", "labels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,15 @@ def write_json(file: Path, value: Any, *, owner: str = "") -> None:
     """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
     with _beside(file, owner) as beside:
         beside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def json_values(value: Any) -> Any:
+    """`value`, however nested, with `None` for NaN and infinities, which JSON and YAML have no number for."""
+    if isinstance(value, Mapping):
+        return {name: json_values(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(file: Path, content: bytes) -> None:

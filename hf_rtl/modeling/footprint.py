@@ -12,6 +12,32 @@ from .private_parameters import PrivateParameters
 from .prunable import parameter_aliases, parameter_at
 
 
+# Keys of `footprint` -> what the bytes are of; {} stands for the number of routes.
+FORMS = {
+    "full_bytes": "files as `save_pretrained` writes them: all weights, raw masks",
+    "compact_bytes": "files of `compact=True`: without what no ticket keeps, masks coded",
+    "total_bytes": "the least that all tickets need: the three lines below",
+    "union_bytes": "weights that any ticket keeps",
+    "mask_bytes": "masks, as raw bits",
+    "dense_bytes": "what no mask covers, with every route's statistics",
+    "coded_mask_bytes": "masks, coded",
+    "tickets_bytes": "ticket files of all routes, for those who have the weights",
+    "independent_full_bytes": "{} independent models: plain networks, one per route",
+    "independent_bytes": "{} independent models of their kept weights, and a mask as raw bits",
+    "independent_compact_bytes": "{} independent models of their kept weights, and a coded mask",
+}
+
+
+def human_bytes(num_bytes: int) -> str:
+    """Bytes as people say them: decimal units, three digits."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
 def footprint(
     backbone: nn.Module,
     bank: MaskBank,

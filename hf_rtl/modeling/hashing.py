@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,14 +14,19 @@ from torch import Tensor
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def hash_parts(parts: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over texts, each followed by the bytes of a tensor."""
+    digest = hashlib.sha256()
+    for text, tensor in parts:
+        digest.update(text.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    named = sorted(tensors.items())
+    return hash_parts((f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|", tensor) for name, tensor in named)
 
 
 def hash_file(file: Path) -> str:
@@ -73,9 +78,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _hash(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        stored = _cast(tensors[name].detach(), dtype).cpu().contiguous()
-        digest.update(f"{name}|{stored.numel()}|".encode())
-        digest.update(stored.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    stored = ((name, _cast(tensors[name].detach(), dtype)) for name in sorted(tensors))
+    return hash_parts((f"{name}|{tensor.numel()}|", tensor) for name, tensor in stored)[:16]

@@ -19,6 +19,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 
+# The page of a repository.
+CARD_FILE = "README.md"
 WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 # What a push replaces: of a model also the rule of the partition that it was trained on.
 MODEL_FILES = re.compile(rf"{WEIGHT_FILES.pattern}|partition\.(json|safetensors)")
@@ -36,7 +38,7 @@ def branch_head(repo_id: str, revision: str | None, *, token: bool | str | None)
 def read_card(repo_id: str, revision: str | None, *, token: bool | str | None) -> bytes:
     """The model card in a repository; empty if there is none."""
     try:
-        return Path(hf_hub_download(repo_id, "README.md", revision=revision, token=token)).read_bytes()
+        return Path(hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)).read_bytes()
     except RemoteEntryNotFoundError:
         return b""
 
@@ -76,7 +78,7 @@ def write_model_card(
     """Writes into `folder` the card of a model that is to be pushed; without a writer transformers' stock one."""
     if card_writer is None:
         card = create_and_tag_model_card(repo_id, [*(model.model_tags or []), *(tags or [])], token=token)
-        card.save(folder / "README.md")
+        card.save(folder / CARD_FILE)
         return
     remote = read_card(repo_id, revision, token=token)
     card_writer.write_pushed_card(model, folder, repo_id=repo_id, remote=remote, tags=tags, token=token)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .hashing import hash_parts
 
 
 # Row b of `_BITS` holds the eight bits of the byte b, lowest first (as `np.packbits(bitorder="little")`).
@@ -128,21 +129,21 @@ class MaskBank(nn.Module):
     def __getitem__(self, route: int | str) -> list[Tensor]:
         """The mask of one route: a list of `bool` tensors of the weights' shapes."""
         index = self.route_index(route)
-        return self._unpacked(rows[index] for rows in self.packed)
+        return self.unpack(rows[index] for rows in self.packed)
 
     def union(self) -> list[Tensor]:
         """What any ticket keeps: a list of `bool` tensors."""
-        return self._unpacked(self.packed_union())
+        return self.unpack(self.packed_union())
 
     def core(self) -> list[Tensor]:
         """What every ticket keeps: a list of `bool` tensors."""
-        return self._unpacked(fold(rows, torch.bitwise_and) for rows in self.packed)
+        return self.unpack(fold(rows, torch.bitwise_and) for rows in self.packed)
 
     def exclusive(self, route: int | str) -> list[Tensor]:
         """What this ticket keeps and no other does: a list of `bool` tensors."""
         index = self.route_index(route)
         others = [torch.cat([rows[:index], rows[index + 1 :]]) for rows in self.packed]
-        return self._unpacked(
+        return self.unpack(
             rows[index] & ~fold(rest, torch.bitwise_or) for rows, rest in zip(self.packed, others, strict=True)
         )
 
@@ -201,18 +202,19 @@ class MaskBank(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over the number of routes and, for each weight in order, its name, shape and packed masks."""
-        digest = hashlib.sha256(f"{self.num_routes}".encode())
-        for name, shape, rows in zip(self.weight_names, self.shapes, self.packed, strict=True):
-            digest.update(f"|{name}|{tuple(shape)}|".encode())
-            digest.update(rows.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        layers = zip(self.weight_names, self.shapes, self.packed, strict=True)
+        parts = [(f"|{name}|{tuple(shape)}|", rows) for name, shape, rows in layers]
+        return hash_parts([(f"{self.num_routes}{parts[0][0]}", parts[0][1]), *parts[1:]])
 
     # Changing
 
     def __setitem__(self, route: int | str, masks: Sequence[Tensor]) -> None:
         """Replaces the mask of one route. Nothing is changed unless all of `masks` fit."""
+        self.set_packed(route, self.pack(masks))
+
+    def set_packed(self, route: int | str, packed: Sequence[Tensor]) -> None:
+        """Replaces the mask of one route by packed rows, `uint8 [ceil(n/8)]`, one per weight, as `pack` gives them."""
         index = self.route_index(route)
-        packed = self._packed_checked(masks)
         for rows, row in zip(self.packed, packed, strict=True):
             rows[index].copy_(row)
         self.num_changes += 1
@@ -220,7 +222,7 @@ class MaskBank(nn.Module):
     def add_route(self, name: str, masks: Sequence[Tensor]) -> None:
         """Appends a route."""
         names = check_route_names([*self.route_names, name])
-        packed = self._packed_checked(masks)
+        packed = self.pack(masks)
         self._replace(
             names,
             [torch.cat([rows, row[None].to(rows.device)]) for rows, row in zip(self.packed, packed, strict=True)],
@@ -275,9 +277,6 @@ class MaskBank(nn.Module):
     def _sizes(self) -> Tensor:
         return torch.tensor([[shape.numel()] for shape in self.shapes], device=self.packed[0].device)
 
-    def _unpacked(self, packed: Iterable[Tensor]) -> list[Tensor]:
-        return [unpack(row, shape) for row, shape in zip(packed, self.shapes, strict=True)]
-
     def check_masks(self, masks: Sequence[Tensor]) -> None:
         """Raises `ValueError` unless `masks` are one `bool` tensor per weight, of its shape."""
         if len(masks) != len(self.shapes):
@@ -288,9 +287,14 @@ class MaskBank(nn.Module):
                     f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(shape)}."
                 )
 
-    def _packed_checked(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def pack(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """The packed rows of a mask, `uint8 [ceil(n/8)]`, one per weight. Raises `ValueError` unless it fits."""
         self.check_masks(masks)
         return [pack(mask) for mask in masks]
+
+    def unpack(self, packed: Iterable[Tensor]) -> list[Tensor]:
+        """The mask of packed rows: `bool` tensors of the weights' shapes."""
+        return [unpack(row, shape) for row, shape in zip(packed, self.shapes, strict=True)]
 
     def _replace(self, route_names: list[str], packed: Sequence[Tensor]) -> None:
         self.route_names = route_names

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
 from .mask_bank import MaskBank, fold, pack, unpack
 from .routed_model import RoutedModel
 
@@ -169,8 +170,7 @@ def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
         ValueError: an unknown coding, or what is coded is damaged or not of this length. No more than `num_bytes` are
             ever unpacked.
     """
-    if coding not in CODINGS:
-        raise ValueError(f"the coding of a mask must be one of {', '.join(map(repr, CODINGS))}, got {coding!r}.")
+    check_choice("coding", coding, CODINGS)
     if coded.dtype != torch.uint8 or coded.ndim != 1:
         raise ValueError(f"a coded mask must be torch.uint8 [num_bytes], got {coded.dtype} {tuple(coded.shape)}.")
     if coding == DEFLATE:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
@@ -436,7 +436,7 @@ class RTLModel(RoutedModel):
         route: int | str,
         *,
         prune_structure: bool = False,
-        example_inputs: Mapping[str, torch.Tensor] | None = None,
+        example_inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
         """
         A new plain backbone holding the masked weights, the private parameters and the statistics of `route`; its
@@ -493,25 +493,100 @@ class RTLModel(RoutedModel):
 
 
 class RTLModelForImageClassification(RTLModel):
+    """
+    A ticket per route in a backbone that classifies images, from timm or transformers.
+
+    Example:
+        >>> model = RTLModelForImageClassification.from_backbone(
+        ...     "test_resnet", route_names=["day", "night"], ticket_task="labels", num_labels=3
+        ... ).eval()
+        >>> model(pixel_values=torch.zeros(2, 3, 32, 32), route_ids=["night", "day"]).logits.shape
+        torch.Size([2, 3])
+    """
+
     backbone_class = AutoModelForImageClassification
     supports_membership = True
 
-    def forward(self, pixel_values=None, labels=None, route_ids=None, **kwargs):
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
+    ):
+        """
+        Args:
+            pixel_values (`Tensor`): `float [batch, channels, height, width]`.
+            labels (`Tensor`, *optional*): `int64 [batch]`, of the task; for `membership` 0 or 1, whether the sample is
+                of the route, and without `route_ids` its home route.
+            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
+            **kwargs: to the backbone, and `return_dict`.
+
+        Returns:
+            The backbone's output: `logits` `[batch, num_labels]` (`membership`: `[batch, 1]`, without `route_ids`
+            `[batch, num_routes]`), with `labels` also `loss`. Where a router decides, `route_ids` `int64 [batch]` and
+            `route_scores` `float32 [batch, num_routes]`, log probabilities.
+
+        Raises:
+            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
+        """
         return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
 
 
 class RTLModelForSemanticSegmentation(RTLModel):
+    """
+    A ticket per route in a backbone that gives every pixel a label.
+
+    Example:
+        >>> from transformers import SegformerConfig
+        >>> config = SegformerConfig(hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8)
+        >>> model = RTLModelForSemanticSegmentation.from_backbone(
+        ...     config, route_names=["city", "country"], ticket_task="labels", num_labels=5
+        ... ).eval()
+        >>> model(pixel_values=torch.zeros(2, 3, 64, 64), route_ids=["city", "country"]).logits.shape
+        torch.Size([2, 5, 16, 16])
+    """
+
     backbone_class = AutoModelForSemanticSegmentation
 
-    def forward(self, pixel_values=None, labels=None, route_ids=None, **kwargs):
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
+    ):
+        """
+        As [`RTLModelForImageClassification.forward`]; `labels` are `int64 [batch, height, width]`, and `logits`
+        `[batch, num_labels, height, width]` of the backbone's own resolution.
+        """
         return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
 
 
 class RTLModelForAudioClassification(RTLModel):
+    """
+    A ticket per route in a backbone that classifies sounds.
+
+    Example:
+        >>> from transformers import Wav2Vec2Config
+        >>> config = Wav2Vec2Config(
+        ...     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+        ...     conv_kernel=(10,), conv_stride=(5,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2
+        ... )
+        >>> model = RTLModelForAudioClassification.from_backbone(
+        ...     config, route_names=["street", "room"], ticket_task="labels", num_labels=3
+        ... ).eval()
+        >>> model(input_values=torch.zeros(2, 400), route_ids=["room", "street"]).logits.shape
+        torch.Size([2, 3])
+    """
+
     backbone_class = AutoModelForAudioClassification
     supports_membership = True
 
-    def forward(self, input_values=None, attention_mask=None, labels=None, route_ids=None, **kwargs):
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        route_ids: Any = None,
+        **kwargs: Any,
+    ):
+        """
+        As [`RTLModelForImageClassification.forward`], of sounds: `input_values` are `float [batch, num_samples]`, or
+        what the backbone's feature extractor makes of them, `attention_mask` is `int64 [batch, num_samples]`.
+        """
         return self._forward_routed(
             labels, route_ids, input_values=input_values, attention_mask=attention_mask, **kwargs
         )
@@ -520,7 +595,33 @@ class RTLModelForAudioClassification(RTLModel):
 class _RTLTextModel(RTLModel):
     main_input_name = "input_ids"
 
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, route_ids=None, **kwargs):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        route_ids: Any = None,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            input_ids (`Tensor`), attention_mask (`Tensor`, *optional*), token_type_ids (`Tensor`, *optional*):
+                `int64 [batch, length]`.
+            labels (`Tensor`, *optional*): `int64 [batch]` for sequences, else `[batch, length]` with -100 where there
+                is none; for `membership` as of [`RTLModelForImageClassification.forward`].
+            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
+            **kwargs: to the backbone, as `decoder_input_ids`, and `return_dict`.
+
+        Returns:
+            The backbone's output: `logits` `[batch, num_labels]` for sequences (`membership`: `[batch, 1]`, without
+            `route_ids` `[batch, num_routes]`), `[batch, length, num_labels]` for tokens, `[batch, length,
+            vocabulary]` for language models; with `labels` also `loss`. Where a router decides, `route_ids`
+            `int64 [batch]` and `route_scores` `float32 [batch, num_routes]`, log probabilities.
+
+        Raises:
+            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
+        """
         return self._forward_routed(
             labels,
             route_ids,
@@ -532,24 +633,58 @@ class _RTLTextModel(RTLModel):
 
 
 class RTLModelForSequenceClassification(_RTLTextModel):
+    """
+    A ticket per route in a backbone that classifies texts.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+        >>> model = RTLModelForSequenceClassification.from_backbone(
+        ...     config, route_names=["books", "films"], ticket_task="labels", num_labels=3
+        ... )
+        >>> model(input_ids=torch.ones(2, 5, dtype=torch.long), route_ids="books").logits.shape
+        torch.Size([2, 3])
+    """
+
     backbone_class = AutoModelForSequenceClassification
     supports_membership = True
 
 
 class RTLModelForTokenClassification(_RTLTextModel):
+    """A ticket per route in a backbone that gives every token a label: `logits` `[batch, length, num_labels]`."""
+
     backbone_class = AutoModelForTokenClassification
 
 
 class RTLModelForMaskedLM(_RTLTextModel):
+    """A ticket per route in a backbone that fills in masked tokens: `logits` `[batch, length, vocabulary]`."""
+
     backbone_class = AutoModelForMaskedLM
 
 
 class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
+    """
+    A ticket per route in a backbone that continues texts: `logits` `[batch, length, vocabulary]`, and `generate`.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+        >>> model = RTLModelForCausalLM.from_backbone(config, route_names=["en", "fr"], ticket_task="labels").eval()
+        >>> prompts = torch.full((2, 3), 7)
+        >>> model.generate(prompts, route_ids=["fr", "en"], min_new_tokens=4, max_new_tokens=4).shape
+        torch.Size([2, 7])
+    """
+
     backbone_class = AutoModelForCausalLM
     _shifts_labels = True
 
 
 class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
+    """
+    A ticket per route in a backbone that turns texts into others: `logits` `[batch, target length, vocabulary]`, and
+    `generate`. Its forward also takes `decoder_input_ids` or `labels`, `int64 [batch, target length]`.
+    """
+
     backbone_class = AutoModelForSeq2SeqLM
 
 

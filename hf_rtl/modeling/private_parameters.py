@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
 from .masking import UNION
-from .prunable import heads, parameter_aliases, parameter_at
+from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
 
 
 def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Sequence[str]) -> list[str]:
@@ -32,8 +31,8 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
     chosen: list[str] = []
     used: set[str] = set()
     for name, locations in places.items():
-        names = [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in locations]
-        matching = {pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in names)}
+        names = alias_names(locations, module_names)
+        matching = matching_patterns(names, patterns)
         if not matching:
             continue
         used |= matching

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -75,8 +75,8 @@ def select_prunable(
         parameter = parameter_at(places[0])
         if parameter.ndim < 2 or any(attribute.endswith("bias") for _, attribute in places):
             continue
-        names = [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in places]
-        included, excluded = _matching(names, include), _matching(names, exclude)
+        names = alias_names(places, module_names)
+        included, excluded = matching_patterns(names, include), matching_patterns(names, exclude)
         used |= included | excluded
         default = all(_prunable_by_default(module, attribute, head) for module, attribute in places)
         if (default or included) and not excluded:
@@ -131,5 +131,11 @@ def heads(backbone: nn.Module) -> Iterator[nn.Module]:
         yield output_embeddings
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+def alias_names(places: Sequence[tuple[nn.Module, str]], module_names: Mapping[int, str]) -> list[str]:
+    """The names of a parameter: several if it is tied. `module_names`: `id` of a module -> its name."""
+    return [f"{module_names[id(module)]}.{attribute}".lstrip(".") for module, attribute in places]
+
+
+def matching_patterns(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The `fnmatch` patterns that match any of the names that a parameter has."""
     return {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)}

@@ -21,7 +21,7 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_rtl import VERSION, check_format_version
 from .files import move_files, read_tensors, write_json, write_tensors
 from .hashing import are_known, hashes
-from .hub import tickets_page
+from .hub import CARD_FILE, tickets_page
 from .mask_bank import count_bits, unpack
 from .model_file import decode, encode
 from .norm_statistics import tracked_buffers
@@ -29,10 +29,9 @@ from .prunable import parameter_aliases
 from .routed_model import RoutedModel
 
 
-FORMAT_VERSION = 1
-INDEX = "tickets.json"
+TICKETS_FORMAT_VERSION = 1
+INDEX_FILE = "tickets.json"
 TICKETS_PATTERN = "ticket-*.safetensors"
-PAGE = "README.md"
 
 _FILE_NAME = re.compile(r"ticket-\d{3,6}\.safetensors")
 # Tensors of a ticket's file -> whether they hold the running statistics that are floats, or the counts.
@@ -96,7 +95,7 @@ def save_tickets(
             write_tensors(Path(staging) / file, tensors)
             tickets.append({"name": model.route_names[route], "file": file, **about})
         index = {
-            "format_version": FORMAT_VERSION,
+            "format_version": TICKETS_FORMAT_VERSION,
             "hf_rtl_version": VERSION,
             "base": base_of(model),
             "ticket_task": model.config.ticket_task,
@@ -106,10 +105,10 @@ def save_tickets(
             "dense": {name: hashes({name: tensor}) for name, tensor in dense_tensors(model).items()},
             "tickets": tickets,
         }
-        write_json(Path(staging) / INDEX, index)
-        known = directory / PAGE
+        write_json(Path(staging) / INDEX_FILE, index)
+        known = directory / CARD_FILE
         write_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
-        move_files(Path(staging), directory, last=INDEX, stale=TICKETS_PATTERN)
+        move_files(Path(staging), directory, last=INDEX_FILE, stale=TICKETS_PATTERN)
     return index
 
 
@@ -153,7 +152,7 @@ def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_i
     """Writes `content`, that of a `README.md`, with `index` in it, if that is to change: see `hub.CardWriter`."""
     page = tickets_page(index, content, repo_id=repo_id)
     if page is not None:
-        (folder / PAGE).write_bytes(page)
+        (folder / CARD_FILE).write_bytes(page)
 
 
 def base_of(model: RoutedModel) -> dict[str, Any]:
@@ -191,26 +190,26 @@ class _TicketFolder:
         self.name = str(name_or_path)
         self._hub_arguments = dict(hub_arguments)
         try:
-            file = self.path(INDEX)
+            file = self.path(INDEX_FILE)
             text = file.read_text()
         except LocalEntryNotFoundError:  # of a repository, and the Hub cannot be asked
             raise
         except (FileNotFoundError, RemoteEntryNotFoundError):
             raise ValueError(
-                f"{self.name!r} holds no tickets: it has no {INDEX}, which `save_tickets` writes. A whole model is "
-                "loaded by `RTLModel.from_pretrained`."
+                f"{self.name!r} holds no tickets: it has no {INDEX_FILE}, which `save_tickets` writes. A whole model "
+                "is loaded by `RTLModel.from_pretrained`."
             ) from None
         commit = extract_commit_hash(str(file), None)
         if commit is not None:
             self._hub_arguments["revision"] = commit
         try:
             self.index = json.loads(text)
-            check_format_version(self.index, FORMAT_VERSION, f"{self.name!r}")
+            check_format_version(self.index, TICKETS_FORMAT_VERSION, f"{self.name!r}")
             whole = _is_whole(self.index)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
-            raise self.damaged(INDEX) from None
+            raise self.damaged(INDEX_FILE) from None
         if not whole:
-            raise self.damaged(INDEX)
+            raise self.damaged(INDEX_FILE)
 
     def path(self, file: str) -> Path:
         folder = Path(self.name)
@@ -277,7 +276,7 @@ def load_tickets(
         tickets = [_read_ticket(model, folder, entry, name) for entry, name in zip(entries, names, strict=True)]
         _check_same_base(model, folder, entries, tickets)
     except (AttributeError, KeyError, TypeError):
-        raise folder.damaged(INDEX) from None
+        raise folder.damaged(INDEX_FILE) from None
     weights = _with_added_weights(model, tickets)
     with torch.no_grad():
         for weight, changed in zip(model.masker.weights, weights, strict=True):

@@ -25,6 +25,9 @@ from .run_directory import RunDirectory
 from .training_args import RTLTrainingArguments
 
 
+logger = logging.getLogger(__name__)
+
+
 class RTLTrainerCallback(TrainerCallback):
     """A `TrainerCallback` with one event more, for those given to [`RTLTrainer`]."""
 
@@ -78,9 +81,8 @@ def tell_of_tickets(
     Raises:
         RuntimeError: a mask of an earlier event of the round cannot be read from disk.
     """
-    banks = [_bank_after(event, bank, run_directory) for event in round_.events[:-1]]
-    names = bank.route_names
-    banks.append(MaskBank.from_masks(bank.weight_names, {name: masks[k] for k, name in enumerate(names)}))
+    banks = [_bank_of(_read_masks(event, bank, run_directory), bank) for event in round_.events[:-1]]
+    banks.append(_bank_of(masks, bank))
     figures: dict[str, float] = {}
     control.should_training_stop = False
     for callback in callbacks:
@@ -88,21 +90,26 @@ def tell_of_tickets(
     return figures, control.should_training_stop
 
 
-def _bank_after(event: int, bank: MaskBank, run_directory: RunDirectory) -> MaskBank:
+def _bank_of(masks: Sequence[Sequence[Tensor]], bank: MaskBank) -> MaskBank:
+    """A bank as `bank` with other masks, given as packed rows."""
+    other = MaskBank(list(zip(bank.weight_names, bank.shapes, strict=True)), bank.route_names)
+    for route, packed in enumerate(masks):
+        other.set_packed(route, packed)
+    return other
+
+
+def _read_masks(event: int, bank: MaskBank, run_directory: RunDirectory) -> list[list[Tensor]]:
     """The masks of all routes after a prune event, which are on disk."""
-    after = MaskBank(list(zip(bank.weight_names, bank.shapes, strict=True)), bank.route_names)
+    masks = []
     for route in range(bank.num_routes):
-        masks = run_directory.load_masks(event, route, bank.shapes)
-        if masks is None:
+        packed = run_directory.load_mask(event, route)
+        if packed is None:
             raise RuntimeError(
                 f"{str(run_directory.mask_file(event, route))!r} cannot be read, though it has been written. The same "
                 "command continues the run."
             )
-        after[route] = masks
-    return after
-
-
-logger = logging.getLogger(__name__)
+        masks.append(packed)
+    return masks
 
 
 class CollapseMonitor(RTLTrainerCallback):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
 from ..metrics import constant_tickets, label_metrics, membership_metrics, router_metrics
+from ..modeling.checks import check_choice
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import (
     RTLModel,
@@ -97,8 +98,7 @@ def _membership_metrics(
 
 def check_router(name: str, model: RTLModel, calibration_dataset: Any) -> None:
     """Raises `ValueError` unless a router of this name can be fitted."""
-    if name not in ROUTER_CLASSES:
-        raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTER_CLASSES))}, got {name!r}.")
+    check_choice("router", name, ROUTER_CLASSES)
     if name == "entropy" and model.config.ticket_task == "membership":
         raise ValueError("`router` = 'entropy' suits tickets for labels; for membership use 'score'.")
     if name == "entropy" and model.config.num_labels == 1:

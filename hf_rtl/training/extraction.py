@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.mask_bank import pack, unpack
+from ..modeling.hashing import hash_parts
+from ..modeling.mask_bank import count_bits
 from ..pruning import prune
 from .plan import Round
 from .processes import Lifeline
@@ -59,7 +59,8 @@ class Extraction:
 
     def run(self, round_: Round, masks: Sequence[list[Tensor]]) -> list[list[Tensor]]:
         """
-        The masks of all routes at the end of a round, from those at its beginning. What is on disk is not done again.
+        The masks of all routes at the end of a round, from those at its beginning, both as packed rows (see
+        `MaskBank.pack`). What is on disk is not done again.
 
         Raises:
             FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
@@ -83,9 +84,8 @@ class Extraction:
 
     def _deal_out(self, round_: Round) -> list[list[int]]:
         """The routes of every process, so that all have about as many steps left to do."""
-        shapes = self.bank.shapes
         missing = [
-            sum(self.run_directory.load_masks(event, route, shapes) is None for event in round_.events)
+            sum(self.run_directory.load_mask(event, route) is None for event in round_.events)
             for route in range(self.bank.num_routes)
         ]
         steps = [number * steps for number, steps in zip(missing, self.num_steps, strict=True)]
@@ -96,10 +96,10 @@ class Extraction:
         name = self.bank.route_names[route]
         for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
             self.progress.begin_route(name, number, len(round_.kept))
-            pruned = self.run_directory.load_masks(event, route, self.bank.shapes)
+            pruned = self.run_directory.load_mask(event, route)
             if pruned is None:
                 pruned, started_from = self.train_and_prune(route, event, mask, num_kept, self.progress.step)
-                self.run_directory.save_masks(event, route, pruned, started_from=started_from)
+                self.run_directory.save_mask(event, route, pruned, started_from=started_from)
             else:
                 self.progress.step(self.num_steps[route])
             mask = pruned
@@ -108,13 +108,13 @@ class Extraction:
     def train_and_prune(
         self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
     ) -> tuple[list[Tensor], str]:
-        """One prune event of a route. Also a hash of what its training began with."""
+        """One prune event of a route, from packed rows to packed rows. Also a hash of what its training began with."""
         if self._ticket_trainer is None:
             self._ticket_trainer = self.trainer.ticket_trainer(self.theta0)
         batches = self.trainer.extraction_batches(route, event)
         pruned = train_and_prune(
             self._ticket_trainer,
-            mask,
+            self.bank.unpack(mask),
             batches,
             num_kept,
             args=self.args,
@@ -123,22 +123,19 @@ class Extraction:
             event=event,
             on_step=on_step,
         )
-        return pruned, self._ticket_trainer.started_from
+        return self.bank.pack(pruned), self._ticket_trainer.started_from
 
     def _exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
         """The masks of all routes, from those of each process; the same everywhere, or an error."""
-        packed = {route: torch.cat([pack(mask) for mask in masks]) for route, masks in own.items()}
+        packed = {route: torch.cat(rows) for route, rows in own.items()}
         sizes = [-(-shape.numel() // 8) for shape in self.bank.shapes]
         rows = self.processes.merge_routes(packed, self.bank.num_routes, sum(sizes))
         self._check_same(packed, rows)
-        return [
-            [unpack(part, shape) for part, shape in zip(row.split(sizes), self.bank.shapes, strict=True)]
-            for row in rows
-        ]
+        return [list(row.split(sizes)) for row in rows]
 
     def _check_same(self, own: Mapping[int, Tensor], rows: Tensor) -> None:
-        made = {route: _fingerprint(packed) for route, packed in own.items()}
-        received = [_fingerprint(row) for row in rows]
+        made = {route: hash_parts([("", packed)]) for route, packed in own.items()}
+        received = [hash_parts([("", row)]) for row in rows]
         everyone = self.processes.gather((made, received))
         for maker, (theirs, _) in enumerate(everyone):
             for route, fingerprint in theirs.items():
@@ -161,7 +158,7 @@ class Extraction:
         if self.processes.rank == rank:
             before = masks[route]
             if len(round_.events) > 1:
-                loaded = self.run_directory.load_masks(event - 1, route, self.bank.shapes)
+                loaded = self.run_directory.load_mask(event - 1, route)
                 if loaded is None:
                     raise RuntimeError(
                         f"process {rank} cannot read the mask of route {name!r} after event {event - 1}."
@@ -169,7 +166,7 @@ class Extraction:
                 before = loaded
             with reproducible(self.args.extraction_threads):
                 again, _ = self.train_and_prune(route, event, before, round_.kept[-1], lambda: None)
-            differing = sum(int((one != two).sum()) for one, two in zip(again, found[route], strict=True))
+            differing = sum(int(count_bits(one ^ two)) for one, two in zip(again, found[route], strict=True))
         self.lifeline.meet()
         differing = sum(self.processes.gather(differing))
         if differing:
@@ -253,7 +250,3 @@ def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
         dealt[rank].append(route)
         heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))
     return [sorted(routes) for routes in dealt]
-
-
-def _fingerprint(packed: Tensor) -> str:
-    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()

@@ -73,7 +73,7 @@ class Rounds:
         plan, trainer = self.plan, self.trainer
         bank, progress = trainer.model.mask_bank, trainer.progress
         extraction = Extraction(trainer, self.run_directory, lifeline, self.theta0, plan.extraction_steps)
-        masks = [[torch.ones(shape, dtype=torch.bool) for shape in bank.shapes]] * bank.num_routes
+        masks = [bank.pack([torch.ones(shape, dtype=torch.bool) for shape in bank.shapes])] * bank.num_routes
         output = TrainOutput(0, 0.0, {})
         previous: Round | None = None
         figures: dict[str, float] = {}
@@ -101,7 +101,7 @@ class Rounds:
 
         Args:
             round_ ([`Round`]): its name is that of the folder.
-            masks (`Sequence[Sequence[Tensor]]`): of all routes.
+            masks (`Sequence[Sequence[Tensor]]`): of all routes, as packed rows (see `MaskBank.pack`).
             figures (`dict[str, float]`): what callbacks add to its report.
 
         Returns:

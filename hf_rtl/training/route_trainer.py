@@ -112,9 +112,12 @@ class RouteTrainer(Trainer):
             self.current_round = before  # an evaluation that follows still counts from the same steps
 
     def put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
-        """Gives the model the masks of all routes, the same on all processes; warns once of layers without weights."""
-        for route, mask in enumerate(masks):
-            self.model.mask_bank[route] = mask
+        """
+        Gives the model the masks of all routes, packed rows that are the same on all processes; warns once of layers
+        without weights.
+        """
+        for route, packed in enumerate(masks):
+            self.model.mask_bank.set_packed(route, packed)
         self.processes.check_same({"mask_fingerprint": self.model.mask_bank.fingerprint()})
         emptied = emptied_by_route(self.model)
         if emptied and not self._warned_of_emptied_layers and self.processes.rank == 0:

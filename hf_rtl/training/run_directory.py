@@ -12,19 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling.files import read_tensors, write_json, write_tensors
 from ..modeling.hashing import hash_file
-from ..modeling.mask_bank import pack, unpack
 from .run_identity import with_later_fields
 
 
 logger = logging.getLogger(__name__)
 
-REPORT = "round.json"
+REPORT_FILE = "round.json"
 
 
 class RunDirectory:
@@ -105,38 +103,42 @@ class RunDirectory:
     def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT}
+        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT_FILE}
         written = {**report, "files": hashes}
-        write_json(folder / REPORT, written)
+        write_json(folder / REPORT_FILE, written)
         return written
 
     def read_report(self, folder: Path) -> dict[str, Any] | None:
         """The report of a finished round; `None` if it is not finished, or its report or model is damaged."""
         try:
-            report = json.loads((folder / REPORT).read_text())
+            report = json.loads((folder / REPORT_FILE).read_text())
             damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
         except FileNotFoundError as error:
-            if not (folder / REPORT).exists():
+            if not (folder / REPORT_FILE).exists():
                 return None
             damaged = [Path(error.filename).name]
         except (KeyError, ValueError):
-            damaged = [REPORT]
+            damaged = [REPORT_FILE]
         if damaged:
             logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
             return None
         return report
 
-    def save_masks(self, event: int, route: int, masks: Sequence[Tensor], *, started_from: str = "") -> None:
-        """Writes a route's mask after an event, with the hash of what its training started from."""
-        tensors = {f"m{layer:04d}": pack(mask.cpu()) for layer, mask in enumerate(masks)}
+    def save_mask(self, event: int, route: int, packed: Sequence[Tensor], *, started_from: str = "") -> None:
+        """
+        Writes a route's mask after an event.
+
+        Args:
+            packed (`Sequence[Tensor]`): its rows, `uint8`, one per prunable weight, as of `MaskBank.pack`.
+            started_from (`str`, *optional*): hash of what its training started from.
+        """
+        tensors = {f"m{layer:04d}": row.cpu() for layer, row in enumerate(packed)}
         write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
 
-    def load_masks(self, event: int, route: int, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
-        """The mask that `save_masks` wrote, `None` if there is none or it is damaged."""
+    def load_mask(self, event: int, route: int) -> list[Tensor] | None:
+        """The packed rows that `save_mask` wrote, `None` if there are none or they are damaged."""
         tensors = read_tensors(self.mask_file(event, route))
-        if tensors is None:
-            return None
-        return [unpack(tensors[f"m{layer:04d}"], shape) for layer, shape in enumerate(shapes)]
+        return None if tensors is None else [tensors[name] for name in sorted(tensors)]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

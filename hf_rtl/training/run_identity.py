@@ -69,18 +69,20 @@ def with_later_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> d
     A field gets the value that runs had before it existed: the `"before"` in the metadata of its definition, or else
     its default. So a new field refuses no earlier run.
     """
-    completed = _completed(saved, current, {field.name: field for field in fields(RTLTrainingArguments)})
+    completed = _completed(saved, current, RTLTrainingArguments)
     if "model" in completed and "model" in current:
-        known = {field.name: field for field in fields(RTLConfig)}
-        completed["model"] = _completed(completed["model"], current["model"], known)
-        completed["model"]["backbone_config"] = _completed_backbone(completed["model"], current["model"])
-    completed["backbone_config"] = _completed_backbone(completed, current)
+        completed["model"] = _completed(completed["model"], current["model"], RTLConfig)
     return completed
 
 
-def _completed(saved: Mapping[str, Any], current: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
+def _completed(saved: Mapping[str, Any], current: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """`saved` with the fields of the dataclass `kind` that it lacks, and those of the backbone in it."""
+    known = {field.name: field for field in fields(kind)}
     missing = [name for name in current if name not in saved and name in known]
-    return {**saved, **{name: _value_before(known[name]) for name in missing}}
+    completed = {**saved, **{name: _value_before(known[name]) for name in missing}}
+    if "backbone_config" in saved and "backbone_config" in current:
+        completed["backbone_config"] = _completed_backbone(saved["backbone_config"], current["backbone_config"])
+    return completed
 
 
 def _value_before(field: Field) -> Any:
@@ -89,11 +91,10 @@ def _value_before(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _completed_backbone(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+def _completed_backbone(saved: dict[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """The library that a backbone is from adds fields too; their defaults are what the backbone did without them."""
-    backbone = saved.get("backbone_config") or {}
-    if backbone.get("model_type") != current["backbone_config"]["model_type"]:
-        return backbone
-    defaults = AutoConfig.for_model(backbone["model_type"]).to_dict()
-    missing = [name for name in current["backbone_config"] if name not in backbone and name in defaults]
-    return {**backbone, **{name: defaults[name] for name in missing}}
+    if saved["model_type"] != current["model_type"]:
+        return saved
+    defaults = AutoConfig.for_model(saved["model_type"]).to_dict()
+    missing = [name for name in current if name not in saved and name in defaults]
+    return {**saved, **{name: defaults[name] for name in missing}}

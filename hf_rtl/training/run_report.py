@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data.partition import Partition
 from ..model_card.run_record import model_identity
+from ..modeling.files import json_values
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import emptied_layers
 from .plan import Round
@@ -130,7 +130,7 @@ def describe_run(
             for name, partition in evaluations.items()
         ],
     }
-    return _finite(run)
+    return json_values(run)
 
 
 def _num_samples(model: RTLModel, partition: Partition) -> dict[str, int]:
@@ -163,12 +163,3 @@ def _metrics(metrics: Mapping[str, float], prefix: str, prefixes: Sequence[str])
         for name, value in metrics.items()
         if name.startswith(prefix) and not (longer and name.startswith(longer)) and not name.endswith(of_the_clock)
     }
-
-
-def _finite(value: Any) -> Any:
-    """`value` with `None` for what JSON and YAML have no number for."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

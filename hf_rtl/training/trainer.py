@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..data.partition import Partition
-from ..model_card.card import CARD, RTLCardData, write_card
+from ..model_card.card import RTLCardData, write_card
 from ..model_card.run_record import write_run
 from ..modeling.files import read_tensors, write_bytes
-from ..modeling.hub import MODEL_FILES, branch_head, commit_folder, read_card
+from ..modeling.hub import CARD_FILE, MODEL_FILES, branch_head, commit_folder, read_card
 from ..modeling.image_processing import savable_processor
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import round_schedule
@@ -210,7 +210,8 @@ class RTLTrainer(RouteTrainer):
         self.progress.begin_round(name)
         try:
             with Lifeline(self.args.process_index, self.args.world_size), self.explained_failures():
-                rounds.finish(replace(original, name=name), masks, {})
+                packed = [self.model.mask_bank.pack(mask) for mask in masks]
+                rounds.finish(replace(original, name=name), packed, {})
         finally:
             self.progress.finish()
         return rounds.reports[0]
@@ -345,7 +346,7 @@ class RTLTrainer(RouteTrainer):
         token = self.args.hub_token if token is None else token
         revision = self.args.hub_revision if revision is None else revision
         head = branch_head(self.hub_model_id, revision, token=token)
-        card = folder / CARD
+        card = folder / CARD_FILE
         before = card.read_bytes() if card.exists() else b""
         remote = read_card(self.hub_model_id, head, token=token)
         self.create_model_card(**{"model_id": self.hub_model_id, "remote": remote, **kwargs})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..modeling.checks import check_choice, check_integer, check_number
 from ..modeling.configuration_rtl import ROUTERS
 from ..pruning import SCHEDULES, SCOPES, round_schedule
 
@@ -196,22 +196,21 @@ class RTLTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.target_sparsity, (int, float)):
             self.target_sparsity = [float(self.target_sparsity)]
-        self._check_choice("prune_schedule", SCHEDULES)
-        self._check_choice("prune_scope", SCOPES)
-        self._check_choice("router", ROUTERS)
+        for name, allowed in {"prune_schedule": SCHEDULES, "prune_scope": SCOPES, "router": ROUTERS}.items():
+            check_choice(name, getattr(self, name), allowed)
         # Raises for targets and amounts out of range, whatever the model.
         round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
-            self._check_whole(name, minimum)
-        self._check_real("extraction_epochs")
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_integer(name, getattr(self, name), minimum=minimum)
+        for name in ("extraction_epochs", "calibration_fraction", "router_threshold"):
+            check_number(name, getattr(self, name))
         if not 0 < self.extraction_epochs < math.inf:
             raise ValueError(f"`extraction_epochs` must be positive, got {self.extraction_epochs}.")
-        self._check_real("calibration_fraction")
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
         if self.competing_epochs:
             self._check_competition()
-        self._check_real("router_threshold")
         if not 0 <= self.router_threshold <= 1:
             raise ValueError(f"`router_threshold` must be in [0, 1], got {self.router_threshold}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
@@ -240,24 +239,6 @@ class RTLTrainingArguments(TrainingArguments):
                 "`competing_epochs` needs the masks of all routes at once, and `gradient_checkpointing` those of one; "
                 "choose one of them."
             )
-
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
-
-    def _check_whole(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if value is None and name in _OPTIONAL:
-            return
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"`{name}` must be an int, got {value!r}, a {type(value).__name__}.")
-        if value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
-
-    def _check_real(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"`{name}` must be a number, got {value!r}, a {type(value).__name__}.")
 
     def values_of(self, names: Sequence[str]) -> dict[str, Any]:
         """Some arguments as plain JSON values."""

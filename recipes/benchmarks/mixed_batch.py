@@ -1,7 +1,7 @@
 """
 What a batch costs whose samples take several routes, as ratios to the plain network on the same batch.
 
-    python recipes/benchmarks/mixed_batch.py
+    PYTHONPATH=recipes python -m benchmarks.mixed_batch
 
 Samples are grouped by route once, and every group runs through its own ticket. The floor is the same network without
 masks on the whole batch: one forward, for training one forward and backward. All kinds take turns, so that they see
@@ -17,11 +17,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timing import in_turn, parse, ratio, report
 from torch import Tensor
 from transformers import BertConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForSequenceClassification
+
+from .timing import in_turn, parse, ratio, report
 
 
 NUM_ROUTES = 8
@@ -32,7 +33,7 @@ BERT = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, i
 def main() -> None:
     arguments, device = parse(__doc__)
     lines = [line for case in cases(arguments.density) for line in measure(*case, device, arguments.turns)]
-    report(lines, arguments, device)
+    report(lines, __spec__.name, arguments, device)
 
 
 def cases(density: float) -> list[tuple[str, RTLModel, dict[str, Tensor]]]:

@@ -1,7 +1,7 @@
 """
 What a second process is worth: the same extraction and the same joint retraining, by one process and by several.
 
-    python recipes/benchmarks/scaling.py --turns 3 --output FILE
+    PYTHONPATH=recipes python -m benchmarks.scaling --turns 3 --output FILE
 
 Every measurement is a whole run in fresh processes, each with one CPU thread or one GPU of its own: one process as
 `python` starts it, several by torch's launcher. The two kinds of run take turns, so that both see the same machine;
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,15 +27,15 @@ import transformers
 from tabulate import tabulate
 from transformers import TrainerCallback
 
+from hf_rtl import RTLTrainer, RTLTrainingArguments
+from hf_rtl.modeling.files import write_json
+from hf_rtl.training.extraction import Extraction
+from shared.arguments import parse
+from shared.data_arguments import DataArguments
+from shared.image_data import load_images
+from shared.models import membership_model
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from arguments import parse  # noqa: E402
-from data_arguments import DataArguments  # noqa: E402
-from image_data import load_images  # noqa: E402
-
-from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
-from hf_rtl.modeling.files import write_json  # noqa: E402
+from .timing import command_line
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.
@@ -95,7 +94,7 @@ def main() -> None:
         content = {
             "device": measured[0]["device"],
             "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command_line(__spec__.name),
             "processes": arguments.processes,
             "turns": arguments.turns,
             "batch": arguments.route_batch_size,
@@ -132,10 +131,10 @@ def run(num_processes: int) -> dict[str, Any]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_processes)))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:num_processes])
     with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__).resolve()), *sys.argv[1:], "--measure", folder]
+        module = ["-m", __spec__.name, *sys.argv[1:], "--measure", folder]
         start = time.time()
         subprocess.run(
-            [sys.executable, *(launcher if num_processes > 1 else []), *script], env=environment, check=True
+            [sys.executable, *(launcher if num_processes > 1 else []), *module], env=environment, check=True
         )
         measured = json.loads((Path(folder) / "measured.json").read_text())
     if measured["processes"] != num_processes:
@@ -148,13 +147,7 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
     """One process of a run; the first writes what was measured."""
     transformers.utils.logging.disable_progress_bar()
     train, _ = load_images(data, seed=0)
-    model = RTLModelForImageClassification.from_backbone(
-        arguments.backbone,
-        route_names=train.label_names,
-        ticket_task="membership",
-        seed=0,
-        in_chans=data.num_channels,
-    )
+    model = membership_model(arguments.backbone, train, seed=0)
     args = RTLTrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),
@@ -172,7 +165,9 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         seed=0,
     )
     clock = StepClock()
-    trainer = TimedTrainer(model, args, train_dataset=train, callbacks=[clock])
+    extraction = ExtractionClock()
+    extraction.watch()
+    trainer = RTLTrainer(model, args, train_dataset=train, callbacks=[clock])
     trainer.train()
     processes = trainer.processes.gather(os.getpid())
     if trainer.is_world_process_zero():
@@ -181,8 +176,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
             folder / "measured.json",
             {
                 "processes": len(set(processes)),
-                "ready": trainer.ready,
-                "extraction_seconds": trainer.extraction_seconds,
+                "ready": extraction.ready,
+                "extraction_seconds": extraction.seconds,
                 "step_milliseconds": 1e3 * (clock.ticks[1] - clock.ticks[0]) / (arguments.retraining_steps - WARM_UP),
                 "masks": model.mask_bank.fingerprint(),
                 "device": torch.cuda.get_device_name()
@@ -192,26 +187,26 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         )
 
 
-class TimedTrainer(RTLTrainer):
+class ExtractionClock:
     """Times extraction, and notes when all processes were ready for it."""
 
-    ready = 0.0
-    extraction_seconds = 0.0
+    def __init__(self) -> None:
+        self.ready = 0.0
+        self.seconds = 0.0
 
-    def _extraction(self, *args: Any) -> Any:
-        extraction = super()._extraction(*args)
-        find = extraction.run
+    def watch(self) -> None:
+        """Times every round's extraction in this process from now on."""
+        find = Extraction.run
 
-        def run(*args: Any) -> Any:
-            self.processes.wait()
+        def run(extraction: Extraction, *args: Any) -> Any:
+            extraction.processes.wait()
             self.ready = self.ready or time.time()
             start = time.perf_counter()
-            masks = find(*args)
-            self.extraction_seconds += time.perf_counter() - start
+            masks = find(extraction, *args)
+            self.seconds += time.perf_counter() - start
             return masks
 
-        extraction.run = run
-        return extraction
+        Extraction.run = run  # type: ignore[method-assign]
 
 
 class StepClock(TrainerCallback):

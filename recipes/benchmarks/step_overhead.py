@@ -1,7 +1,7 @@
 """
 What a step of joint retraining and a step of extraction cost, as ratios to a plain dense PyTorch step.
 
-    python recipes/benchmarks/step_overhead.py
+    PYTHONPATH=recipes python -m benchmarks.step_overhead
 
 The floor is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take
 turns, so that all see the same machine; the figure is the ratio of the medians, with the quartiles of the ratios
@@ -15,11 +15,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from timing import in_turn, parse, ratio, report
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
+
+from .timing import in_turn, parse, ratio, report
 
 
 # (backbone, batch size, image side)
@@ -29,7 +30,8 @@ NUM_ROUTES = 10
 
 def main() -> None:
     arguments, device = parse(__doc__)
-    report([measure(*case, device, arguments.turns, arguments.density) for case in CASES], arguments, device)
+    figures = [measure(*case, device, arguments.turns, arguments.density) for case in CASES]
+    report(figures, __spec__.name, arguments, device)
 
 
 def measure(backbone: str, batch_size: int, side: int, device: torch.device, turns: int, density: float) -> dict:

@@ -18,7 +18,6 @@ from hf_rtl.modeling.files import write_json
 
 
 # Turns that are not counted.
-
 WARM_UP = 3
 
 
@@ -35,15 +34,23 @@ def parse(description: str) -> tuple[argparse.Namespace, torch.device]:
     return arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def report(figures: Sequence[dict[str, Any]], arguments: argparse.Namespace, device: torch.device) -> None:
-    """Prints the figures, and writes them into `--output` with how they were made."""
+def command_line(module: str) -> str:
+    """The command line that started a module of the benchmarks, as it is given in the root of the repository."""
+    # sys.argv begins with the module's file, a place on this machine.
+    return shlex.join(["PYTHONPATH=recipes", "python", "-m", module, *sys.argv[1:]])
+
+
+def report(
+    figures: Sequence[dict[str, Any]], module: str, arguments: argparse.Namespace, device: torch.device
+) -> None:
+    """Prints the figures of a module, and writes them into `--output` with how they were made."""
     print(tabulate(figures, headers="keys", floatfmt=".3f"))
     if arguments.output is None:
         return
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
     made = {"device": name, "torch": torch.__version__, "turns": arguments.turns}
-    write_json(arguments.output, {**made, "command": shlex.join(["python", *sys.argv]), "figures": list(figures)})
+    write_json(arguments.output, {**made, "command": command_line(module), "figures": list(figures)})
 
 
 def in_turn(steps: Mapping[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ import torch
 from matplotlib.image import imread
 
 from hf_rtl import ByColumn, RTLModel, RTLModelForImageClassification, save_rule
+from hf_rtl.analysis import expected_jaccard_of_layers
 from hf_rtl_cli.main import main
 from hf_rtl_cli.models import load_model
 from hf_rtl_cli.tables import fraction
@@ -244,10 +245,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved, monkeypatch, capfd):
 
 def test_similarity_gives_every_pair_and_what_is_chance(call, model, saved):
     values = call("similarity", saved, "--json")
-    density = dict(zip(ROUTES, model.mask_bank.density().tolist(), strict=True))
+    sizes, kept = [shape.numel() for shape in model.mask_bank.shapes], model.mask_bank.count(per_layer=True).tolist()
     for (i, first), (j, second) in itertools.combinations(enumerate(ROUTES), 2):
-        both = density[first] * density[second]
-        chance = both / (density[first] + density[second] - both)
+        chance = expected_jaccard_of_layers([[row[i], row[j]] for row in kept], sizes)[0][0, 1]
         found = jaccard(model, first, second)
         expected = {"jaccard": found, "chance": chance, "corrected": (found - chance) / (1 - chance)}
         for name, value in expected.items():

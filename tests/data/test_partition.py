@@ -67,7 +67,7 @@ def test_check_of_the_ticket_task():
         pair.check("labels", labels=["x", "x", "x", "y"])
     with pytest.raises(ValueError, match=r"`labels` has shape \[3\]"):
         pair.check("labels", labels=[0, 1, 1])
-    with pytest.raises(ValueError, match="`ticket_task` is 'label'; allowed are 'membership', 'labels'"):
+    with pytest.raises(ValueError, match="`ticket_task` must be one of 'membership', 'labels', got 'label'"):
         pair.check("label")
     Partition(np.array([0, 0]), ["a", "b"], allow_empty=True).check("labels", labels=[0, 1])
 

@@ -187,17 +187,17 @@ def test_iterating_again_repeats_the_epoch_until_another_is_set():
         ({"batch_size": 5}, ValueError, "`batch_size` is 5; with 1 process.* multiple of 2"),
         ({"batch_size": 6, "world_size": 2}, ValueError, "with 2 process.* multiple of 4"),
         ({"batch_size": 5, "world_size": 2, "membership": False}, ValueError, "multiple of 2"),
-        ({"batch_size": 0}, ValueError, "`batch_size` is 0; at least 1"),
-        ({"batch_size": 4.0}, TypeError, "`batch_size` is 4.0, a `float`"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": 4.0}, TypeError, "`batch_size` must be an int, got 4.0, a `float`"),
         ({"membership": "labels"}, TypeError, "`membership` is 'labels'"),
-        ({"seed": -1}, ValueError, "`seed` is -1"),
-        ({"key": (1, -2)}, ValueError, "`key` is -2"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0, got -1"),
+        ({"key": (1, -2)}, ValueError, "`key` must be at least 0, got -2"),
         ({"key": 1}, TypeError, r"`key` is 1, a `int`; a tuple"),
         ({"routes": [0, 3]}, ValueError, r"`routes` is \[0, 3\]; distinct ids from 0 to 2"),
         ({"routes": [1, 1]}, ValueError, "distinct ids"),
         ({"routes": []}, ValueError, "distinct ids"),
         ({"rank": 2, "world_size": 2}, ValueError, "`rank` is 2; allowed are 0 to 1"),
-        ({"gradient_accumulation_steps": 0}, ValueError, "`gradient_accumulation_steps` is 0"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "`gradient_accumulation_steps` must be at least 1, got 0"),
         ({"num_routes": 2}, ValueError, "`route_ids` has 2 at sample"),
         ({"num_routes": 4}, ValueError, "Route 3 has no samples"),
         ({"route_ids": np.zeros(4, dtype=int), "num_routes": 1}, ValueError, "no negatives"),
@@ -212,9 +212,9 @@ def test_sampler_refuses_bad_input(arguments, error, message):
 
 
 def test_set_epoch_refuses_bad_input():
-    with pytest.raises(ValueError, match="`epoch` is -1"):
+    with pytest.raises(ValueError, match="`epoch` must be at least 0, got -1"):
         sampler().set_epoch(-1)
-    with pytest.raises(TypeError, match="`epoch` is 0.5"):
+    with pytest.raises(TypeError, match="`epoch` must be an int, got 0.5"):
         sampler().set_epoch(0.5)
 
 
@@ -325,7 +325,7 @@ def test_routed_dataset_refuses_bad_input():
         routed(torch.utils.data.TensorDataset(torch.zeros(21)))[RouteSample(1, 0, 0)]
     with pytest.raises(TypeError, match="`seed_transforms` is 'no'"):
         routed(seed_transforms="no")
-    with pytest.raises(ValueError, match="`seed` is -1"):
+    with pytest.raises(ValueError, match="`seed` must be at least 0, got -1"):
         routed(seed=-1)
 
 

@@ -91,7 +91,7 @@ def test_masks_of_all_prune_events_are_seen_once(tmp_path):
         assert [prints[-1] for _, prints, _ in Seen.calls] == [report["mask_fingerprint"] for report in made.rounds]
         bank = MaskBank(list(zip(made.model.mask_bank.weight_names, made.model.mask_bank.shapes, strict=True)), ROUTES)
         for route in range(3):
-            bank[route] = made.run_directory.load_masks(1, route, bank.shapes)
+            bank.set_packed(route, made.run_directory.load_mask(1, route))
         assert Seen.calls[1][1][0] == bank.fingerprint()
         assert all(names == ROUTES for _, _, of_banks in Seen.calls for names in of_banks)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import hf_rtl.modeling.files
+from hf_rtl.modeling.mask_bank import pack
 from hf_rtl.training.run_directory import RunDirectory
 
 
-MASKS = [torch.arange(15).view(3, 5) % 2 == 0, torch.arange(8).view(8, 1) < 3]
-SHAPES = [mask.shape for mask in MASKS]
+PACKED = [pack(mask) for mask in (torch.arange(15).view(3, 5) % 2 == 0, torch.arange(8).view(8, 1) < 3)]
 
 
 def files(folder):
@@ -19,17 +19,17 @@ def files(folder):
 
 def test_masks_come_back_and_damaged_ones_do_not(tmp_path):
     directory = RunDirectory(tmp_path)
-    assert directory.load_masks(2, 1, SHAPES) is None
-    directory.save_masks(2, 1, MASKS, started_from="abc")
-    loaded = directory.load_masks(2, 1, SHAPES)
-    assert all(torch.equal(*pair) and pair[0].dtype == torch.bool for pair in zip(loaded, MASKS, strict=True))
-    assert directory.load_masks(1, 2, SHAPES) is None
+    assert directory.load_mask(2, 1) is None
+    directory.save_mask(2, 1, PACKED, started_from="abc")
+    loaded = directory.load_mask(2, 1)
+    assert all(torch.equal(*pair) and pair[0].dtype == torch.uint8 for pair in zip(loaded, PACKED, strict=True))
+    assert directory.load_mask(1, 2) is None
     file = directory.mask_file(2, 1)
     assert file.parent.parent == tmp_path / "extraction"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert directory.load_masks(2, 1, SHAPES) is None
+    assert directory.load_mask(2, 1) is None
 
 
 def test_every_route_and_event_has_a_file_of_its_own(tmp_path):
@@ -93,10 +93,10 @@ def test_extracted_masks_are_shared_by_runs_that_agree_on_them(tmp_path):
     shared = tmp_path / "masks"
     first = RunDirectory(tmp_path / "first", shared)
     first.open(CONFIGURATION, EXTRACTION, VERSIONS)
-    first.save_masks(0, 0, MASKS)
+    first.save_mask(0, 0, PACKED)
     second = RunDirectory(tmp_path / "second", shared)
     second.open({**CONFIGURATION, "model": {"norm_statistics": "per_route"}}, EXTRACTION, VERSIONS)
-    assert second.load_masks(0, 0, SHAPES) is not None
+    assert second.load_mask(0, 0) is not None
     before = files(tmp_path)
     third = RunDirectory(tmp_path / "third", shared)
     with pytest.raises(ValueError, match="seed: 1 there, 2 now.*`extraction_dir`"):
@@ -180,7 +180,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_of_others(tm
     of_others = [tmp_path / "run" / ".editor.tmp", shared / "event-000" / ".notes.tmp"]
     monkeypatch.setattr(hf_rtl.modeling.files.os, "replace", lambda source, target: None)  # killed before the renaming
     for run in ("run", "another"):
-        RunDirectory(tmp_path / run, shared).save_masks(0, 0, MASKS)
+        RunDirectory(tmp_path / run, shared).save_mask(0, 0, PACKED)
     monkeypatch.undo()
     written = sorted(shared.glob("event-000/.*.tmp"), key=lambda path: path.stat().st_mtime_ns)
     assert len(written) == 2

@@ -58,7 +58,7 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("extraction_epochs", float("inf"), ValueError, "`extraction_epochs`"),
         ("extraction_epochs", "2", TypeError, "`extraction_epochs`.*'2'"),
         ("extraction_steps", 0, ValueError, "`extraction_steps` must be at least 1, got 0"),
-        ("extraction_steps", 1.5, TypeError, "`extraction_steps`.*1.5, a float"),
+        ("extraction_steps", 1.5, TypeError, "`extraction_steps`.*1.5, a `float`"),
         ("extraction_steps", True, TypeError, "`extraction_steps`"),
         ("extraction_threads", 0, ValueError, "`extraction_threads`"),
         ("extraction_threads", "2", TypeError, "`extraction_threads`"),

@@ -1,19 +1,20 @@
 """
 Render a card in model_cards/ from the results of runs, with a copy of what it was made of beside it.
 
-    python recipes/card.py digits runs/digits
-    python recipes/card.py step_overhead
-    python recipes/card.py scaling
-    python recipes/card.py cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
-    python recipes/card.py cifar10_methods runs/cifar10_methods
-    python recipes/card.py inr runs/inr
-    python recipes/card.py speech runs/speech
-    python recipes/card.py digits_collapse runs/digits_collapse
-    python recipes/card.py cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
-    python recipes/card.py sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
+    export PYTHONPATH=recipes    # in the root of the repository
+    python -m pages.card digits runs/digits
+    python -m pages.card step_overhead
+    python -m pages.card scaling
+    python -m pages.card cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
+    python -m pages.card cifar10_methods runs/cifar10_methods
+    python -m pages.card inr runs/inr
+    python -m pages.card speech runs/speech
+    python -m pages.card digits_collapse runs/digits_collapse
+    python -m pages.card cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
+    python -m pages.card sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
 Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
-model is kept too, with its picture; `recipes/render_card.py` shows it as a page.
+model is kept too, with its picture; `recipes/pages/render_card.py` shows it as a page.
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from report import over_seeds, table
-
 from hf_rtl.model_card import write_card
 from hf_rtl.modeling.files import write_json
+from shared.report import over_seeds, table
 
 
-MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 ANALYSIS = "analysis.json"  # what recipes/analyze.py writes
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     names = arguments.names or [""] * len(arguments.runs)
     kept = MODEL_CARDS / f"{arguments.card}-results.json"
     if arguments.runs and (arguments.runs[0] / ANALYSIS).exists():
-        results = {"": of_analyses(arguments.runs)}
+        results = {"": comparison_of_seeds(arguments.runs)}
     else:
         results = {
             name: json.loads((run / "results.json").read_text())
@@ -72,7 +72,7 @@ def main() -> None:
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
 
 
-def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
+def comparison_of_seeds(folders: Sequence[Path]) -> dict[str, Any]:
     """Analyses of runs that differ in the seed, as the results of one comparison; pictures are of the first."""
     results = [json.loads((folder / ANALYSIS).read_text()) for folder in folders]
     tables = {
@@ -94,7 +94,7 @@ def of_analyses(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def masks_line(point: dict[str, Any]) -> dict[str, Any]:
-    """Of a point in the file of recipes/analyze.py the means over tickets, and over their pairs by depth."""
+    """The means of a point in the file of recipes/analyze.py: over tickets, and over their pairs by depth."""
     measured = [value for value in point["metric"].values() if value is not None]
     return {
         "method": "tickets",

@@ -1,7 +1,7 @@
 """
 Render docs/claims.md, the paper's claims beside what was measured, from a template and the results of the cards.
 
-    python recipes/claims.py
+    PYTHONPATH=recipes python -m pages.claims
 
 In claims_template.md, `{cifar10_methods[decisions][per route 75%][bal. acc.]}` is what the table
 `decisions` of model_cards/cifar10_methods.md shows in the line of that method and sparsity; no measured number is
@@ -15,8 +15,9 @@ import string
 from pathlib import Path
 from typing import Any
 
-from card import MODEL_CARDS, is_table
-from report import cell
+from shared.report import cell
+
+from .card import MODEL_CARDS, is_table
 
 
 TEMPLATE = Path(__file__).with_name("claims_template.md")
@@ -37,16 +38,16 @@ def render() -> str:
     template = TEMPLATE.read_text()
     fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
     cards = sorted({field.partition("[")[0] for field in fields})
-    return template.format(**{card: tables_of(card) for card in cards})
+    return template.format(**{card: card_tables(card) for card in cards})
 
 
-def tables_of(card: str) -> dict[str, Any]:
+def card_tables(card: str) -> dict[str, Any]:
     """The results of a card, in which every table is a mapping: what a line is called -> column -> cell as shown."""
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
-    return {name: lines_of(value) if is_table(value) else value for name, value in results.items()}
+    return {name: named_lines(value) if is_table(value) else value for name, value in results.items()}
 
 
-def lines_of(table: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+def named_lines(table: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """The lines of a table by what they are called, the cells of LABELS with spaces between; none that share it."""
     shown = [{title: cell(title, value) for title, value in line.items()} for line in table]
     names = [" ".join(line[title] for title in LABELS if line.get(title)) for line in shown]

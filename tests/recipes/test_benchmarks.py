@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -10,21 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.commands import RECIPES, run_python
 
+from benchmarks import mixed_batch, timing
 from hf_rtl import RTLModelForImageClassification
-
-
-BENCHMARKS = Path(__file__).parent.parent / "recipes/benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_in_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+from pages import card
 
 
 def test_ratios_are_of_medians_and_quartiles_of_turns() -> None:
-    import timing
-
     times, floor = [2.0, 9.0, 3.0, 4.0, 8.0], [1.0, 3.0, 3.0, 1.0, 4.0]
     ratio, quartiles = timing.ratio(times, floor)
     assert ratio == 4 / 3
@@ -33,8 +27,6 @@ def test_ratios_are_of_medians_and_quartiles_of_turns() -> None:
 
 
 def test_steps_take_turns_and_the_first_do_not_count() -> None:
-    import timing
-
     called: list[str] = []
     steps = {"one": lambda: called.append("one"), "two": lambda: called.append("two")}
     times = timing.in_turn(steps, torch.device("cpu"), turns=2)
@@ -45,9 +37,6 @@ def test_steps_take_turns_and_the_first_do_not_count() -> None:
 def test_mixed_batches_are_measured_against_the_plain_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import card
-    import mixed_batch
-
     model = RTLModelForImageClassification.from_backbone(
         "test_resnet", route_names=["a", "b", "c"], ticket_task="labels", num_labels=4, seed=0
     )
@@ -59,10 +48,12 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     monkeypatch.setattr(mixed_batch, "NUMS_IN_BATCH", (1, 3))
     monkeypatch.setattr(mixed_batch, "cases", lambda density: [("small", model, inputs)])
     file = tmp_path / "mixed_batch-results.json"
-    monkeypatch.setattr(sys, "argv", ["mixed_batch.py", "--turns", "2", "--output", str(file)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/mixed_batch.py", "--turns", "2", "--output", str(file)])
     mixed_batch.main()
     assert seen == [{0}, {0, 1, 2}] * 2 * 5
     results = json.loads(file.read_text())
+    command = f"PYTHONPATH=recipes python -m benchmarks.mixed_batch --turns 2 --output {file}"
+    assert results["command"] == command
     assert [line["routes in it"] for line in results["figures"]] == [1, 3]
     assert all(
         line[f"{kind} ratio"] > 0 for line in results["figures"] for kind in ("inference", "forward and backward")
@@ -73,3 +64,28 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
     monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
     assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scaling-results.json"
+    python_path = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(
+        *("-m", "benchmarks.scaling"),
+        *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
+        *("--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=python_path,
+    ).stdout
+    results = json.loads(file.read_text())
+    assert [entry["processes"] for entry in results["measured"]] == [1, 2]
+    assert len({entry["masks"] for entry in results["measured"]}) == 1
+    assert all(entry[name] > 0 for entry in results["measured"] for name in ("extraction_seconds", "startup_seconds"))
+    extraction = results["figures"][1]
+    assert extraction["ratio"] == pytest.approx(extraction["1 process"] / extraction["2 processes"])
+
+    shutil.copytree(card.MODEL_CARDS / "templates", tmp_path / "templates")
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    rendered = card.render("scaling")
+    assert results["masks"] in rendered and results["masks"] in printed
+    assert f"{extraction['ratio']:.3f}" in rendered

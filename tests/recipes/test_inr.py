@@ -16,10 +16,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from hf_rtl import RTLModel, RTLTrainingArguments
+from shared.scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
+from shared.scene_report import psnr
 
 
 def png(array: np.ndarray) -> bytes:
@@ -55,15 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_psnr_of_known_answers() -> None:
     target = np.full((50, 3), 0.5, dtype=np.float32)
-    assert inr.psnr(target + 0.1, target) == pytest.approx(20, abs=1e-4)
-    assert inr.psnr(target - 0.01, target) == pytest.approx(40, abs=1e-3)
-    assert inr.psnr(target, target) == math.inf
+    assert psnr(target + 0.1, target) == pytest.approx(20, abs=1e-4)
+    assert psnr(target - 0.01, target) == pytest.approx(40, abs=1e-3)
+    assert psnr(target, target) == math.inf
     # One pixel of 50 is wrong by all there is, in one channel: the mean is over pixels and channels.
     black, spot = np.zeros((50, 3), dtype=np.float32), np.zeros((50, 3), dtype=np.float32)
     spot[7, 1] = 1
-    assert inr.psnr(spot, black) == pytest.approx(10 * math.log10(150))
+    assert psnr(spot, black) == pytest.approx(10 * math.log10(150))
     # What nobody can show is no error.
-    assert inr.psnr(spot - 3 * (1 - spot), spot) == math.inf
+    assert psnr(spot - 3 * (1 - spot), spot) == math.inf
 
 
 def test_psnr_is_that_of_torchmetrics() -> None:
@@ -71,7 +72,7 @@ def test_psnr_is_that_of_torchmetrics() -> None:
     colours, target = (torch.rand(200, 3, generator=generator) for _ in range(2))
     colours = colours * 1.4 - 0.2
     metric = PeakSignalNoiseRatio(data_range=(0.0, 1.0))
-    assert inr.psnr(colours.numpy(), target.numpy()) == pytest.approx(float(metric(colours, target)), abs=1e-4)
+    assert psnr(colours.numpy(), target.numpy()) == pytest.approx(float(metric(colours, target)), abs=1e-4)
 
 
 # Scenes
@@ -121,7 +122,7 @@ def test_folders_of_images_and_of_parquet_files_are_read_alike(folder: Path, tmp
             assert np.array_equal(scene.image, image)
             assert [int(name.split()[1]) for name in scene.region_names] == sorted(set(regions.flatten().tolist()))
             assert np.array_equal(np.unique(regions)[scene.regions], regions)
-    # Of sources where 0 is no region.
+    # In this source 0 is no region.
     (halves, _) = load_scenes(SceneArguments(dataset=str(folder), unlabelled_in=[folder.name]))
     assert halves.region_names == ["region 4"] and not halves.regions.any()
     (small,) = load_scenes(SceneArguments(dataset=str(folder), names=["halves"], image_size=4))
@@ -154,7 +155,7 @@ def test_pixels_are_points_with_colours() -> None:
     assert batch["class_ids"].tolist() == [2, 0] and batch["route_ids"].tolist() == [6, 0]
     assert set(Pixels(scene).collate([pixels[0]])) == {"coordinates", "labels"}
     assert [pixels[index]["region"] for index in range(len(pixels))] == [0, 0, 1, 1, 0, 2, 2, 1]
-    # Of every region as many; those of the smallest come again.
+    # Every region has as many; those of the smallest come again.
     balanced = pixels.balanced()
     assert sorted(balanced[index]["pixel"] for index in range(len(balanced))) == [0, 1, 2, 3, 4, 5, 5, 6, 7]
     assert all(balanced[index] == pixels[balanced[index]["pixel"]] for index in range(9)) and len(pixels) == 8
@@ -165,7 +166,7 @@ def test_pixels_are_points_with_colours() -> None:
 
 def test_all_methods_have_the_default_of_steps(folder: Path, tmp_path: Path) -> None:
     scene = load_scenes(SceneArguments(dataset=str(folder), names=["thirds"]))[0]
-    prepared = inr.SceneRun(scene, RTLTrainingArguments(output_dir=str(tmp_path), target_sparsity=[0.5]), 5)
+    prepared = inr.SceneRuns(scene, RTLTrainingArguments(output_dir=str(tmp_path), target_sparsity=[0.5]), 5)
     assert prepared.args.extraction_steps == 100 and prepared.all_regions["extraction_steps"] == 300
 
 

@@ -8,12 +8,12 @@ import collapse
 import numpy as np
 import pytest
 import torch
-from analyze import Point
 from collapse import Run, fall, false_alarms, planted, planted_rows, points_rows, route_rows, summary
 
 from hf_rtl import MaskBank, RTLTrainer
 from hf_rtl.analysis import Change, detect_collapse, ticket_similarity
 from hf_rtl.pruning import prune
+from shared.points import Point
 
 
 SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]

@@ -1,23 +1,21 @@
-"""What comes of speech enhancement: SI-SNR improvement, tables, spectrograms and waveforms."""
+"""What comes of speech enhancement: SI-SNR improvement, tables and waveforms."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import soundfile
-import torch
-from speech_data import Mixtures
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio
+
+from .methods import file_name
+from .speech_data import Mixtures
 
 
 MEAN = "SI-SNRi"
 COSTS = ("union", "bytes", "emptied layers", "trainings", "samples in extraction", "samples in retraining")
-# Decibels below the loudest that spectrograms show.
-_RANGE = 60.0
 
 
 def enhancement_metrics(enhanced: Tensor, test: Mixtures) -> dict[str, float]:
@@ -38,11 +36,11 @@ def _means(values: Tensor, test: Mixtures) -> dict[str, float]:
     return {name: float(values[test.scenes == scene].mean()) for scene, name in enumerate(test.scene_names)}
 
 
-def line_of(method: str, report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
+def report_line(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
     """All of a report that the tables show."""
     metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
     return {
-        "method": method,
+        "method": report["method"],
         "sparsity": report["at"],
         MEAN: metrics["si_snr_improvement"],
         **{name: metrics[f"{name}/si_snr_improvement"] for name in scene_names},
@@ -85,46 +83,5 @@ def write_audio(folder: Path, examples: Mapping[str, Tensor], scene_names: Seque
     folder.mkdir(parents=True, exist_ok=True)
     for kind, waveforms in examples.items():
         for scene, waveform in zip(scene_names, waveforms, strict=True):
-            file = folder / f"{scene}-{kind.replace(',', '').replace(' ', '-')}.wav"
+            file = folder / f"{scene}-{file_name(kind)}.wav"
             soundfile.write(file, waveform.numpy(), sampling_rate, subtype="FLOAT")
-
-
-def spectrograms(file: Path, examples: Mapping[str, Tensor], scene_names: Sequence[str], sampling_rate: int) -> None:
-    """Draws the waveforms `[scenes, samples]` of every kind, a row for a scene and a column for a kind, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from PIL import Image
-
-    num_samples = next(iter(examples.values())).shape[1]
-    extent = (0, num_samples / sampling_rate, 0, sampling_rate / 2000)
-    size = (2.1 * len(examples) + 1, 1.7 * len(scene_names) + 0.5)
-    figure, axes = pyplot.subplots(
-        len(scene_names), len(examples), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for column, (kind, waveforms) in enumerate(examples.items()):
-        for row, scene in enumerate(scene_names):
-            levels = _levels(waveforms[row], examples["clean"][row])
-            image = axes[row, column].imshow(
-                levels, origin="lower", aspect="auto", extent=extent, cmap="cividis", vmin=-_RANGE, vmax=0
-            )
-            if column == 0:
-                axes[row, 0].set_ylabel(f"{scene}\nkHz")
-        axes[0, column].set_title(kind, fontsize=10)
-        axes[-1, column].set_xlabel("seconds")
-    figure.colorbar(image, ax=axes, label="dB below the loudest of clean")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=75)
-    pyplot.close(figure)
-    # Noise compresses badly; with few colours the file is a third.
-    Image.open(buffer).convert("RGB").quantize(48).save(file, optimize=True)
-
-
-def _levels(waveform: Tensor, clean: Tensor) -> Tensor:
-    """Decibels `[128 frequencies, frames]` relative to the loudest of the clean speech."""
-    window = torch.hann_window(256)
-    power, of_clean = (
-        torch.stft(x, 256, 256, window=window, return_complex=True)[:128].abs().square() for x in (waveform, clean)
-    )
-    return 10 * (power / of_clean.max()).clamp_min(1e-12).log10()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from data_arguments import DataArguments, read_splits
 from datasets import ClassLabel, Dataset
+
+from .data_arguments import DataArguments, read_splits
 
 
 def load_text(
@@ -16,8 +17,8 @@ def load_text(
     The training and the test texts: what `tokenizer` makes of them, with their class as `label` and their route under
     `route_column`, both `ClassLabel` with the names of the training data.
 
-    Of `max_train_samples`, as many are taken of each route, so that a model of all routes and tickets, which take
-    turns, see the same mixture; test texts stay as frequent as they are.
+    Each route has the same share of `max_train_samples`, so that a model of all routes and tickets, which take turns,
+    see the same mixture; test texts stay as frequent as they are.
 
     Raises:
         ValueError: no `route_column`, a column that is missing, an empty text, labels that do not suit
@@ -28,7 +29,7 @@ def load_text(
     columns = {name: getattr(arguments, name) for name in ("text_column", "label_column")}
     train, test = read_splits(arguments, {**columns, "route_column": route_column})
     generator = np.random.default_rng(seed)
-    train = train.select(_as_many_of_each(_names_of(train, route_column), arguments.max_train_samples, generator))
+    train = train.select(_as_many_of_each(_sample_names(train, route_column), arguments.max_train_samples, generator))
     test = test.select(np.sort(generator.permutation(len(test))[: arguments.max_test_samples]))
     labels = [_labels(split, arguments) for split in (train, test)]
     label_names = arguments.class_names or _class_names(train, arguments.label_column)
@@ -38,7 +39,7 @@ def load_text(
             {
                 **tokenizer(_texts(split, arguments.text_column), truncation=True, max_length=arguments.max_length),
                 "label": _ids(of_split, label_names, arguments.label_column),
-                route_column: _ids(_names_of(split, route_column), route_names, route_column),
+                route_column: _ids(_sample_names(split, route_column), route_names, route_column),
             }
         )
         .cast_column("label", ClassLabel(names=label_names))
@@ -70,7 +71,7 @@ def _labels(data: Dataset, arguments: DataArguments) -> list[str]:
     """The name of each sample's class."""
     column, bounds, names = arguments.label_column, arguments.class_bounds, arguments.class_names
     if not bounds:
-        return _names_of(data, column)
+        return _sample_names(data, column)
     if len(names) != len(bounds) + 1 or sorted(set(bounds)) != bounds:
         raise ValueError(
             f"--class_bounds {bounds} must ascend, and need {len(bounds) + 1} --class_names, got {names}."
@@ -81,7 +82,7 @@ def _labels(data: Dataset, arguments: DataArguments) -> list[str]:
     return [names[index] for index in np.digitize(values, bounds)]
 
 
-def _names_of(data: Dataset, column: str) -> list[str]:
+def _sample_names(data: Dataset, column: str) -> list[str]:
     """The class of each sample as a string."""
     feature = data.features[column]
     return feature.int2str(data[column][:]) if isinstance(feature, ClassLabel) else list(map(str, data[column]))
@@ -89,7 +90,7 @@ def _names_of(data: Dataset, column: str) -> list[str]:
 
 def _class_names(data: Dataset, column: str) -> list[str]:
     feature = data.features[column]
-    return feature.names if isinstance(feature, ClassLabel) else sorted(set(_names_of(data, column)))
+    return feature.names if isinstance(feature, ClassLabel) else sorted(set(_sample_names(data, column)))
 
 
 def _ids(values: list[str], names: list[str], column: str) -> list[int]:

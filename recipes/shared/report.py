@@ -1,4 +1,4 @@
-"""Tables, the results file and the plot of a pruning run."""
+"""The tables of a run and its results file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from hf_rtl import RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
 
 
@@ -132,6 +133,11 @@ def plan_text(plan: Any, *, batch_size: int, num_processes: int) -> str:
     )
 
 
+def training_record(args: RTLTrainingArguments) -> dict[str, Any]:
+    """The arguments of a training as results have them: without folders, which are places on this machine."""
+    return {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
+
+
 def write_results(file: Path, **content: Any) -> None:
     """`content` with the command and the versions that made it."""
     packages = ("torch", "transformers", "accelerate", "timm", "hf_rtl")
@@ -141,74 +147,3 @@ def write_results(file: Path, **content: Any) -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     write_json(file, {**environment, **content})
-
-
-def plot(file: Path, rows: list[dict[str, Any]], similarities: dict[float, float]) -> None:
-    """Balanced accuracy (of labels, accuracy) of every method and mean similarity of the tickets, against sparsity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=(3, 2))
-    title = "bal. acc." if "bal. acc." in rows[0] else "accuracy"
-    methods = list(dict.fromkeys(line["method"] for line in rows))
-    for method, marker in zip(methods, "osD^vX*", strict=False):
-        points = [(line["sparsity"], line[title]) for line in rows if line["method"] == method]
-        known = [(100 * sparsity, value) for sparsity, value in points if sparsity is not None]
-        if known:
-            upper.plot(*zip(*known, strict=True), marker=marker, label=method)
-        for sparsity, value in points:
-            if sparsity is None:
-                upper.axhline(value, linestyle="--", color="grey", label=method)
-    upper.set_ylabel("balanced accuracy" if title == "bal. acc." else "accuracy")
-    upper.legend(fontsize="small")
-    lower.plot([100 * sparsity for sparsity in similarities], list(similarities.values()), marker="o", color="black")
-    lower.set_ylabel("mean Jaccard similarity")
-    lower.set_xlabel("sparsity of a ticket (%)")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
-def plot_methods(file: Path, tables: Sequence[list[dict[str, Any]]], titles: Sequence[str]) -> None:
-    """
-    Columns of the tables of several seeds against sparsity, a panel each: means, with the sample standard deviation
-    as bars. What is not pruned is a horizontal line.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(len(titles), 1, sharex=True, figsize=(7, 3 * len(titles)), squeeze=False)
-    methods = list(dict.fromkeys(line["method"] for line in tables[0]))
-    # Told apart in grey too: ten markers, and colours that the colour-blind can tell.
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-    for axes, title in zip(all_axes[:, 0], titles, strict=True):
-        for number, (method, marker) in enumerate(zip(methods, "osD^vX*Pp<", strict=False)):
-            points: dict[float, list[float]] = {}
-            for line in (line for lines in tables for line in lines if line["method"] == method):
-                if line.get(title) is not None:
-                    points.setdefault(line["sparsity"], []).append(line[title])
-            style = {"color": colours[number % len(colours)], "label": method, "linewidth": 1.2}
-            means = {sparsity: mean(values) for sparsity, values in points.items()}
-            if list(means) == [0.0]:
-                axes.axhline(means[0.0], linestyle="--", **style)
-            elif means:
-                bars = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
-                percent = [100 * sparsity + 0.25 * (number - len(methods) / 2) for sparsity in means]
-                line_style = "-" if number < len(colours) else "-."
-                axes.errorbar(
-                    percent, list(means.values()), bars, marker=marker, markersize=5, linestyle=line_style, **style
-                )
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-    all_axes[-1, 0].set_xlabel("sparsity of a ticket (%)")
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, fontsize="small", frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 / len(titles)))
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)

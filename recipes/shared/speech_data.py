@@ -97,7 +97,7 @@ def load_mixtures(arguments: SpeechArguments, *, seed: int) -> tuple[Mixtures, M
     """
     Training and test mixtures, `num_train` and `num_test` of every scene.
 
-    No clip of speech is in both. Of every noise recording the beginning is for training and the rest for testing. A
+    No clip of speech is in both. The beginning of every noise recording is for training, the rest for testing. A
     scene's recordings are drawn with equal chances, whatever their lengths. Test mixture i has the same segment of
     speech and the same ratio in all scenes.
 

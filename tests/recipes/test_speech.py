@@ -12,11 +12,13 @@ import pyarrow
 import pytest
 import soundfile
 import speech
-import speech_report
 import torch
 import yaml
 from pyarrow import parquet
-from speech_data import (
+
+from hf_rtl import RTLModel
+from shared import speech_report
+from shared.speech_data import (
     Mixtures,
     SpeechArguments,
     draw_segment,
@@ -27,8 +29,6 @@ from speech_data import (
     scene_files,
     split_by_time,
 )
-
-from hf_rtl import RTLModel
 
 
 RATE = 2000
@@ -342,17 +342,17 @@ def test_independent_networks_share_nothing(speech_run, folders):
     given |= {"output_dir": str(speech_run), "target_sparsity": [0.3, 0.6], "route_batch_size": 4, "use_cpu": True}
     (args,) = HfArgumentParser(RTLTrainingArguments).parse_dict({**given, "disable_tqdm": True})
     comparison = speech.ComparisonArguments(channels=[3, 3], seeds=[0])
-    seed = speech.Seed(comparison, arguments_for(folders), args, 0)
-    trainer: RTLTrainer = seed.per_route
+    runs = speech.SpeechRuns(comparison, arguments_for(folders), args, 0)
+    trainer: RTLTrainer = runs.trained(speech.PER_ROUTE)
     tickets = [trainer.model.mask_bank[route] for route in range(2)]
     full = [torch.ones_like(mask) for mask in tickets[1]]
     first, second = (
-        speech.independent_models(trainer, seed.test, masks, round_index=1) for masks in (tickets, [tickets[0], full])
+        speech.enhanced_apart(trainer, runs.test, masks, round_index=1) for masks in (tickets, [tickets[0], full])
     )
-    hall = seed.test.scenes == 0
+    hall = runs.test.scenes == 0
     assert torch.equal(first[hall], second[hall]) and not torch.equal(first[~hall], second[~hall])
     kept = json.loads((speech_run / "seed-0" / "IMP-multiple" / "sparsity-0.6.json").read_text())
-    assert speech_report.enhancement_metrics(first, seed.test) == pytest.approx(kept)
+    assert speech_report.enhancement_metrics(first, runs.test) == pytest.approx(kept)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 import json
 
-import claims
 import pytest
+
+from pages import claims
 
 
 def test_the_page_is_what_the_results_say():

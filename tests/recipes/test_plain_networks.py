@@ -1,4 +1,4 @@
-"""What the controls of the recipes train: networks that share what they should, and nothing else."""
+"""The networks that tickets are compared with: they share what they should, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from data_arguments import DataArguments
-from image_data import channels_last, load_images
-from sanity import independent_models, one_vs_rest
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
+from shared.data_arguments import DataArguments
+from shared.image_data import channels_last, load_images
+from shared.plain_networks import independent_metrics, one_vs_rest
 
 
 BACKBONE = "test_resnet"
@@ -53,11 +53,11 @@ def auroc(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics["odd/auroc"], metrics["even/auroc"]
 
 
-def test_independent_models_have_each_its_own_mask_and_batches(trainer: RTLTrainer) -> None:
+def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTrainer) -> None:
     test, tickets = trainer.eval_dataset, tickets_of(trainer)
-    odd, even = auroc(independent_models(trainer, test, tickets, round_index=0))
+    odd, even = auroc(independent_metrics(trainer, test, tickets, round_index=0))
     full = [torch.ones_like(mask) for mask in tickets[1]]
-    same_odd, other_even = auroc(independent_models(trainer, test, [tickets[0], full], round_index=0))
+    same_odd, other_even = auroc(independent_metrics(trainer, test, [tickets[0], full], round_index=0))
     assert same_odd == odd and other_even != even
 
     # The first by a plain loop over the batches of its route, on a masked copy of θ0.
@@ -96,14 +96,13 @@ def test_independent_models_have_each_its_own_mask_and_batches(trainer: RTLTrain
 
 def test_one_network_for_all_has_one_mask(trainer: RTLTrainer) -> None:
     test, mask = trainer.eval_dataset, tickets_of(trainer)[0]
-    data = DataArguments(num_channels=1)
-    dense = one_vs_rest(trainer, test, BACKBONE, data)
-    full = one_vs_rest(trainer, test, BACKBONE, data, masks=[torch.ones_like(part) for part in mask])
-    masked = one_vs_rest(trainer, test, BACKBONE, data, masks=mask)
+    dense = one_vs_rest(trainer, test, BACKBONE)
+    full = one_vs_rest(trainer, test, BACKBONE, masks=[torch.ones_like(part) for part in mask])
+    masked = one_vs_rest(trainer, test, BACKBONE, masks=mask)
     assert dense == full != masked
     # Each logit has learned its own route.
     assert min(auroc(dense)) > 0.65
-    nothing = one_vs_rest(trainer, test, BACKBONE, data, masks=[torch.zeros_like(part) for part in mask])
+    nothing = one_vs_rest(trainer, test, BACKBONE, masks=[torch.zeros_like(part) for part in mask])
     assert auroc(nothing) == (0.5, 0.5)
 
 

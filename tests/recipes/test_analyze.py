@@ -5,7 +5,6 @@ import shutil
 import sys
 
 import analyze
-import card
 import matplotlib
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from trainer.small_runs import ROUTES, run
 from hf_rtl import RTLModel
 from hf_rtl.analysis import semantic_alignment, similarity_by_depth, ticket_similarity
 from hf_rtl.plots import similarity_heatmap
+from pages import card
+from shared.points import ordering
 
 
 CLASSES = ",cat,bee,ant\ncat,1,0.1,0.9\nbee,0.1,1,0.2\nant,0.9,0.2,1\n"
@@ -161,9 +162,9 @@ def test_routes_that_are_alike_are_neighbours():
     similarity = np.full((6, 6), 0.1)
     for group in ((0, 3), (1, 4), (2, 5)):
         similarity[np.ix_(group, group)] = 0.9
-    order = analyze.ordering(similarity)
+    order = ordering(similarity)
     assert {tuple(sorted(order[start : start + 2])) for start in (0, 2, 4)} == {(0, 3), (1, 4), (2, 5)}
-    assert analyze.ordering(np.eye(2)) == [0, 1]
+    assert ordering(np.eye(2)) == [0, 1]
 
 
 def test_help_teaches(refused, monkeypatch, capsys):

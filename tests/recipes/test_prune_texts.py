@@ -1,4 +1,4 @@
-"""The recipes on text, in this process: a tiny encoder, a few dozen sentences and the names of classes."""
+"""`recipes/prune.py` on texts, and what looks at its runs: a tiny encoder and a few dozen sentences."""
 
 from __future__ import annotations
 
@@ -9,69 +9,19 @@ import sys
 from pathlib import Path
 
 import datasets
-import group_classes
 import numpy as np
+import prune
 import pytest
 import torch
-import yaml
-from data_arguments import DataArguments
-from text_data import load_text
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+import verify
+from evaluate import compare, evaluate
+from recipes.small_texts import DOMAINS, WORDS, make_tokenizer, save_data, sentences
+from safetensors.torch import load_file
 
-from hf_rtl import RTLModelForSequenceClassification, clustering
-
-
-WORDS = ["bad", "poor", "so", "fine", "good", "great", "film", "phone", "plot", "cable"]
-DOMAINS = {"film": ["film", "plot"], "gear": ["phone", "cable"]}
-
-
-def sentences(number: int, seed: int, **columns: list) -> datasets.Dataset:
-    """Sentences of two words with a sentiment from -2.5 to 2.5; two of three are of films."""
-    generator = np.random.default_rng(seed)
-    rows: dict[str, list] = {"text": [], "domain": [], "sentiment": []}
-    for index in range(number):
-        domain = "gear" if index % 3 == 2 else "film"
-        opinion = int(generator.integers(6))
-        rows["text"].append(f"{WORDS[opinion]} {generator.choice(DOMAINS[domain])}" + " film" * (index % 2))
-        rows["domain"].append(domain)
-        rows["sentiment"].append(opinion - 2.5)
-    return datasets.Dataset.from_dict({**rows, **columns})
-
-
-def save_data(folder: Path, train: datasets.Dataset, test: datasets.Dataset) -> str:
-    folder.mkdir()
-    for name, split in (("train", train), ("test", test)):
-        split.to_parquet(folder / f"{name}.parquet")
-    return str(folder)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a pretrained encoder with its tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=14,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=8,
-    )
-    BertModel(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+from hf_rtl import RTLModelForSequenceClassification
+from pages import card
+from shared.data_arguments import DataArguments
+from shared.text_data import load_text
 
 
 def arguments(folder: str, **values: object) -> DataArguments:
@@ -148,8 +98,6 @@ def test_bad_data_are_refused_by_name(tmp_path: Path, change: dict, message: str
 
 def prune_texts(encoder: str, folder: Path, *arguments: object) -> Path:
     """The folder of a small run, as the configuration of the sentiment domains makes it."""
-    import prune
-
     data = save_data(folder / "data", sentences(120, 0), sentences(30, 1))
     config = Path(prune.__file__).parent / "configs" / "sentiment.yaml"
     command = ["prune.py", "--config", config, "--dataset", data, "--backbone", encoder]
@@ -212,8 +160,6 @@ def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_r
 
 
 def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(text_run: Path) -> None:
-    from safetensors.torch import load_file
-
     first, second = (load_file(folder / "theta0.safetensors") for folder in (text_run, text_run / "single-mask"))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -231,8 +177,6 @@ def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(
 
 
 def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
-    from evaluate import compare, evaluate
-
     results = json.loads((text_run / "results.json").read_text())
     evaluated = {folder.name: evaluate(folder, None) for folder in (*text_run.glob("round-*"), text_run / "final")}
     assert len(evaluated) == 3 and compare(evaluated, results) == []
@@ -241,8 +185,6 @@ def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
 def test_verify_claims_nothing_of_wrong_routes(
     text_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import verify
-
     monkeypatch.setattr(sys, "argv", ["verify.py", str(text_run)])
     with pytest.raises(SystemExit) as ended:
         verify.main()
@@ -253,8 +195,6 @@ def test_verify_claims_nothing_of_wrong_routes(
 def test_runs_of_several_seeds_become_a_card_of_means(
     text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import card
-
     other = tmp_path / "other"
     shutil.copytree(text_run, other)
     results = json.loads((other / "results.json").read_text())
@@ -272,50 +212,10 @@ def test_runs_of_several_seeds_become_a_card_of_means(
     lines = (tmp_path / "text.md").read_text().splitlines()
     assert lines[0] == "seeds 0, 1"
     of_all, of_routes = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
-    # Of two values, the sample standard deviation is their distance over the root of two.
+    # The sample standard deviation of two values is their distance over the root of two.
     assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in of_all
     assert f"| {results['table'][0]['union'] - 1:,} " in of_all
     assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in of_routes
     assert sum("| dense " in line for line in lines) == 2
     kept = {path.name for path in tmp_path.glob("text-*")}
     assert {"text-results.json", "text-seed-0-model-card.md", "text-seed-1-curve.png"} <= kept
-
-
-# The groups of class names
-
-
-def test_a_name_is_the_mean_of_its_own_tokens(encoder: str) -> None:
-    names = ["good_film", "plot", "so fine_phone"]
-    found = group_classes.embed(names, encoder)
-    tokenizer, model = make_tokenizer(), BertModel.from_pretrained(encoder).eval()
-    for name, embedding in zip(["good film", "plot", "so fine phone"], found, strict=True):
-        tokens = tokenizer(name, return_tensors="pt")  # alone, so that nothing is padded
-        assert tokens["input_ids"].shape[1] == len(name.split()) + 2
-        with torch.no_grad():
-            expected = model(input_ids=tokens["input_ids"]).last_hidden_state[0].double().mean(dim=0)
-        assert embedding.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_classes_are_grouped_into_a_file(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["cod", "oak", "eel", "elm", "yew", "carp"]
-    fish = {"cod", "eel", "carp"}
-    points = {name: [float(name in fish), 0.1 * index] for index, name in enumerate(names)}
-    monkeypatch.setattr(group_classes, "embed", lambda names, encoder: torch.tensor([points[n] for n in names]))
-    monkeypatch.setattr(clustering, "_umap", lambda points, *options: np.array(points, dtype=np.float32)[:, :1])
-    labels = datasets.Dataset.from_dict({"fine": [0, 5, 3]}).cast_column("fine", datasets.ClassLabel(names=names))
-    folder = save_data(tmp_path / "data", labels, labels)
-    of_names = ["--names", *names] if given else ["--dataset", folder, "--label_column", "fine"]
-    file = tmp_path / "groups.yaml"
-    command = ["group_classes.py", *of_names, "--min_cluster_size", "2", "--groups_file", str(file)]
-    monkeypatch.setattr(sys, "argv", command)
-    group_classes.main()
-    groups = yaml.safe_load(file.read_text())
-    assert sorted(map(set, groups.values()), key=sorted) == [fish, {"oak", "elm", "yew"}]
-
-
-def test_the_groups_that_are_shipped_are_partitions() -> None:
-    folder = Path(group_classes.__file__).parent / "groups"
-    for file, number in (("cifar10.yaml", 10), ("cifar100.yaml", 100)):
-        names = [name for group in yaml.safe_load((folder / file).read_text()).values() for name in group]
-        assert len(names) == len(set(names)) == number

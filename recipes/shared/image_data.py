@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_arguments import DataArguments, read_splits
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
 from hf_rtl import ByGroups, partition_by_groups
+
+from .data_arguments import DataArguments, read_splits
 
 
 class ImageTensors(Dataset):
@@ -32,6 +33,10 @@ class ImageTensors(Dataset):
     def __init__(self, images: Tensor, labels: Tensor, label_names: Sequence[str], *, mean: float, std: float) -> None:
         self.images, self.labels, self.label_names = images, labels, list(label_names)
         self.mean, self.std = mean, std
+
+    @property
+    def num_channels(self) -> int:
+        return self.images.shape[1]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,9 +58,8 @@ def channels_last(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, ImageTensors]:
     """The training and the test images. With `route_groups`, their labels are the groups."""
-    loaders = {"digits": _digits}
     folder = Path(arguments.dataset).expanduser()
-    if arguments.dataset in loaders:
+    if arguments.dataset == "digits":
         splits = _digits()
     elif folder.is_dir() and list(folder.glob("*-ubyte.gz")):
         splits = _idx(folder)

@@ -1,7 +1,7 @@
 """
 Show a model card as the Hub does, more or less: README.md to an HTML page, without its metadata.
 
-    python recipes/render_card.py runs/digits/final/README.md card.html
+    PYTHONPATH=recipes python -m pages.render_card runs/digits/final/README.md card.html
     chromium --headless --no-sandbox --screenshot=card.png --window-size=1000,5000 card.html
 
 Pictures of the card are put into the page, so that it is one file. Needs markdown-it-py (`pip install -e ".[dev]"`).

@@ -63,7 +63,7 @@ class DataArguments:
     )
 
     def on_card(self) -> dict[str, str]:
-        """What a model card says of the data. Of a folder of this machine, nothing."""
+        """What a model card says of the data: nothing, if they are a folder of this machine."""
         if self.dataset == "digits":
             return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
         if Path(self.dataset).expanduser().exists():

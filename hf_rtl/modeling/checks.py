@@ -1,0 +1,29 @@
+"""Checks of single arguments: each error names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises `ValueError` unless `value` is among the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_integer(name: str, value: Any, *, minimum: int | None = None) -> int:
+    """`value` as an `int`. Raises `TypeError` for another type, `bool` too, and `ValueError` below `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, got {value!r}, a `{type(value).__name__}`.")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as a `float`. Raises `TypeError` for what is no real number, `bool` too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}, a `{type(value).__name__}`.")
+    return float(value)

@@ -1,0 +1,138 @@
+"""The controls of `recipes/prune.py`: what the table of a run must be compared with before it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_rtl import RTLModel, RTLTrainer
+from hf_rtl.metrics import label_metrics, membership_metrics
+from hf_rtl.pruning import random_masks, shuffled_masks
+
+from .image_data import ImageTensors
+from .models import model_of_round, tickets_of_round
+from .plain_networks import one_vs_rest
+
+
+# What takes the tickets' place, at their densities.
+CONTROL_MASKS = {"random masks": random_masks, "layer-shuffled masks": shuffled_masks}
+
+
+def image_controls(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
+    """
+    Reports with a `method` for every round of a finished run: random masks and layer-shuffled masks of the tickets'
+    densities, retrained as the tickets were; the tickets with routes shifted by one, so that each answers for its
+    neighbour; and once, a dense one-vs-rest model with a logit per route, trained on the same batches.
+    """
+    reports = []
+    for report in trainer.rounds:
+        reports.append(_shifted(trainer, test, report))
+        tickets = tickets_of_round(trainer, report)
+        for method in CONTROL_MASKS:
+            reports.append({"method": method, **with_other_masks(trainer, report, tickets, method)})
+    return reports + dense_image_network(trainer, test, backbone)
+
+
+def dense_image_network(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
+    """The report of a dense one-vs-rest model alone, trained on the batches of the first round."""
+    metrics = one_vs_rest(trainer, test, backbone)
+    return [{"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}]
+
+
+def with_other_masks(
+    trainer: RTLTrainer, report: dict[str, Any], tickets: Sequence[Sequence[Tensor]], method: str
+) -> dict[str, Any]:
+    """The report of a round whose tickets were replaced by those of a method of `CONTROL_MASKS`, and retrained."""
+    masks = [
+        CONTROL_MASKS[method](mask, generator=torch.Generator().manual_seed(trainer.args.seed * 1000 + route))
+        for route, mask in enumerate(tickets)
+    ]
+    name = f"{method.replace(' ', '-')}-sparsity-{report['sparsity']:g}"
+    return trainer.retrain(masks, like=report["folder"], name=name)
+
+
+def _shifted(trainer: RTLTrainer, test: ImageTensors, report: dict[str, Any]) -> dict[str, Any]:
+    """Ticket k scores for route k + 1."""
+    model = model_of_round(trainer, report)
+    scores, homes = _scores(trainer, model, test)
+    metrics = membership_metrics(np.roll(scores, 1, axis=1), homes, model.route_names)
+    return {"method": "routes shifted by one", "sparsity": report["sparsity"], "metrics": metrics}
+
+
+def _scores(trainer: RTLTrainer, model: RTLModel, test: ImageTensors) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of all tickets, `[N, K]`, and the route of every sample, `[N]`."""
+    before, trainer.model = trainer.model, model.to(trainer.args.device)
+    try:
+        loader = trainer.get_eval_dataloader(test)
+        output = trainer.evaluation_loop(loader, description="Scores", prediction_loss_only=False)
+    finally:
+        trainer.model = before
+    return output.predictions, output.label_ids
+
+
+def text_controls(
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+) -> list[dict[str, Any]]:
+    """
+    Reports with a `method` beside those of a finished run: its last round with the other router, and for every round
+    a single mask for all data, of the tickets' density; also a dense model.
+
+    Args:
+        trainer ([`RTLTrainer`]): after `train()`. Its model is left with the other router.
+        make_model (`Callable`): makes the model with given `route_names`, from the same initial weights each time.
+        train, test (`Dataset`): the data of the run.
+    """
+    reports = []
+    if trainer.args.router != "given":
+        router = "score" if trainer.args.router == "centroid" else "centroid"
+        trainer.fit_router(router)
+        reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
+    sparsities = sorted({0.0, *trainer.args.target_sparsity})
+    return reports + _single_mask(trainer, make_model, train, test, "single-mask", sparsities)
+
+
+def dense_text_network(
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
+) -> list[dict[str, Any]]:
+    """The report of a dense model alone; see `text_controls`."""
+    return _single_mask(trainer, make_model, train, test, "dense", [0.0])
+
+
+def _single_mask(
+    trainer: RTLTrainer,
+    make_model: Callable[..., RTLModel],
+    train: Dataset,
+    test: Dataset,
+    folder: str,
+    sparsities: list[float],
+) -> list[dict[str, Any]]:
+    """
+    The rounds of iterative magnitude pruning, the same trainer on the same data as one route, with as many samples in
+    extraction and in retraining as all tickets have together. Its round at sparsity 0 prunes nothing: a dense model.
+    """
+    args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
+    route_ids = np.array(test[args.route_column])
+    single = RTLTrainer(
+        make_model(route_names=["all"]),
+        replace(
+            args,
+            output_dir=f"{args.output_dir}/{folder}",
+            target_sparsity=sparsities,
+            extraction_steps=sum(plan.extraction_steps),
+            max_steps=plan.retraining_steps,
+            router="given",
+            route_column=None,
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=lambda output: label_metrics(output.predictions, output.label_ids, route_ids, names),
+        processing_class=trainer.processing_class,
+    )
+    single.train()
+    return [{**report, "method": "single mask" if report["sparsity"] else "dense"} for report in single.rounds]

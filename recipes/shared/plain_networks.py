@@ -1,0 +1,114 @@
+"""Networks without tickets, trained on the batches of a finished run: what its tickets are compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from transformers import AutoModelForImageClassification
+
+from hf_rtl import RTLTrainer, RTLTrainingArguments
+from hf_rtl.data.sampling import ALL_ROUTES
+from hf_rtl.metrics import membership_metrics
+from hf_rtl.modeling.build_backbone import build_backbone
+from hf_rtl.modeling.files import read_tensors
+from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
+
+from .image_data import ImageTensors
+
+
+# (network, batch) -> loss
+Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
+
+
+def one_vs_rest(
+    trainer: RTLTrainer,
+    test: ImageTensors,
+    backbone: str,
+    *,
+    round_index: int = 0,
+    masks: Sequence[Tensor] | None = None,
+) -> dict[str, float]:
+    """
+    Metrics of one network with a logit per route, trained on the batches of a round: one of route k trains logit k
+    alone, and one that tickets compete for all of them. `masks`: one per prunable weight; by default all is kept.
+    """
+    args, names = trainer.args, trainer.model.route_names
+    network = build_backbone(
+        backbone,
+        AutoModelForImageClassification,
+        seed=args.seed,
+        num_labels=len(names),
+        problem_type="multi_label_classification",
+        in_chans=test.num_channels,
+    ).to(args.device)
+    theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
+
+    def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
+        logits = network(batch["pixel_values"]).logits
+        if batch["route"] == ALL_ROUTES:
+            return cross_entropy(logits, batch["labels"])
+        logits = logits[:, batch["route"]]
+        return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
+
+    plain = _plain_trainer(trainer, network, theta0, loss)
+    trainer.progress.start(trainer.plan().retraining_steps)
+    trainer.progress.begin_round("one-vs-rest")
+    plain.train(masks, trainer.retraining_batches(round_index), seed=(args.seed, 0), on_step=trainer.progress.step)
+    trainer.progress.finish()
+    return membership_metrics(_scores(network, test, args), test.labels.numpy(), names)
+
+
+def independent_networks(
+    trainer: RTLTrainer, tickets: Sequence[Sequence[Tensor]], loss: Loss, *, round_index: int
+) -> Iterator[nn.Module]:
+    """
+    One network per route that shares nothing with the others: each ticket's masks, trained from θ0 on the batches
+    that its route has in a round. They come in turn in the same module, so each must be used before the next.
+    """
+    network = copy.deepcopy(trainer.model.backbone)
+    theta0 = read_tensors(trainer.run_directory.theta0_file)
+    plain = _plain_trainer(trainer, network, theta0, loss)
+    trainer.progress.start(trainer.plan().retraining_steps)
+    for route, masks in enumerate(tickets):
+        trainer.progress.begin_round(f"network of {trainer.model.route_names[route]}")
+        batches = (batch for batch in trainer.retraining_batches(round_index) if batch["route"] == route)
+        plain.train(masks, batches, seed=(trainer.args.seed, route), on_step=trainer.progress.step)
+        yield network
+    trainer.progress.finish()
+
+
+def independent_metrics(
+    trainer: RTLTrainer, test: ImageTensors, tickets: Sequence[Sequence[Tensor]], *, round_index: int
+) -> dict[str, float]:
+    """Metrics of one network per class of images, as `independent_networks` trains them."""
+
+    def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
+        logits = network(batch["pixel_values"]).logits.squeeze(1)
+        return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
+
+    networks = independent_networks(trainer, tickets, loss, round_index=round_index)
+    scores = [_scores(network, test, trainer.args)[:, 0] for network in networks]
+    return membership_metrics(np.stack(scores, axis=1), test.labels.numpy(), trainer.model.route_names)
+
+
+def _plain_trainer(trainer: RTLTrainer, network: nn.Module, theta0: dict[str, Tensor], loss: Loss) -> TicketTrainer:
+    names = trainer.model.mask_bank.weight_names
+    return TicketTrainer(network, theta0, names, trainer.plain_optimizer, loss, trainer.compute_loss_context_manager)
+
+
+@torch.no_grad()
+def _scores(network: nn.Module, test: ImageTensors, args: RTLTrainingArguments) -> np.ndarray:
+    """The logits of all test images, `[N, logits]`."""
+    network.eval()
+    scores = []
+    for start in range(0, len(test), args.eval_batch_size):
+        samples = test.__getitems__(range(start, min(start + args.eval_batch_size, len(test))))
+        pixels = torch.stack([sample["pixel_values"] for sample in samples]).to(args.device)
+        scores.append(network(pixels).logits.float().cpu().numpy())
+    return np.concatenate(scores)

@@ -1,0 +1,25 @@
+"""The commands of recipes/ in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """A command of recipes/, finished. `check`: that it succeeded."""
+    return run_python(str(RECIPES / script), *arguments, check=check, **variables)
+
+
+def run_python(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """The same for Python with any arguments."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result

@@ -1,0 +1,61 @@
+"""`recipes/pages/card.py`: the cards of the repository are made of the results that are kept beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_rtl.model_card.markdown import text
+from pages import card
+from pages.card import MODEL_CARDS, render
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (MODEL_CARDS / "templates").glob("*.md")))
+def test_cards_are_what_their_results_say(name: str) -> None:
+    assert (MODEL_CARDS / f"{name}.md").read_text() == render(name)
+
+
+def runs_of_cards() -> list[tuple[str, str]]:
+    """The names of the cards that show runs, each with those of its runs; benchmarks have `figures` instead."""
+    files = sorted(MODEL_CARDS.glob("*-results.json"))
+    results = {file.name.removesuffix("-results.json"): json.loads(file.read_text()) for file in files}
+    return [(name, run) for name, runs in results.items() if "figures" not in runs for run in runs]
+
+
+@pytest.mark.parametrize(("name", "run_name"), runs_of_cards())
+def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) -> None:
+    kept = "-".join([name, *run_name.split()])
+    model_card = ModelCard.load(MODEL_CARDS / f"{kept}-model-card.md")
+    last = json.loads((MODEL_CARDS / f"{name}-results.json").read_text())[run_name]["rounds"][-1]
+    found = model_card.data.eval_results
+    measured = {result.metric_name: result for result in found if "all" in result.dataset_config}
+    labels = "eval_worst_route_accuracy" in last["metrics"]
+    words, metric = (
+        ("Accuracy, mean over routes", "mean_route_accuracy") if labels else ("AUROC, mean over routes", "auroc")
+    )
+    assert measured[words].metric_value == last["metrics"][f"eval_{metric}"]
+    for index, (route, num_kept) in enumerate(last["kept"].items()):
+        of_route = [r.metric_value for r in found if r.dataset_config == f"route {route}"]
+        assert of_route == [value for name, value in last["metrics"].items() if name.startswith(f"eval_{route}/")]
+        assert f"\n| {index} | {text(route)} | {num_kept:,} |" in model_card.text
+    assert f"| {last['footprint']['full_bytes']:,} |" in model_card.text
+    for link in (f"{kept}-similarity.png", f"{name}-results.json"):
+        assert f"]({link})" in model_card.text and (MODEL_CARDS / link).exists()
+
+
+def test_a_card_is_of_one_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text('{"figures": []}')
+    command = ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two"), "--names", "one", "two"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        card.main()
+    assert "give one folder" in capsys.readouterr().err and not (tmp_path / "some-results.json").exists()
