@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,7 +39,5 @@ def run_program(
 
 
 def package_file() -> str:
-    """Where this process finds `hf_rtl`."""
-    import hf_rtl
-
-    return hf_rtl.__file__
+    """The file of `hf_rtl` that this process has imported, or would import."""
+    return importlib.util.find_spec("hf_rtl").origin
