@@ -20,16 +20,19 @@ COSTS = ("union", "bytes", "emptied layers", "trainings", "samples in extraction
 
 def enhancement_metrics(enhanced: Tensor, test: Mixtures) -> dict[str, float]:
     """SI-SNR improvement of the test mixtures `[N, samples]` in dB: the mean of every scene, and the mean of these."""
-    after = scale_invariant_signal_noise_ratio(enhanced, test.clean)
-    gains = after - scale_invariant_signal_noise_ratio(test.noisy, test.clean)
-    of_scenes = _means(gains, test)
+    of_scenes = _means(_si_snr(enhanced, test) - _si_snr(test.noisy, test), test)
     metrics = {f"{name}/si_snr_improvement": value for name, value in of_scenes.items()}
     return {"si_snr_improvement": sum(of_scenes.values()) / len(of_scenes), **metrics}
 
 
 def input_ratios(test: Mixtures) -> dict[str, float]:
     """Mean SI-SNR of the test mixtures of every scene in dB, before any enhancement."""
-    return _means(scale_invariant_signal_noise_ratio(test.noisy, test.clean), test)
+    return _means(_si_snr(test.noisy, test), test)
+
+
+def _si_snr(signals: Tensor, test: Mixtures) -> Tensor:
+    """In dB, `[N]`. In float64, since float32 is wrong by hundredths where there is hardly any signal (-47 dB)."""
+    return scale_invariant_signal_noise_ratio(signals.double(), test.clean.double())
 
 
 def _means(values: Tensor, test: Mixtures) -> dict[str, float]:

@@ -316,10 +316,9 @@ def test_figures_are_those_of_the_models_that_it_saved(speech_run, folders):
             [naive_si_snr(e, c) - naive_si_snr(n, c) for e, c, n in zip(enhanced, clean, noisy, strict=True)]
         )
         (line,) = [line for line in results["figures"] if (line["method"], line["sparsity"]) == (method, 0.6)]
-        # The figures are computed in float32, which at -47 dB, as some mixtures come out here, is wrong by .01 dB.
         for scene, name in enumerate(SCENES):
-            assert float(line[name]) == pytest.approx(gains[test.scenes.numpy() == scene].mean(), abs=1e-2)
-        assert float(line["SI-SNRi"]) == pytest.approx(gains.mean(), abs=1e-2)
+            assert float(line[name]) == pytest.approx(gains[test.scenes.numpy() == scene].mean(), abs=2e-3)
+        assert float(line["SI-SNRi"]) == pytest.approx(gains.mean(), abs=2e-3)
         if method == "RTL, per route":
             for scene, name in enumerate(SCENES):
                 written, rate = soundfile.read(speech_run / "audio" / f"{name}-RTL-per-route.wav", dtype="float32")
