@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.child_processes import ROOT, environment
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 
 def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
@@ -19,7 +19,7 @@ def run(script: str, *arguments: object, check: bool = True, **variables: str) -
 def run_python(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
     """The same for Python with any arguments."""
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from recipes.small_texts import save_encoder
+
+from tests.recipes.small_texts import save_encoder
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from baselines import logit_metrics, split
 from PIL import Image
-from recipes.commands import RECIPES
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
 from transformers.trainer_utils import EvalPrediction
 
 from pages import card
 from shared.report import table
+from tests.recipes.commands import RECIPES
 
 
 def test_tickets_are_compared_over_seeds(

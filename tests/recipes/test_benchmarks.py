@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes.commands import RECIPES, run_python
 
 from benchmarks import mixed_batch, timing
 from hf_rtl import RTLModelForImageClassification
 from pages import card
+from tests.child_processes import environment
+from tests.recipes.commands import RECIPES, run_python
 
 
 def test_ratios_are_of_medians_and_quartiles_of_turns() -> None:
@@ -69,7 +70,7 @@ def test_mixed_batches_are_measured_against_the_plain_network(
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "scaling-results.json"
-    python_path = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
+    python_path = os.pathsep.join([str(RECIPES), environment()["PYTHONPATH"]])
     printed = run_python(
         *("-m", "benchmarks.scaling"),
         *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from recipes.small_texts import make_tokenizer, save_data
 from transformers import BertModel
 
 from hf_rtl import clustering
+from tests.recipes.small_texts import make_tokenizer, save_data
 
 
 def test_a_name_is_the_mean_of_its_own_tokens(encoder: str) -> None:

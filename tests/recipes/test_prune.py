@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipes.commands import RECIPES, run
 
 from hf_rtl import load_rule
 from pages import card, render_card
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
+from tests.recipes.commands import RECIPES, run
 
 
 @pytest.fixture

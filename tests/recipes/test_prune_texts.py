@@ -15,13 +15,13 @@ import pytest
 import torch
 import verify
 from evaluate import compare, evaluate
-from recipes.small_texts import DOMAINS, WORDS, make_tokenizer, save_data, sentences
 from safetensors.torch import load_file
 
 from hf_rtl import RTLModelForSequenceClassification
 from pages import card
 from shared.data_arguments import DataArguments
 from shared.text_data import load_text
+from tests.recipes.small_texts import DOMAINS, WORDS, make_tokenizer, save_data, sentences
 
 
 def arguments(folder: str, **values: object) -> DataArguments:

@@ -12,9 +12,9 @@ import pytest
 import speech
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from recipes.commands import RECIPES
 
 from hf_rtl import RTLTrainingArguments
+from tests.recipes.commands import RECIPES
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from recipes.commands import RECIPES
+
+from tests.recipes.commands import RECIPES
 
 
 COMMANDS = {"analyze", "baselines", "collapse", "evaluate", "group_classes", "inr", "prune", "speech", "verify"}

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cards import faults, make_model, page_of, python_blocks, table_with
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -18,6 +17,8 @@ from transformers import ViTImageProcessor
 import hf_rtl.model_card.card
 from hf_rtl import ByColumn, RTLTrainer, RTLTrainingArguments, save_rule
 from hf_rtl.model_card import RTLCardData, write_card
+from tests.child_processes import ROOT
+from tests.model_card.cards import faults, make_model, page_of, python_blocks, table_with
 
 
 # How to use it
@@ -249,9 +250,9 @@ def test_one_route_has_no_pairs(tmp_path):
 
 
 def test_the_template_is_a_part_of_the_package():
-    pyproject = Path(__file__).parent.parent / "pyproject.toml"
-    assert 'hf_rtl = ["model_card_template.md"]' in pyproject.read_text()
-    assert (Path(hf_rtl.__file__).parent / "model_card_template.md").is_file()
+    pyproject = ROOT / "pyproject.toml"
+    assert '"hf_rtl.model_card" = ["template.md"]' in pyproject.read_text()
+    assert (Path(hf_rtl.__file__).parent / "model_card" / "template.md").is_file()
 
 
 # After a training
