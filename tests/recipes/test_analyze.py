@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from trainer.small_runs import ROUTES, run
+from tests.training.small_runs import ROUTES, run
 
 from hf_rtl import RTLModel
 from hf_rtl.analysis import semantic_alignment, similarity_by_depth, ticket_similarity

@@ -169,7 +169,7 @@ def masks_on_disk(folder, model):
     found = {}
     for file in sorted((Path(folder) / "extraction").glob("event-*/route-*.safetensors")):
         event, route = int(file.parent.name.split("-")[1]), int(file.stem.split("-")[1])
-        found[event, route] = directory.load_mask(event, route)
+        found[event, route] = model.mask_bank.unpack(directory.load_mask(event, route))
     return found
 
 
