@@ -164,7 +164,7 @@ def group_class_names(
         raise ValueError(
             f"`num_dimensions` is {num_dimensions}; at most {len(names) - 2} is allowed for {len(names)} names."
         )
-    points = _umap(embeddings, min(num_neighbors, len(names) - 1), num_dimensions, seed)
+    points = reduce_dimensions(embeddings, min(num_neighbors, len(names) - 1), num_dimensions, seed)
     # With its default, `min_cluster_size`, HDBSCAN often tells just one group of so few points from all the others.
     clusters = _hdbscan(points, min_cluster_size, min_samples=1)
     means = _means(points, clusters)
@@ -177,7 +177,7 @@ def group_class_names(
     }
 
 
-def _umap(points: np.ndarray, num_neighbors: int, num_dimensions: int, seed: int) -> np.ndarray:
+def reduce_dimensions(points: np.ndarray, num_neighbors: int, num_dimensions: int, seed: int) -> np.ndarray:
     """The projection of points by the cosine of their angles, `float32 [C, num_dimensions]`."""
     try:
         from umap import UMAP

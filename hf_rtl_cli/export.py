@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_rtl.modeling.footprint import human_bytes
-from hf_rtl.modeling.standalone import example_inputs_of
+from hf_rtl.modeling.standalone import make_example_inputs
 
 from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_whole
 from .tables import printable
@@ -73,7 +73,7 @@ def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[
         inputs = dict(map(_input, given))
     else:
         try:
-            inputs = example_inputs_of(backbone)
+            inputs = make_example_inputs(backbone)
         except ValueError:
             name = backbone.main_input_name
             raise ValueError(

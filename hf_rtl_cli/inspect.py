@@ -12,7 +12,7 @@ from hf_rtl import RTLModel, load_rule
 from hf_rtl.modeling.footprint import FORMS, human_bytes
 
 from .models import load_model
-from .similarity import pairs_text, similarity_of
+from .similarity import pairs_text, similarity_values
 from .tables import bar, fraction, key_values, more, printable, table, terminal_width
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "core": bank.core_count(),
         "routes": _routes(model),
         "weights": _weights(model, shown),
-        "similarity": similarity_of(bank),
+        "similarity": similarity_values(bank),
         "footprint": model.footprint(),
     }
 

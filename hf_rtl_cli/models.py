@@ -64,7 +64,7 @@ def check_name(name: str, *, revision: str | None = None) -> None:
         raise ValueError(f"there is no folder {name!r}, nor is that a repo id, as 'org/name'.")
 
 
-def form_of(name: str, *, revision: str | None = None, token: str | None = None) -> dict[str, bool]:
+def saved_form(name: str, *, revision: str | None = None, token: str | None = None) -> dict[str, bool]:
     """In which form a model is saved, as arguments of `save_pretrained`: a loaded one knows no more of it."""
     file = Path(name, "config.json")
     if not Path(name).is_dir():
@@ -75,7 +75,7 @@ def form_of(name: str, *, revision: str | None = None, token: str | None = None)
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to it."""
-    code = ["*.py"] if form_of(str(folder))["with_code"] else []
+    code = ["*.py"] if saved_form(str(folder))["with_code"] else []
     return _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES, *code))
 
 

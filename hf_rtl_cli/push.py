@@ -16,7 +16,7 @@ from hf_rtl.model_card import write_card
 from hf_rtl.modeling.files import write_bytes
 from hf_rtl.modeling.hub import CARD_FILE, MODEL_FILES, WEIGHT_FILES, branch_head, commit_folder, read_card
 
-from .models import form_of, load_model, model_files
+from .models import load_model, model_files, saved_form
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if not (args.compact and WEIGHT_FILES.fullmatch(file.name)):
                 (Path(staging) / file.name).symlink_to(file.resolve())
         if args.compact:
-            model.save_pretrained(staging, **{**form_of(args.folder), "compact": True})
+            model.save_pretrained(staging, **{**saved_form(args.folder), "compact": True})
         remove_unfitting_rule(Path(staging), model.route_names)
         repo_id, commit = _pushed(Path(staging), args, with_card=(folder / CARD_FILE).is_file())
         if (folder / CARD_FILE).is_file():

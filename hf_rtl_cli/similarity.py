@@ -29,7 +29,7 @@ _LABEL, _CELL = 12, 6
 _MATRICES = ("jaccard", "chance", "corrected")
 
 
-def similarity_of(bank: MaskBank) -> dict[str, list[list[float | None]]]:
+def similarity_values(bank: MaskBank) -> dict[str, list[list[float | None]]]:
     """
     Of each pair of tickets, `[num_routes, num_routes]`: the Jaccard similarity, what independent masks of their
     densities have by chance, and the first corrected for the second, (jaccard - chance) / (1 - chance). `None` where
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plot = None if args.plot is None else _plot_file(args.plot)
     bank = load_model(args.model, revision=args.revision, token=args.token).mask_bank
     jaccard, chance = bank.similarity(per_layer=args.per_layer), bank.chance_similarity(per_layer=args.per_layer)
-    values = {"model": args.model, "routes": bank.route_names, **similarity_of(bank)}
+    values = {"model": args.model, "routes": bank.route_names, **similarity_values(bank)}
     if args.per_layer:
         matrices = zip(bank.weight_names, jaccard, chance, strict=True)
         values["weights"] = [{"name": name, **_as_values(*pair)} for name, *pair in matrices]
@@ -97,7 +97,7 @@ def pairs_text(
     are most and least alike.
 
     Args:
-        similarity (`dict`): as `similarity_of` gives it.
+        similarity (`dict`): as `similarity_values` gives it.
         routes (`list[str]`): the tickets' names.
         show_all (`bool`): do not cut lists.
         corrected (`bool`): add the matrix that is corrected for chance.

@@ -50,7 +50,7 @@ def shortened(text: str, width: int, *, keep_start: bool = True) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, keep_start: bool = True) -> str:
     """
-    Rows under their headers: the first column and those without a header to the left, the others, numbers, to the
+    RowSubset under their headers: the first column and those without a header to the left, the others, numbers, to the
     right. If all is wider than `width`, the first column is shortened, as `shortened` does with `keep_start`.
     """
     lines = [list(headers), *map(list, rows)]

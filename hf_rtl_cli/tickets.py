@@ -15,7 +15,7 @@ from hf_rtl.data.rules import remove_unfitting_rule
 from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
-from .models import check_free, check_name, copy_beside, form_of, load_model, written_whole
+from .models import check_free, check_name, copy_beside, load_model, saved_form, written_whole
 from .tables import fraction, more, printable, table, terminal_width
 
 
@@ -133,7 +133,7 @@ def _target(args: argparse.Namespace) -> Path:
 
 
 def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: list[str]) -> dict[str, Any]:
-    form = form_of(args.model, revision=args.revision, token=args.token)
+    form = saved_form(args.model, revision=args.revision, token=args.token)
     if args.out is None:
         model.save_pretrained(folder, **form)
         remove_unfitting_rule(folder, model.route_names)

@@ -76,7 +76,7 @@ def main() -> None:
         parser.error(str(error))
     metric = arguments.metric or route_metric(points, names)
     figures = [route_figures(point, metric) for point in points]
-    print(table([point_line(point, of_routes) for point, of_routes in zip(points, figures, strict=True)]))
+    print(table([point_line(point, by_route) for point, by_route in zip(points, figures, strict=True)]))
     print("\nSharp changes", *verdict(names, changes, len(points)), sep="\n")
     alignments = None
     if classes is not None:

@@ -180,9 +180,9 @@ def report(
     rows = [row("RTL", found["sparsity"], found) for found in rounds]
     rows += [row(control["method"], control["sparsity"], control) for control in controls]
     print(table(rows))
-    of_routes = routes_rows([{"method": "RTL", **found} for found in rounds] + controls)
-    if of_routes:
-        print("\nAccuracy of every route", table(of_routes), sep="\n")
+    by_route = routes_rows([{"method": "RTL", **found} for found in rounds] + controls)
+    if by_route:
+        print("\nAccuracy of every route", table(by_route), sep="\n")
     for found in rounds + controls:
         found.pop("log_history", None)
     write_results(
@@ -195,7 +195,7 @@ def report(
         rounds=rounds,
         controls=controls,
         table=rows,
-        routes=of_routes,
+        routes=by_route,
     )
     if find_spec("matplotlib"):
         from shared.plots import draw_rounds

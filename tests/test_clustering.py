@@ -192,7 +192,7 @@ def test_class_names_are_grouped_by_their_meaning(tmp_path):
 
 
 def test_the_projection_depends_on_the_seed_alone():
-    first, second, third = (clustering._umap(encode(NAMES), 5, 2, seed) for seed in (0, 0, 1))
+    first, second, third = (clustering.reduce_dimensions(encode(NAMES), 5, 2, seed) for seed in (0, 0, 1))
     assert first.shape == (18, 2)
     assert (first == second).all()
     assert (first != third).any()
@@ -201,7 +201,7 @@ def test_the_projection_depends_on_the_seed_alone():
 def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
     # Ten names in two clusters on a line, and five far outside them, which make the smaller cluster the larger one.
     line = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 9.1, 9.2, 9.3, -20.0, 40.0, 70.0, 110.0, 160.0]
-    monkeypatch.setattr(clustering, "_umap", lambda points, *options: points)
+    monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: points)
     names = [f"name {index:02}" for index in range(15)]
     given = []
 
@@ -223,14 +223,14 @@ def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
 def test_groups_that_are_not_far_apart_are_told_apart(monkeypatch):
     # Three groups, two of them near each other; HDBSCAN's default, the density of four points, joins these.
     line = [0.6, 0.3, 0.0, 0.0, 0.8, 0.9, 2.1, 2.2, 2.0, 2.4, 2.3, 1.5, 8.9, 8.0, 8.7, 8.2, 8.9, 8.5]
-    monkeypatch.setattr(clustering, "_umap", lambda points, *options: points)
+    monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: points)
     groups = group_class_names(NAMES, lambda names: np.array(line)[:, None])
     assert sorted(groups.values()) == sorted([NAMES[:6], NAMES[6:12], NAMES[12:]])
 
 
 def test_umap_is_told_what_was_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(clustering, "_umap", lambda points, *options: asked.append(options) or points)
+    monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: asked.append(options) or points)
     group_class_names(NAMES, encode)
     group_class_names(NAMES, encode, num_neighbors=4, num_dimensions=3, seed=7)
     assert asked == [(5, 2, 0), (4, 3, 7)]

@@ -182,13 +182,13 @@ class RouteData:
 
     def _rows(self, indices: np.ndarray, *, allow_empty: bool = False) -> RouteData:
         part = copy.copy(self)
-        part.dataset = Rows(self.dataset, indices.tolist())
+        part.dataset = RowSubset(self.dataset, indices.tolist())
         route_ids = self.partition.route_ids[indices]
         part.partition = replace(self.partition, route_ids=route_ids, allow_empty=allow_empty)
         return part
 
 
-class Rows(Subset):
+class RowSubset(Subset):
     """Some rows of a data set of dicts."""
 
     @property
@@ -196,7 +196,7 @@ class Rows(Subset):
         return columns_of(self.dataset)
 
 
-class Chained(ConcatDataset):
+class ConcatRows(ConcatDataset):
     """Several data sets of dicts with the same columns, one after the other."""
 
     @property

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 RULE_FILE = "partition.json"
 TENSORS_FILE = "partition.safetensors"
 CONFIG_FILE = "config.json"  # of the model that lies beside
-_BLOCK = 2**22  # numbers that are compared with a centre at a time
+BLOCK_SIZE = 2**22  # numbers that are compared with a centre at a time
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class ByCentres(Rule):
         centres = self.centres.numpy()
         if features.shape[1] != centres.shape[1]:
             raise ValueError(f"`data` has shape {list(features.shape)}; [N, {centres.shape[1]}] is needed.")
-        rows = max(1, _BLOCK // centres.shape[1])
+        rows = max(1, BLOCK_SIZE // centres.shape[1])
         blocks = [features[start : start + rows] for start in range(0, len(features), rows)]
         route_ids = np.concatenate([_nearest(block, centres) for block in blocks])
         return Partition(route_ids, self.route_names, allow_empty, rule=self)

@@ -77,7 +77,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
 
     Raises:
         TypeError: `route_ids` is not an integer array, a number not an integer, or `membership` not a `bool`.
-        ValueError: a number out of range, a `batch_size` that cannot be dealt out, a route without samples, or one
+        ValueError: a number out of range, a `batch_size` that cannot be assigned out, a route without samples, or one
             without negatives for membership.
     """
 

@@ -28,7 +28,7 @@ from ..modeling.hub import CARD_FILE
 from ..modeling.modeling_rtl import RTLModel
 from .page import METRICS_OF_THE_HUB, backbone_name, describe_metric, render_page, split_metrics
 from .readme import ALL_ROUTES_LABEL, Readme
-from .run_record import ARGUMENTS_FILE, copy_run, is_of, read_run
+from .run_record import ARGUMENTS_FILE, copy_run, read_run, was_trained_by
 
 
 logger = logging.getLogger(__name__)
@@ -250,13 +250,13 @@ def _eval_results(
     datasets = _listed(card.datasets)
     ticket_task = model.config.ticket_task
     for evaluation in run["evaluations"] if run else []:
-        of_routes, of_all = split_metrics(evaluation["rounds"][-1], model.route_names)
-        of_whom = {**{f"route {name}": metrics for name, metrics in of_routes.items()}, ALL_ROUTES_LABEL: of_all}
-        for whose, metrics in of_whom.items():
+        by_route, overall = split_metrics(evaluation["rounds"][-1], model.route_names)
+        subjects = {**{f"route {name}": metrics for name, metrics in by_route.items()}, ALL_ROUTES_LABEL: overall}
+        for whose, metrics in subjects.items():
             for name, value in metrics.items():
                 if value is None or name in ("loss", "constant_tickets"):
                     continue
-                kind, words = describe_metric(name, ticket_task=ticket_task, of_all=whose == ALL_ROUTES_LABEL)
+                kind, words = describe_metric(name, ticket_task=ticket_task, overall=whose == ALL_ROUTES_LABEL)
                 # Results are told apart by their configuration, so it says whose they are.
                 config = ", ".join(part for part in (card.dataset_config, evaluation["name"], whose) if part)
                 yield EvalResult(
@@ -298,7 +298,7 @@ def _opened(
     else:
         saved = Path(folder)
         model, run = source, source.training_run or read_run(saved)
-    if run is not None and not is_of(run, model):
+    if run is not None and not was_trained_by(run, model):
         logger.warning("the model has other masks or weights than its run ended with, of which its card says nothing.")
         run = None
     return model, run, saved, Path(folder)

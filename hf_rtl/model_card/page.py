@@ -38,7 +38,7 @@ _COLUMNS = {
     },
 }
 # What a round is judged by, in the table of rounds.
-_OF_A_ROUND = {
+_ROUND_COLUMNS = {
     "membership": {
         "balanced_accuracy": "bal. acc.",
         "calibrated_balanced_accuracy": "cal. bal. acc.",
@@ -136,8 +136,8 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
     """A line per route, with its metrics if there is but one evaluation; then all routes."""
     bank, evaluations = model.mask_bank, run["evaluations"] if run else []
     evaluation = evaluations[0] if len(evaluations) == 1 else None
-    of_routes, of_all = _last(model, evaluation)
-    columns = _measured(model, of_routes)
+    by_route, overall = _last(model, evaluation)
+    columns = _measured(model, by_route)
     samples = {"training samples": run["num_training_samples"]} if run else {}
     samples |= {"test samples": evaluation["num_samples"]} if evaluation else {}
 
@@ -154,12 +154,12 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
             kept[index],
             density[index],
             [counts[name] for counts in samples.values()],
-            of_routes.get(name, {}),
+            by_route.get(name, {}),
         )
         for index, name in enumerate(model.route_names)
     ]
     totals = [sum(counts.values()) for counts in samples.values()]
-    rows.append(line("", "**all routes**", None, float(bank.density().mean()), totals, of_all))
+    rows.append(line("", "**all routes**", None, float(bank.density().mean()), totals, overall))
     return markdown.table(["", "route", "kept weights", "density", *samples, *columns.values()], rows, num_left=2)
 
 
@@ -168,10 +168,10 @@ def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]
     thresholds = [f"{threshold:.3f}" for threshold in run["thresholds"] or []]
     pages = []
     for evaluation in run["evaluations"]:
-        of_routes, of_all = _last(model, evaluation)
-        columns = _measured(model, of_routes)
+        by_route, overall = _last(model, evaluation)
+        columns = _measured(model, by_route)
         calibrated = {f"calibrated_{metric}": title for metric, title in columns.items()}
-        calibrated = {metric: title for metric, title in calibrated.items() if metric in of_all}
+        calibrated = {metric: title for metric, title in calibrated.items() if metric in overall}
         samples = [f"{count:,}" for count in evaluation["num_samples"].values()]
         tables = {}
         if len(run["evaluations"]) > 1 and columns:
@@ -180,8 +180,8 @@ def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]
             tables["calibrated"] = _metrics_table(model, evaluation, calibrated, {"threshold": thresholds})
         in_tables = {*columns, *calibrated, "loss", "constant_tickets"}
         rest = {
-            describe_metric(name, ticket_task=model.config.ticket_task, of_all=True)[1]: value
-            for name, value in of_all.items()
+            describe_metric(name, ticket_task=model.config.ticket_task, overall=True)[1]: value
+            for name, value in overall.items()
             if name not in in_tables
         }
         pages.append({"name": evaluation["name"], "tables": tables, "rest": rest})
@@ -193,12 +193,12 @@ def _metrics_table(
 ) -> str:
     """A line per route, then all routes; `first` is a column ahead of those of metrics."""
     ((title, cells),) = first.items()
-    of_routes, of_all = _last(model, evaluation)
+    by_route, overall = _last(model, evaluation)
     rows = [
-        [markdown.text(name), cell, *(markdown.number(of_routes.get(name, {}).get(metric)) for metric in columns)]
+        [markdown.text(name), cell, *(markdown.number(by_route.get(name, {}).get(metric)) for metric in columns)]
         for name, cell in zip(model.route_names, cells, strict=True)
     ]
-    rows.append(["**all routes**", "", *(markdown.number(of_all.get(metric)) for metric in columns)])
+    rows.append(["**all routes**", "", *(markdown.number(overall.get(metric)) for metric in columns)])
     return markdown.table(["route", title, *columns.values()], rows)
 
 
@@ -259,7 +259,7 @@ def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
 
 def _judged_by(model: RTLModel, evaluation: Mapping[str, Any]) -> dict[str, str]:
     known = evaluation["rounds"][-1]
-    return {name: title for name, title in _OF_A_ROUND[model.config.ticket_task].items() if name in known}
+    return {name: title for name, title in _ROUND_COLUMNS[model.config.ticket_task].items() if name in known}
 
 
 def _arguments_table(run: Mapping[str, Any]) -> str:
@@ -279,9 +279,9 @@ def _last(model: RTLModel, evaluation: Mapping[str, Any] | None) -> tuple[dict[s
     return split_metrics(evaluation["rounds"][-1], model.route_names) if evaluation else ({}, {})
 
 
-def _measured(model: RTLModel, of_routes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _measured(model: RTLModel, by_route: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The columns of a table of metrics: those that are known of any route."""
-    known = {metric for figures in of_routes.values() for metric in figures}
+    known = {metric for figures in by_route.values() for metric in figures}
     return {metric: title for metric, title in _COLUMNS[model.config.ticket_task].items() if metric in known}
 
 
@@ -322,7 +322,7 @@ _NAMES = {
     "auroc": ("roc_auc", "AUROC"),
     "precision_at_recall_80": ("precision", "Precision at recall 0.8"),
 }
-_OF_NO_THRESHOLD = {"auroc", "precision_at_recall_80"}
+_WITHOUT_THRESHOLD = {"auroc", "precision_at_recall_80"}
 # Of one label per sample, and of scores compared between tickets.
 _ACCURACIES = {
     ("membership", "accuracy"): "Accuracy of the ticket with the highest score",
@@ -338,7 +338,7 @@ _ACCURACIES = {
     ("labels", "union_worst_route_accuracy"): "Accuracy of the union of all tickets, worst route",
 }
 # Of a router, whatever the task.
-_OF_ROUTERS = {
+_ROUTER_METRICS = {
     "route_accuracy": ("accuracy", "Accuracy of the router: samples whose likeliest route is theirs"),
     "route_recall": ("recall", "Recall of the router"),
     "routed_precision_at_recall_80": ("precision", "Precision of the router's score at recall 0.8"),
@@ -351,29 +351,29 @@ def split_metrics(
     metrics: Mapping[str, Any], route_names: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Route -> its metrics, and those over all routes. Names of metrics are as of `metrics.py`, or somebody's own."""
-    of_routes: dict[str, dict[str, Any]] = {name: {} for name in route_names}
-    of_all = {}
+    by_route: dict[str, dict[str, Any]] = {name: {} for name in route_names}
+    overall = {}
     for name, value in metrics.items():
         route, _, metric = name.rpartition("/")
-        if route in of_routes:
-            of_routes[route][metric] = value
+        if route in by_route:
+            by_route[route][metric] = value
         else:
-            of_all[name] = value
-    return {route: found for route, found in of_routes.items() if found}, of_all
+            overall[name] = value
+    return {route: found for route, found in by_route.items() if found}, overall
 
 
-def describe_metric(name: str, *, ticket_task: str, of_all: bool) -> tuple[str, str]:
-    """The id and the words of a metric of a route or `of_all` routes; its own name for one that we do not know."""
+def describe_metric(name: str, *, ticket_task: str, overall: bool) -> tuple[str, str]:
+    """The id and the words of a metric of a route or `overall` routes; its own name for one that we do not know."""
     if (ticket_task, name) in _ACCURACIES:
         return "accuracy", _ACCURACIES[ticket_task, name]
-    if name in _OF_ROUTERS:
-        return _OF_ROUTERS[name]
+    if name in _ROUTER_METRICS:
+        return _ROUTER_METRICS[name]
     plain = name.removeprefix("worst_").removeprefix("calibrated_")
     if ticket_task != "membership" or plain not in _NAMES:
         return name, name
     kind, words = _NAMES[plain]
-    if plain not in _OF_NO_THRESHOLD:
+    if plain not in _WITHOUT_THRESHOLD:
         words += ", calibrated threshold" if "calibrated_" in name else ", score > 0"
-    if of_all:
+    if overall:
         words += ", worst route" if name.startswith("worst_") else ", mean over routes"
     return kind, words

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from ..data.rules import RULE_FILE, TENSORS_FILE, remove_unfitting_rule, save_rule
 from ..modeling.files import write_json
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.ticket_files import base_of
+from ..modeling.ticket_files import base_fingerprint
 
 
 RUN_FILE = "training_run.json"
@@ -39,11 +39,11 @@ def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None
     """
     _copy_rule(model, folder, token)
     if model.training_run is not None:
-        if is_of(model.training_run, model):
+        if was_trained_by(model.training_run, model):
             write_run(folder, model.training_run)
         return
     file = _loaded_with(model, RUN_FILE, token)
-    if file is not None and is_of(json.loads(file.read_text()), model):
+    if file is not None and was_trained_by(json.loads(file.read_text()), model):
         shutil.copy(file, folder / RUN_FILE)
         arguments = _loaded_with(model, ARGUMENTS_FILE, token)
         if arguments is not None:
@@ -73,10 +73,10 @@ def _loaded_with(model: RTLModel, name: str, token: bool | str | None) -> Path |
         return None
 
 
-def is_of(run: Mapping[str, Any], model: RTLModel) -> bool:
+def was_trained_by(run: Mapping[str, Any], model: RTLModel) -> bool:
     """Whether `model` is the one that the run ended with, not with other masks or weights."""
     return run["model"] == model_identity(model)
 
 
 def model_identity(model: RTLModel) -> dict[str, Any]:
-    return {"masks": model.mask_bank.fingerprint(), "weights": base_of(model)["fingerprint"]}
+    return {"masks": model.mask_bank.fingerprint(), "weights": base_fingerprint(model)["fingerprint"]}

@@ -18,7 +18,7 @@ from .routed_model import RoutedModel
 
 _SETTINGS = vars(GenerationConfig()).keys()
 # Arguments of `generate` that are of the whole batch, and cannot be split by route or shared by the routes.
-_OF_ONE_BATCH = {
+_WHOLE_BATCH_ARGUMENTS = {
     "streamer": "a streamer follows a single batch",
     "prefix_allowed_tokens_fn": "it is told positions in the batch",
     **dict.fromkeys(("cache", "past_key_values", "encoder_outputs"), "it is what one ticket has computed"),
@@ -91,7 +91,7 @@ class RoutedGenerationMixin(RoutedModel):
             arguments["inputs"] = inputs
         samples = {name: value for name, value in arguments.items() if _is_of_samples(name, value)}
         check_samples(samples)
-        route_ids = self._route_ids_told(route_ids)
+        route_ids = self._resolve_route_ids(route_ids)
         if self._is_in_place(route_ids, samples):
             return self.backbone.generate(**arguments)
         if route_ids is None:
@@ -114,7 +114,7 @@ class RoutedGenerationMixin(RoutedModel):
     def _infer_from_prompts(self, samples: dict[str, Tensor], arguments: dict[str, Any]) -> list[int]:
         if any(len(value) > 1 for value in samples.values()):
             # Before anything is decided, so that whether a call is refused does not hang on what the prompts say.
-            self._refuse_of_one_batch(arguments)
+            self._refuse_whole_batch_arguments(arguments)
         prompts = {name: value for name, value in samples.items() if not name.startswith("negative_prompt_")}
         if "inputs" in prompts:
             prompts[self.main_input_name] = prompts.pop("inputs")
@@ -126,7 +126,7 @@ class RoutedGenerationMixin(RoutedModel):
 
     def _generate_mixed(self, samples: dict[str, Tensor], arguments: dict[str, Any], routes: list[int]) -> Tensor:
         """Each route's samples as if alone, in the batch's order."""
-        self._refuse_of_one_batch(arguments)
+        self._refuse_whole_batch_arguments(arguments)
         groups = group_by_route(routes, self.device)
         generated = []
         for route, positions in groups.items():
@@ -147,8 +147,8 @@ class RoutedGenerationMixin(RoutedModel):
             merged[positions.to(merged.device), :, : sequences.shape[2]] = sequences
         return merged.flatten(0, 1)
 
-    def _refuse_of_one_batch(self, arguments: Mapping[str, Any]) -> None:
-        refused = {name: why for name, why in _OF_ONE_BATCH.items() if arguments.get(name) is not None}
+    def _refuse_whole_batch_arguments(self, arguments: Mapping[str, Any]) -> None:
+        refused = {name: why for name, why in _WHOLE_BATCH_ARGUMENTS.items() if arguments.get(name) is not None}
         if self._setting("return_dict_in_generate", arguments):
             refused["return_dict_in_generate"] = "scores and caches of several routes cannot be merged"
         for name, why in refused.items():

@@ -46,7 +46,7 @@ def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {_name(dtype): _hash(tensors, dtype) for dtype in _casts(tensors)}
 
 
-def are_known(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> bool:
+def matches_fingerprint(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> bool:
     """
     Whether `tensors` are those that `known` are the [`hashes`] of, or these rounded to a smaller type, also if that
     was cast back since.

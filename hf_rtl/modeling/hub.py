@@ -166,7 +166,7 @@ logger = logging.getLogger(__name__)
 _STOCK_PACKAGES = {"timm", "torch", "transformers"}
 
 
-def packages_of(backbone: PreTrainedModel) -> list[str]:
+def backbone_packages(backbone: PreTrainedModel) -> list[str]:
     """The packages other than timm and transformers that a backbone is made with, in alphabetical order."""
     modules = {type(module).__module__ for module in backbone.modules()}
     if isinstance(backbone.config, TimmWrapperConfig):
@@ -181,7 +181,7 @@ def save_code(model: Any, folder: Path) -> None:
     Only a copy is marked as custom code: the classes of this process stay as they are. If the backbone is of another
     package, which the folder cannot carry, nothing is added, and a warning says so.
     """
-    packages = packages_of(model.backbone)
+    packages = backbone_packages(model.backbone)
     if packages:
         logger.warning(
             f"the model is saved without code: its backbone is of {', '.join(packages)}, so that who loads it needs "

@@ -362,7 +362,7 @@ def fold(rows: Tensor, combine) -> Tensor:
     return result
 
 
-def _blocks(num_bytes: int, num_routes: int) -> Iterator[slice]:
+def byte_blocks(num_bytes: int, num_routes: int) -> Iterator[slice]:
     """Slices over the bytes of a layer, small enough that a block of all routes stays in the processor's cache."""
     size = max(1, 2**18 // num_routes)
     return (slice(start, start + size) for start in range(0, num_bytes, size))
@@ -372,7 +372,7 @@ def _intersections(rows: Tensor) -> Tensor:
     """`int64 [K, K]`: kept weights that each pair of packed rows shares."""
     num_routes = len(rows)
     result = torch.zeros(num_routes, num_routes, dtype=torch.int64, device=rows.device)
-    for block in _blocks(rows.shape[1], num_routes):
+    for block in byte_blocks(rows.shape[1], num_routes):
         for route in range(num_routes):
             result[route] += count_bits(rows[:, block] & rows[route, block])
     return result

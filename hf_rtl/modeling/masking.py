@@ -48,7 +48,7 @@ class WeightMasker:
         self.places = self._locate()
         # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
-        self._cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
+        self.cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
         self._cache_key: tuple = ()
         self._copies: list[Tensor] = []
 
@@ -66,19 +66,19 @@ class WeightMasker:
             *((0 if rows.is_inference() else rows._version, rows.data_ptr()) for rows in self.bank.packed),
         )
         if cache_key != self._cache_key:
-            self._cache.clear()
+            self.cache.clear()
             self._cache_key = cache_key
         key = tuple(sorted(set(routes)))
-        if key not in self._cache:
+        if key not in self.cache:
             self._make_room()
             # Never inference tensors, even if the first call is in inference mode: training uses them later.
             with torch.inference_mode(False):
-                self._cache[key] = [
+                self.cache[key] = [
                     unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
                     for row, weight in zip(self._packed(key), weights, strict=True)
                 ]
-        self._cache.move_to_end(key)
-        return self._cache[key]
+        self.cache.move_to_end(key)
+        return self.cache[key]
 
     def apply(self, route: int, *, fresh: bool) -> None:
         """
@@ -96,10 +96,10 @@ class WeightMasker:
         if torch.is_inference_mode_enabled():
             # A write in inference mode would not raise in a backward that still needs what it overwrites.
             with torch.inference_mode(False), torch.no_grad():
-                masked = _MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
+                masked = MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
         else:
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-            masked = _MaskWeights.apply(masks, copies, on_backward, *weights)
+            masked = MaskWeights.apply(masks, copies, on_backward, *weights)
         self._put(masked)
 
     @torch.no_grad()
@@ -145,11 +145,11 @@ class WeightMasker:
                 module.__dict__.pop(attribute, None)
 
     def cached_bytes(self) -> int:
-        return sum(mask.nbytes for masks in self._cache.values() for mask in masks)
+        return sum(mask.nbytes for masks in self.cache.values() for mask in masks)
 
     def forget(self) -> None:
         """Frees the unpacked masks and the masked copy."""
-        self._cache.clear()
+        self.cache.clear()
         self._copies = []
 
     def _locate(self) -> list[list[tuple[nn.Module, str]]]:
@@ -183,11 +183,11 @@ class WeightMasker:
 
     def _make_room(self) -> None:
         one = sum(weight.nbytes for weight in self.weights)
-        while self._cache and self.cached_bytes() + one > self.cache_bytes:
-            self._cache.popitem(last=False)
+        while self.cache and self.cached_bytes() + one > self.cache_bytes:
+            self.cache.popitem(last=False)
 
 
-class _MaskWeights(torch.autograd.Function):
+class MaskWeights(torch.autograd.Function):
     """Masks weights into given tensors, and their gradients in place."""
 
     @staticmethod

@@ -40,7 +40,7 @@ from .model_file import align, check_loaded, compact_state, expand_state
 from .prunable import coverage_table, select_prunable
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
-from .ticket_files import base_of, load_tickets, save_tickets, write_page
+from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
 
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class RTLModel(RoutedModel):
         if processing_class is not None:
             processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
-        self.config.base = base_of(self)
+        self.config.base = base_fingerprint(self)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
         kwargs.setdefault("save_original_format", False)
@@ -483,7 +483,7 @@ class RTLModel(RoutedModel):
             "num_prunable": self.mask_bank.num_weights,
             "union": self.mask_bank.union_count(),
             "core": self.mask_bank.core_count(),
-            "active_route": self._active.route,
+            "active_route": self.active.route,
             "norm_statistics": self.config.norm_statistics,
             "private_parameters": list(self.private_parameters.names),
             "mask_cache": {"bytes": self.masker.cached_bytes(), "limit": self.masker.cache_bytes},

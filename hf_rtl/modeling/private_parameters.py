@@ -106,7 +106,7 @@ class PrivateParameters(nn.Module):
 
     def row(self, route: int) -> list[Tensor]:
         """What `route` has, a tensor of the parameter's shape each; of -1 the mean of all rows."""
-        return [_row_of(rows, route) for rows in self.rows]
+        return [_route_row(rows, route) for rows in self.rows]
 
     def masks(self, routes: Sequence[int]) -> list[Tensor]:
         """Which elements belong to `routes` (-1: all), as integers with all bits set, of the rows' shapes."""
@@ -190,7 +190,7 @@ def _as_rows(parts: Sequence[Tensor], requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(torch.stack(list(parts)), requires_grad=requires_grad)
 
 
-def _row_of(rows: Tensor, route: int) -> Tensor:
+def _route_row(rows: Tensor, route: int) -> Tensor:
     if route != UNION:
         return rows[route]
     # Not `rows.mean(0)`, which rounds, so that the mean of equal rows would be another value.
@@ -208,7 +208,7 @@ class _TakeRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Copies, since kernels round differently on memory that is not aligned, as that of a single row may be.
         return tuple(
-            torch.empty_like(like).copy_(_row_of(rows, route)) for rows, like in zip(parameters, own, strict=True)
+            torch.empty_like(like).copy_(_route_row(rows, route)) for rows, like in zip(parameters, own, strict=True)
         )
 
     @staticmethod

@@ -71,7 +71,7 @@ class RoutedModel(PreTrainedModel):
         self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
-        self._active = ActiveRoute()
+        self.active = ActiveRoute()
         self._fixed_route: int | str | None = None
         self.post_init()
 
@@ -233,7 +233,7 @@ class RoutedModel(PreTrainedModel):
         self.config.__dict__.update(changed.__dict__)
         self.router = None if router is None else router.to(self.device)
 
-    def take_router_of(self, config: RTLConfig) -> None:
+    def load_router_from_config(self, config: RTLConfig) -> None:
         """Takes over the router that another configuration of these routes names, to be filled from its file."""
         router = empty_router(config)
         fallback = UNION if config.router_fallback is None else config.router_fallback
@@ -309,7 +309,7 @@ class RoutedModel(PreTrainedModel):
 
     @contextlib.contextmanager
     def _weights_in_place(self, index: int, put: Callable[[], Any]) -> Iterator[Any]:
-        with self._active.hold(index, wait=not self.training):
+        with self.active.hold(index, wait=not self.training):
             if self.norm_statistics is not None:
                 bound = self.norm_statistics.bind(self.backbone, index)
             else:
@@ -318,7 +318,7 @@ class RoutedModel(PreTrainedModel):
                 placed = put()
                 on_backward = partial(self.routes_since_update.add, index)
                 self.private_parameters.bind(self.backbone, index, on_backward)
-                self._active.statistics = bound
+                self.active.statistics = bound
                 yield placed
             finally:
                 self.masker.remove()
@@ -378,11 +378,11 @@ class RoutedModel(PreTrainedModel):
         self, labels: Tensor | None, route_ids: Any, *, return_dict: bool | None = None, **inputs: Any
     ):
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        output = self._dispatch(inputs, labels, self._route_ids_told(route_ids))
+        output = self._dispatch(inputs, labels, self._resolve_route_ids(route_ids))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _route_ids_told(self, route_ids: Any) -> Any:
+    def _resolve_route_ids(self, route_ids: Any) -> Any:
         """Those of the call, or the route of a view that has a fixed one."""
         if self._fixed_route is None:
             return route_ids
@@ -392,7 +392,7 @@ class RoutedModel(PreTrainedModel):
 
     def _is_in_place(self, route_ids: Any, inputs: dict[str, Any]) -> bool:
         """Whether the call is inside a context of this thread, of which `route_ids` must not say anything else."""
-        active = self._active.route
+        active = self.active.route
         if active is not None and route_ids is not None:
             routes = read_route_ids(route_ids, inputs, self.route_index)
             if (set(routes) if isinstance(routes, list) else {routes}) != {active}:
@@ -428,10 +428,10 @@ class RoutedModel(PreTrainedModel):
             inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
         recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
         if recomputes:
-            self._active.statistics.attach_to_layers()
+            self.active.statistics.attach_to_layers()
         output = self.backbone(**inputs, return_dict=True)
         if recomputes:
-            self._active.statistics.detach_from_layers()
+            self.active.statistics.detach_from_layers()
         return output
 
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
@@ -575,5 +575,5 @@ class RoutedModel(PreTrainedModel):
             )
 
     def _refuse_in_context(self, action: str) -> None:
-        if self._active.held:
+        if self.active.held:
             raise RuntimeError(f"{action} inside a route_context would see masked weights; leave the context first.")

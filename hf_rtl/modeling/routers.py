@@ -223,8 +223,8 @@ def _generates(backbone: Any) -> bool:
 
 def _encoded(backbone: Any, inputs: Mapping[str, Any]) -> Tensor:
     """`[batch, positions, num_features]`; what the decoder is given may not be known before there is an answer."""
-    of_encoder = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "use_cache"))}
-    return backbone.get_encoder()(**of_encoder, return_dict=True).last_hidden_state
+    encoder_inputs = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "use_cache"))}
+    return backbone.get_encoder()(**encoder_inputs, return_dict=True).last_hidden_state
 
 
 def _before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

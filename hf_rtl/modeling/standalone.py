@@ -114,7 +114,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     Raises:
         ValueError: no `example_inputs`, and none can be made for this model.
     """
-    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    inputs = make_example_inputs(model) if example_inputs is None else example_inputs
     inputs = {name: _double(tensor) for name, tensor in inputs.items()}
     # Constants are computed in float64, so that rounding decides nothing.
     original = copy.deepcopy(model).to("cpu", torch.float64).eval()
@@ -144,7 +144,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     return StructureReport(layers, (before[1], after[1]))
 
 
-def example_inputs_of(model: nn.Module) -> dict[str, Tensor]:
+def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
     """
     Inputs that `model` takes: random images of the size in its configuration, or its `dummy_inputs` of tokens.
 

@@ -20,7 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_rtl import VERSION, check_format_version
 from .files import move_files, read_tensors, write_json, write_tensors
-from .hashing import are_known, hashes
+from .hashing import hashes, matches_fingerprint
 from .hub import CARD_FILE, tickets_page
 from .mask_bank import count_bits, unpack
 from .model_file import decode, encode
@@ -97,7 +97,7 @@ def save_tickets(
         index = {
             "format_version": TICKETS_FORMAT_VERSION,
             "hf_rtl_version": VERSION,
-            "base": base_of(model),
+            "base": base_fingerprint(model),
             "ticket_task": model.config.ticket_task,
             "norm_statistics": model.config.norm_statistics,
             "private_parameters": list(model.private_parameters.names),
@@ -155,14 +155,14 @@ def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_i
         (folder / CARD_FILE).write_bytes(page)
 
 
-def base_of(model: RoutedModel) -> dict[str, Any]:
+def base_fingerprint(model: RoutedModel) -> dict[str, Any]:
     """
     Which base the model is: the `fingerprint` of what its own tickets are made of, that is all but the added ones, and
     if it came from there, `repo` and `revision` on the Hub.
     """
     own = [route for route, name in enumerate(model.route_names) if name not in model.config.added_routes]
     tensors = base_tensors(model, own)
-    if model.config.base is not None and are_known(tensors, model.config.base["fingerprint"]):
+    if model.config.base is not None and matches_fingerprint(tensors, model.config.base["fingerprint"]):
         return model.config.base
     return {"fingerprint": hashes(tensors)}
 
@@ -225,11 +225,11 @@ def _is_whole(index: Mapping[str, Any]) -> bool:
     """Whether an index has what is said of its tickets, in the types that it is written in."""
     kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "dense": dict}
     kinds |= dict.fromkeys(("private_parameters", "weights", "tickets"), list)
-    of_a_ticket = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
+    ticket_kinds = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
     names = [entry["name"] for entry in index["tickets"]]
     return (
         all(isinstance(index[key], kind) for key, kind in kinds.items())
-        and all(type(entry[key]) is kind for entry in index["tickets"] for key, kind in of_a_ticket.items())
+        and all(type(entry[key]) is kind for entry in index["tickets"] for key, kind in ticket_kinds.items())
         and all(names)
         and len(set(names)) == len(names)
         and all(_FILE_NAME.fullmatch(entry["file"]) for entry in index["tickets"])
@@ -419,12 +419,14 @@ def _check_same_base(
     dense = dense_tensors(model)
     known = folder.index["dense"]
     differing = sorted(dense.keys() ^ known.keys())
-    differing += [name for name in dense if name in known and not are_known({name: dense[name]}, known[name])]
+    differing += [
+        name for name in dense if name in known and not matches_fingerprint({name: dense[name]}, known[name])
+    ]
     weights = dict(zip(model.mask_bank.weight_names, model.masker.weights, strict=True))
     for entry, ticket in zip(entries, tickets, strict=True):
         for name, mask, added in zip(weights, ticket.masks, ticket.added, strict=True):
             read = _selected(weights[name], mask & ~added)
-            if len(read) and name not in differing and not are_known({name: read}, entry["in_base"][name]):
+            if len(read) and name not in differing and not matches_fingerprint({name: read}, entry["in_base"][name]):
                 differing.append(name)
     if differing:
         base = folder.index["base"]

@@ -20,7 +20,7 @@ from ..analysis import Change, TicketSimilarity, detect_collapse, ticket_similar
 from ..modeling.configuration_rtl import VERSION
 from ..modeling.mask_bank import MaskBank
 from .plan import Round
-from .randomness import surroundings
+from .randomness import numerics_environment
 from .run_directory import RunDirectory
 from .training_args import RTLTrainingArguments
 
@@ -60,12 +60,12 @@ class RTLTrainerCallback(TrainerCallback):
         """
 
 
-def listeners(callbacks: Sequence[TrainerCallback]) -> list[RTLTrainerCallback]:
+def rtl_callbacks(callbacks: Sequence[TrainerCallback]) -> list[RTLTrainerCallback]:
     """Those of `callbacks` that are to be told of tickets."""
     return [callback for callback in callbacks if isinstance(callback, RTLTrainerCallback)]
 
 
-def tell_of_tickets(
+def fire_on_tickets_found(
     callbacks: Sequence[RTLTrainerCallback],
     round_: Round,
     masks: Sequence[list[Tensor]],
@@ -81,8 +81,8 @@ def tell_of_tickets(
     Raises:
         RuntimeError: a mask of an earlier event of the round cannot be read from disk.
     """
-    banks = [_bank_of(_read_masks(event, bank, run_directory), bank) for event in round_.events[:-1]]
-    banks.append(_bank_of(masks, bank))
+    banks = [_bank_with(_read_masks(event, bank, run_directory), bank) for event in round_.events[:-1]]
+    banks.append(_bank_with(masks, bank))
     figures: dict[str, float] = {}
     control.should_training_stop = False
     for callback in callbacks:
@@ -90,7 +90,7 @@ def tell_of_tickets(
     return figures, control.should_training_stop
 
 
-def _bank_of(masks: Sequence[Sequence[Tensor]], bank: MaskBank) -> MaskBank:
+def _bank_with(masks: Sequence[Sequence[Tensor]], bank: MaskBank) -> MaskBank:
     """A bank as `bank` with other masks, given as packed rows."""
     other = MaskBank(list(zip(bank.weight_names, bank.shapes, strict=True)), bank.route_names)
     for route, packed in enumerate(masks):
@@ -262,6 +262,6 @@ class ModelCardCallback(TrainerCallback):
             "hf_rtl": VERSION,
             **{name: module.__version__ for name, module in modules.items()},
             "python": platform.python_version(),
-            **surroundings(args.device),
+            **numerics_environment(args.device),
             "num_processes": args.world_size,
         }

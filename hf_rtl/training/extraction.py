@@ -15,7 +15,7 @@ from ..modeling.hashing import hash_parts
 from ..modeling.mask_bank import count_bits
 from ..pruning import prune
 from .plan import Round
-from .processes import Lifeline
+from .processes import Heartbeat
 from .randomness import Stream, reproducible
 from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Extraction:
     """
-    The search for tickets (paper, Algorithm 1), dealt out by route over the processes of a run.
+    The search for tickets (paper, Algorithm 1), assigned out by route over the processes of a run.
 
     A route's prune events follow each other on one process, in a plain local loop: no DDP, and no collectives until
     all are done. Each finished mask is on disk at once, so that an interrupted run goes on from there, on any number
@@ -38,14 +38,14 @@ class Extraction:
     Args:
         trainer ([`RouteTrainer`]): gives data, arguments and the training of single tickets; its model is not changed.
         run_directory ([`RunDirectory`]): where masks are.
-        lifeline ([`Lifeline`]): entered.
+        heartbeat ([`Heartbeat`]): entered.
         theta0 (`dict[str, Tensor]`): what every training starts from.
         num_steps (`Sequence[int]`): length of a training, per route.
     """
 
     trainer: RouteTrainer
     run_directory: RunDirectory
-    lifeline: Lifeline
+    heartbeat: Heartbeat
     theta0: dict[str, Tensor]
     num_steps: Sequence[int]
 
@@ -68,30 +68,30 @@ class Extraction:
         """
         if not round_.kept:
             return list(masks)
-        dealt = self.processes.of_first(self._deal_out(round_) if self.processes.rank == 0 else None)
+        assigned = self.processes.from_rank_zero(self._assign_routes(round_) if self.processes.rank == 0 else None)
         own: dict[int, list[Tensor]] = {}
         with reproducible(self.args.extraction_threads):
-            for route in dealt[self.processes.rank]:
-                own[route] = self._search(route, round_, masks[route])
-        self.lifeline.meet()
+            for route in assigned[self.processes.rank]:
+                own[route] = self.search(route, round_, masks[route])
+        self.heartbeat.meet()
         others = sum(steps for route, steps in enumerate(self.num_steps) if route not in own)
         self.progress.step(len(round_.kept) * others)
-        found = self._exchange(own)
+        found = self.exchange(own)
         if self.args.debug_determinism:
-            self._search_again(round_, masks, found, dealt)
+            self._search_again(round_, masks, found, assigned)
         self._ticket_trainer = None
         return found
 
-    def _deal_out(self, round_: Round) -> list[list[int]]:
+    def _assign_routes(self, round_: Round) -> list[list[int]]:
         """The routes of every process, so that all have about as many steps left to do."""
         missing = [
             sum(self.run_directory.load_mask(event, route) is None for event in round_.events)
             for route in range(self.bank.num_routes)
         ]
         steps = [number * steps for number, steps in zip(missing, self.num_steps, strict=True)]
-        return deal_out(steps, self.processes.world_size)
+        return assign_routes(steps, self.processes.world_size)
 
-    def _search(self, route: int, round_: Round, mask: list[Tensor]) -> list[Tensor]:
+    def search(self, route: int, round_: Round, mask: list[Tensor]) -> list[Tensor]:
         """All prune events of one route in a round."""
         name = self.bank.route_names[route]
         for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
@@ -125,7 +125,7 @@ class Extraction:
         )
         return self.bank.pack(pruned), self._ticket_trainer.started_from
 
-    def _exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
+    def exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
         """The masks of all routes, from those of each process; the same everywhere, or an error."""
         packed = {route: torch.cat(rows) for route, rows in own.items()}
         sizes = [-(-shape.numel() // 8) for shape in self.bank.shapes]
@@ -147,11 +147,11 @@ class Extraction:
                         )
 
     def _search_again(
-        self, round_: Round, masks: Sequence[list[Tensor]], found: Sequence[list[Tensor]], dealt: list[list[int]]
+        self, round_: Round, masks: Sequence[list[Tensor]], found: Sequence[list[Tensor]], assigned: list[list[int]]
     ) -> None:
         """Recomputes a round's last prune event of one route on another process than the one that did it first."""
         route = round_.index % self.bank.num_routes
-        finder = next(rank for rank, routes in enumerate(dealt) if route in routes)
+        finder = next(rank for rank, routes in enumerate(assigned) if route in routes)
         rank = (finder + 1) % self.processes.world_size
         name, event = self.bank.route_names[route], round_.events[-1]
         differing = 0
@@ -167,7 +167,7 @@ class Extraction:
             with reproducible(self.args.extraction_threads):
                 again, _ = self.train_and_prune(route, event, before, round_.kept[-1], lambda: None)
             differing = sum(int(count_bits(one ^ two)) for one, two in zip(again, found[route], strict=True))
-        self.lifeline.meet()
+        self.heartbeat.meet()
         differing = sum(self.processes.gather(differing))
         if differing:
             raise RuntimeError(
@@ -231,7 +231,7 @@ def train_and_prune(
     return pruned
 
 
-def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
+def assign_routes(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """
     Deals out routes over processes: the dearest that is left to the process with the least to do.
 
@@ -242,11 +242,11 @@ def deal_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
     Returns:
         Per process, the indices of its routes in ascending order; none if there are fewer routes than processes.
     """
-    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0.0, 0, rank) for rank in range(world_size)]
     for route in sorted(range(len(costs)), key=lambda route: -costs[route]):
         # By number of routes where costs are equal, as when all is done already.
         load, num_routes, rank = heapq.heappop(loads)
-        dealt[rank].append(route)
+        assigned[rank].append(route)
         heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))
-    return [sorted(routes) for routes in dealt]
+    return [sorted(routes) for routes in assigned]

@@ -16,7 +16,7 @@ from ..modeling.modeling_rtl import RTLModel
 
 
 # Elements that a processor works on at once, so that all intermediate results stay in its cache.
-_CHUNK = 2**18
+CHUNK_SIZE = 2**18
 
 
 class _MaskedOptimizer(Optimizer):
@@ -31,7 +31,7 @@ class _MaskedOptimizer(Optimizer):
     _state_names: tuple[str, ...]
 
     def __init__(self, params: Iterable, model: RTLModel, defaults: dict[str, Any]) -> None:
-        self._model = model
+        self.routed_model = model
         # `fused` makes `load_state_dict` put counts of steps onto their parameter's device, where the fused update
         # of the other parameters needs them.
         super().__init__(params, {**defaults, "fused": True})
@@ -48,10 +48,10 @@ class _MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        masked_parameters = self._model.masked_parameters
+        masked_parameters = self.routed_model.masked_parameters
         masks: dict[Tensor, Tensor] = {}
         if _has_gradient(masked_parameters):
-            masks = dict(zip(masked_parameters, self._model.update_masks(), strict=True))
+            masks = dict(zip(masked_parameters, self.routed_model.update_masks(), strict=True))
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             masked = [parameter for parameter in parameters if parameter in masks]
@@ -60,13 +60,13 @@ class _MaskedOptimizer(Optimizer):
             dense = [parameter for parameter in parameters if parameter not in masks]
             if dense:
                 self._update_dense(group, dense)
-        self._model.routes_since_update.clear()
+        self.routed_model.routes_since_update.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and with them which routes they came from."""
         super().zero_grad(set_to_none)
-        self._model.routes_since_update.clear()
+        self.routed_model.routes_since_update.clear()
 
     def _tensors(self, parameter: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """(parameter, gradient, mask, *state), all of one shape and memory layout."""
@@ -304,7 +304,7 @@ def _batches(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor
         if group and (parts[0].device, parts[0].dtype) != (group[0][0].device, group[0][0].dtype):
             yield [list(kind) for kind in zip(*group, strict=True)]
             group, size = [], 0
-        limit = _CHUNK if parts[0].device.type == "cpu" else 2**62
+        limit = CHUNK_SIZE if parts[0].device.type == "cpu" else 2**62
         pieces = [parts]
         if parts[0].numel() > limit and all(part.is_contiguous() for part in parts):
             pieces = list(zip(*(part.view(-1).split(limit) for part in parts), strict=True))

@@ -50,7 +50,7 @@ class Processes:
         """Everyone's value, by rank."""
         return gather_object([value])
 
-    def of_first(self, value: Any) -> Any:
+    def from_rank_zero(self, value: Any) -> Any:
         """Process 0's value."""
         return broadcast_object_list([value])[0]
 
@@ -83,13 +83,13 @@ class Processes:
             RuntimeError: another machine has another folder of that name.
         """
         for folder in folders:
-            token = folder / self.of_first(f".shared.{owner}{secrets.token_hex(8)}.tmp")
+            token = folder / self.from_rank_zero(f".shared.{owner}{secrets.token_hex(8)}.tmp")
             if self.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 token.touch()
             self.wait()
             name = f"{self.rank} on {socket.gethostname()}"
-            blind = [told for told in self.gather(None if _appears(token) else name) if told]
+            blind = [told for told in self.gather(None if appears(token) else name) if told]
             if self.rank == 0:
                 token.unlink()
             if blind:
@@ -117,7 +117,7 @@ class Processes:
         return self.sum(merged)
 
 
-def _appears(file: Path) -> bool:
+def appears(file: Path) -> bool:
     deadline = time.monotonic() + SHARED_FOLDER_PATIENCE
     while not file.exists():
         if time.monotonic() > deadline:
@@ -137,7 +137,7 @@ _HOST_IS_GONE = "process 0 is gone, which holds the connections."
 _LEFT = -(2**40)  # what is added to the heartbeats of a process that has left in good order
 
 
-class Lifeline:
+class Heartbeat:
     """
     A context for work that all processes do side by side, such as a run.
 
@@ -164,12 +164,12 @@ class Lifeline:
         self._has_said = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Lifeline:
+    def __enter__(self) -> Heartbeat:
         if self.world_size > 1:
             self._store = dist.PrefixStore(f"hf_rtl/{next(self._entered)}", self._connect())
             self._store.set(f"host/{self.rank}", socket.gethostname())
             self._store.add(f"beat/{self.rank}", 1)
-            self._thread = threading.Thread(target=self._watch, name="hf_rtl-lifeline", daemon=True)
+            self._thread = threading.Thread(target=self._watch, name="hf_rtl-heartbeat", daemon=True)
             self._thread.start()
         return self
 
@@ -179,7 +179,7 @@ class Lifeline:
         if self._thread is None:
             return
         if error is None:
-            self._leave()
+            self.leave()
             return
         try:
             # What a broken connection raises is the effect of another's failure, which is to be shown instead.
@@ -222,7 +222,7 @@ class Lifeline:
             time.sleep(pause)
             pause = min(2 * pause, INTERVAL / 4)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         self.meet()
         if self.rank == 0:
             # Last, since the store may live in this process.

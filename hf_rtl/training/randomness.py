@@ -22,7 +22,7 @@ class Stream(IntEnum):
     RECALIBRATION = 3
 
 
-def seed_of(*words: int) -> int:
+def derive_seed(*words: int) -> int:
     """A seed below 2**32 that depends on all `words`."""
     return int(np.random.SeedSequence(list(words)).generate_state(1)[0])
 
@@ -71,7 +71,7 @@ def reproducible(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def surroundings(device: torch.device) -> dict[str, str]:
+def numerics_environment(device: torch.device) -> dict[str, str]:
     """What rounding depends on beside inputs and versions: processor or device, and how it is set to compute."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {

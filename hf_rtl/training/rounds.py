@@ -20,11 +20,11 @@ from ..modeling.configuration_rtl import RTLConfig
 from ..modeling.files import read_tensors, write_tensors
 from ..modeling.hashing import hash_tensors
 from ..modeling.masking import UNION
-from .callbacks import ModelCardCallback, listeners, tell_of_tickets
+from .callbacks import ModelCardCallback, fire_on_tickets_found, rtl_callbacks
 from .extraction import Extraction
 from .plan import Plan, Round
-from .processes import Lifeline
-from .randomness import Stream, reproducible, seeded, surroundings
+from .processes import Heartbeat
+from .randomness import Stream, numerics_environment, reproducible, seeded
 from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
 from .run_identity import run_identity
@@ -68,11 +68,11 @@ class Rounds:
         self.num_steps = 0
         self._log_history: list[dict[str, Any]] = []
 
-    def run(self, lifeline: Lifeline) -> TrainOutput:
+    def run(self, heartbeat: Heartbeat) -> TrainOutput:
         """Runs all rounds of the plan, or up to one at which a callback asks to stop. The last one is in the model."""
         plan, trainer = self.plan, self.trainer
         bank, progress = trainer.model.mask_bank, trainer.progress
-        extraction = Extraction(trainer, self.run_directory, lifeline, self.theta0, plan.extraction_steps)
+        extraction = Extraction(trainer, self.run_directory, heartbeat, self.theta0, plan.extraction_steps)
         masks = [bank.pack([torch.ones(shape, dtype=torch.bool) for shape in bank.shapes])] * bank.num_routes
         output = TrainOutput(0, 0.0, {})
         previous: Round | None = None
@@ -83,7 +83,7 @@ class Rounds:
                 progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
                 with trainer.in_round(round_, num_steps_before=self.num_steps):
                     found = extraction.run(round_, masks)
-                    new_figures, stop = self._tell_callbacks(round_, found)
+                    new_figures, stop = self._fire_on_tickets_found(round_, found)
                 if stop and previous is not None:
                     if not previous.retrained:
                         output = self.finish(previous, masks, figures)
@@ -120,7 +120,7 @@ class Rounds:
         trainer, model = self.trainer, self.trainer.model
         folder = self.run_directory.path / round_.name
         report = self.run_directory.read_report(folder) if trainer.processes.rank == 0 else None
-        report = trainer.processes.of_first(report)
+        report = trainer.processes.from_rank_zero(report)
         if report is None:
             return None
         if report["mask_fingerprint"] != model.mask_bank.fingerprint():
@@ -128,7 +128,7 @@ class Rounds:
                 f"{str(folder)!r} holds a model that was retrained with other masks; move it away, or choose another "
                 "`name`."
             )
-        model.take_router_of(RTLConfig.from_pretrained(folder))
+        model.load_router_from_config(RTLConfig.from_pretrained(folder))
         trainer._load_from_checkpoint(str(folder))
         model.config.thresholds = report["thresholds"]
         trainer.progress.step(self.plan.retraining_steps)
@@ -169,17 +169,19 @@ class Rounds:
         }
         if trainer.processes.rank == 0:
             report = self.run_directory.write_report(folder, report)
-        return trainer.processes.of_first(report)
+        return trainer.processes.from_rank_zero(report)
 
-    def _tell_callbacks(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
+    def _fire_on_tickets_found(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
         """`on_tickets_found`: the figures that callbacks give, and whether one asks to stop; the same everywhere."""
         trainer = self.trainer
-        callbacks = listeners(trainer.callback_handler.callbacks)
+        callbacks = rtl_callbacks(trainer.callback_handler.callbacks)
         answer: tuple[dict[str, float], bool] = ({}, False)
         if callbacks and trainer.processes.rank == 0:
             bank, state, control = trainer.model.mask_bank, trainer.state, trainer.control
-            answer = tell_of_tickets(callbacks, round_, masks, bank, self.run_directory, trainer.args, state, control)
-        return trainer.processes.of_first(answer)
+            answer = fire_on_tickets_found(
+                callbacks, round_, masks, bank, self.run_directory, trainer.args, state, control
+            )
+        return trainer.processes.from_rank_zero(answer)
 
 
 def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, initial: dict[str, Tensor]) -> None:
@@ -187,7 +189,7 @@ def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, ini
     processes, device = trainer.processes, trainer.args.device
     configuration, extraction = run_identity(trainer.model, trainer.args, trainer.run_data.require_training(), initial)
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-    around = {name: module.__version__ for name, module in modules.items()} | surroundings(device)
+    around = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
     around["first_batch"] = _hash_of_first_batch(trainer, plan)
     processes.check_same({**configuration, **around})
     if processes.world_size > 1:
@@ -206,7 +208,7 @@ def _hash_of_first_batch(trainer: RouteTrainer, plan: Plan) -> str:
 
 
 def find_theta0(
-    trainer: RouteTrainer, run_directory: RunDirectory, initial: dict[str, Tensor], lifeline: Lifeline
+    trainer: RouteTrainer, run_directory: RunDirectory, initial: dict[str, Tensor], heartbeat: Heartbeat
 ) -> dict[str, Tensor]:
     """The weights that everything starts from: the initial ones, or those after `rewind_to` dense steps."""
     file, args = run_directory.theta0_file, trainer.args
@@ -220,7 +222,7 @@ def find_theta0(
             with reproducible(args.extraction_threads):
                 dense.train(None, _dense_batches(trainer), seed=(args.seed, Stream.REWINDING))
             write_tensors(file, dict(named_state(dense.network)))
-    lifeline.meet()
+    heartbeat.meet()
     theta0 = read_tensors(file) if args.rewind_to else initial
     if theta0 is None:
         raise RuntimeError(f"process {trainer.processes.rank} cannot read {str(file)!r}, which process 0 has written.")

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 
 from ..data.columns import columns_of, single_labels
 from ..data.partition import Partition
-from ..data.route_data import Chained, RouteData
+from ..data.route_data import ConcatRows, RouteData
 from ..modeling.hashing import hash_tensors
 from ..modeling.mask_bank import MaskBank
 from ..modeling.masking import UNION
@@ -27,7 +27,7 @@ from ..modeling.private_parameters import norms_biases_and_head
 from ..pruning import round_schedule
 from .evaluation import ONE_PREDICTION_PER_SAMPLE
 from .extraction import train_and_prune
-from .processes import Lifeline
+from .processes import Heartbeat
 from .randomness import Stream, reproducible
 from .route_trainer import RouteTrainer
 from .router_fitting import evidence_of_each
@@ -54,8 +54,8 @@ def add_route(trainer: RouteTrainer, name: str, dataset: Any, *, calibration_dat
             "route's data would change the outputs of all tickets."
         )
     data, held_out = _data_with(trainer, name, dataset, calibration_dataset)
-    with trainer.explained_failures(), Lifeline(trainer.args.process_index, trainer.args.world_size) as lifeline:
-        ticket = _find_ticket(trainer, bank, data, lifeline)
+    with trainer.explained_failures(), Heartbeat(trainer.args.process_index, trainer.args.world_size) as heartbeat:
+        ticket = _find_ticket(trainer, bank, data, heartbeat)
     if run_data.training is not None:
         run_data.training = data
         run_data.remember(data.dataset, data.partition)
@@ -117,7 +117,7 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
                 f"the data of the new route {name!r} has the columns {', '.join(columns_of(new.dataset))}, but "
                 f"that of the trainer {', '.join(columns_of(others[0]))}; both need the same."
             )
-        chained.dataset = Chained([others[0], new.dataset])
+        chained.dataset = ConcatRows([others[0], new.dataset])
         route_ids, rule = np.concatenate([others[1].route_ids, route_ids]), others[1].rule
     # The rule of the others does not know the new route, which is said when the model is saved without it.
     chained.partition = Partition(route_ids, [*route_names, name], allow_empty=True, rule=rule)
@@ -127,7 +127,7 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
 # Search
 
 
-def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, lifeline: Lifeline) -> NewTicket:
+def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbeat: Heartbeat) -> NewTicket:
     """The ticket of the last route of `bank`: pruned as in a run's extraction, then retrained alone."""
     args, progress, route = trainer.args, trainer.progress, bank.num_routes - 1
     network = _network_of_new_route(trainer)
@@ -163,7 +163,7 @@ def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, lifelin
             weights = _retrain_alone(trainer, ticket_trainer, mask, batches, num_steps, route)
     finally:
         progress.finish()
-    lifeline.meet()
+    heartbeat.meet()
     state = dict(named_state(network))
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise FloatingPointError("a weight became NaN or infinite; lower `learning_rate`, or check the data.")

@@ -24,7 +24,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, Rows
+from ..data.route_data import EvaluationData, RouteData, RowSubset
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -38,10 +38,10 @@ from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
 from .processes import Processes
-from .randomness import Stream, seed_of
+from .randomness import Stream, derive_seed
 from .router_fitting import Batches, fit_router
 from .run_data import RunData
-from .run_directory import best_checkpoint, last_usable_checkpoint, seal
+from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
 from .running_statistics import average_over_processes, recalibrate_union, running_statistics
 from .ticket_trainer import TicketTrainer, named_state
@@ -145,7 +145,7 @@ class RouteTrainer(Trainer):
         self.model_wrapped = self.model
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
-        set_seed(seed_of(self.args.seed, Stream.RETRAINING, self._require_round().index))
+        set_seed(derive_seed(self.args.seed, Stream.RETRAINING, self._require_round().index))
         # Masks never change here, and statistics are averaged: DDP need not send process 0's in every step.
         statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
         kept_in_step = [
@@ -157,7 +157,7 @@ class RouteTrainer(Trainer):
         checkpoint = None
         if self.processes.rank == 0:
             checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)
-        checkpoint = self.processes.of_first(checkpoint)
+        checkpoint = self.processes.from_rank_zero(checkpoint)
         self._is_continued = checkpoint is not None
         self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
         with self._output_dir(folder):
@@ -180,7 +180,7 @@ class RouteTrainer(Trainer):
         generator = np.random.default_rng([data.seed, Stream.RECALIBRATION, self._require_round().index])
         order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * data.batch_size]
         samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
-        rows = Rows(samples, order.tolist())
+        rows = RowSubset(samples, order.tolist())
         drop_last = len(order) > data.batch_size
         for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=self.collate(), drop_last=drop_last):
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
@@ -348,8 +348,8 @@ class RouteTrainer(Trainer):
         """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            of_backbone = inspect.signature(self.model.backbone.forward).parameters
-            self._signature_columns = [*(self._signature_columns or []), *of_backbone]
+            backbone_columns = inspect.signature(self.model.backbone.forward).parameters
+            self._signature_columns = [*(self._signature_columns or []), *backbone_columns]
 
     def collate(self) -> Callable[[list], dict]:
         """What makes a batch of samples, columns that the backbone does not take left out."""
@@ -504,7 +504,7 @@ class RouteTrainer(Trainer):
         self.processes.wait()
         if self.processes.rank == 0:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            seal(checkpoint, world_size=self.processes.world_size)
+            mark_complete(checkpoint, world_size=self.processes.world_size)
         self._delete_old_checkpoints()
 
     def _delete_old_checkpoints(self) -> None:

@@ -179,7 +179,7 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:
-    """Raises `ValueError` unless batches can be dealt out over the processes."""
+    """Raises `ValueError` unless batches can be assigned out over the processes."""
     unit = (2 if data.membership else 1) * args.world_size
     if args.route_batch_size % unit:
         each = "a positive and a negative" if data.membership else "a sample"

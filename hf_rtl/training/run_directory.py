@@ -182,20 +182,20 @@ def _short(value: Any) -> str:
 
 logger = logging.getLogger(__name__)
 
-SEAL = "checkpoint.json"
+CHECKPOINT_FILE = "checkpoint.json"
 
 
-def seal(checkpoint: Path, *, world_size: int) -> None:
+def mark_complete(checkpoint: Path, *, world_size: int) -> None:
     """Says that a checkpoint is whole, what is in it, and how many processes made it."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_FILE)
     hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
-    write_json(checkpoint / SEAL, {"world_size": world_size, "files": hashes})
+    write_json(checkpoint / CHECKPOINT_FILE, {"world_size": world_size, "files": hashes})
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint has been sealed and holds what it held then."""
     try:
-        files = json.loads((checkpoint / SEAL).read_text())["files"]
+        files = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]
         return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
     except (FileNotFoundError, KeyError, ValueError):  # another OSError says nothing of what is there
         return False
@@ -222,9 +222,9 @@ def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
     """
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for checkpoint in sorted(checkpoints, key=_step_of, reverse=True):
+    for checkpoint in sorted(checkpoints, key=_checkpoint_step, reverse=True):
         if is_usable(checkpoint):
-            made_by = json.loads((checkpoint / SEAL).read_text())["world_size"]
+            made_by = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["world_size"]
             if made_by != world_size:
                 logger.warning(
                     f"{str(checkpoint)!r} was made by {made_by} process(es) and is continued by {world_size}: the "
@@ -236,5 +236,5 @@ def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     return None
 
 
-def _step_of(checkpoint: Path) -> int:
+def _checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])

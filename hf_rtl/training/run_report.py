@@ -34,7 +34,7 @@ _ARGUMENTS = [
     "allow_disconnected",
 ]
 # Of a round's report: what is the same whether or not the run was interrupted.
-_OF_A_ROUND = (
+_ROUND_FIELDS = (
     "round",
     "sparsity",
     "kept",
@@ -114,13 +114,13 @@ def describe_run(
     prefixes = {name: f"eval_{name}_" if name else "eval_" for name in evaluations}
     run = {
         "model": model_identity(model),
-        "backbone": _repo_of(model.backbone),
+        "backbone": _backbone_repo(model.backbone),
         "arguments": {name: values[name] for name in changed},
         "defaults": {name: defaults[name] for name in changed},
         "seed": args.seed,
         "thresholds": model.config.thresholds,
         "num_training_samples": _num_samples(model, training),
-        "rounds": [{name: report.get(name) for name in _OF_A_ROUND} for report in reports],
+        "rounds": [{name: report.get(name) for name in _ROUND_FIELDS} for report in reports],
         "evaluations": [
             {
                 "name": name,
@@ -138,7 +138,7 @@ def _num_samples(model: RTLModel, partition: Partition) -> dict[str, int]:
     return dict(zip(model.route_names, partition.counts.tolist(), strict=True))
 
 
-def _repo_of(backbone: Any) -> str | None:
+def _backbone_repo(backbone: Any) -> str | None:
     """The repository that a backbone was loaded from, if it is in the cache. A folder's name is nobody's business."""
     name = backbone.name_or_path
     if not name or Path(name).exists():

@@ -22,7 +22,7 @@ from ..modeling.modeling_rtl import RTLModel
 from ..pruning import round_schedule
 from .callbacks import ModelCardCallback
 from .plan import Plan, make_rounds
-from .processes import Lifeline
+from .processes import Heartbeat
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
 from .route_trainer import RouteTrainer
@@ -158,12 +158,12 @@ class RTLTrainer(RouteTrainer):
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
-        with Lifeline(self.args.process_index, self.args.world_size) as lifeline, self.explained_failures():
+        with Heartbeat(self.args.process_index, self.args.world_size) as heartbeat, self.explained_failures():
             open_run(self, self.run_directory, plan, self._initial)
-            theta0 = find_theta0(self, self.run_directory, self._initial, lifeline)
+            theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
             rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
             self.rounds = rounds.reports
-            output = rounds.run(lifeline)
+            output = rounds.run(heartbeat)
             self._save_final()
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -209,7 +209,7 @@ class RTLTrainer(RouteTrainer):
         self.progress.start(plan.retraining_steps)
         self.progress.begin_round(name)
         try:
-            with Lifeline(self.args.process_index, self.args.world_size), self.explained_failures():
+            with Heartbeat(self.args.process_index, self.args.world_size), self.explained_failures():
                 packed = [self.model.mask_bank.pack(mask) for mask in masks]
                 rounds.finish(replace(original, name=name), packed, {})
         finally:

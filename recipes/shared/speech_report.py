@@ -20,9 +20,9 @@ COSTS = ("union", "bytes", "emptied layers", "trainings", "samples in extraction
 
 def enhancement_metrics(enhanced: Tensor, test: Mixtures) -> dict[str, float]:
     """SI-SNR improvement of the test mixtures `[N, samples]` in dB: the mean of every scene, and the mean of these."""
-    of_scenes = _means(_si_snr(enhanced, test) - _si_snr(test.noisy, test), test)
-    metrics = {f"{name}/si_snr_improvement": value for name, value in of_scenes.items()}
-    return {"si_snr_improvement": sum(of_scenes.values()) / len(of_scenes), **metrics}
+    by_scene = _means(_si_snr(enhanced, test) - _si_snr(test.noisy, test), test)
+    metrics = {f"{name}/si_snr_improvement": value for name, value in by_scene.items()}
+    return {"si_snr_improvement": sum(by_scene.values()) / len(by_scene), **metrics}
 
 
 def input_ratios(test: Mixtures) -> dict[str, float]:

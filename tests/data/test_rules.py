@@ -168,7 +168,7 @@ def test_routes_depend_neither_on_the_batch_nor_on_the_order(by_centres, monkeyp
     for size in (1, 7, 64):
         parts = [by_centres.assign(features[start : start + size]) for start in range(0, len(features), size)]
         assert np.concatenate([part.route_ids for part in parts]).tolist() == whole.tolist()
-    monkeypatch.setattr("hf_rtl.data.rules._BLOCK", 37 * 3)
+    monkeypatch.setattr("hf_rtl.data.rules.BLOCK_SIZE", 37 * 3)
     assert by_centres.assign(features).route_ids.tolist() == whole.tolist()
 
 

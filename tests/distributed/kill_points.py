@@ -87,11 +87,11 @@ class Stops:
             self._stop_in_writes(owner, name, number)
         self._stop_at_renames()
         self._stop_in_removals()
-        self._stop_before(hf_rtl.training.processes, "_appears", BETWEEN)
+        self._stop_before(hf_rtl.training.processes, "appears", BETWEEN)
         self._stop_before(RunDirectory, "open", BETWEEN)
         self._stop_before(hf_rtl.training.trainer, "find_theta0", BETWEEN)
         self._stop_before(Extraction, "run", BETWEEN)
-        self._stop_before(Extraction, "_exchange", BETWEEN)
+        self._stop_before(Extraction, "exchange", BETWEEN)
         self._stop_before(RTLTrainer, "put_masks", BETWEEN)
         self._stop_before(RTLTrainer, "start_from", BETWEEN)
         self._stop_before(RTLTrainer, "retrain_jointly", BETWEEN)
@@ -100,9 +100,9 @@ class Stops:
         self._stop_before(RTLTrainer, "_save_checkpoint", SAVING)
         self._stop_before(RTLTrainer, "_save_optimizer_and_scheduler", SAVING)
         self._stop_before(RTLTrainer, "save_model", SAVING)
-        self._stop_before(hf_rtl.training.route_trainer, "seal", SAVING)
+        self._stop_before(hf_rtl.training.route_trainer, "mark_complete", SAVING)
         self._stop_before(RunDirectory, "write_report", SAVING)
-        self._stop_before(hf_rtl.training.processes.Lifeline, "_leave", SAVING)
+        self._stop_before(hf_rtl.training.processes.Heartbeat, "leave", SAVING)
 
     def watch(self, trainer: RTLTrainer) -> None:
         """Stops in joint retraining."""

@@ -282,7 +282,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
 def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, on 24, 8 and 12 images; also how many steps of extraction this process did for each route."""
     steps: dict[str, int] = {}
-    search, step = Extraction._search, TicketTrainer.step
+    search, step = Extraction.search, TicketTrainer.step
     current = []
 
     def watched_search(self, route, round_, mask):
@@ -293,7 +293,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
         steps[current[0]] = steps.get(current[0], 0) + 1
         return step(self, batch)
 
-    with patch.object(Extraction, "_search", watched_search), patch.object(TicketTrainer, "step", watched_step):
+    with patch.object(Extraction, "search", watched_search), patch.object(TicketTrainer, "step", watched_step):
         return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
 
 
@@ -383,14 +383,14 @@ def train_for_long(folder: str, place: str) -> None:
 
 def dawdle(folder: str, seconds: float, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, but process 1 needs long for its ticket."""
-    search = Extraction._search
+    search = Extraction.search
 
     def slow(self, *arguments):
         if dist.get_rank() == 1:
             time.sleep(seconds)
         return search(self, *arguments)
 
-    with patch.object(Extraction, "_search", slow):
+    with patch.object(Extraction, "search", slow):
         return train(folder, "timm", options)
 
 

@@ -44,14 +44,14 @@ class Environment:
         _pip("install", "--no-deps", "--target", self.site_packages, wheel)
 
 
-def packages_of(project: Path) -> list[Path]:
+def backbone_packages(project: Path) -> list[Path]:
     return [file.parent for file in project.glob("hf_rtl*/__init__.py")]
 
 
 def build_wheel(project: Path, folder: Path) -> Path:
     """Builds the package of a project in `folder`, and leaves nothing in the project's."""
     sources = folder / "sources"
-    for package in packages_of(project):
+    for package in backbone_packages(project):
         shutil.copytree(package, sources / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(project / name, sources)

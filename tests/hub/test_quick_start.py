@@ -9,7 +9,7 @@ import torch
 from tests.child_processes import ROOT
 from tests.hub.clients.pipelines import answers_of
 from tests.hub.clients.repositories import push
-from tests.hub.environments import packages_of
+from tests.hub.environments import backbone_packages
 
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -52,5 +52,5 @@ def test_the_published_package_is_whole(published_environment):
             if file.is_file() and "__pycache__" not in file.parts
         }
 
-    for package in packages_of(ROOT):
+    for package in backbone_packages(ROOT):
         assert files(published_environment.site_packages / package.name) == files(package)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.hub.clients.repositories import base_of, copy_repo, pull, push
+from tests.hub.clients.repositories import base_fingerprint, copy_repo, pull, push
 from tests.hub.clients.tickets import pull_with_tickets, push_compact, push_model_and_tickets, push_tickets
 from tests.hub.processes import ClientError
 from tests.hub.server import File, HubError
@@ -27,7 +27,7 @@ def test_a_strangers_ticket_in_three_lines(hub, run, base, tmp_path):
     assert set(files) == {".gitattributes", "README.md", "tickets.json", "ticket-000.safetensors"}
     index = json.loads(files["tickets.json"].data)
     assert (index["base"]["repo"], index["base"]["revision"]) == (base, hub.repos[base].at("main").oid)
-    assert index["base"]["fingerprint"] == run(base_of, base)["fingerprint"]
+    assert index["base"]["fingerprint"] == run(base_fingerprint, base)["fingerprint"]
     commit, created = hub.repos["bob/moths"].history()
     assert (commit.title, commit.author, commit.parent) == ("Upload tickets", "bob", created.oid)
     for path, file in files.items():
@@ -143,10 +143,10 @@ def test_a_model_that_was_pushed_knows_where_it_is(hub, run):
     run(push_model_and_tickets, "org/fresh", "org/fresh-tickets")
     index = json.loads(hub.repos["org/fresh-tickets"].at("main").files["tickets.json"].data)
     assert (index["base"]["repo"], index["base"]["revision"]) == ("org/fresh", hub.repos["org/fresh"].at("main").oid)
-    assert run(base_of, "org/fresh") == index["base"]
+    assert run(base_fingerprint, "org/fresh") == index["base"]
     # A copy elsewhere is of the same base.
     run(copy_repo, "org/fresh", "org/copy")
-    assert run(base_of, "org/copy") == index["base"]
+    assert run(base_fingerprint, "org/copy") == index["base"]
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit", "bert"])

@@ -98,7 +98,7 @@ def tables(page):
 
 
 def table_with(page, *titles):
-    """Rows of the one table whose head has these titles, as title -> cell."""
+    """RowSubset of the one table whose head has these titles, as title -> cell."""
     (table,) = [table for table in tables(page) if set(titles) <= set(table[0])]
     return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
 

@@ -77,19 +77,19 @@ def test_a_card_comes_back_with_every_metric_as_it_was_measured(tmp_path, ticket
     assert all(result.dataset_name == "Animals" and result.dataset_split == "test" for result in results)
     assert {result.task_type for result in results} == {"image-classification"}
     assert len(results) == len(metrics) - (ticket_task == "membership")  # all but the number of constant tickets
-    of_whom = {f"route {name}": f"{name}/" for name in model.route_names} | {"all routes": ""}
-    for whose, prefix in of_whom.items():
+    subjects = {f"route {name}": f"{name}/" for name in model.route_names} | {"all routes": ""}
+    for whose, prefix in subjects.items():
         measured = {name: value for name, value in metrics.items() if name[: name.find("/") + 1] == prefix}
         measured.pop("constant_tickets", None)
         assert [r.metric_value for r in results if r.dataset_config == whose] == list(measured.values())
-    of_all = {result.metric_name: result for result in results if result.dataset_config == "all routes"}
+    overall = {result.metric_name: result for result in results if result.dataset_config == "all routes"}
     if ticket_task == "membership":
-        assert of_all["F1, calibrated threshold, mean over routes"].metric_value == metrics["calibrated_f1"]
-        assert of_all["Balanced accuracy, score > 0, worst route"].metric_value == metrics["worst_balanced_accuracy"]
-        assert of_all["AUROC, mean over routes"].metric_type == "roc_auc"
+        assert overall["F1, calibrated threshold, mean over routes"].metric_value == metrics["calibrated_f1"]
+        assert overall["Balanced accuracy, score > 0, worst route"].metric_value == metrics["worst_balanced_accuracy"]
+        assert overall["AUROC, mean over routes"].metric_type == "roc_auc"
         assert card.data.metrics == ["accuracy", "f1", "precision", "recall", "roc_auc"]
     else:
-        assert of_all["Accuracy, worst route"].metric_value == metrics["worst_route_accuracy"]
+        assert overall["Accuracy, worst route"].metric_value == metrics["worst_route_accuracy"]
         assert {result.metric_type for result in results} == {"accuracy"}
 
 
@@ -128,7 +128,7 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
     if ticket_task == "labels":
         columns = {"accuracy": "accuracy"}
 
-    *routes, of_all = table_with(page, "kept weights")
+    *routes, overall = table_with(page, "kept weights")
     for index, (name, row) in enumerate(zip(model.route_names, routes, strict=True)):
         kept = int(masks[index].sum())
         assert row[""] == str(index) and row["route"] == name and row["kept weights"] == f"{kept:,}"
@@ -137,9 +137,9 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
         assert {title: row[title] for title in columns} == {
             title: f"{metrics[f'{name}/{metric}']:.3f}" for title, metric in columns.items()
         }
-    assert {title: of_all[title] for title in columns} == {t: f"{metrics[m]:.3f}" for t, m in columns.items()}
-    assert (of_all["training samples"], of_all["test samples"]) == ("303", "30")
-    assert of_all["density"] == f"{100 * int(torch.stack(masks).sum()) / torch.stack(masks).numel():.1f} %"
+    assert {title: overall[title] for title in columns} == {t: f"{metrics[m]:.3f}" for t, m in columns.items()}
+    assert (overall["training samples"], overall["test samples"]) == ("303", "30")
+    assert overall["density"] == f"{100 * int(torch.stack(masks).sum()) / torch.stack(masks).numel():.1f} %"
 
     for row, mask in zip(table_with(page, *model.route_names), masks, strict=True):
         for name, other in zip(model.route_names, masks, strict=True):
@@ -171,12 +171,12 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
 def test_calibrated_metrics_have_a_table_of_their_own(tmp_path):
     model = make_model()
     metrics = with_run(model, tmp_path)
-    *routes, of_all = table_with(page_of(write_card(tmp_path)), "threshold")
+    *routes, overall = table_with(page_of(write_card(tmp_path)), "threshold")
     for name, threshold, row in zip(model.route_names, (0, 0.25, 0.5), routes, strict=True):
         assert (row["route"], row["threshold"]) == (name, f"{threshold:.3f}")
         assert row["F1"] == f"{metrics[f'{name}/calibrated_f1']:.3f}"
         assert row["bal. acc."] == f"{metrics[f'{name}/calibrated_balanced_accuracy']:.3f}"
-    assert of_all["precision"] == f"{metrics['calibrated_precision']:.3f}" and "AUROC" not in of_all
+    assert overall["precision"] == f"{metrics['calibrated_precision']:.3f}" and "AUROC" not in overall
 
 
 def test_thresholds_are_those_that_were_measured(tmp_path):

@@ -84,7 +84,7 @@ def assert_gradients_close(model, expected, masks, rtol=1e-9, atol=1e-12):
 
 def assert_nothing_is_left(model, parameters, buffers):
     """Every parameter and buffer is where it was, nothing hides it, and no context is active."""
-    assert not model._active.held and model._active.route is None
+    assert not model.active.held and model.active.route is None
     assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
     for name, buffer in model.named_buffers():
         assert buffer is buffers[name], name

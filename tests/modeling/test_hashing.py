@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hf_rtl.modeling.hashing import are_known, hash_tensors, hashes
+from hf_rtl.modeling.hashing import hash_tensors, hashes, matches_fingerprint
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def test_copies_in_smaller_types_are_known(tensors, stored, copy):
     original = cast(exact, stored)
     known = hashes(original)
     both_halves = {stored, copy} == {torch.bfloat16, torch.float16}
-    assert are_known(cast(original, copy), known) is not both_halves
+    assert matches_fingerprint(cast(original, copy), known) is not both_halves
     # Cast back: the rounded values in the larger type.
     if copy.itemsize < stored.itemsize:
-        assert are_known(cast(cast(original, copy), stored), known)
+        assert matches_fingerprint(cast(cast(original, copy), stored), known)
         assert not torch.equal(cast(cast(original, copy), stored)["weight"], original["weight"])
 
 
@@ -44,26 +44,26 @@ def test_copies_in_smaller_types_are_known(tensors, stored, copy):
 def test_changes_are_seen(tensors, dtype):
     known = hashes(tensors)
     copy = cast(tensors, dtype)
-    assert are_known(copy, known)
+    assert matches_fingerprint(copy, known)
     for name in copy:
         changed = {**copy, name: copy[name].clone()}
         changed[name].view(-1)[1] *= 2
         changed[name].view(-1)[1] += 1
-        assert not are_known(changed, known)
-    assert not are_known({"weight": copy["weight"], "bias": copy["bias"]}, known)
-    assert not are_known({**copy, "bias": copy["weight"].view(-1)[:11]}, known)
+        assert not matches_fingerprint(changed, known)
+    assert not matches_fingerprint({"weight": copy["weight"], "bias": copy["bias"]}, known)
+    assert not matches_fingerprint({**copy, "bias": copy["weight"].view(-1)[:11]}, known)
     # The least change that a float32 can have does not show in the rounded values, but is one.
     if dtype == torch.float32:
         nudged = {**copy, "bias": torch.nextafter(copy["bias"], torch.tensor(9.0))}
         assert hashes(nudged)["bfloat16"] == known["bfloat16"]
-        assert not are_known(nudged, known)
+        assert not matches_fingerprint(nudged, known)
 
 
 def test_shapes_and_strides_are_of_no_concern(tensors):
     known = hashes(tensors)
-    assert are_known({**tensors, "weight": tensors["weight"].view(11, 7)}, known)
-    assert are_known({**tensors, "weight": tensors["weight"].t().contiguous().t()}, known)
-    assert not are_known({**tensors, "weight": tensors["weight"].t()}, known)
+    assert matches_fingerprint({**tensors, "weight": tensors["weight"].view(11, 7)}, known)
+    assert matches_fingerprint({**tensors, "weight": tensors["weight"].t().contiguous().t()}, known)
+    assert not matches_fingerprint({**tensors, "weight": tensors["weight"].t()}, known)
 
 
 def test_the_hash_covers_names_types_shapes_and_bits():

@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import hf_rtl
 from hf_rtl import RTLConfig, RTLModel, RTLModelForImageClassification, RTLModelForSequenceClassification
-from hf_rtl.modeling.hub import packages_of
+from hf_rtl.modeling.hub import backbone_packages
 
 
 PACKAGE = Path(hf_rtl.modeling.__file__).parent
@@ -117,8 +117,10 @@ def stranger_to_timm(pretrained=False, **kwargs):
 def test_backbones_of_timm_and_transformers_need_no_other_package(tiny_vit_config, tiny_bert_config):
     routes = {"route_names": ["a", "b"], "ticket_task": "labels"}
     for name in ("test_resnet", "test_vit", tiny_vit_config):
-        assert packages_of(RTLModelForImageClassification.from_backbone(name, **routes).backbone) == []
-    assert packages_of(RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **routes).backbone) == []
+        assert backbone_packages(RTLModelForImageClassification.from_backbone(name, **routes).backbone) == []
+    assert (
+        backbone_packages(RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **routes).backbone) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_backbones_of_timm_and_transformers_need_no_other_package(tiny_vit_confi
 )
 def test_other_backbones_are_saved_without_code_and_it_is_said_why(tmp_path, caplog, backbone, package):
     model = RTLModelForImageClassification.from_backbone(backbone, route_names=["a"], ticket_task="labels")
-    assert packages_of(model.backbone) == [package]
+    assert backbone_packages(model.backbone) == [package]
     model.save_pretrained(tmp_path / "model", with_code=True)
     assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
     assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())

@@ -10,7 +10,7 @@ import torch
 
 from hf_rtl import MaskBank
 from hf_rtl.modeling.mask_bank import (
-    _blocks,
+    byte_blocks,
     check_route_names,
     count_bits,
     integer_dtype,
@@ -214,7 +214,7 @@ def test_similarity_of_empty_layers_is_nan():
 
 def test_similarity_over_several_blocks(monkeypatch):
     bank, masks = random_bank(3)
-    blocks = "hf_rtl.modeling.mask_bank._blocks"
+    blocks = "hf_rtl.modeling.mask_bank.byte_blocks"
     monkeypatch.setattr(blocks, lambda num_bytes, _: (slice(b, b + 1) for b in range(num_bytes)))
     assert bank.similarity()[0, 2].item() == jaccard(everything(masks[0]), everything(masks[2]))
 
@@ -223,7 +223,7 @@ def test_similarity_over_several_blocks(monkeypatch):
     "num_bytes, num_routes", [(1, 1), (2**18, 1), (2**18 + 1, 1), (1000, 2**18), (5, 2**20), (0, 3)]
 )
 def test_blocks_cover_every_byte_once(num_bytes, num_routes):
-    covered = [byte for block in _blocks(num_bytes, num_routes) for byte in range(num_bytes)[block]]
+    covered = [byte for block in byte_blocks(num_bytes, num_routes) for byte in range(num_bytes)[block]]
     assert covered == list(range(num_bytes))
 
 

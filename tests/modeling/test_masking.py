@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_rtl.modeling.mask_bank import pack, unpack_as_integers
-from hf_rtl.modeling.masking import UNION, _MaskWeights
+from hf_rtl.modeling.masking import UNION, MaskWeights
 from hf_rtl.modeling.norm_statistics import NormStatistics, is_checkpointing
 from tests.modeling.naive import (
     BATCH,
@@ -158,7 +158,7 @@ def test_masking_is_where_to_the_bit(dtype):
     mask = torch.rand(40, 5) < 0.5
     bits = unpack_as_integers(pack(mask), mask.shape, dtype)
     leaf = weight.clone().requires_grad_()
-    (masked,) = _MaskWeights.apply([bits], [torch.empty_like(weight)], lambda: None, leaf)
+    (masked,) = MaskWeights.apply([bits], [torch.empty_like(weight)], lambda: None, leaf)
     expected = torch.where(mask, weight, torch.zeros_like(weight))
     assert torch.equal(masked.view(bits.dtype), expected.view(bits.dtype))
     upstream = weight.flip(0)
@@ -172,7 +172,7 @@ def test_gradients_that_share_memory():
     masks = [torch.rand(5, 3) < 0.5 for _ in range(3)]
     bits = [unpack_as_integers(pack(mask), mask.shape, torch.float32) for mask in masks]
     leaves = [torch.randn(5, 3, requires_grad=True) for _ in range(3)]
-    a, b, c = _MaskWeights.apply(bits, [torch.empty(5, 3) for _ in masks], lambda: None, *leaves)
+    a, b, c = MaskWeights.apply(bits, [torch.empty(5, 3) for _ in masks], lambda: None, *leaves)
     upstream = torch.randn(5, 3)
     (a + (b + c)).backward(upstream)
     for leaf, mask in zip(leaves, masks, strict=True):
@@ -183,7 +183,7 @@ def test_gradients_that_are_views_or_strided():
     masks = [torch.rand(5, 3) < 0.5 for _ in range(4)]
     bits = [unpack_as_integers(pack(mask), mask.shape, torch.float32) for mask in masks]
     leaves = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
-    a, b, c, d = _MaskWeights.apply(bits, [torch.empty(5, 3) for _ in masks], lambda: None, *leaves)
+    a, b, c, d = MaskWeights.apply(bits, [torch.empty(5, 3) for _ in masks], lambda: None, *leaves)
     x = torch.randn(10, 3)
     (torch.cat([a, b]) * x).sum().backward(retain_graph=True)
     (c.t() * x[:3, :].repeat(1, 2)[:, :5]).sum().backward()

@@ -126,7 +126,7 @@ def test_the_cache_keeps_to_its_bound(zoo, cache_bytes):
     assert model.masker.cached_bytes() == 2 * one
     kept = model.masker.masks([0])
     assert model.masker.masks([0]) is kept
-    assert set(model.masker._cache) == {(0,), (2,)}
+    assert set(model.masker.cache) == {(0,), (2,)}
 
 
 def test_update_masks_are_the_union_of_the_routes_since_the_last_step(zoo):
@@ -183,7 +183,7 @@ def test_another_thread_waits_in_evaluation(zoo):
     mixed_thread.join(10)
     assert torch.equal(results[0], expected)
     close(mixed_results[0], expected)
-    assert not model._active.held
+    assert not model.active.held
 
 
 def test_another_thread_raises_in_training(zoo):

@@ -1,4 +1,4 @@
-"""Rows of private parameters: what a step moves, what files hold, and what follows when routes come and go."""
+"""RowSubset of private parameters: what a step moves, what files hold, and what follows when routes come and go."""
 
 import copy
 import json

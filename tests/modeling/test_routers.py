@@ -183,7 +183,7 @@ def test_entropy_evidence_is_the_derivative_by_the_coefficients(tiny_attention_c
         slope = (entropy(higher) - entropy(lower)) / 2e-5
         assert evidence[0, route].item() == pytest.approx(-slope, rel=1e-4, abs=1e-8)
     # Weights and masks are as they were, and no gradient is left.
-    assert all(p.grad is None for p in model.parameters()) and model._active.route is None
+    assert all(p.grad is None for p in model.parameters()) and model.active.route is None
     assert torch.equal(model(input_ids=ids, route_ids=1).logits, model.extract_ticket(1).eval()(ids).logits)
 
 

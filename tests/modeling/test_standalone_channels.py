@@ -18,7 +18,7 @@ from hf_rtl import (
     RTLModelForSeq2SeqLM,
     RTLModelForSequenceClassification,
 )
-from hf_rtl.modeling.standalone import example_inputs_of, remove_dead_channels
+from hf_rtl.modeling.standalone import make_example_inputs, remove_dead_channels
 from tests.modeling.channels import assert_outputs, assert_same_tensors, randomise, without
 
 
@@ -259,13 +259,15 @@ def test_a_smaller_ticket_trains_on(pruned):
 
 def test_example_inputs(tiny_t5_config, tiny_vit_config, tiny_bert_config):
     vit = AutoModelForImageClassification.from_config(tiny_vit_config)
-    assert example_inputs_of(vit)["pixel_values"].shape == (2, 3, 8, 8)
+    assert make_example_inputs(vit)["pixel_values"].shape == (2, 3, 8, 8)
     gray = RTLModelForImageClassification.from_backbone(
         "test_resnet", route_names=["a", "b"], ticket_task="membership", in_chans=1
     ).backbone
-    assert example_inputs_of(gray)["pixel_values"].shape == (2, 1, 160, 160)
-    assert example_inputs_of(AutoModelForSeq2SeqLM.from_config(tiny_t5_config)).keys() >= {"decoder_input_ids"}
-    assert example_inputs_of(AutoModelForSequenceClassification.from_config(tiny_bert_config)).keys() == {"input_ids"}
+    assert make_example_inputs(gray)["pixel_values"].shape == (2, 1, 160, 160)
+    assert make_example_inputs(AutoModelForSeq2SeqLM.from_config(tiny_t5_config)).keys() >= {"decoder_input_ids"}
+    assert make_example_inputs(AutoModelForSequenceClassification.from_config(tiny_bert_config)).keys() == {
+        "input_ids"
+    }
     with pytest.raises(ValueError, match=r"`example_inputs` cannot be made for Linear.*example_inputs="):
         remove_dead_channels(nn.Linear(2, 2))
 

@@ -9,13 +9,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from tests.training.small_runs import ROUTES, run
 
 from hf_rtl import RTLModel
 from hf_rtl.analysis import semantic_alignment, similarity_by_depth, ticket_similarity
 from hf_rtl.plots import similarity_heatmap
 from pages import card
 from shared.points import ordering
+from tests.training.small_runs import ROUTES, run
 
 
 CLASSES = ",cat,bee,ant\ncat,1,0.1,0.9\nbee,0.1,1,0.2\nant,0.9,0.2,1\n"

@@ -35,7 +35,9 @@ def test_classes_are_grouped_into_a_file(given: bool, tmp_path: Path, monkeypatc
     fish = {"cod", "eel", "carp"}
     points = {name: [float(name in fish), 0.1 * index] for index, name in enumerate(names)}
     monkeypatch.setattr(group_classes, "embed", lambda names, encoder: torch.tensor([points[n] for n in names]))
-    monkeypatch.setattr(clustering, "_umap", lambda points, *options: np.array(points, dtype=np.float32)[:, :1])
+    monkeypatch.setattr(
+        clustering, "reduce_dimensions", lambda points, *options: np.array(points, dtype=np.float32)[:, :1]
+    )
     labels = datasets.Dataset.from_dict({"fine": [0, 5, 3]}).cast_column("fine", datasets.ClassLabel(names=names))
     folder = save_data(tmp_path / "data", labels, labels)
     of_names = ["--names", *names] if given else ["--dataset", folder, "--label_column", "fine"]

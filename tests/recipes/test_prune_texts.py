@@ -211,11 +211,11 @@ def test_runs_of_several_seeds_become_a_card_of_means(
     card.main()
     lines = (tmp_path / "text.md").read_text().splitlines()
     assert lines[0] == "seeds 0, 1"
-    of_all, of_routes = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
+    overall, by_route = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
     # The sample standard deviation of two values is their distance over the root of two.
-    assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in of_all
-    assert f"| {results['table'][0]['union'] - 1:,} " in of_all
-    assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in of_routes
+    assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in overall
+    assert f"| {results['table'][0]['union'] - 1:,} " in overall
+    assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in by_route
     assert sum("| dense " in line for line in lines) == 2
     kept = {path.name for path in tmp_path.glob("text-*")}
     assert {"text-results.json", "text-seed-0-model-card.md", "text-seed-1-curve.png"} <= kept

@@ -359,7 +359,7 @@ def test_closures_are_called_with_gradients_on():
 def test_large_weights_are_updated_in_pieces(monkeypatch, name, chunk):
     results = []
     for elements in (chunk, 2**18):
-        monkeypatch.setattr(optim, "_CHUNK", elements)
+        monkeypatch.setattr(optim, "CHUNK_SIZE", elements)
         model = small_model()
         optimizer = OPTIMIZERS[name](model)
         for step in range(4):
@@ -374,7 +374,7 @@ def test_large_weights_are_updated_in_pieces(monkeypatch, name, chunk):
 
 def test_a_weight_beyond_the_real_chunk_size():
     model = small_model(hidden_size=512, intermediate_size=520)
-    assert max(weight.numel() for weight in model.masker.weights) > optim._CHUNK
+    assert max(weight.numel() for weight in model.masker.weights) > optim.CHUNK_SIZE
     optimizer = MaskedAdamW(model.parameters(), model, lr=0.01, weight_decay=0.1)
     for step in range(2):
         before = snapshot(model, optimizer)
@@ -386,7 +386,7 @@ def test_a_weight_beyond_the_real_chunk_size():
 
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused"])
 def test_the_memory_layout_of_weights_does_not_matter(monkeypatch, name):
-    monkeypatch.setattr(optim, "_CHUNK", 40)
+    monkeypatch.setattr(optim, "CHUNK_SIZE", 40)
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = small_model(num_channels=3).to(memory_format=memory_format)

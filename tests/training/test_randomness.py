@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rtl.training.randomness import Stream, reproducible, seed_of, seeded, surroundings
+from hf_rtl.training.randomness import Stream, derive_seed, numerics_environment, reproducible, seeded
 
 
 def settings():
@@ -40,9 +40,9 @@ def test_settings_are_put_back_also_after_an_error(before):
 
 def test_seeds_depend_on_every_word_and_streams_differ():
     words = [(2, 1, 3), (2, 3, 1), (3, 2, 1), *((1, stream, 0) for stream in Stream)]
-    seeds = [seed_of(*word) for word in words]
+    seeds = [derive_seed(*word) for word in words]
     assert len(set(seeds)) == len(words) and all(0 <= seed < 2**32 for seed in seeds)
-    assert seeds == [seed_of(*word) for word in words]
+    assert seeds == [derive_seed(*word) for word in words]
     drawn = []
     for word in words:
         with seeded(word, torch.device("cpu")):
@@ -51,10 +51,10 @@ def test_seeds_depend_on_every_word_and_streams_differ():
 
 
 def test_surroundings_are_plain_and_change_with_what_decides_rounding():
-    before = surroundings(torch.device("cpu"))
+    before = numerics_environment(torch.device("cpu"))
     assert before["device"] and all(isinstance(value, str) for value in before.values())
     try:
         torch.set_float32_matmul_precision("medium")
-        assert surroundings(torch.device("cpu"))["matmul_precision"] == "medium" != before["matmul_precision"]
+        assert numerics_environment(torch.device("cpu"))["matmul_precision"] == "medium" != before["matmul_precision"]
     finally:
         torch.set_float32_matmul_precision(before["matmul_precision"])

@@ -6,7 +6,13 @@ import json
 import pytest
 
 from hf_rtl.training import run_directory as checkpoints
-from hf_rtl.training.run_directory import SEAL, best_checkpoint, is_whole, last_usable_checkpoint, seal
+from hf_rtl.training.run_directory import (
+    CHECKPOINT_FILE,
+    best_checkpoint,
+    is_whole,
+    last_usable_checkpoint,
+    mark_complete,
+)
 
 
 @pytest.fixture
@@ -16,12 +22,12 @@ def checkpoint(tmp_path):
     (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 5000)  # more than is read at once
     (folder / "inner" / "state.json").write_text("{}")
     (folder / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
-    seal(folder, world_size=2)
+    mark_complete(folder, world_size=2)
     return folder
 
 
 def test_a_seal_lists_every_file(checkpoint):
-    assert set(json.loads((checkpoint / SEAL).read_text())["files"]) == {
+    assert set(json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]) == {
         "optimizer.pt",
         "inner/state.json",
         "trainer_state.json",
@@ -43,9 +49,9 @@ def test_a_damaged_checkpoint_is_not_whole(checkpoint, damage):
     elif damage == "inner missing":
         (checkpoint / "inner" / "state.json").unlink()
     elif damage == "no seal":
-        (checkpoint / SEAL).unlink()
+        (checkpoint / CHECKPOINT_FILE).unlink()
     elif damage == "half a seal":
-        (checkpoint / SEAL).write_text((checkpoint / SEAL).read_text()[:-10])
+        (checkpoint / CHECKPOINT_FILE).write_text((checkpoint / CHECKPOINT_FILE).read_text()[:-10])
     else:
         file.write_bytes(b"")
     assert not is_whole(checkpoint)
@@ -58,7 +64,7 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
         other.mkdir()
         (other / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
         if sealed:
-            seal(other, world_size=2)
+            mark_complete(other, world_size=2)
     for name in ("checkpoint-best", "checkpoint-100.bak", "checkpoint-7-mine"):  # not Trainer's
         (folder / name).mkdir()
     assert last_usable_checkpoint(folder, world_size=2) == checkpoint
@@ -71,7 +77,7 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
         "checkpoint-best",
     ]
     assert [record.message.count("checkpoint-100'") for record in caplog.records] == [1]
-    (checkpoint / SEAL).unlink()
+    (checkpoint / CHECKPOINT_FILE).unlink()
     assert last_usable_checkpoint(folder, world_size=2) == folder / "checkpoint-9"
 
 
@@ -93,10 +99,10 @@ def test_one_whose_best_is_damaged_is_not_used(checkpoint):
     best.mkdir()
     (best / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
     (best / "model.safetensors").write_bytes(b"best")
-    seal(best, world_size=1)
+    mark_complete(best, world_size=1)
     # Where it was when the run was made: the run has been moved since.
     (checkpoint / "trainer_state.json").write_text('{"best_model_checkpoint": "runs/elsewhere/checkpoint-10"}')
-    seal(checkpoint, world_size=1)
+    mark_complete(checkpoint, world_size=1)
     assert best_checkpoint(checkpoint) == best
     assert last_usable_checkpoint(checkpoint.parent, world_size=1) == checkpoint
     (best / "model.safetensors").write_bytes(b"bent")

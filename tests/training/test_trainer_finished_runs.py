@@ -272,7 +272,7 @@ def test_extraction_takes_the_options_of_training(tmp_path):
 
 
 def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "deal_out", lambda costs, world_size: [[2, 0, 1]])
+    monkeypatch.setattr(extraction, "assign_routes", lambda costs, world_size: [[2, 0, 1]])
     made = run(tmp_path / "run")
     assert made.model.mask_bank.fingerprint() == finished.trainer.model.mask_bank.fingerprint()
     assert contents(tmp_path / "run") == contents(finished.folder)

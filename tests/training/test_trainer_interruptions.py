@@ -88,7 +88,7 @@ def test_an_interruption_of_recalibration_leaves_the_layers_as_they_were(tmp_pat
 
     @functools.wraps(original)
     def stopping(self, *positional, **keywords):
-        if self._active.route == -1:
+        if self.active.route == -1:
             raise StopError
         return original(self, *positional, **keywords)
 

@@ -140,7 +140,7 @@ def test_one_update_is_one_route_with_accumulation(tmp_path, monkeypatch):
     step, training_step = MaskedAdamW.step, RTLTrainer.training_step
 
     def watched_step(self, closure=None):
-        seen.append(("step", sorted(self._model.routes_since_update)))
+        seen.append(("step", sorted(self.routed_model.routes_since_update)))
         return step(self, closure)
 
     def watched_training_step(self, model, inputs, num_items_in_batch=None):

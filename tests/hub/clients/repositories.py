@@ -113,7 +113,7 @@ def pull_config(name: str) -> tuple[str, dict[str, Any]]:
     return type(config).__name__, config.to_dict()
 
 
-def base_of(name: str) -> dict[str, Any]:
+def base_fingerprint(name: str) -> dict[str, Any]:
     return RTLModel.from_pretrained(name).config.base
 
 
