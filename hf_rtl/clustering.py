@@ -128,7 +128,7 @@ def group_class_names(
     seed: int = 0,
 ) -> dict[str, list[str]]:
     """
-    Groups of names, as the paper makes them for CIFAR-100 (PAPER.md section 4): text embeddings, projected by UMAP,
+    Groups of names, as the paper makes them for CIFAR-100 (paper, section 4): text embeddings, projected by UMAP,
     clustered by HDBSCAN. Names that HDBSCAN leaves out go to the cluster with the nearest mean in the projection.
 
     Groups are called `"cluster-0"`, `"cluster-1"`, …, the largest first. They depend on the versions of umap-learn and

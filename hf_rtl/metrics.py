@@ -25,7 +25,7 @@ def membership_metrics(
     thresholds: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """
-    One-vs-rest figures of tickets that answer "is this mine?" (PAPER.md section 4.1).
+    One-vs-rest figures of tickets that answer "is this mine?" (paper, section 4.1).
 
     | key | value |
     |---|---|

@@ -150,7 +150,7 @@ def route_curves(
     """
     Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is either as it was or
     whole. Colours are those of Okabe and Ito, which colour-blind readers tell apart, each with a marker of its own for
-    grey print; from the ninth route on lines are dashed. Of more than 16 routes all are grey, with their mean in
+    grey print; from the ninth route on lines are dashed. More than 16 routes are all grey, with their mean in
     black.
 
     Args:

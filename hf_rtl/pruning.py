@@ -31,7 +31,7 @@ def prune(
     reference: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """
-    Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (PAPER.md section 2, Algorithm 1).
+    Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (paper, section 2, Algorithm 1).
 
     Among equal magnitudes the earlier position is kept. The arguments are left as they are.
 

@@ -122,13 +122,13 @@ def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path,
             size = sum(tensor.nbytes for tensor in ticket.state_dict().values())
             onnx.save(folder / "model.onnx", external_data=size > _ONNX_LIMIT)
     except RuntimeError as error:
-        # Of torch, with many lines of advice.
+        # torch's error has many lines of advice.
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(f"torch cannot export {type(ticket).__name__} with --format {kind}: {reason}") from error
 
 
 class _PlainOutputs(nn.Module):
-    """Gives a plain dict of tensors, so that who loads an exported graph needs no transformers."""
+    """Gives a plain dict of tensors, so that loading an exported graph needs no transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

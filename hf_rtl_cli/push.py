@@ -59,7 +59,7 @@ def _pushed(staging: Path, args: argparse.Namespace, *, with_card: bool) -> tupl
         head = branch_head(repo_id, None if args.create_pr else args.revision, token=args.token)
         remote = read_card(repo_id, head, token=args.token)
         if remote or with_card:
-            # Of the page on the Hub only our part is brought up to date: the rest is whoever's wrote it.
+            # Only our part of the page on the Hub is brought up to date: the rest belongs to whoever wrote it.
             write_card(staging, remote=remote, model_id=repo_id)
         commit = commit_folder(
             staging,

@@ -31,7 +31,7 @@ _MATRICES = ("jaccard", "chance", "corrected")
 
 def similarity_values(bank: MaskBank) -> dict[str, list[list[float | None]]]:
     """
-    Of each pair of tickets, `[num_routes, num_routes]`: the Jaccard similarity, what independent masks of their
+    For each pair of tickets, `[num_routes, num_routes]`: the Jaccard similarity, what independent masks of their
     densities have by chance, and the first corrected for the second, (jaccard - chance) / (1 - chance). `None` where
     it is undefined.
     """
@@ -186,6 +186,6 @@ def _off_diagonal(matrix: list[list[float | None]]) -> list[float | None]:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Of those that are defined, if any is."""
+    """The mean of those that are defined, if any is."""
     defined = [value for value in values if value is not None]
     return fmean(defined) if defined else None

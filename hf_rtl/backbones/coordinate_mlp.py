@@ -1,4 +1,4 @@
-"""The paper's implicit neural representation, as the transformers model `coordinate_mlp` (PAPER.md section 4.2)."""
+"""The paper's implicit neural representation, as the transformers model `coordinate_mlp` (paper, section 4.2)."""
 
 from __future__ import annotations
 

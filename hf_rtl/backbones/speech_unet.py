@@ -202,7 +202,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convolution(kind: Any, index: int, inputs: int, outputs: int, *, bias: bool = False) -> nn.Module:
-    """Of layer `index` from outside; (time, frequency) everywhere."""
+    """The layer number `index`, counted from outside; (time, frequency) everywhere."""
     kernel = (3, 5) if index == 0 else (3, 3)
     padding = tuple(size // 2 for size in kernel)
     return kind(inputs, outputs, kernel, stride=(1, 2), padding=padding, bias=bias)

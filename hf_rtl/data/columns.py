@@ -16,8 +16,8 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
     """
     The values of a column, all integers from 0 or all strings, and the names of its classes, `None` if it has none.
 
-    Of a `datasets.Dataset` only the column is read, and its transforms do not run; of any other, every sample is
-    fetched once. The values of a `ClassLabel` column are names.
+    Only the column is read from a `datasets.Dataset`, and its transforms do not run. Any other data set is
+    asked for every sample once. The values of a `ClassLabel` column are names.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.

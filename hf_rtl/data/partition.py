@@ -55,7 +55,7 @@ class Rule(ABC):
 @dataclass(frozen=True, eq=False)
 class Partition:
     """
-    The route of every sample (PAPER.md section 1: K disjoint subsets of the training data).
+    The route of every sample (paper, section 1: K disjoint subsets of the training data).
 
     Args:
         route_ids (`np.ndarray`): `int64 [N]`, the route of each sample, from 0 to K - 1.

@@ -1,4 +1,4 @@
-"""Single-route batches in rotation (PAPER.md section 3, Algorithm 2), and the data set that serves them."""
+"""Single-route batches in rotation (paper, section 3, Algorithm 2), and the data set that serves them."""
 
 from __future__ import annotations
 

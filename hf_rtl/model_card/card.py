@@ -50,7 +50,7 @@ _TASK_NAMES = {
     "membership": "Is this mine? A ticket against all other samples",
     "labels": "Labels, given the route",
 }
-# Of the metadata.
+# Keys of the metadata, as they follow each other.
 _ORDER = [
     *("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"),
     *("datasets", "tags", "metrics", "model-index"),

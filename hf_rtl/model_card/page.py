@@ -164,7 +164,7 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
 
 
 def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each evaluation: its name, a table if the one of the routes does not have it, and what is in no table."""
+    """For each evaluation its name, a table if that of the routes lacks it, and the figures that are in no table."""
     thresholds = [f"{threshold:.3f}" for threshold in run["thresholds"] or []]
     pages = []
     for evaluation in run["evaluations"]:
@@ -323,7 +323,7 @@ _NAMES = {
     "precision_at_recall_80": ("precision", "Precision at recall 0.8"),
 }
 _WITHOUT_THRESHOLD = {"auroc", "precision_at_recall_80"}
-# Of one label per sample, and of scores compared between tickets.
+# Accuracies, with one label a sample, and with scores compared between tickets.
 _ACCURACIES = {
     ("membership", "accuracy"): "Accuracy of the ticket with the highest score",
     ("membership", "calibrated_accuracy"): "Accuracy of the ticket whose score is highest above its threshold",
@@ -337,7 +337,7 @@ _ACCURACIES = {
     ("labels", "union_mean_route_accuracy"): "Accuracy of the union of all tickets, mean over routes",
     ("labels", "union_worst_route_accuracy"): "Accuracy of the union of all tickets, worst route",
 }
-# Of a router, whatever the task.
+# Metrics of a router, whatever the task.
 _ROUTER_METRICS = {
     "route_accuracy": ("accuracy", "Accuracy of the router: samples whose likeliest route is theirs"),
     "route_recall": ("recall", "Recall of the router"),

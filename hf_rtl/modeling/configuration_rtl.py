@@ -16,7 +16,7 @@ from .mask_bank import check_route_names
 
 
 VERSION = "0.1.0.dev0"
-# Of the files that `save_pretrained` writes. One more with every change that an older version cannot read.
+# Version of the files that `save_pretrained` writes: one more with every change that an older version cannot read.
 FORMAT_VERSION = 1
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
@@ -110,7 +110,7 @@ class RTLConfig(PreTrainedConfig):
         named_code = kwargs.pop("auto_map", None)
         _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
         _check_named_code(named_code)
-        # Of use only where this module was itself loaded from a repository: here the installed classes are used.
+        # It counts only where this module was itself loaded from a repository: here the installed classes are used.
         if named_code and self._auto_class is not None:
             kwargs["auto_map"] = named_code
         self.backbone_config = _checked_backbone_config(self.backbone_config)

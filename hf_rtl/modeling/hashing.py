@@ -41,7 +41,7 @@ def hash_file(file: Path) -> str:
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     Hashes of tensors as they are stored, and as they would be stored after a cast: type, as `"float32"` -> the first
-    64 bits of the SHA-256 of their names and bytes. Shapes are of no concern.
+    64 bits of the SHA-256 of their names and bytes. Shapes do not count.
     """
     return {_name(dtype): _hash(tensors, dtype) for dtype in _casts(tensors)}
 

@@ -143,8 +143,8 @@ def commit_folder(
     """
     Adds the files of `folder` to the repository, and removes others that are `outdated`, in a single commit.
 
-    `HfApi.upload_folder` would make several of a large folder, and who pulls in between would have weights of one push
-    and masks of another. Whole weights of an earlier push would be loaded instead of the shards of this one.
+    `HfApi.upload_folder` would make several commits of a large folder, and whoever pulls in between would have weights
+    of one push and masks of another. Whole weights of an earlier push would be loaded instead of the shards of this one.
 
     Args:
         outdated (`re.Pattern`): names of files at the top of the repository that are of an earlier push, unless
@@ -184,8 +184,8 @@ def save_code(model: Any, folder: Path) -> None:
     packages = backbone_packages(model.backbone)
     if packages:
         logger.warning(
-            f"the model is saved without code: its backbone is of {', '.join(packages)}, so that who loads it needs "
-            f"that package, and `trust_remote_code=True` would not do. With it, `import {packages[0]}` first."
+            f"the model is saved without code: its backbone is of {', '.join(packages)}, so that whoever loads it "
+            f"needs that package, and `trust_remote_code=True` would not do. With it, `import {packages[0]}` first."
         )
         return
     file = folder / "config.json"

@@ -70,7 +70,7 @@ def expand_state(
     Args:
         tensors (`Mapping[str, Tensor]`), codings (`Mapping[str, str]`): what `compact_state` returned.
         weight_keys (`Sequence[str]`): names of the prunable weights in the state, in the bank's order.
-        bank (`MaskBank`): gives the weights' shapes and the number of routes. Its masks are of no concern.
+        bank (`MaskBank`): gives the weights' shapes and the number of routes. Its masks are not read.
 
     Raises:
         ValueError: a tensor is missing, damaged, or does not fit the others.

@@ -82,7 +82,7 @@ class RTLModel(RoutedModel):
     training_run: dict[str, Any] | None = None
     # How data that comes later gets its routes (see `partition.Rule`), likewise.
     partition_rule: Any = None
-    # Of the repository on the Hub that the model was loaded from; its name is `name_or_path`.
+    # The commit on the Hub that the model was loaded from; the repository's name is `name_or_path`.
     loaded_commit: str | None = None
 
     # Building, saving, loading

@@ -184,7 +184,7 @@ def read_index(name_or_path: str | Path, **hub_arguments: Any) -> dict[str, Any]
 
 
 class _TicketFolder:
-    """A folder or a repository with ticket files. Of a repository all files are taken from one commit."""
+    """A folder or a repository with ticket files. All files of a repository are taken from one commit."""
 
     def __init__(self, name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> None:
         self.name = str(name_or_path)

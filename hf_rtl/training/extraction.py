@@ -233,7 +233,7 @@ def train_and_prune(
 
 def assign_routes(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """
-    Deals out routes over processes: the dearest that is left to the process with the least to do.
+    Assigns routes to processes: the most costly one that is left goes to the process with the least to do.
 
     Args:
         costs (`Sequence[float]`): of every route.

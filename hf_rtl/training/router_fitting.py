@@ -144,8 +144,8 @@ def fit_scale_and_offset(
     Args:
         evidence (`np.ndarray`): floats `[N, K]`.
         route_ids (`np.ndarray`): integers `[N]`; every route needs a sample.
-        allow_constant (`bool`, defaults to `False`): of evidence that is the same for all samples, and tells no route
-            from another, let the offsets say how common the routes are, and warn.
+        allow_constant (`bool`, defaults to `False`): whether evidence that is the same for all samples, and tells no
+            route from another, makes offsets that say how common the routes are, with a warning, instead of an error.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: scales and offsets, `float64 [K]`.

@@ -33,7 +33,7 @@ _ARGUMENTS = [
     "gradient_checkpointing",
     "allow_disconnected",
 ]
-# Of a round's report: what is the same whether or not the run was interrupted.
+# Fields of a round's report that are the same whether or not the run was interrupted.
 _ROUND_FIELDS = (
     "round",
     "sparsity",
@@ -139,7 +139,7 @@ def _num_samples(model: RTLModel, partition: Partition) -> dict[str, int]:
 
 
 def _backbone_repo(backbone: Any) -> str | None:
-    """The repository that a backbone was loaded from, if it is in the cache. A folder's name is nobody's business."""
+    """The repository that a backbone was loaded from, if it is in the cache. A folder's name stays private."""
     name = backbone.name_or_path
     if not name or Path(name).exists():
         return None
