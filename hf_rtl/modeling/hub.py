@@ -144,7 +144,7 @@ def commit_folder(
     Adds the files of `folder` to the repository, and removes others that are `outdated`, in a single commit.
 
     `HfApi.upload_folder` would make several commits of a large folder, and whoever pulls in between would have weights
-    of one push and masks of another. Whole weights of an earlier push would be loaded instead of the shards of this one.
+    of one push and masks of another. Whole weights of an earlier push would be loaded instead of shards of this one.
 
     Args:
         outdated (`re.Pattern`): names of files at the top of the repository that are of an earlier push, unless
