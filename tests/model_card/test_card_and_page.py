@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -294,3 +295,21 @@ def test_a_run_with_other_masks_or_weights_is_not_the_model_s(tmp_path, caplog):
         caplog.clear()
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     assert "model-index" in write_card(tmp_path).read_text()
+
+
+# Similarity by chance
+
+
+def test_random_masks_with_the_densities_of_every_layer_are_no_more_alike_than_chance(tmp_path):
+    """Layers of one density in all tickets, nine tenths and one tenth in turn: alike, and only by chance."""
+    model = make_model("labels", route_names=("day", "night"))
+    generator = torch.Generator().manual_seed(3)
+    for route in range(2):
+        model.mask_bank[route] = [
+            torch.rand(shape, generator=generator) < (0.9 if layer % 2 else 0.1)
+            for layer, shape in enumerate(model.mask_bank.shapes)
+        ]
+    page = page_of(write_card(model, tmp_path))
+    found = float(re.search(r"those that either keeps, is (0\.\d+) on average;", page)[1])
+    chance = float(re.search(r"as dense in every layer it would be (0\.\d+)\.", page)[1])
+    assert found == pytest.approx(chance, abs=0.01) and found > 0.5
