@@ -10,6 +10,8 @@ help:  ## List the targets
 
 venv: $(VENV)/.hf_rtl-dev  ## Install the package in editable mode, with all that development needs
 
+# On one thread figures come out as in the card, whatever the number of cores.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline on a CPU, and check what came out
 	$(PYTHON) recipes/prune.py --config recipes/configs/digits.yaml --sanity
 	mv runs/digits/results.json runs/digits-results.json
