@@ -177,7 +177,7 @@ def test_spread_is_that_of_random_masks():
         ticket_similarity(bank_of([random_masks(mask, generator=generator) for _ in ROUTES])) for _ in range(400)
     ]
     similarities = np.array([point.similarity for point in points])
-    # Of all tickets, as the mean is taken with each in turn at the centre.
+    # The mean is over all tickets, with each in turn at the centre.
     assert points[0].spread.mean() == pytest.approx(similarities.std(0).mean(), rel=0.1)
     assert similarities.mean() == pytest.approx(points[0].chance.mean(), abs=5e-4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,8 +41,6 @@ from .routed_model import RoutedModel
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
 
-
-logger = logging.getLogger(__name__)
 
 _HUB_ARGUMENTS = (
     "repo_id",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,9 +29,6 @@ from .run_directory import RunDirectory
 from .run_identity import run_identity
 from .run_report import report_round
 from .ticket_trainer import named_state
-
-
-logger = logging.getLogger(__name__)
 
 
 class Rounds:

@@ -222,7 +222,7 @@ class Finished:
             self.steps[round_] = max(step, self.steps.get(round_, 0))
 
     def check_not_done_again(self, points: list[Point], whole: Reference) -> None:
-        """Of the points that the continued run has passed."""
+        """Checks by the points that the continued run has passed that it did nothing again which was finished."""
         trained = {point.name.split(" ")[0] for point in points if point.phase == EXTRACTION}
         assert not trained & set(self.masks)
         for mask, identity in self.masks.items():

@@ -26,7 +26,7 @@ def run_in_worlds(say, function, tmp_path, worlds, *arguments):
 
 
 def distance(one, two, start):
-    """Of two ends of training, relative to how far the first has come from its start."""
+    """How far two ends of training lie apart, relative to how far the first has come from its start."""
     names = [name for name in start if np.issubdtype(one[name].dtype, np.floating)]
     apart = sum(float(((one[name].astype(float) - two[name]) ** 2).sum()) for name in names)
     moved = sum(float(((one[name].astype(float) - start[name]) ** 2).sum()) for name in names)
@@ -67,7 +67,7 @@ def test_masks_are_the_same_for_any_number_of_processes(say, whole_runs):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say, tmp_path, world_size):
-    """Of 3 routes, with 4 processes one has nothing to do; with 2, the largest is alone."""
+    """With 4 processes for 3 routes one has nothing to do; with 2, the largest route is alone."""
     options = {"extraction_steps": None, "extraction_epochs": 1.0, "target_sparsity": [0.3], "route_batch_size": 8}
     made = run_in_worlds(say, runs.search_unequal_routes, tmp_path, [1, world_size], options)
     results = made[world_size]

@@ -110,7 +110,7 @@ def test_only_our_own_classes_may_be_named(tiny_membership_model, name):
 
 @register_model
 def stranger_to_timm(pretrained=False, **kwargs):
-    """Of timm's own layers, under a name that timm does not have."""
+    """A network of timm's own layers, under a name that timm does not have."""
     return create_model("test_resnet", pretrained=pretrained, **kwargs)
 
 

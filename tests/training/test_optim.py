@@ -44,7 +44,7 @@ def snapshot(model, optimizer):
 
 
 def assert_moved_only_inside(model, optimizer, before, masks):
-    """Of prunable weights and state, no bit changed outside `masks`, and most weights changed inside."""
+    """No bit of prunable weights and state changed outside `masks`, and most weights changed inside."""
     num_moved = num_inside = 0
     for weight, old, mask in zip(model.masker.weights, before, masks, strict=True):
         for name, value in {"weight": weight, **per_element(optimizer, weight)}.items():

@@ -22,6 +22,7 @@ from tests.training.small_runs import (
     ROUTES,
     Broken,
     Images,
+    Recorder,
     bits,
     contents,
     figures,
@@ -186,6 +187,14 @@ def test_saved_arguments_name_no_folder(finished, tmp_path):
         for path in (tmp_path, finished.folder, Path.home()):
             assert str(path) not in text
     assert str(tmp_path) not in (tmp_path / "run" / "final" / "config.json").read_text()
+
+
+def test_an_evaluation_after_a_run_is_logged_at_its_last_step(tmp_path):
+    recorded = Recorder()
+    made = run(tmp_path / "run", callbacks=[recorded])
+    last = max(step for step, _ in recorded.logs)
+    made.evaluate()
+    assert (recorded.logs[-1][0], last) == (12, 12)
 
 
 def test_logged_steps_count_over_all_rounds(finished):

@@ -174,7 +174,7 @@ def test_pruning_that_cuts_a_ticket_apart_raises_unless_allowed(tmp_path, caplog
         FloatingPointError, match="has cut the output of ticket 'ant' from its input.*allow_disconnected"
     ):
         run(tmp_path / "refused", **tight)
-    with caplog.at_level(logging.WARNING, logger="hf_rtl.training.trainer"):
+    with caplog.at_level(logging.WARNING, logger="hf_rtl.training.route_trainer"):
         made = run(tmp_path / "allowed", allow_disconnected=True, **{**tight, "target_sparsity": [0.99, 0.995]})
     assert sum("emptied whole layers" in record.message for record in caplog.records) == 1
     report = made.rounds[-1]
