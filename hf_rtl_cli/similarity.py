@@ -13,12 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from torch import Tensor
+from wcwidth import wcswidth
 
 from hf_rtl import MaskBank, plots
 from hf_rtl.modeling.files import json_values, write_bytes
 
 from .models import load_model
-from .tables import bar, columns, fraction, more, printable, shortened, table, terminal_width
+from .tables import bar, fraction, more, printable, shortened, table, terminal_width
 
 
 _MAX_ROUTES = 20
@@ -122,7 +123,7 @@ def pairs_text(
 
 def _matrix(matrix: list[list[float | None]], names: list[str], width: int) -> str:
     headers, labels = names, names
-    if max(map(columns, names)) > _CELL - 2:
+    if max(map(wcswidth, names)) > _CELL - 2:
         headers = [str(number) for number in range(len(names))]
         labels = [f"{number:>2} {name}" for number, name in enumerate(names)]
     rows = [[label, *(fraction(value, 2) for value in row)] for label, row in zip(labels, matrix, strict=True)]

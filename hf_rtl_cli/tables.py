@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import unicodedata
 from collections.abc import Sequence
+
+from tabulate import tabulate
+from wcwidth import wcswidth
 
 
 CUT, FULL, PARTLY, EMPTY = "…", "█", "▒", "░"
@@ -34,39 +36,34 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def columns(text: str) -> int:
-    """Columns that a terminal uses for `text`: two for a wide character, none for one that is put on another."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
 def shortened(text: str, width: int, *, keep_start: bool = True) -> str:
     """`text` in at most `width` columns, without its middle or, unless `keep_start`, without its start."""
-    if columns(text) <= width:
+    if wcswidth(text) <= width:
         return text
     head = _fitting(text, (width - 1) // 2 if keep_start else 0)
-    tail = _fitting(text[::-1], width - 1 - columns(head))[::-1]
+    tail = _fitting(text[::-1], width - 1 - wcswidth(head))[::-1]
     return f"{head}{CUT}{tail}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, keep_start: bool = True) -> str:
     """
-    RowSubset under their headers: the first column and those without a header to the left, the others, numbers, to the
+    Rows under their headers: the first column and those without a header to the left, the others, numbers, to the
     right. If all is wider than `width`, the first column is shortened, as `shortened` does with `keep_start`.
     """
     lines = [list(headers), *map(list, rows)]
-    widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(wcswidth, column)) for column in zip(*lines, strict=True)]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * len(widths[1:])))
     for line in lines:
         line[0] = shortened(line[0], widths[0], keep_start=keep_start)
     lines.insert(1, ["-" * size for size in widths])
-    right = [number > 0 and header != "" for number, header in enumerate(headers)]
-    return "\n".join("  ".join(map(_padded, line, widths, right)).rstrip() for line in lines)
+    aligned = ["right" if number > 0 and header else "left" for number, header in enumerate(headers)]
+    # The headers are a row like the others: `tabulate` makes a column two wider than a header of its own.
+    return tabulate(lines, tablefmt="plain", colalign=aligned, disable_numparse=True)
 
 
 def key_values(values: dict[str, str]) -> str:
     """A line for each, the values one under the other."""
-    size = max(map(len, values))
-    return "\n".join(f"{name:{size}}  {value}" for name, value in values.items())
+    return tabulate(values.items(), tablefmt="plain", disable_numparse=True)
 
 
 def bar(low: float, high: float, size: int) -> str:
@@ -92,15 +89,10 @@ def more(num_hidden: int, note: str = "") -> list[str]:
     return [f"{CUT} and {num_hidden:,} more{note}; --all shows them"] if num_hidden > 0 else []
 
 
-def _padded(text: str, width: int, right: bool) -> str:
-    space = " " * (width - columns(text))
-    return space + text if right else text + space
-
-
 def _fitting(text: str, width: int) -> str:
     """The longest start of `text` in `width` columns."""
     for end in range(len(text)):
-        if columns(text[: end + 1]) > width:
+        if wcswidth(text[: end + 1]) > width:
             return text[:end]
     return text
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from tabulate import tabulate
 from torch import Tensor
 
 from ..modeling.checks import check_choice
@@ -95,11 +96,11 @@ class Partition:
 
     def report(self) -> str:
         """A table of the routes: name, number of samples, share of all samples."""
-        counts = self.counts.tolist()
-        rows = [(name, f"{count:,}", f"{count / sum(counts):.1%}") for name, count in self._named_counts()]
-        rows = [("route", "samples", "share"), *rows, ("all", f"{sum(counts):,}", "100.0%")]
-        width = max(len(name) for name, *_ in rows)
-        return "\n".join(f"{name:{width}} {count:>12} {share:>8}" for name, count, share in rows)
+        total = len(self.route_ids)
+        rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in self._named_counts()]
+        rows.append(("all", f"{total:,}", "100.0%"))
+        aligned = ("left", "right", "right")
+        return tabulate(rows, ("route", "samples", "share"), "plain", colalign=aligned, disable_numparse=True)
 
     def warn_of_tiny_routes(self) -> None:
         """Logs a warning that names routes of fewer than 10 samples, or of less than a tenth of an even share."""

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
+from scipy.stats import spearmanr
 
 from hf_rtl import MaskBank, RTLModel
-from hf_rtl.analysis import TicketSimilarity, semantic_alignment, similarity_by_depth, spearman, ticket_similarity
+from hf_rtl.analysis import TicketSimilarity, semantic_alignment, similarity_by_depth, ticket_similarity
 from hf_rtl.training.run_directory import REPORT_FILE, RunDirectory
 
 
@@ -86,7 +87,11 @@ def point_line(point: Point, figures: np.ndarray) -> dict[str, Any]:
     """A line about a point in tables. `figures`: a measure of every route, `[K]`, NaN where there is none."""
     similarity = point.similarity
     measured = not np.isnan(figures).all()
-    rho = float(spearman(figures, similarity.similarity)) if measured and not np.isnan(figures).any() else math.nan
+    rho = (
+        float(spearmanr(figures, similarity.similarity).statistic)
+        if measured and not np.isnan(figures).any()
+        else math.nan
+    )
     return {
         "masks": point.name,
         "sparsity": similarity.sparsity,

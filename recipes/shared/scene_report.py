@@ -8,7 +8,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from .methods import DENSE, SINGLE, SINGLE_UNION
 from .scene_data import Scene
@@ -26,12 +28,11 @@ def psnr(colours: np.ndarray, target: np.ndarray) -> float:
     Peak signal-to-noise ratio in dB for a peak of 1, from the squared error over all pixels and channels.
 
     Args:
-        colours (`np.ndarray`): floats `[N, 3]`, clamped to [0, 1] here, as whoever shows them must do.
+        colours (`np.ndarray`): floats `[N, 3]`, clamped to [0, 1] here, as every display does.
         target (`np.ndarray`): floats `[N, 3]` in [0, 1].
     """
-    error = np.clip(colours.astype(np.float64), 0, 1) - target.astype(np.float64)
-    squared = np.mean(error**2)
-    return float("inf") if squared == 0 else float(-10 * np.log10(squared))
+    pair = (torch.from_numpy(values.astype(np.float64)) for values in (colours, target))
+    return float(peak_signal_noise_ratio(*pair, data_range=(0.0, 1.0)))
 
 
 def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
