@@ -20,20 +20,28 @@ model is kept too, with its picture; `recipes/pages/render_card.py` shows it as 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from PIL import Image
+
 from hf_rtl.model_card import write_card
-from hf_rtl.modeling.files import write_json
+from hf_rtl.modeling.files import write_bytes, write_json
 from shared.report import over_seeds, table
 
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 ANALYSIS = "analysis.json"  # what recipes/analyze.py writes
+_KEPT_OF_A_REPORT = (
+    *("method", "image", "seed", "learning_rate", "round", "sparsity", "at", "metrics", "train_loss", "costs"),
+    *("psnr", "psnr_of_regions", "pixels_of_regions", "similarity_of_regions"),
+)
 
 
 def main() -> None:
@@ -60,16 +68,44 @@ def main() -> None:
     if comparison is not None and len(results) > 1:
         parser.error("a comparison, of seeds or of methods, is a card by itself; give one folder.")
     if comparison is not None:
-        write_json(kept, comparison)
+        write_kept(kept, comparison)
         template = (MODEL_CARDS / "templates" / f"{arguments.card}.md").read_text()
         for picture in comparison.get("pictures", []):
             if f"]({arguments.card}-{picture})" in template:
-                shutil.copy(arguments.runs[0] / picture, MODEL_CARDS / f"{arguments.card}-{picture}")
+                keep_picture(arguments.runs[0] / picture, MODEL_CARDS / f"{arguments.card}-{picture}")
     elif results:
         write_json(kept, results)
         for name, run in zip(names, arguments.runs, strict=True):
             keep_pages(arguments.card, name, run)
     (MODEL_CARDS / f"{arguments.card}.md").write_text(render(arguments.card))
+
+
+def write_kept(file: Path, comparison: dict[str, Any]) -> None:
+    """Writes the results of a comparison with what tables and pictures are made of; a small record takes one line."""
+    kept = dict(comparison)
+    if "runs" in kept:
+        kept["runs"] = {seed: [kept_report(report) for report in runs] for seed, runs in kept["runs"].items()}
+    if "reports" in kept:
+        kept["reports"] = [kept_report(report) for report in kept["reports"]]
+    # Strings in JSON hold no line breaks, so none is changed.
+    short = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda record: record[0].replace("\n", " "), json.dumps(kept, indent=0))
+    write_bytes(file, f"{short}\n".encode())
+
+
+def kept_report(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card of a comparison keeps of a report: no metric of a single route, four digits of a number."""
+    kept = {name: report[name] for name in _KEPT_OF_A_REPORT if name in report}
+    if "metrics" in kept:
+        kept["metrics"] = {name: value for name, value in kept["metrics"].items() if "/" not in name}
+    return _rounded(kept)
+
+
+def keep_picture(source: Path, target: Path) -> None:
+    """Copies a picture in 256 colours, which takes a third of the bytes."""
+    picture = Image.open(source).convert("RGB").quantize(256)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_bytes(target, buffer.getvalue())
 
 
 def comparison_of_seeds(folders: Sequence[Path]) -> dict[str, Any]:
@@ -155,6 +191,14 @@ def render(card: str) -> str:
         per_route=per_route,
         masks=masks_table(first),
     )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def is_table(value: Any) -> bool:

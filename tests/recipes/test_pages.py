@@ -59,3 +59,20 @@ def test_a_card_is_of_one_comparison(
     with pytest.raises(SystemExit):
         card.main()
     assert "give one folder" in capsys.readouterr().err and not (tmp_path / "some-results.json").exists()
+
+
+def test_what_is_kept_beside_cards_is_small() -> None:
+    large = {file.name: file.stat().st_size for file in MODEL_CARDS.iterdir() if file.is_file()}
+    assert {name: size for name, size in large.items() if size > 200_000} == {}
+
+
+def test_of_a_comparison_the_card_keeps_what_tables_and_pictures_need(tmp_path: Path) -> None:
+    metrics = {"eval_auroc": 0.123456, "eval_a {\n [0]/auroc": 0.5}
+    report = {"method": "tickets {1}\n  [2]", "at": 0.5, "files": {"config.json": "0" * 64}, "metrics": metrics}
+    comparison = {"figures": [{"method": "tickets", "n": 1}], "runs": {"0": [report]}, "none": []}
+    card.write_kept(tmp_path / "some-results.json", comparison)
+    text = (tmp_path / "some-results.json").read_text()
+    kept = {"method": "tickets {1}\n  [2]", "at": 0.5, "metrics": {"eval_auroc": 0.1235}}
+    assert json.loads(text) == {**comparison, "runs": {"0": [kept]}}
+    assert '{ "method": "tickets", "n": 1 }' in text
+    assert report["metrics"] == metrics  # the report itself stays
