@@ -104,7 +104,7 @@ def pairs_text(
         corrected (`bool`, defaults to `False`): add the matrix that is corrected for chance.
     """
     if len(routes) == 1:
-        return "Similarity: the model has only one ticket, so there is nothing to compare."
+        return "Similarity: the model has only one ticket, so there is nothing to compare it with."
     names = list(map(printable, routes))
     if _LABEL + _CELL * len(names) <= width:
         parts = [f"Similarity (Jaccard) of each pair of tickets\n{_matrix(similarity['jaccard'], names, width)}"]
