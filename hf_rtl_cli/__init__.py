@@ -1,1 +1,1 @@
-"""The `hf-rtl` command. A package of its own: importing `hf_rtl` loads torch, which is too slow for `--help`."""
+"""The `hf-rtl` command. It is a separate package because importing `hf_rtl` loads torch, too slow for `--help`."""

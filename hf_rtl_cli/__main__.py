@@ -1,4 +1,4 @@
-"""`python -m hf_rtl_cli` is `hf-rtl`."""
+"""`python -m hf_rtl_cli` is the same as `hf-rtl`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`hf-rtl export`: one ticket as a plain model."""
+"""`hf-rtl export`: writes one ticket as a plain model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, writte
 from .tables import printable
 
 
-_ONNX_LIMIT = 2 * 10**9  # bytes that fit into one ONNX file; larger weights lie beside it
+_ONNX_LIMIT = 2 * 10**9  # bytes; larger weights are written into a second file beside the ONNX file
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.out!r} is the folder of the model itself, which the ticket would overwrite.")
     if args.prune_structure and args.format == "folder":
         raise ValueError(
-            "--prune-structure makes tensors smaller than the configuration says, so that no folder of them can be "
-            "loaded; export them with --format torch-export or --format onnx."
+            "--prune-structure makes tensors smaller than the configuration says, so no folder of them can be loaded; "
+            "add --format torch-export or --format onnx."
         )
     if args.format == "onnx" and not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
         raise ValueError("--format onnx needs two more packages: pip install onnx onnxscript")
@@ -68,7 +68,7 @@ def text(values: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of the given shapes, else some that the backbone takes, in its floating point type."""
+    """Inputs of the given shapes, by default of shapes that the backbone takes, in its floating point dtype."""
     if given:
         inputs = dict(map(_input, given))
     else:
@@ -77,7 +77,7 @@ def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[
         except ValueError:
             name = backbone.main_input_name
             raise ValueError(
-                f"{type(backbone).__name__} does not say how large its inputs are: give --input {name}=2x16000"
+                f"{type(backbone).__name__} does not define its input size: add for example --input {name}=2x16000"
             ) from None
     return {name: x.to(backbone.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
@@ -90,14 +90,14 @@ def _input(given: str) -> tuple[str, Tensor]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"--input {given} must be NAME=SIZExSIZE…, the sizes with x in between, as --input pixel_values=2x3x32x32"
+            f"--input {given} must be NAME=SIZExSIZE…, for example --input pixel_values=2x3x32x32"
         ) from None
     whole = name.endswith(("_ids", "_mask"))
     return name, torch.ones(shape, dtype=torch.long) if whole else torch.randn(shape)
 
 
 def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, kind: str) -> None:
-    """Writes the graph of `ticket`, for batches of any size and tokens of any number."""
+    """Writes the graph of `ticket`, for any batch size and any number of tokens."""
     ticket.config.use_cache = False
     module = _PlainOutputs(ticket).eval()
     free = {name: [0] if tensor.is_floating_point() else range(tensor.ndim) for name, tensor in inputs.items()}
@@ -110,7 +110,7 @@ def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path,
                 dict(inputs),
                 dynamic_shapes={"inputs": sizes},
                 strict=False,
-                # Guards on free sizes are written with names that are unknown where they are checked (torch 2.14).
+                # torch 2.14 writes guards on free sizes with names that are unknown where the guards are checked.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             names = list(program.module()(**inputs))
@@ -122,13 +122,13 @@ def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path,
             size = sum(tensor.nbytes for tensor in ticket.state_dict().values())
             onnx.save(folder / "model.onnx", external_data=size > _ONNX_LIMIT)
     except RuntimeError as error:
-        # torch's error has many lines of advice.
+        # torch's error has many lines of advice; the first one is the reason.
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(f"torch cannot export {type(ticket).__name__} with --format {kind}: {reason}") from error
 
 
 class _PlainOutputs(nn.Module):
-    """Gives a plain dict of tensors, so that loading an exported graph needs no transformers."""
+    """Returns a plain dict of tensors, so that loading an exported graph does not need transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`hf-rtl inspect`: what a saved model is."""
+"""`hf-rtl inspect`: describes a saved model."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rule(args: argparse.Namespace) -> str | None:
-    """What the route of new data is, if a rule that fits lies beside the model."""
+    """The description of the rule beside the model; `None` if there is none, or it does not fit the model."""
     try:
         return load_rule(args.model, revision=args.revision, token=args.token).describe()
     except FileNotFoundError:
         return None
     except ValueError as error:
-        print(f"Left out, as no rule of this model: {error}", file=sys.stderr)
+        print(f"The rule beside the model is left out: {error}", file=sys.stderr)
         return None
 
 
@@ -115,15 +115,15 @@ def _description_text(values: dict[str, Any]) -> str:
 def _routes_text(values: dict[str, Any], width: int, limit: int | None) -> str:
     routes, rows = values["routes"], []
     for route in routes[:limit]:
-        figures = [f"{route['kept']:,}", fraction(route["density"])]
+        cells = [f"{route['kept']:,}", fraction(route["density"])]
         if values["calibrated"]:
-            figures.append(f"{route['threshold']:+.3f}")
-        rows.append([printable(route["name"]), *figures, bar(route["density"], route["density"], 16)])
+            cells.append(f"{route['threshold']:+.3f}")
+        rows.append([printable(route["name"]), *cells, bar(route["density"], route["density"], 16)])
     headers = ["route", "kept", "density", *(["threshold"] if values["calibrated"] else []), ""]
     size, union, core = values["num_prunable"], values["union"], values["core"]
     summary = (
-        f"Of {size:,} prunable weights {union:,} are in some ticket (union, {fraction(union / size)}), {core:,} in "
-        f"every ticket (core, {fraction(core / size)})."
+        f"{union:,} of {size:,} prunable weights are in at least one ticket (union, {fraction(union / size)}), "
+        f"{core:,} in every ticket (core, {fraction(core / size)})."
     )
     lines = [table(headers, rows, width=width), *more(len(routes) - len(rows)), "", textwrap.fill(summary, width)]
     return "\n".join(lines)
@@ -136,19 +136,19 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
     for weight in weights[:limit]:
         densities = [count / weight["size"] for count in weight["kept"].values()]
         low, mean, high = min(densities), fmean(densities), max(densities)
-        figures = map(fraction, [mean] if one else [low, mean, high])
+        cells = map(fraction, [mean] if one else [low, mean, high])
         empty = densities.count(0)
         note = "" if not empty else "  empty" if one else f"  empty in {empty}"
-        rows.append([printable(weight["name"]), f"{weight['size']:,}", *figures, bar(low, high, 12) + note])
+        rows.append([printable(weight["name"]), f"{weight['size']:,}", *cells, bar(low, high, 12) + note])
     if one:
         title = f"Density of the ticket {printable(routes[0])!r} in each weight"
         headers = ["weight", "size", "density", ""]
     else:
-        title = f"Density of {len(routes)} tickets in each weight; bars: full to the least dense"
+        title = f"Density of {len(routes)} tickets in each weight; bars: full to the minimum, half full to the maximum"
         headers = ["weight", "size", "min", "mean", "max", ""]
     hidden = weights[len(rows) :]
     num_empty = sum(0 in weight["kept"].values() for weight in hidden)
-    note = f" ({num_empty} empty in some ticket)" if num_empty else ""
+    note = f" ({num_empty} empty in at least one ticket)" if num_empty else ""
     lines = [
         textwrap.fill(title, width),
         table(headers, rows, width=width, keep_start=False),

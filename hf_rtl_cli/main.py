@@ -1,4 +1,4 @@
-"""What `hf-rtl` understands, and how it answers."""
+"""The arguments of `hf-rtl`, and the call of its commands."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run the command and return its exit status: 0, or 1 after an error that it has printed. Wrong usage exits with 2.
+    Runs the command and returns its exit status: 0, or 1 after an error, which is printed. Wrong usage exits with 2.
 
-    A command is a module of its name here, with `run(args)`, which gives the plain values that `--json` prints, and
-    `text(values, args)`, which says them to people.
+    Each command is a module of the same name in this package, with two functions: `run(args)` returns the plain values
+    that `--json` prints, and `text(values, args)` formats them for people.
     """
     args = build_parser().parse_args(argv)
     try:
-        # Libraries write what they like to standard output, which is for the answer alone.
+        # Libraries may print to standard output, but only the answer belongs there.
         with contextlib.redirect_stdout(sys.stderr):
             command = importlib.import_module(f"hf_rtl_cli.{args.command}")
             values = command.run(args)
             answer = json.dumps(values, indent=2, allow_nan=False) if args.json else command.text(values, args)
         print(encodable(answer, sys.stdout.encoding or "utf-8"), flush=True)
     except BrokenPipeError:
-        # Who reads has seen enough, as `head`. Python is not to complain about it at its end.
+        # The reader, for example `head`, has closed the pipe. Without this, Python would print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         message = printable(" ".join(str(error).split()))
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-rtl",
-        description="Look at models made of sparse tickets, and share them.",
+        description="Inspect, export and share models of sparse tickets (subnetworks, one per route of the data).",
         epilog=_examples("hf-rtl inspect org/name", "hf-rtl export runs/digits/final --route 3 ticket-3"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,13 +61,13 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = _add_command(
         commands,
         "inspect",
-        "show what a model is, its routes, masks, their similarity, and what it costs in bytes",
+        "show a model's description, routes, mask densities, ticket similarities and size in bytes",
         "hf-rtl inspect runs/digits/final",
         "hf-rtl inspect org/name --revision v1 --route cat",
         "hf-rtl inspect org/name --json | jq .footprint.compact_bytes",
     )
     _add_model(inspect)
-    inspect.add_argument("--route", metavar="NAME", help="show the densities of this route's ticket in each weight")
+    inspect.add_argument("--route", metavar="NAME", help="show the density of this route's ticket in each weight")
     _add_all(inspect)
 
 
@@ -75,15 +75,15 @@ def _add_similarity(commands: argparse._SubParsersAction) -> None:
     similarity = _add_command(
         commands,
         "similarity",
-        "show how alike the tickets of a model are, beside what is so by chance",
+        "show how similar the tickets of a model are, compared with chance",
         "hf-rtl similarity runs/digits/final --per-layer",
         "hf-rtl similarity org/name --plot similarity.png --csv similarity.csv",
     )
     _add_model(similarity)
-    similarity.add_argument("--per-layer", action="store_true", help="also in each weight")
-    similarity.add_argument("--plot", metavar="FILE", help="draw it as a PNG: pairs, or with --per-layer the weights")
+    similarity.add_argument("--per-layer", action="store_true", help="also show the similarity in each weight tensor")
+    similarity.add_argument("--plot", metavar="FILE", help="draw a PNG: pairs, or with --per-layer weight tensors")
     similarity.add_argument(
-        "--csv", metavar="FILE", help="write a line for each pair, with --per-layer of each weight"
+        "--csv", metavar="FILE", help="write one line per pair, with --per-layer per pair and weight tensor"
     )
     _add_all(similarity)
 
@@ -92,26 +92,26 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export = _add_command(
         commands,
         "export",
-        "write one ticket as a plain model, with nothing of ours in it",
+        "write one ticket as a plain model, which does not need hf_rtl",
         "hf-rtl export org/name --route cat cat",
         "hf-rtl export runs/digits/final --route 3 three --format onnx --input pixel_values=2x1x8x8",
     )
     _add_model(export)
-    export.add_argument("--route", metavar="NAME", required=True, help="whose ticket")
+    export.add_argument("--route", metavar="NAME", required=True, help="route of the ticket")
     export.add_argument(
         "--format",
         choices=["folder", "onnx", "torch-export"],
         default="folder",
-        help="what from_pretrained loads (the default), or a graph: model.onnx, or model.pt2 of torch.export",
+        help="folder (default): for from_pretrained; onnx: a graph, model.onnx; torch-export: a graph, model.pt2",
     )
     export.add_argument(
-        "--prune-structure", action="store_true", help="remove channels that never matter; for graphs alone"
+        "--prune-structure", action="store_true", help="remove channels that change no output; for graphs only"
     )
     export.add_argument(
         "--input",
         metavar="NAME=SIZES",
         action="append",
-        help="an input of the graph and its sizes, as pixel_values=2x3x32x32; default: as the model is configured",
+        help="name and sizes of a graph input, such as pixel_values=2x3x32x32; default: from the configuration",
     )
     _add_new_folder(export)
 
@@ -120,7 +120,7 @@ def _add_card(commands: argparse._SubParsersAction) -> None:
     card = _add_command(
         commands,
         "card",
-        "write the page of a model, README.md, or bring it up to date; what you wrote in it stays",
+        "write or update the card of a model, README.md; text that you wrote in it stays",
         "hf-rtl card runs/digits/final",
         "hf-rtl card org/name > README.md",
     )
@@ -128,7 +128,7 @@ def _add_card(commands: argparse._SubParsersAction) -> None:
     card.add_argument(
         "--out",
         metavar="FOLDER",
-        help="where README.md goes; default: the model's folder, and for a repo the terminal",
+        help="folder for README.md; default: the model's folder; the card of a repo is printed",
     )
 
 
@@ -136,50 +136,48 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
     push = _add_command(
         commands,
         "push",
-        "check a saved model, push its folder to the Hub in one commit, and print where it is",
+        "check a saved model, push its folder to the Hub in one commit, and print the URL",
         "hf-rtl push runs/digits/final org/digits-tickets --private",
         "hf-rtl push runs/digits/final org/digits-tickets --compact --create-pr",
     )
     push.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained")
-    push.add_argument("repo", metavar="REPO", help="a repo id as org/name; made if it is not there")
-    push.add_argument("--private", action="store_true", default=None, help="make a new repo private")
-    push.add_argument("--revision", metavar="BRANCH", help="push to this branch; made if it is not there")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("repo", metavar="REPO", help="a repo id such as org/name; created if missing")
+    push.add_argument("--private", action="store_true", default=None, help="make the repo private if it is created")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch; created if missing")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
     push.add_argument("--compact", action="store_true", help="leave out the weights that no ticket keeps")
-    push.add_argument("--message", metavar="TEXT", default="Upload model", help="of the commit")
+    push.add_argument("--message", metavar="TEXT", default="Upload model", help="commit message")
     _add_token(push)
 
 
 def _add_tickets(commands: argparse._SubParsersAction) -> None:
-    what = "list, add, drop and save tickets by themselves"
-    tickets = commands.add_parser("tickets", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    summary = "list, add, drop or save single tickets of a model"
+    tickets = commands.add_parser("tickets", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     actions = tickets.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     show = _add_command(
         actions,
         "list",
-        "list the tickets of a model, or of ticket files",
+        "list the tickets of a model, or those in ticket files",
         "hf-rtl tickets list runs/digits/final",
         "hf-rtl tickets list ann/more-digits",
     )
-    show.add_argument("source", metavar="PATH", help="folder or repo id of ticket files, or of a model")
+    show.add_argument("source", metavar="PATH", help="folder or repo id of a model or of ticket files")
     _add_hub(show)
     _add_all(show)
 
     add = _add_command(
         actions,
         "add",
-        "add tickets from ticket files to a model that is a copy of their base",
+        "add tickets from ticket files to the model that they were made for, their base",
         "hf-rtl tickets add runs/digits/final ann/more-digits --route ten",
         "hf-rtl tickets add org/digits-tickets ann/more-digits --rename 3=three --out digits-and-more",
     )
     _add_model(add)
+    add.add_argument("tickets", metavar="TICKETS", help="folder or repo id of ticket files, written by save_tickets")
+    add.add_argument("--route", metavar="NAME", **_SEVERAL, help="routes of the tickets to add; default: all")
     add.add_argument(
-        "tickets", metavar="TICKETS", help="folder or repo id of ticket files, as save_tickets writes them"
-    )
-    add.add_argument("--route", metavar="NAME", **_SEVERAL, help="which of them; default: all")
-    add.add_argument(
-        "--rename", metavar="OLD=NEW", **_SEVERAL, help="names for routes that the model has already, or: auto"
+        "--rename", metavar="OLD=NEW", **_SEVERAL, help="new names for routes that the model already has, or auto"
     )
     add.add_argument("--tickets-revision", metavar="REV", help="branch, tag or commit of TICKETS")
     _add_out(add)
@@ -191,39 +189,39 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
         "hf-rtl tickets drop runs/digits/final --route 3 8",
     )
     _add_model(drop)
-    drop.add_argument("--route", metavar="NAME", **_SEVERAL, required=True, help="whose tickets")
+    drop.add_argument("--route", metavar="NAME", **_SEVERAL, required=True, help="routes of the tickets to remove")
     _add_out(drop)
 
     save = _add_command(
         actions,
         "save",
-        "write tickets of a model as ticket files, for others who have a copy of it",
+        "write tickets of a model as ticket files, for people who have the same model",
         "hf-rtl tickets save runs/digits/final digits-tickets --route 3 8",
     )
     _add_model(save)
-    save.add_argument("--route", metavar="NAME", **_SEVERAL, help="whose tickets; default: all")
+    save.add_argument("--route", metavar="NAME", **_SEVERAL, help="routes of the tickets to write; default: all")
     _add_new_folder(save)
 
 
 def _add_command(
-    commands: argparse._SubParsersAction, name: str, what: str, *examples: str
+    commands: argparse._SubParsersAction, name: str, summary: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """A command that says `what` it does in one line."""
+    """A parser for a command with a `summary` of one line."""
     command = commands.add_parser(
         name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=_examples(*examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
     command.set_defaults(prog=command.prog)
     return command
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", metavar="MODEL", help="a folder written by save_pretrained, or a repo id as org/name"
+        "model", metavar="MODEL", help="a folder written by save_pretrained, or a repo id such as org/name"
     )
     _add_hub(command)
 
@@ -234,22 +232,22 @@ def _add_hub(command: argparse.ArgumentParser) -> None:
 
 
 def _add_token(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--token", help="for the Hub; default: $HF_TOKEN, or that of `hf auth login`")
+    command.add_argument("--token", help="Hub access token; default: $HF_TOKEN, or the one of `hf auth login`")
 
 
 def _add_new_folder(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", metavar="OUT", help="a new folder")
-    command.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+    command.add_argument("out", metavar="OUT", help="a new or empty folder")
+    command.add_argument("--force", action="store_true", help="write into OUT even if it is not empty")
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--out", metavar="DIR", help="a new folder for the model; default: in place, if it is a folder"
+        "--out", metavar="DIR", help="a new folder for the changed model; default: MODEL, if it is a folder"
     )
 
 
 def _add_all(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--all", action="store_true", help="do not cut long lists")
+    command.add_argument("--all", action="store_true", help="show long lists completely")
 
 
 def _examples(*calls: str) -> str:

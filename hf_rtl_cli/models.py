@@ -1,4 +1,4 @@
-"""Models by name, the files that belong to one, and folders that are written whole."""
+"""Loading models by name, the files that belong to a model, and folders that are replaced as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_rtl.modeling.files import move_files
 from hf_rtl.modeling.hub import CARD_FILE
 
 
-# What pipelines read beside a model, whatever it is: image processors, feature extractors, tokenizers.
+# Files that pipelines read beside a model: image processors, feature extractors, tokenizers.
 PROCESSOR_FILES = (
     "*processor_config.json",
     "*token*.json",
@@ -32,21 +32,21 @@ PROCESSOR_FILES = (
     "*.spm",
     "chat_template*",
 )
-# What a model's folder has beside its weights: no pickles, no state of a training.
+# Files of a model's folder besides its weights: no pickles, no training state.
 _OTHER_FILES = (*PROCESSOR_FILES, "*.json", TENSORS_FILE, "*.txt", "*.md", "*.png", "*.svg", "LICENSE")
 _CHECKPOINT_FILES = ("trainer_state.json", "checkpoint.json")
 _WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
-# What a card is made of.
+# Files that a card is made from.
 CARD_SOURCES = [*_WEIGHT_FILES, "*.json", TENSORS_FILE, CARD_FILE]
 _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def load_model(name: str, *, revision: str | None = None, token: str | None = None) -> RTLModel:
-    """The model in the folder `name`, or of the repo of that name."""
+    """The model in the folder or repo `name`. Raises `ValueError` if there is none; see `check_name` too."""
     check_name(name, revision=revision)
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.")
-    # The bar that counts loaded tensors is noise; that of a download is not.
+    # Downloads show a progress bar, but loading tensors does not.
     logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
@@ -54,18 +54,18 @@ def load_model(name: str, *, revision: str | None = None, token: str | None = No
 
 
 def check_name(name: str, *, revision: str | None = None) -> None:
-    """Raises `ValueError` unless `name` is a folder or could be that of a repo, which alone has revisions."""
+    """Raises `ValueError` unless `name` is a folder or can be a repo id. Only a repo can have a `revision`."""
     if os.path.isdir(name):
         if revision is not None:
-            raise ValueError(f"--revision {revision} is of a repo, but {name!r} is a folder: leave it out.")
+            raise ValueError(f"--revision {revision} needs a repo, but {name!r} is a folder: leave it out.")
     elif os.path.exists(name):
-        raise ValueError(f"{name!r} is a file: give the folder that it is in.")
+        raise ValueError(f"{name!r} is a file: give the folder that contains it.")
     elif not _REPO_ID.fullmatch(name):
-        raise ValueError(f"there is no folder {name!r}, nor is that a repo id, as 'org/name'.")
+        raise ValueError(f"there is no folder {name!r}, and it is no repo id such as 'org/name'.")
 
 
 def saved_form(name: str, *, revision: str | None = None, token: str | None = None) -> dict[str, bool]:
-    """In which form a model is saved, as arguments of `save_pretrained`: a loaded one knows no more of it."""
+    """The arguments of `save_pretrained` that a model was saved with, which a loaded model does not know."""
     file = Path(name, "config.json")
     if not Path(name).is_dir():
         file = Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision, token=token))
@@ -74,7 +74,7 @@ def saved_form(name: str, *, revision: str | None = None, token: str | None = No
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to it."""
+    """The files in a folder that belong to its model."""
     code = ["*.py"] if saved_form(str(folder))["with_code"] else []
     return _matching(folder, (*_WEIGHT_FILES, *_OTHER_FILES, *code))
 
@@ -82,10 +82,10 @@ def model_files(folder: Path) -> list[Path]:
 def copy_beside(
     name: str, target: Path, patterns: Sequence[str] = _OTHER_FILES, *, revision: str | None, token: str | None
 ) -> None:
-    """Copies what belongs to a model beside its weights and configuration, or of it what matches `patterns`."""
+    """Copies the files of a model that match `patterns`, except its weights and configuration."""
     folder = Path(name)
     if not folder.is_dir():
-        # Patterns also match in subfolders, which are other models.
+        # Patterns also match files in subfolders, which hold other models.
         folder = Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
@@ -108,7 +108,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def check_free(folder: Path, *, force: bool) -> None:
-    """Raises `ValueError` if there is something at `folder`, which only `force` may write into."""
+    """Raises `ValueError` if `folder` is no folder, or is not empty without `force`."""
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ValueError(f"{str(folder)!r} is not empty; --force replaces the model in it.")
     if folder.exists() and not folder.is_dir():
@@ -118,8 +118,8 @@ def check_free(folder: Path, *, force: bool) -> None:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """
-    A folder to write into, whose files are moved to `folder` at the end, each whole and `config.json` last. A model
-    that was there is replaced, other files stay. After an error `folder` is as it was.
+    A temporary folder to write into. At the end its files are moved to `folder`, each whole and `config.json` last. A
+    model in `folder` is replaced, and other files stay. After an error `folder` has not changed.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)

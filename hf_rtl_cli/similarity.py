@@ -1,4 +1,4 @@
-"""`hf-rtl similarity`: how alike the tickets of a model are."""
+"""`hf-rtl similarity`: shows how similar the tickets of a model are."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .tables import bar, fraction, more, printable, shortened, table, terminal_w
 _MAX_ROUTES = 20
 _MAX_PAIRS = 5
 _MAX_WEIGHTS = 30
-# Columns of a matrix: for the names of its rows at least, and for a number with the space before it.
+# Widths of a matrix in columns: for the names of its rows at least, and for a number with the space before it.
 _LABEL, _CELL = 12, 6
 _MATRICES = ("jaccard", "chance", "corrected")
 
 
 def similarity_values(bank: MaskBank) -> dict[str, list[list[float | None]]]:
     """
-    For each pair of tickets, `[num_routes, num_routes]`: the Jaccard similarity, what independent masks of their
-    densities have by chance, and the first corrected for the second, (jaccard - chance) / (1 - chance). `None` where
-    it is undefined.
+    Three matrices over pairs of tickets, `[num_routes, num_routes]`: the Jaccard similarity, that of independent masks
+    with the same densities (chance), and the corrected similarity (jaccard - chance) / (1 - chance). `None` where a
+    value is undefined.
     """
     return _as_values(bank.similarity(), bank.chance_similarity())
 
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _plot_file(name: str) -> Path:
     if not name.endswith(".png"):
-        raise ValueError(f"--plot draws PNG files: give it a name as {Path(name).with_suffix('.png').name!r}.")
+        raise ValueError(f"--plot draws PNG files: give it a name such as {Path(name).with_suffix('.png').name!r}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install hf_rtl[plots]")
     return Path(name)
 
 
 def _csv(values: dict[str, Any]) -> str:
-    """A line for each pair of tickets, in each weight if they are told apart; what is undefined is left empty."""
+    """A line per pair of tickets, or per weight and pair if `values` has `weights`; undefined values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*(["weight"] if "weights" in values else []), "route", "other", *_MATRICES])
@@ -94,17 +94,18 @@ def pairs_text(
     similarity: dict[str, Any], routes: list[str], width: int, *, show_all: bool, corrected: bool = False
 ) -> str:
     """
-    How alike each pair of tickets is: matrices where `width` allows it; else every ticket's mean, and the pairs that
-    are most and least alike.
+    The similarity of each pair of tickets as matrices, if `width` is large enough; otherwise every ticket's mean, and
+    the most and least similar pairs.
 
     Args:
-        similarity (`dict`): as `similarity_values` gives it.
-        routes (`list[str]`): the tickets' names.
-        show_all (`bool`): do not cut lists.
-        corrected (`bool`): add the matrix that is corrected for chance.
+        similarity (`dict`): the result of `similarity_values`.
+        routes (`list[str]`): names of the tickets.
+        width (`int`): columns of the terminal.
+        show_all (`bool`): show complete lists.
+        corrected (`bool`, defaults to `False`): add the matrix that is corrected for chance.
     """
     if len(routes) == 1:
-        return "Similarity: there is one ticket, and nothing to compare it with."
+        return "Similarity: the model has only one ticket, so there is nothing to compare it with."
     names = list(map(printable, routes))
     if _LABEL + _CELL * len(names) <= width:
         parts = [f"Similarity (Jaccard) of each pair of tickets\n{_matrix(similarity['jaccard'], names, width)}"]
@@ -115,8 +116,8 @@ def pairs_text(
         parts += _extremes(similarity, names, width, show_all=show_all)
     means = {name: _mean(_off_diagonal(matrix)) for name, matrix in similarity.items() if name in _MATRICES}
     summary = (
-        f"Mean over pairs {fraction(means['jaccard'])}; by chance, as of random masks of the same densities, "
-        f"{fraction(means['chance'])}; corrected for chance {fraction(means['corrected'])}."
+        f"Mean over pairs: {fraction(means['jaccard'])}; chance (random masks with the same densities): "
+        f"{fraction(means['chance'])}; corrected for chance: {fraction(means['corrected'])}."
     )
     return "\n\n".join([*parts, textwrap.fill(summary, width)])
 
@@ -131,7 +132,7 @@ def _matrix(matrix: list[list[float | None]], names: list[str], width: int) -> s
 
 
 def _means(similarity: dict[str, Any], names: list[str], width: int, limit: int | None) -> str:
-    """A line for each ticket: its means over all others."""
+    """A line for each ticket, with its means over all other tickets."""
     rows = []
     for index, name in enumerate(names[:limit]):
         means = []
@@ -153,7 +154,7 @@ def _extremes(similarity: dict[str, Any], names: list[str], width: int, *, show_
     if show_all:
         titled = {"All pairs": pairs}
     else:
-        titled = {"Most alike": pairs[:_MAX_PAIRS], "Least alike": pairs[-_MAX_PAIRS:][::-1]}
+        titled = {"Most similar": pairs[:_MAX_PAIRS], "Least similar": pairs[-_MAX_PAIRS:][::-1]}
     size = (width - 35) // 2
     texts = []
     for title, chosen in titled.items():
@@ -166,14 +167,14 @@ def _extremes(similarity: dict[str, Any], names: list[str], width: int, *, show_
 
 
 def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) -> str:
-    """A line for each weight: means over all pairs of tickets."""
+    """A line for each weight, with means over all pairs of tickets."""
     rows = []
     for weight in weights[:limit]:
         pairs = [value for value in _off_diagonal(weight["jaccard"]) if value is not None]
         means = [_mean(_off_diagonal(weight[matrix])) for matrix in _MATRICES]
         shown = bar(min(pairs), max(pairs), 12) if pairs else "all empty"
         rows.append([printable(weight["name"]), *map(fraction, means), shown])
-    title = "Similarity in each weight, means over pairs; bars: full to the least alike"
+    title = "Similarity in each weight, means over pairs; bars: full to the minimum, half full to the maximum"
     lines = [
         textwrap.fill(title, width),
         table(["weight", *_MATRICES, ""], rows, width=width, keep_start=False),
@@ -187,6 +188,6 @@ def _off_diagonal(matrix: list[list[float | None]]) -> list[float | None]:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """The mean of those that are defined, if any is."""
+    """The mean of the defined values; `None` if there are none."""
     defined = [value for value in values if value is not None]
     return fmean(defined) if defined else None

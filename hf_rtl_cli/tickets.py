@@ -1,4 +1,4 @@
-"""`hf-rtl tickets`: tickets by themselves, and what a model has of them."""
+"""`hf-rtl tickets`: lists, adds, drops and saves single tickets."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _add(args: argparse.Namespace) -> dict[str, Any]:
     added = model.load_tickets(
         args.tickets,
         routes=args.route,
-        rename=_renamed(args.rename),
+        rename=_parse_renames(args.rename),
         revision=args.tickets_revision,
         token=args.token,
     )
@@ -122,13 +122,13 @@ def _drop(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _target(args: argparse.Namespace) -> Path:
-    """Where a changed model goes: by default to where it was."""
+    """The folder to write a changed model into, by default its own."""
     if args.out is not None:
         check_free(Path(args.out), force=False)
         return Path(args.out)
     check_name(args.model, revision=args.revision)
     if not Path(args.model).is_dir():
-        raise ValueError(f"{args.model!r} is a repo, which stays as it is: say with --out DIR where the model goes.")
+        raise ValueError(f"{args.model!r} is a repo, which is not changed: add --out DIR, a folder for the new model.")
     return Path(args.model)
 
 
@@ -143,18 +143,18 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
             model.save_pretrained(staging, **form)
             remove_unfitting_rule(staging, model.route_names)
     if (folder / CARD_FILE).is_file():
-        print(f"README.md is of the model before; `hf-rtl card {folder}` updates it.", file=sys.stderr)
+        print(f"README.md still describes the earlier model; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}
 
 
-def _renamed(pairs: list[str] | None) -> dict[str, str] | Literal["auto"] | None:
+def _parse_renames(pairs: list[str] | None) -> dict[str, str] | Literal["auto"] | None:
     if pairs is None or pairs == ["auto"]:
         return "auto" if pairs else None
     split = [pair.partition("=") for pair in pairs]
     wrong = [pair for pair, (_, _, new) in zip(pairs, split, strict=True) if not new]
     if wrong:
         raise ValueError(
-            f"--rename {wrong[0]} must be OLD=NEW, the name in the ticket files and the one in the model."
+            f"--rename {wrong[0]} must be OLD=NEW, the name in the ticket files and the new name in the model."
         )
     return {old: new for old, _, new in split}
 

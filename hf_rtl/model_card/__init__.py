@@ -1,8 +1,8 @@
 """
-The page of a model, or of its tickets: a part that is generated, in a `README.md` whose other text stays.
+The card of a model, or of ticket files: a generated part of `README.md`. All other text of the file stays.
 
-It imports `modeling`, `data` and the plots of the hall. What happens in a training does not belong here: of that it
-reads the record that a run leaves beside its model.
+This folder imports `modeling`, `data` and `plots.py`, but not `training`: it reads the record that a run writes beside
+its model.
 """
 
 from .card import RTLCardData, write_card, write_pushed_card

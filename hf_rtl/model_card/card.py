@@ -1,4 +1,4 @@
-"""The model card of a routed model: `README.md`, and beside it a picture of how alike its tickets are."""
+"""The card of a routed model: `README.md`, and beside it a picture of the similarity of its tickets."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from ..data.rules import load_rule
 from ..modeling.files import write_bytes
 from ..modeling.hub import CARD_FILE
 from ..modeling.modeling_rtl import RTLModel
-from .page import METRICS_OF_THE_HUB, backbone_name, describe_metric, render_page, split_metrics
+from .page import HUB_METRICS, backbone_name, describe_metric, render_page, split_metrics
 from .readme import ALL_ROUTES_LABEL, Readme
 from .run_record import ARGUMENTS_FILE, copy_run, read_run, was_trained_by
 
 
 logger = logging.getLogger(__name__)
 
-PICTURE = "similarity.png"
+PICTURE_FILE = "similarity.png"
 
 TAGS = ["hf_rtl", "pruning", "sparsity", "lottery-ticket"]
-# The Hub's names of tasks. None for sequence to sequence, for which transformers has no pipeline any more.
+# The Hub's names of tasks. Sequence-to-sequence models have none, because transformers has no pipeline for them.
 PIPELINE_TAGS = {
     AutoModelForImageClassification: "image-classification",
     AutoModelForSemanticSegmentation: "image-segmentation",
@@ -50,7 +50,7 @@ _TASK_NAMES = {
     "membership": "Is this mine? A ticket against all other samples",
     "labels": "Labels, given the route",
 }
-# Keys of the metadata, as they follow each other.
+# Keys of the metadata, in the order in which they are written.
 _ORDER = [
     *("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"),
     *("datasets", "tags", "metrics", "model-index"),
@@ -62,21 +62,21 @@ _LISTS = ("base_model", "datasets", "language", "tags", "authors", "limitations"
 @dataclass
 class RTLCardData:
     """
-    What only its author can say of a model; all of it optional. What a card says besides is collected from the run, or
-    computed from the model.
+    The fields of a card that only the author of a model knows; all are optional. The rest of a card comes from the run
+    and from the model.
 
     Args:
-        model_id (`str`): repository on the Hub, as `"org/name"`, for the examples of the card.
+        model_id (`str`): repository on the Hub, for example `"org/name"`, for the examples of the card.
         model_name (`str`): title of the card. Defaults to the name in `model_id`.
-        description (`str`): Markdown, after the first lines.
-        language, license, license_name, license_link, datasets, base_model, tags, pipeline_tag: as in the metadata of
-            any model card. `base_model` defaults to the repository that the run took its backbone from.
-        dataset_name (`str`), dataset_config (`str`), dataset_split (`str`), dataset_revision (`str`): of the data that
-            the metrics are of.
-        authors (`list[str]`), citation (`str`, BibTeX), limitations (`list[str]`, Markdown): as it says.
+        description (`str`): Markdown, placed after the first lines.
+        language, license, license_name, license_link, datasets, base_model, tags, pipeline_tag: the same as in the
+            metadata of any model card. `base_model` defaults to the repository that the run took its backbone from.
+        dataset_name (`str`), dataset_config (`str`), dataset_split (`str`), dataset_revision (`str`): the data that
+            the metrics were measured on.
+        authors (`list[str]`), citation (`str`, BibTeX), limitations (`list[str]`, Markdown): text of the card.
 
     Raises:
-        TypeError: a value that is neither a string nor, where several make sense, a list of strings.
+        TypeError: a value that is neither a string nor, where several values make sense, a list of strings.
     """
 
     model_id: str | None = None
@@ -106,16 +106,17 @@ class RTLCardData:
                 raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
 
     def given(self) -> dict[str, Any]:
+        """The fields that are not `None`."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def updated(self, given: Mapping[str, Any]) -> RTLCardData:
-        """With other values of some fields. Raises `TypeError` for one that there is not, with the closest that is."""
+        """A copy with other values of the `given` fields. Raises `TypeError` for an unknown one; names the closest."""
         allowed = [field.name for field in fields(self)]
         for name in given:
             if name not in allowed:
                 close = difflib.get_close_matches(name, allowed, n=1)
                 hint = f"; did you mean `{close[0]}`?" if close else "."
-                raise TypeError(f"`{name}` is nothing that a card says{hint} Allowed are {', '.join(allowed)}.")
+                raise TypeError(f"`{name}` is no field of a card{hint} Allowed are {', '.join(allowed)}.")
         return replace(self, **given)
 
 
@@ -125,28 +126,27 @@ def write_card(
     """
     Writes the model card of a model: `README.md`, and `similarity.png` if matplotlib is installed. Uses no network.
 
-    In a `README.md` that is there, only the part that an earlier call has made is replaced; without one it is added at
-    the end. All other text stays byte for byte, and metadata that was changed by hand stays as it is. The same call
-    again changes nothing.
+    In an existing `README.md` only the generated part is replaced; if there is none, it is added at the end. All other
+    text stays byte for byte, and so does metadata that was changed by hand. Repeating a call changes nothing.
 
     Args:
-        source ([`RTLModel`], `str` or `Path`): the model, or a folder that it is saved in. What the card says of
-            training comes from `training_run.json` there, which `RTLTrainer` writes, or from `model.training_run`.
-        folder (`str` or `Path`, *optional*): where to. Defaults to `source`, if that is a folder.
-        remote (`bytes`, *optional*): when the card is going to be pushed, the one on the Hub, `b""` for none. Its text
-            and metadata are kept, unless only those of the file were changed by hand since the last push.
-        **given: fields of [`RTLCardData`], as `license="mit"`. Those of earlier calls are kept in the file.
+        source ([`RTLModel`], `str` or `Path`): the model, or the folder that it is saved in. Facts about training come
+            from `training_run.json` in the folder, which `RTLTrainer` writes, or from `model.training_run`.
+        folder (`str` or `Path`, *optional*): the folder to write into. Defaults to `source`, if that is a folder.
+        remote (`bytes`, *optional*): for a card to push, the content of the card on the Hub, `b""` if there is none.
+            Its text and metadata are kept, unless only the file was changed by hand since the last push.
+        **given: fields of [`RTLCardData`], for example `license="mit"`. The file keeps those of earlier calls.
 
     Returns:
         `Path`: the written `README.md`.
 
     Raises:
-        TypeError: an unknown field, or a value of another type.
-        ValueError: no folder, no model in it, a `README.md` whose metadata cannot be read, or one that was changed by
-            hand as the one on the Hub was. Nothing is written then.
+        TypeError: a field is unknown, or a value has a wrong type.
+        ValueError: `folder` is missing, it holds no model, the metadata of `README.md` cannot be read, or both the
+            file and the card on the Hub were changed by hand. Nothing is written.
     """
     RTLCardData().updated(given)
-    model, run, saved, target = _opened(source, folder)
+    model, run, saved, target = _open_source(source, folder)
     file = target / CARD_FILE
     readme = _to_change(file, remote)
     noted = readme.record or {}
@@ -156,7 +156,7 @@ def write_card(
     for name in sorted(given.keys() & metadata.keys()):
         if not isinstance(metadata[name], list) and merged.get(name) != metadata[name]:
             logger.warning(
-                f"`{name}` = {given[name]!r} is not written: {str(file)!r} was changed by hand, to "
+                f"`{name}` = {given[name]!r} is not written: in {str(file)!r} it was changed by hand to "
                 f"{merged.get(name)!r}; change it there."
             )
     similarity = model.mask_bank.similarity().cpu()
@@ -171,7 +171,7 @@ def write_card(
         with_code=_has_code(saved),
         with_arguments=(saved / ARGUMENTS_FILE).exists(),
         rule=_rule(saved, model),
-        picture=PICTURE if has_picture else None,
+        picture=PICTURE_FILE if has_picture else None,
     )
     noted_metadata = {name: value for name, value in metadata.items() if name != "model-index"}
     note: dict[str, Any] = {"given": card.given(), "metadata": noted_metadata}
@@ -183,7 +183,7 @@ def write_card(
     if has_picture:
         from ..plots import similarity_heatmap
 
-        similarity_heatmap(similarity, model.route_names, target / PICTURE)
+        similarity_heatmap(similarity, model.route_names, target / PICTURE_FILE)
     write_bytes(file, content)
     return file
 
@@ -198,32 +198,32 @@ def write_pushed_card(
     token: bool | str | None,
 ) -> None:
     """
-    Writes into `folder` the card of a model that is going to be pushed, with what is known of its run: see
-    [`write_card`] and `copy_run`, whose network access is that to the repository that the model was loaded from.
+    Writes into `folder` the card of a model that will be pushed, and the record of its run; see [`write_card`] and
+    `copy_run`. Uses the network only to read the repository that the model was loaded from.
     """
     copy_run(model, folder, token=token)
     write_card(model, folder, remote=remote, model_id=repo_id, **({"tags": tags} if tags else {}))
 
 
 def _to_change(file: Path, remote: bytes | None) -> Readme:
-    """The card whose text and metadata are kept: that in `file` or that on the Hub, whichever was changed by hand."""
+    """The card whose text and metadata are kept: the one that was changed by hand, in `file` or on the Hub."""
     mine = Readme.parse(file.read_bytes() if file.exists() else b"")
     if not remote:
         return mine
     theirs = Readme.parse(remote)
     if not mine.is_edited or mine.own_part() == theirs.own_part():
         return theirs
-    # What theirs says of itself is of no use: another push may have gone on from an edit that is not in mine.
+    # Compared with `mine.last_pushed`, not theirs: another push may have recorded a hand edit that mine lacks.
     if theirs.own_part() != mine.last_pushed:
         raise ValueError(
-            f"both {str(file)!r} and the model card on the Hub were changed by hand. Bring what is to stay into that "
-            "on the Hub, and delete the file, or make them the same."
+            f"both {str(file)!r} and the model card on the Hub were changed by hand. Copy the text to keep into that "
+            "on the Hub and delete the file, or make both the same."
         )
     return mine
 
 
 def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The YAML part of a card: what is given, what follows from the model, and a result per route and for all."""
+    """The YAML part of a card: given fields, facts of the model, and results of each route and of all routes."""
     pipeline_tag = card.pipeline_tag or PIPELINE_TAGS.get(model.backbone_class)
     results = list(_eval_results(model, card, run, pipeline_tag or "other"))
     data = ModelCardData(
@@ -234,7 +234,7 @@ def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | N
         library_name="transformers",
         tags=[*TAGS, *(model.model_tags or []), *_listed(card.tags)],
         datasets=_listed(card.datasets) or None,
-        metrics=sorted({result.metric_type for result in results} & METRICS_OF_THE_HUB) or None,
+        metrics=sorted({result.metric_type for result in results} & HUB_METRICS) or None,
         base_model=card.base_model or (run["backbone"] if run else None),
         pipeline_tag=pipeline_tag,
         model_name=_title(model, card) if results else None,
@@ -246,7 +246,7 @@ def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | N
 def _eval_results(
     model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None, task: str
 ) -> Iterator[EvalResult]:
-    """All that was measured of the model, as it was measured."""
+    """Yields every metric of the last round as a result for the Hub."""
     datasets = _listed(card.datasets)
     ticket_task = model.config.ticket_task
     for evaluation in run["evaluations"] if run else []:
@@ -257,7 +257,7 @@ def _eval_results(
                 if value is None or name in ("loss", "constant_tickets"):
                     continue
                 kind, words = describe_metric(name, ticket_task=ticket_task, overall=whose == ALL_ROUTES_LABEL)
-                # Results are told apart by their configuration, so it says whose they are.
+                # The Hub identifies a result by its configuration, so it names evaluation set and route.
                 config = ", ".join(part for part in (card.dataset_config, evaluation["name"], whose) if part)
                 yield EvalResult(
                     task_type=task,
@@ -281,10 +281,10 @@ def _title(model: RTLModel, card: RTLCardData) -> str:
     return f"{backbone_name(model)} with {model.num_routes} tickets"
 
 
-def _opened(
+def _open_source(
     source: RTLModel | str | Path, folder: str | Path | None
 ) -> tuple[RTLModel, dict[str, Any] | None, Path, Path]:
-    """The model, what is known of its run, where the model is saved, and where the card is to go."""
+    """The model, the record of its run or `None`, the folder of the model, and the folder of the card."""
     if isinstance(source, (str, Path)):
         saved = Path(source)
         if not (saved / "config.json").is_file():
@@ -294,18 +294,18 @@ def _opened(
         model, run = RTLModel.from_pretrained(saved), read_run(saved)
         folder = saved if folder is None else folder
     elif folder is None:
-        raise ValueError("`folder` is missing: `write_card(model, folder)` needs to know where the card is to go.")
+        raise ValueError("`folder` is missing: give the folder to write the card into, `write_card(model, folder)`.")
     else:
         saved = Path(folder)
         model, run = source, source.training_run or read_run(saved)
     if run is not None and not was_trained_by(run, model):
-        logger.warning("the model has other masks or weights than its run ended with, of which its card says nothing.")
+        logger.warning("the model has other masks or weights than at the end of its run: its card leaves the run out.")
         run = None
     return model, run, saved, Path(folder)
 
 
 def _rule(folder: Path, model: RTLModel) -> str | None:
-    """What the route of new data is, by a rule beside the model that fits it."""
+    """The description of the rule beside the model; `None` if there is none, or it does not fit the model."""
     try:
         return load_rule(folder, model.route_names).describe() if folder.is_dir() else None
     except (FileNotFoundError, ValueError):
@@ -313,7 +313,7 @@ def _rule(folder: Path, model: RTLModel) -> str | None:
 
 
 def _has_code(folder: Path) -> bool:
-    """Whether the model saved there can be loaded without this package, by the code beside it."""
+    """Whether the model in `folder` is saved with its code, so that it can be loaded without this package."""
     config = folder / "config.json"
     return config.exists() and "auto_map" in json.loads(config.read_text())
 

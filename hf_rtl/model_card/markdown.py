@@ -1,4 +1,4 @@
-"""Pieces of Markdown that show what they were given, whatever is in it."""
+"""Pieces of Markdown that show their arguments literally."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPACE = "\N{NO-BREAK SPACE}"
 
 
 def text(value: str, *, limit: int = 40) -> str:
-    """`value` in one line, none of it read as Markdown, HTML or mathematics; cut to `limit` characters."""
+    """`value` on one line, escaped so that no Markdown, HTML or mathematics is read; cut to `limit` characters."""
     line = " ".join(value.split()) or repr(value)
     if len(line) > limit:
         line = f"{line[: limit - 1]}…"
@@ -21,29 +21,29 @@ def text(value: str, *, limit: int = 40) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
-    """A table of cells that are Markdown already. The first `num_left` columns hold words, the others numbers."""
+    """A table of Markdown cells. The first `num_left` columns are aligned left, the others right."""
     marks = [":---" if column < num_left else "---:" for column in range(len(titles))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, marks, *rows))
 
 
 def fenced(code: str, language: str) -> str:
-    """A block of code, which may itself hold a fence."""
+    """A fenced block of `code`, which may itself contain a fence."""
     longest = max(map(len, re.findall(r"`{3,}", code)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
 def number(value: float | None) -> str:
-    """A figure from 0 to 1, or a loss, to three places."""
+    """A number with three decimals, for a metric or a loss."""
     return UNKNOWN if value is None else f"{value:.3f}"
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent; of what is small, two figures that say something."""
+    """A fraction in percent, with one decimal; below 1 % with two significant digits."""
     figure = f"{100 * fraction:.1f}" if fraction >= 0.01 or fraction == 0 else f"{100 * fraction:.2g}"
     return f"{figure}{_SPACE}%"
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people say them, in powers of 1000."""
+    """Bytes in readable units, powers of 1000."""
     return human_bytes(num_bytes).replace(" ", _SPACE)

@@ -1,4 +1,4 @@
-"""The text of a model card, from what is given, what was collected of the run, and what follows from the model."""
+"""The text of a model card, made from given fields, the record of the run, and the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from . import markdown
 
 
 _TEMPLATE = Path(__file__).with_name("template.md")
-_MAX_COMPARED = 12  # routes up to which all pairs are in a table
-# Tasks whose stock pipeline answers from tickets: what it is called on the page, and what it is given.
+_MAX_COMPARED = 12  # most routes for which a table shows all pairs
+# Tasks whose pipeline of transformers works with tickets: name of the pipeline's variable in the card, and its input.
 _PIPELINES = {
     "image-classification": ("classifier", "image.png"),
     "audio-classification": ("classifier", "sound.wav"),
@@ -37,7 +37,7 @@ _COLUMNS = {
         "route_recall": "routes found",
     },
 }
-# What a round is judged by, in the table of rounds.
+# The metrics in the table of rounds.
 _ROUND_COLUMNS = {
     "membership": {
         "balanced_accuracy": "bal. acc.",
@@ -70,17 +70,19 @@ def render_page(
     rule: str | None,
 ) -> str:
     """
+    The generated part of a card.
+
     Args:
-        model ([`RTLModel`]): what the card is of.
-        given (`Mapping[str, Any]`): fields of `RTLCardData`, `None` where nothing is given.
-        run (`Mapping[str, Any]`, *optional*): as of `run_report.describe_run`; `None` if it is not known.
-        similarity (`Tensor`): `[K, K]`, of the model's mask bank.
+        model ([`RTLModel`]): the model of the card.
+        given (`Mapping[str, Any]`): fields of `RTLCardData`, `None` where a field is not given.
+        run (`Mapping[str, Any]`, *optional*): the result of `run_report.describe_run`; `None` if it is unknown.
+        similarity (`Tensor`): `[K, K]`, Jaccard similarity of the model's masks.
         pipeline_tag (`str`, *optional*): the Hub's name of the task.
-        title (`str`, *optional*): none if the file has one.
-        picture (`str`, *optional*): file beside the card with the heatmap.
+        title (`str`, *optional*): title to write; `None` if the file has one.
+        picture (`str`, *optional*): name of the file with the heatmap, beside the card.
         with_code (`bool`): whether the model is saved with its code.
-        with_arguments (`bool`): whether all arguments of the run are in a file beside it.
-        rule (`str`, *optional*): what the route of new data is, if a file beside it says so.
+        with_arguments (`bool`): whether a file beside the card holds all arguments of the run.
+        rule (`str`, *optional*): description of the rule that assigns new data, if a file beside the card holds one.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
@@ -119,12 +121,12 @@ def render_page(
         run=run,
         rounds_table=_rounds_table(model, run) if run else None,
         arguments_table=_arguments_table(run) if run and run["arguments"] else None,
-        surroundings=_surroundings(run["rounds"]) if run else [],
+        surroundings=_environments(run["rounds"]) if run else [],
     )
 
 
 def backbone_name(model: RTLModel) -> str:
-    """The architecture as timm names it, else the class of the network."""
+    """The name of the architecture in timm, else the class of the network."""
     config = model.config.backbone_config
     return config.architecture if config.model_type == "timm_wrapper" else type(model.backbone).__name__
 
@@ -133,7 +135,7 @@ def backbone_name(model: RTLModel) -> str:
 
 
 def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
-    """A line per route, with its metrics if there is but one evaluation; then all routes."""
+    """A row per route, with its metrics if there is one evaluation set only; then a row for all routes."""
     bank, evaluations = model.mask_bank, run["evaluations"] if run else []
     evaluation = evaluations[0] if len(evaluations) == 1 else None
     by_route, overall = _last(model, evaluation)
@@ -141,9 +143,9 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
     samples = {"training samples": run["num_training_samples"]} if run else {}
     samples |= {"test samples": evaluation["num_samples"]} if evaluation else {}
 
-    def line(index: str, name: str, kept: int | None, density: float, counts: Sequence[int], figures: Mapping) -> list:
+    def line(index: str, name: str, kept: int | None, density: float, counts: Sequence[int], metrics: Mapping) -> list:
         density_and_counts = [markdown.percent(density), *(f"{count:,}" for count in counts)]
-        measured = [markdown.number(figures.get(metric)) for metric in columns]
+        measured = [markdown.number(metrics.get(metric)) for metric in columns]
         return [index, name, "" if kept is None else f"{kept:,}", *density_and_counts, *measured]
 
     kept, density = bank.count().tolist(), bank.density().tolist()
@@ -164,7 +166,7 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
 
 
 def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each evaluation its name, a table if that of the routes lacks it, and the figures that are in no table."""
+    """For each evaluation set its name, tables that the table of routes does not cover, and all other metrics."""
     thresholds = [f"{threshold:.3f}" for threshold in run["thresholds"] or []]
     pages = []
     for evaluation in run["evaluations"]:
@@ -191,7 +193,7 @@ def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]
 def _metrics_table(
     model: RTLModel, evaluation: Mapping[str, Any], columns: Mapping[str, str], first: Mapping[str, Sequence[str]]
 ) -> str:
-    """A line per route, then all routes; `first` is a column ahead of those of metrics."""
+    """A row per route, then a row for all routes; `first` is the column before those of metrics."""
     ((title, cells),) = first.items()
     by_route, overall = _last(model, evaluation)
     rows = [
@@ -232,7 +234,7 @@ def _footprint_table(model: RTLModel) -> str:
 
 
 def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
-    """A line per round: what was kept, how alike the tickets were, and how it went."""
+    """A row per round: kept weights, similarity of the tickets, metrics and steps."""
     evaluations = run["evaluations"]
     columns = {
         (number, metric): f"{title} ({markdown.text(evaluation['name'])})" if evaluation["name"] else title
@@ -271,22 +273,22 @@ def _value(value: Any) -> str:
     return markdown.text(json.dumps(value, ensure_ascii=False), limit=200)
 
 
-# What is said in words
+# Facts for the text
 
 
 def _last(model: RTLModel, evaluation: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The metrics of the model itself, which is the last round's: those of routes, and those of all."""
+    """The metrics of the last round, whose model the card describes: those of each route, and those of all routes."""
     return split_metrics(evaluation["rounds"][-1], model.route_names) if evaluation else ({}, {})
 
 
 def _measured(model: RTLModel, by_route: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The columns of a table of metrics: those that are known of any route."""
-    known = {metric for figures in by_route.values() for metric in figures}
+    """The columns of a table of metrics: those that at least one route has."""
+    known = {metric for metrics in by_route.values() for metric in metrics}
     return {metric: title for metric, title in _COLUMNS[model.config.ticket_task].items() if metric in known}
 
 
 def _shared(model: RTLModel, similarity: Tensor) -> dict[str, float]:
-    """How much the tickets have in common. Similarities are means over pairs, of those that have any weight."""
+    """Counts of shared weights, and mean similarities over all pairs of tickets with any weight."""
     bank = model.mask_bank
     pairs = ~torch.eye(bank.num_routes, dtype=torch.bool)
     return {
@@ -298,14 +300,14 @@ def _shared(model: RTLModel, similarity: Tensor) -> dict[str, float]:
 
 
 def _emptied(model: RTLModel) -> dict[str, int]:
-    """Weights of which a ticket keeps nothing -> in how many tickets."""
+    """Name of a prunable weight -> number of tickets that keep nothing of it, if there are any."""
     num_tickets = (model.mask_bank.count(per_layer=True) == 0).sum(1).tolist()
     names = model.mask_bank.weight_names
     return {name: number for name, number in zip(names, num_tickets, strict=True) if number}
 
 
-def _surroundings(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where and with what the rounds ran: one, if all are alike."""
+def _environments(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The different environments of the rounds: one, if all rounds ran in the same environment."""
     different: list[dict[str, Any]] = []
     for report in rounds:
         if report["surroundings"] not in different:
@@ -313,7 +315,7 @@ def _surroundings(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return different
 
 
-# Name in `metrics.py` -> id, as on hf.co/metrics where it has one, and words.
+# Name in `metrics.py` -> id (that of hf.co/metrics, if it is listed there), and title.
 _NAMES = {
     "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
     "precision": ("precision", "Precision"),
@@ -323,7 +325,7 @@ _NAMES = {
     "precision_at_recall_80": ("precision", "Precision at recall 0.8"),
 }
 _WITHOUT_THRESHOLD = {"auroc", "precision_at_recall_80"}
-# Accuracies, with one label a sample, and with scores compared between tickets.
+# Accuracies: of scores compared between tickets, and of labels with one label per sample.
 _ACCURACIES = {
     ("membership", "accuracy"): "Accuracy of the ticket with the highest score",
     ("membership", "calibrated_accuracy"): "Accuracy of the ticket whose score is highest above its threshold",
@@ -337,20 +339,20 @@ _ACCURACIES = {
     ("labels", "union_mean_route_accuracy"): "Accuracy of the union of all tickets, mean over routes",
     ("labels", "union_worst_route_accuracy"): "Accuracy of the union of all tickets, worst route",
 }
-# Metrics of a router, whatever the task.
+# Metrics of a router, for both tasks.
 _ROUTER_METRICS = {
     "route_accuracy": ("accuracy", "Accuracy of the router: samples whose likeliest route is theirs"),
     "route_recall": ("recall", "Recall of the router"),
     "routed_precision_at_recall_80": ("precision", "Precision of the router's score at recall 0.8"),
     "fallback_fraction": ("fallback_fraction", "Samples that the router was too unsure of, sent to the fallback"),
 }
-METRICS_OF_THE_HUB = {"accuracy", "precision", "recall", "f1", "roc_auc"}
+HUB_METRICS = {"accuracy", "precision", "recall", "f1", "roc_auc"}
 
 
 def split_metrics(
     metrics: Mapping[str, Any], route_names: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Route -> its metrics, and those over all routes. Names of metrics are as of `metrics.py`, or somebody's own."""
+    """Route -> its metrics, and the metrics over all routes. Names come from `metrics.py` or from the user."""
     by_route: dict[str, dict[str, Any]] = {name: {} for name in route_names}
     overall = {}
     for name, value in metrics.items():
@@ -363,7 +365,7 @@ def split_metrics(
 
 
 def describe_metric(name: str, *, ticket_task: str, overall: bool) -> tuple[str, str]:
-    """The id and the words of a metric of a route or `overall` routes; its own name for one that we do not know."""
+    """The id and title of a metric of a route, or of all routes if `overall`; its name twice if it is unknown."""
     if (ticket_task, name) in _ACCURACIES:
         return "accuracy", _ACCURACIES[ticket_task, name]
     if name in _ROUTER_METRICS:

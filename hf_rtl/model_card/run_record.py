@@ -1,4 +1,4 @@
-"""What is known of the run that a model comes from, in a file beside it, for its model card."""
+"""The record of the run that made a model, in a file beside the model, for its card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..modeling.ticket_files import base_fingerprint
 
 
 RUN_FILE = "training_run.json"
-ARGUMENTS_FILE = "training_args.json"  # all of them, which a trainer saves beside the final model
+ARGUMENTS_FILE = "training_args.json"  # all arguments of a run, which its trainer saves beside the model
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:
@@ -26,16 +26,16 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What `write_run` wrote; `None` if nothing is there."""
+    """The record that `write_run` wrote; `None` if there is none."""
     file = folder / RUN_FILE
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def copy_run(model: RTLModel, folder: Path, *, token: bool | str | None) -> None:
     """
-    Writes into `folder` what is known of the run that `model` comes from, unless it has changed since: after a
-    training its own, else what lies beside the weights that it was loaded from. Likewise the rule of the partition,
-    unless the model has other routes since.
+    Writes the record of the run that made `model` into `folder`, unless the model has changed since. After a training
+    the record is `model.training_run`, otherwise the file beside the weights that the model was loaded from. Also
+    writes the rule of the partition, unless the model has other routes now.
     """
     _copy_rule(model, folder, token)
     if model.training_run is not None:
@@ -62,19 +62,19 @@ def _copy_rule(model: RTLModel, folder: Path, token: bool | str | None) -> None:
 
 
 def _loaded_with(model: RTLModel, name: str, token: bool | str | None) -> Path | None:
-    """A file of the folder, or of the commit on the Hub, that a model was loaded from; `None` if it is not there."""
+    """A file of the folder, or of the commit on the Hub, that a model was loaded from; `None` if it is missing."""
     source = model.name_or_path
     if model.loaded_commit is None:
         file = Path(source, name)
         return file if source and file.is_file() else None
     try:
         return Path(hf_hub_download(source, name, revision=model.loaded_commit, token=token))
-    except (HfHubHTTPError, LocalEntryNotFoundError):  # also of a repository that is gone, or not for this token
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # the file or repository is missing, or the token has no access
         return None
 
 
 def was_trained_by(run: Mapping[str, Any], model: RTLModel) -> bool:
-    """Whether `model` is the one that the run ended with, not with other masks or weights."""
+    """Whether `model` has the masks and weights that the run ended with."""
     return run["model"] == model_identity(model)
 
 

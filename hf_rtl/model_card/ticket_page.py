@@ -1,4 +1,4 @@
-"""The page of a repository with ticket files."""
+"""The card of a repository with ticket files."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ model.load_tickets({repo_id!r})  # or routes=[…], some of them
 
 def tickets_page(index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> bytes | None:
     """
-    A `README.md` with a part that shows the tickets of `index`; all other text stays byte for byte.
+    The content of a `README.md` whose generated part lists the tickets of `index`; all other text stays byte for byte.
 
     Args:
-        index (`Mapping[str, Any]`): as of `ticket_files.read_index`.
-        content (`bytes`): what the file holds; `b""` if there is none.
-        repo_id (`str`, *optional*): where the tickets are pushed to. Without it, only a part that shows tickets of a
-            repository already is brought up to date.
+        index (`Mapping[str, Any]`): the result of `ticket_files.read_index`.
+        content (`bytes`): present content of the file; `b""` if there is no file.
+        repo_id (`str`, *optional*): the repository that the tickets are pushed to. Without it, only an existing part
+            that lists tickets of a repository is updated.
 
     Returns:
-        The new content. `None` if the file is to stay: the generated part in it is a model's, or, without `repo_id`,
-        there is none.
+        The new content. `None` if the file must not change: its generated part is that of a model, or, without
+        `repo_id`, it has none.
 
     Raises:
-        ValueError: the file is not UTF-8, or its metadata are no YAML.
+        ValueError: the file is not UTF-8, or its metadata is not YAML.
     """
     readme = Readme.parse(content)
     shown = repo_id if readme.record is None else readme.record.get("repo_id")

@@ -1,5 +1,5 @@
 """
 Training: finding tickets, and retraining them jointly.
 
-It imports everything but the top of the package. What a model computes, whatever the training, does not belong here.
+This folder may import every other part of the package except its top. What a model computes belongs in `modeling`.
 """

@@ -1,4 +1,4 @@
-"""What a callback is told of a run beside what the Trainer tells."""
+"""Callbacks of a run: the event that `RTLTrainer` adds to those of `Trainer`, and the callbacks that use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class RTLTrainerCallback(TrainerCallback):
-    """A `TrainerCallback` with one event more, for those given to [`RTLTrainer`]."""
+    """A `TrainerCallback` with one more event, which [`RTLTrainer`] calls."""
 
     def on_tickets_found(
         self,
@@ -43,25 +43,25 @@ class RTLTrainerCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """
-        The tickets of a round have been found and are to be retrained jointly.
+        Called when the tickets of a round have been found, before they are retrained jointly.
 
-        Called on process 0 alone, whose word counts for all, for every round in order; also for those that a continued
-        run finds done, so what a callback concludes from masks needs no saving.
+        Only process 0 calls it, for every round in order, and its decision holds for all processes. A continued run
+        calls it for finished rounds too, so a callback need not save what it concludes from masks.
 
-        Setting `control.should_training_stop` ends the run: this round is not retrained, and the one before, retrained
-        if it was not, becomes the last. In the first round it has no effect, since there is nothing to keep.
+        Setting `control.should_training_stop` ends the run: this round is not retrained, and the previous round, which
+        is retrained if it was not, becomes the last. In the first round it has no effect: no round could be kept.
 
         Args:
-            round ([`Round`]): its `index`, `name` and `sparsity`.
-            banks (`Sequence[MaskBank]`): the masks after each of the round's prune events; the last are those of the
-                round. To sparsity 0 there is no event, and these are all there is.
-            figures (`dict[str, float]`): what is put here is logged, and added to the round's report, if it is
-                retrained.
+            round ([`Round`]): the round, with its `index`, `name` and `sparsity`.
+            banks (`Sequence[MaskBank]`): the masks after each prune event of the round; the last bank is the round's
+                result. A round to sparsity 0 has no event, and its only bank is its result.
+            figures (`dict[str, float]`): the metrics that a callback adds here are logged, and written into the
+                round's report if the round is retrained.
         """
 
 
 def rtl_callbacks(callbacks: Sequence[TrainerCallback]) -> list[RTLTrainerCallback]:
-    """Those of `callbacks` that are to be told of tickets."""
+    """The callbacks that have `on_tickets_found`."""
     return [callback for callback in callbacks if isinstance(callback, RTLTrainerCallback)]
 
 
@@ -76,10 +76,10 @@ def fire_on_tickets_found(
     control: TrainerControl,
 ) -> tuple[dict[str, float], bool]:
     """
-    Calls `on_tickets_found` of `callbacks`; gives their figures, and whether one asks to stop.
+    Calls `on_tickets_found` of `callbacks`. Returns their metrics, and whether one of them asks to stop.
 
     Raises:
-        RuntimeError: a mask of an earlier event of the round cannot be read from disk.
+        RuntimeError: the mask of an earlier event of the round cannot be read from disk.
     """
     banks = [_bank_with(_read_masks(event, bank, run_directory), bank) for event in round_.events[:-1]]
     banks.append(_bank_with(masks, bank))
@@ -91,7 +91,7 @@ def fire_on_tickets_found(
 
 
 def _bank_with(masks: Sequence[Sequence[Tensor]], bank: MaskBank) -> MaskBank:
-    """A bank as `bank` with other masks, given as packed rows."""
+    """A bank like `bank`, with the masks that the packed rows `masks` hold."""
     other = MaskBank(list(zip(bank.weight_names, bank.shapes, strict=True)), bank.route_names)
     for route, packed in enumerate(masks):
         other.set_packed(route, packed)
@@ -99,14 +99,14 @@ def _bank_with(masks: Sequence[Sequence[Tensor]], bank: MaskBank) -> MaskBank:
 
 
 def _read_masks(event: int, bank: MaskBank, run_directory: RunDirectory) -> list[list[Tensor]]:
-    """The masks of all routes after a prune event, which are on disk."""
+    """Reads the masks of all routes after a prune event from disk."""
     masks = []
     for route in range(bank.num_routes):
         packed = run_directory.load_mask(event, route)
         if packed is None:
             raise RuntimeError(
-                f"{str(run_directory.mask_file(event, route))!r} cannot be read, though it has been written. The same "
-                "command continues the run."
+                f"{str(run_directory.mask_file(event, route))!r} cannot be read, although it was written. Run the "
+                "same command again to continue the run."
             )
         masks.append(packed)
     return masks
@@ -114,27 +114,27 @@ def _read_masks(event: int, bank: MaskBank, run_directory: RunDirectory) -> list
 
 class CollapseMonitor(RTLTrainerCallback):
     """
-    Measures how alike tickets are as they grow sparser, and warns when that changes sharply, up or down. The paper
-    (section 4.4) reports that past some sparsity tickets collapse so, and that accuracy falls at the same time or soon
-    after. That no warning came says little: see model_cards/cifar10_collapse.md for runs in which none did.
+    Measures how similar tickets are as they become sparser, and warns when the similarity changes sharply, up or down.
+    The paper, section 4.4, reports such a change, a collapse, above some sparsity; accuracy falls with it or soon
+    after. The absence of a warning proves little: see model_cards/cifar10_collapse.md for runs without one.
 
-    It looks at the masks of all prune events as soon as a round's are found, before they are retrained; at nothing
-    else, so it needs no labels and no evaluation. What is sharp is said in [`detect_change`], which needs five events.
-    A route is warned of once, with the sparsity of the event. Every round's report and log get, for its own masks,
+    The monitor reads the masks of all prune events of a round, before the round is retrained. It needs no labels and
+    no evaluation. [`detect_change`] defines a sharp change; it needs five events. The monitor warns once per route,
+    and names the sparsity of the event. It adds these metrics of each round's masks to the round's report and log:
 
     - `similarity/{route}/jaccard`: mean Jaccard similarity to the other tickets;
-    - `similarity/{route}/chance`: what random masks with the same densities in every layer have;
+    - `similarity/{route}/chance`: the same for random masks with the same densities in every layer;
     - `similarity/{route}/excess`: the difference;
     - `similarity/mean`, `similarity/mean_chance`, `similarity/mean_excess`: the means over routes.
 
     Args:
         stop_on_collapse (`bool`, defaults to `False`): end the run at the first round in which a route changes
-            sharply: it is not retrained, and the round before becomes `final/`. (Not at the first round, before which
-            there is none.) Continued with the same monitor, a run stops at the same place again; without, it goes on.
+            sharply. This round is not retrained, and the previous one becomes `final/`. A run never ends in its first
+            round. A run continued with the same monitor stops at the same round; without the monitor it goes on.
 
     Attributes:
-        points (`list[TicketSimilarity]`): one per prune event so far; on process 0.
-        changes (`dict[str, Change]`): the routes that have changed sharply; on process 0.
+        points (`list[TicketSimilarity]`): one per prune event so far; process 0 only.
+        changes (`dict[str, Change]`): the routes that have changed sharply; process 0 only.
 
     Example:
         >>> trainer = RTLTrainer(model, args, train_dataset=train, callbacks=[CollapseMonitor(stop_on_collapse=True)])
@@ -157,18 +157,18 @@ class CollapseMonitor(RTLTrainerCallback):
         figures: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        if round.index == 0:  # of a run that begins, or is continued
+        if round.index == 0:  # a run starts or continues here
             self.points, self.changes = [], {}
         self.points += [ticket_similarity(bank) for bank in banks]
         if banks[-1].num_routes > 1:
-            figures.update(_figures(self.points[-1]))
+            figures.update(_similarity_metrics(self.points[-1]))
         changes = detect_collapse(self.points)
         new = {name: change for name, change in changes.items() if name not in self.changes}
         self.changes = changes
         if new:
             stops = self.stop_on_collapse and round.index > 0
             control.should_training_stop = control.should_training_stop or stops
-            logger.warning(f"{_described(new)} {self._advice(round, stops)}")
+            logger.warning(f"{_describe_changes(new)} {self._advice(round, stops)}")
         self._round_before = round.name
 
     def _advice(self, round_: Round, stops: bool) -> str:
@@ -176,44 +176,44 @@ class CollapseMonitor(RTLTrainerCallback):
             return f"The run ends here: {self._round_before!r} is the last round, {round_.name!r} is not retrained."
         if round_.index == 0:
             return (
-                "This is in the first round, so no earlier one could be kept; for one, give `target_sparsity` a value "
-                "below that."
+                "This is the first round, so there is no earlier round to keep; to get one, add a lower value to "
+                "`target_sparsity`."
             )
         return (
             f"Compare {round_.name!r} with {self._round_before!r} before you use it; "
-            "`CollapseMonitor(stop_on_collapse=True)` ends a run at the latter."
+            f"`CollapseMonitor(stop_on_collapse=True)` would end the run with {self._round_before!r}."
         )
 
 
-def _figures(point: TicketSimilarity) -> dict[str, float]:
-    figures = {
+def _similarity_metrics(point: TicketSimilarity) -> dict[str, float]:
+    metrics = {
         "similarity/mean": float(np.mean(point.similarity)),
         "similarity/mean_chance": float(np.mean(point.chance)),
         "similarity/mean_excess": float(np.mean(point.excess)),
     }
     for route, name in enumerate(point.route_names):
-        figures[f"similarity/{name}/jaccard"] = float(point.similarity[route])
-        figures[f"similarity/{name}/chance"] = float(point.chance[route])
-        figures[f"similarity/{name}/excess"] = float(point.excess[route])
-    return figures
+        metrics[f"similarity/{name}/jaccard"] = float(point.similarity[route])
+        metrics[f"similarity/{name}/chance"] = float(point.chance[route])
+        metrics[f"similarity/{name}/excess"] = float(point.excess[route])
+    return metrics
 
 
-def _described(changes: dict[str, Change]) -> str:
+def _describe_changes(changes: dict[str, Change]) -> str:
     listed = [
         f"{name!r} {change.direction} at {change.sparsity:.1%} sparsity ({change.before:.3f} to {change.found:.3f})"
         for name, change in changes.items()
     ]
     return (
-        "tickets may have collapsed: their similarity to the others, beyond chance, has changed sharply: "
+        "tickets may have collapsed: their similarity to the other tickets, beyond chance, has changed sharply: "
         f"{', '.join(listed)}. Accuracy often falls with it."
     )
 
 
 class RunProgress(TrainerCallback):
     """
-    Counts the steps of all extractions and all joint retrainings in one bar.
+    A progress bar that counts the steps of all extractions and all joint retrainings.
 
-    Shown by rank 0 on a terminal only, and not with `disable_tqdm`.
+    Only rank 0 shows it, on a terminal, and not with `disable_tqdm`.
     """
 
     def __init__(self, *, show: bool) -> None:
@@ -222,7 +222,7 @@ class RunProgress(TrainerCallback):
         self._round = ""
 
     def start(self, num_steps: int) -> None:
-        # `disable=None` is tqdm's word for: quiet unless the output is a terminal.
+        # With `disable=None` tqdm shows the bar on a terminal only.
         self._bar = tqdm(total=num_steps, disable=None if self._show else True, unit="step", dynamic_ncols=True)
 
     def begin_round(self, name: str) -> None:
@@ -252,13 +252,13 @@ class RunProgress(TrainerCallback):
 
 
 class ModelCardCallback(TrainerCallback):
-    """Collects, when a joint retraining begins, what a model card says of where and with what it ran."""
+    """Collects versions, device and number of processes for the model card when a joint retraining begins."""
 
-    surroundings: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-        self.surroundings = {
+        self.environment = {
             "hf_rtl": VERSION,
             **{name: module.__version__ for name, module in modules.items()},
             "python": platform.python_version(),

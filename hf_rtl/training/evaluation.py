@@ -1,4 +1,4 @@
-"""What is measured of tickets: on samples of their own routes, and where nobody tells the route."""
+"""Metrics of tickets: on samples of their own routes, and on samples whose route is not given."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..modeling.modeling_rtl import (
     RTLModelForSequenceClassification,
 )
 from ..modeling.routers import ROUTER_CLASSES, ScoreRouter
-from .router_fitting import evidence_of_each
+from .router_fitting import sample_evidence
 
 
-ONE_PREDICTION_PER_SAMPLE = (
+SINGLE_PREDICTION_CLASSES = (
     RTLModelForImageClassification,
     RTLModelForAudioClassification,
     RTLModelForSequenceClassification,
@@ -32,25 +32,25 @@ ONE_PREDICTION_PER_SAMPLE = (
 
 def routed_outputs(model: RTLModel, inputs: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
     """
-    What comes out for inputs whose route is not given; for tickets that predict labels, also what their union says.
+    The outputs for inputs whose route is not given; for tickets that predict labels, also those of their union.
 
     Args:
         model ([`RTLModel`]): in evaluation mode.
         inputs (`dict[str, Any]`): a batch, without labels and routes.
-        logits (`Tensor`): those of the same batch that have come out already.
+        logits (`Tensor`): the model's logits for the same batch.
 
     Returns:
-        `route_ids` and `route_scores` if the model has a router; `union_logits`, and with a router `logits`, of
-        tickets for labels.
+        `route_ids` and `route_scores` if the model has a router. Tickets for labels also give `union_logits`, and with
+        a router `logits`, those of the route that it chooses.
     """
     outputs: dict[str, Tensor] = {}
     membership = model.config.ticket_task == "membership"
     if not membership:
         outputs["union_logits"] = model(**inputs, route_ids=UNION).logits
     if model.router is not None:
-        # Membership tickets have all scored.
+        # With membership tickets `logits` are the scores of all tickets.
         scored = membership and isinstance(model.router, ScoreRouter)
-        decision = model.decide(logits.float() if scored else evidence_of_each(model.router, model, inputs))
+        decision = model.decide(logits.float() if scored else sample_evidence(model.router, model, inputs))
         outputs["route_ids"], outputs["route_scores"] = decision.route_ids, decision.route_scores
         if not membership:
             outputs["logits"] = model(**inputs, route_ids=decision.route_ids).logits
@@ -61,11 +61,11 @@ def ticket_metrics(
     model: RTLModel, prediction: EvalPrediction, routed: Sequence[Mapping[str, Tensor]], route_ids: np.ndarray
 ) -> dict[str, float]:
     """
-    The metrics of `hf_rtl.metrics` for the model's task, and with a router those of its decisions.
+    The metrics of `hf_rtl.metrics` for the model's task, and those of the router's decisions if there is a router.
 
     Args:
-        prediction (`EvalPrediction`): of the whole data set, each sample through the ticket of its route.
-        routed: what `routed_outputs` gave for its batches.
+        prediction (`EvalPrediction`): for the whole data set, each sample through the ticket of its route.
+        routed: the results of `routed_outputs` for its batches.
         route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
     """
     outputs = {name: torch.cat([batch[name] for batch in routed]).float().cpu().numpy() for name in routed[0]}
@@ -76,7 +76,7 @@ def ticket_metrics(
     if model.router is not None:
         answers["inferred_"] = outputs["logits"]
     metrics: dict[str, float] = {}
-    # How good numbers to regress are, or several labels a sample, the loss says.
+    # Regression and multi-label tasks have no label metrics here; their loss is their metric.
     if labels.ndim == 1 and labels.dtype.kind in "iu" and scores.shape[1] > 1:
         for prefix, logits in answers.items():
             metrics |= label_metrics(logits, labels, route_ids, model.route_names, prefix=prefix)
@@ -97,19 +97,19 @@ def _membership_metrics(
 
 
 def check_router(name: str, model: RTLModel, calibration_dataset: Any) -> None:
-    """Raises `ValueError` unless a router of this name can be fitted."""
+    """Raises `ValueError` unless a router of this name can be fitted to the model."""
     check_choice("router", name, ROUTER_CLASSES)
     if name == "entropy" and model.config.ticket_task == "membership":
         raise ValueError("`router` = 'entropy' suits tickets for labels; for membership use 'score'.")
     if name == "entropy" and model.config.num_labels == 1:
         raise ValueError("`router` = 'entropy' compares several labels, and these tickets have one; use 'centroid'.")
-    if name != "centroid" and not isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+    if name != "centroid" and not isinstance(model, SINGLE_PREDICTION_CLASSES):
         raise ValueError(
             f"`router` = {name!r} reads one prediction a sample, which {type(model).__name__} does not give; use "
             "'centroid'."
         )
     if calibration_dataset is None:
         raise ValueError(
-            f"`router` = {name!r} is fitted on data that no ticket was trained on: set `calibration_fraction`, as "
-            "`RTLTrainingArguments(calibration_fraction=0.1, …)`, or pass a `calibration_dataset`."
+            f"`router` = {name!r} is fitted on data that no ticket was trained on: set `calibration_fraction`, for "
+            "example `RTLTrainingArguments(calibration_fraction=0.1, …)`, or pass a `calibration_dataset`."
         )

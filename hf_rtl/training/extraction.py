@@ -1,4 +1,4 @@
-"""Algorithm 1 for all routes: which process searches for which ticket, what is on disk already, whether all agree."""
+"""Extraction (paper, Algorithm 1) of all routes: assigns routes to processes, continues from disk, compares masks."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Extraction:
     """
-    The search for tickets (paper, Algorithm 1), assigned out by route over the processes of a run.
+    The search for tickets (paper, Algorithm 1), with the routes assigned to the processes of a run.
 
-    A route's prune events follow each other on one process, in a plain local loop: no DDP, and no collectives until
-    all are done. Each finished mask is on disk at once, so that an interrupted run goes on from there, on any number
-    of processes: masks depend neither on that number nor on the order of the routes.
+    One process runs all prune events of a route in a plain local loop: no DDP, and no collectives until all routes are
+    done. Each finished mask is written to disk at once, so an interrupted run continues from there, on any number of
+    processes. Masks depend neither on that number nor on the order of the routes.
 
     Args:
         trainer ([`RouteTrainer`]): gives data, arguments and the training of single tickets; its model is not changed.
-        run_directory ([`RunDirectory`]): where masks are.
-        heartbeat ([`Heartbeat`]): entered.
-        theta0 (`dict[str, Tensor]`): what every training starts from.
-        num_steps (`Sequence[int]`): length of a training, per route.
+        run_directory ([`RunDirectory`]): the directory that masks are written to.
+        heartbeat ([`Heartbeat`]): a context that has been entered.
+        theta0 (`dict[str, Tensor]`): θ0, from which every training starts.
+        num_steps (`Sequence[int]`): steps of one training, per route.
     """
 
     trainer: RouteTrainer
@@ -54,17 +54,17 @@ class Extraction:
         self.bank = self.trainer.model.mask_bank
         self.processes = self.trainer.processes
         self.progress = self.trainer.progress
-        # Made when a ticket is first searched for: a process may have none to find.
+        # Created on first use: a process may have no route.
         self._ticket_trainer: TicketTrainer | None = None
 
     def run(self, round_: Round, masks: Sequence[list[Tensor]]) -> list[list[Tensor]]:
         """
-        The masks of all routes at the end of a round, from those at its beginning, both as packed rows (see
-        `MaskBank.pack`). What is on disk is not done again.
+        Finds the masks of all routes at the end of a round from those at its start, both as packed rows (see
+        `MaskBank.pack`). Masks that are on disk are read, not searched for again.
 
         Raises:
-            FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
-            RuntimeError: the processes do not hold the same masks, or `debug_determinism` found other ones.
+            FloatingPointError: a loss became NaN or infinite, or pruning cut a ticket's output from its input.
+            RuntimeError: the processes do not hold the same masks, or `debug_determinism` found another mask.
         """
         if not round_.kept:
             return list(masks)
@@ -83,7 +83,7 @@ class Extraction:
         return found
 
     def _assign_routes(self, round_: Round) -> list[list[int]]:
-        """The routes of every process, so that all have about as many steps left to do."""
+        """The routes of every process, so that all have about the same number of missing steps."""
         missing = [
             sum(self.run_directory.load_mask(event, route) is None for event in round_.events)
             for route in range(self.bank.num_routes)
@@ -92,7 +92,7 @@ class Extraction:
         return assign_routes(steps, self.processes.world_size)
 
     def search(self, route: int, round_: Round, mask: list[Tensor]) -> list[Tensor]:
-        """All prune events of one route in a round."""
+        """Runs all prune events of one route in a round. Returns the last mask."""
         name = self.bank.route_names[route]
         for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
             self.progress.begin_route(name, number, len(round_.kept))
@@ -108,7 +108,7 @@ class Extraction:
     def train_and_prune(
         self, route: int, event: int, mask: list[Tensor], num_kept: int, on_step: Callable[[], None]
     ) -> tuple[list[Tensor], str]:
-        """One prune event of a route, from packed rows to packed rows. Also a hash of what its training began with."""
+        """Runs one prune event of a route on packed rows. Returns the new rows, and a hash of the training's start."""
         if self._ticket_trainer is None:
             self._ticket_trainer = self.trainer.ticket_trainer(self.theta0)
         batches = self.trainer.extraction_batches(route, event)
@@ -126,7 +126,7 @@ class Extraction:
         return self.bank.pack(pruned), self._ticket_trainer.started_from
 
     def exchange(self, own: Mapping[int, list[Tensor]]) -> list[list[Tensor]]:
-        """The masks of all routes, from those of each process; the same everywhere, or an error."""
+        """Collects the masks of all routes from all processes, and checks that all processes hold the same."""
         packed = {route: torch.cat(rows) for route, rows in own.items()}
         sizes = [-(-shape.numel() // 8) for shape in self.bank.shapes]
         rows = self.processes.merge_routes(packed, self.bank.num_routes, sum(sizes))
@@ -149,7 +149,7 @@ class Extraction:
     def _search_again(
         self, round_: Round, masks: Sequence[list[Tensor]], found: Sequence[list[Tensor]], assigned: list[list[int]]
     ) -> None:
-        """Recomputes a round's last prune event of one route on another process than the one that did it first."""
+        """Repeats one route's last prune event of a round on the next process, and compares the masks."""
         route = round_.index % self.bank.num_routes
         finder = next(rank for rank, routes in enumerate(assigned) if route in routes)
         rank = (finder + 1) % self.processes.world_size
@@ -175,7 +175,7 @@ class Extraction:
                 f"than process {finder} did: {differing:,} weights differ. Data or computation differ between them."
             )
         if self.processes.rank == 0:
-            logger.info(f"Process {rank} finds the same mask of route {name!r} after event {event} as {finder} did.")
+            logger.info(f"Processes {rank} and {finder} find the same mask of route {name!r} after event {event}.")
 
 
 def train_and_prune(
@@ -191,15 +191,15 @@ def train_and_prune(
     on_step: Callable[[], None],
 ) -> list[Tensor]:
     """
-    One prune event: train a ticket from m ⊙ θ0, remove the weights that are smallest then.
+    One prune event: trains a ticket from m ⊙ θ0, then removes the weights with the smallest magnitudes.
 
     Args:
-        trainer ([`TicketTrainer`]): on θ0.
-        mask (`list[Tensor]`): `bool`, one per prunable weight: m.
-        batches: of the training.
-        num_kept (`int`): weights that are left.
-        args ([`RTLTrainingArguments`]): `prune_scope`, `allow_disconnected` and `seed`.
-        route (`int`), name (`str`): whose ticket it is.
+        trainer ([`TicketTrainer`]): a trainer that starts from θ0.
+        mask (`list[Tensor]`): m, `bool`, one per prunable weight.
+        batches (`Iterator`): the batches of the training.
+        num_kept (`int`): number of weights to keep.
+        args ([`RTLTrainingArguments`]): `prune_scope`, `allow_disconnected` and `seed` are read.
+        route (`int`), name (`str`): the route of the ticket.
         event (`int`): number of the event in the run.
         on_step (`Callable`): called after every step.
 
@@ -207,18 +207,18 @@ def train_and_prune(
         The mask after the event.
 
     Raises:
-        FloatingPointError: a loss became NaN or infinite, or the ticket was cut from its input.
+        FloatingPointError: a loss became NaN or infinite, or pruning cut the ticket's output from its input.
     """
     last_batch: dict[str, Any] = {}
 
-    def noted() -> Iterator[dict[str, Any]]:
+    def remember_last() -> Iterator[dict[str, Any]]:
         for batch in batches:
             last_batch.update(batch)
             yield batch
 
     seed = (args.seed, Stream.EXTRACTION, event, route)
     try:
-        weights = trainer.train(mask, noted(), seed=seed, on_step=on_step)
+        weights = trainer.train(mask, remember_last(), seed=seed, on_step=on_step)
     except FloatingPointError as error:
         raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
     reference = [trainer.theta0[name].cpu() for name in trainer.weight_names]
@@ -233,19 +233,19 @@ def train_and_prune(
 
 def assign_routes(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """
-    Assigns routes to processes: the most costly one that is left goes to the process with the least to do.
+    Assigns routes to processes: in order of falling cost, each route goes to the process with the least cost so far.
 
     Args:
-        costs (`Sequence[float]`): of every route.
+        costs (`Sequence[float]`): the cost of every route.
         world_size (`int`): number of processes.
 
     Returns:
-        Per process, the indices of its routes in ascending order; none if there are fewer routes than processes.
+        Per process, the indices of its routes in ascending order. A process may have none.
     """
     assigned: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0.0, 0, rank) for rank in range(world_size)]
     for route in sorted(range(len(costs)), key=lambda route: -costs[route]):
-        # By number of routes where costs are equal, as when all is done already.
+        # The number of routes decides between equal costs, for example when all masks are on disk.
         load, num_routes, rank = heapq.heappop(loads)
         assigned[rank].append(route)
         heapq.heappush(loads, (load + costs[route], num_routes + 1, rank))

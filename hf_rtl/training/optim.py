@@ -15,34 +15,34 @@ from ..modeling.mask_bank import integer_dtype
 from ..modeling.modeling_rtl import RTLModel
 
 
-# Elements that a processor works on at once, so that all intermediate results stay in its cache.
+# Number of elements that a CPU updates at once, so that all intermediate results stay in its cache.
 CHUNK_SIZE = 2**18
 
 
 class _MaskedOptimizer(Optimizer):
     """
-    Shared by the two below: prunable weights and private parameters get our own masked update, all other parameters
-    torch's fused one.
+    The base of the two optimizers below: prunable weights and private parameters get a masked update, all other
+    parameters torch's fused update.
 
-    Masking the gradient alone would not do: momentum of earlier routes' steps and weight decay would move weights
-    outside the ticket. Here the update and the per-element state both stand still where the mask is 0.
+    Masking the gradient alone is not enough: the momentum of other routes' steps and weight decay would move weights
+    outside the ticket. Here neither the weight nor its per-element state changes where the mask is 0.
     """
 
     _state_names: tuple[str, ...]
 
     def __init__(self, params: Iterable, model: RTLModel, defaults: dict[str, Any]) -> None:
         self.routed_model = model
-        # `fused` makes `load_state_dict` put counts of steps onto their parameter's device, where the fused update
-        # of the other parameters needs them.
+        # `fused` makes `load_state_dict` put step counts on their parameter's device, where the fused update of the
+        # other parameters needs them.
         super().__init__(params, {**defaults, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """
-        One update for the routes trained since the last one; several are masked by their union.
+        One update for the routes trained since the last one; the union of their tickets masks it.
 
         Raises:
-            RuntimeError: no route was trained, or `zero_grad` has been called since.
+            RuntimeError: no route was trained since the last `step` or `zero_grad`.
         """
         loss = None
         if closure is not None:
@@ -64,7 +64,7 @@ class _MaskedOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and with them which routes they came from."""
+        """Drops the gradients, and forgets the routes that they came from."""
         super().zero_grad(set_to_none)
         self.routed_model.routes_since_update.clear()
 
@@ -85,21 +85,21 @@ class _MaskedOptimizer(Optimizer):
 
 class MaskedAdamW(_MaskedOptimizer):
     """
-    AdamW whose step on a route moves the weights of its ticket and no others.
+    AdamW whose step on a route moves the weights of its ticket and no others (paper, Algorithm 2).
 
-    Every element of a prunable weight keeps its own bias corrections 1 − β^t, with t the number of *its* updates: with
-    one count for all, an element that few routes own would be moved several times too far. With a single route that
-    keeps everything it equals `torch.optim.AdamW` to rounding. Not supported: `amsgrad`, `maximize`.
+    Every element of a prunable weight has its own bias corrections 1 − β^t, where t is the number of *its* updates.
+    One count for all elements would move an element that few tickets keep several times too far. With a single route
+    that keeps all weights, it equals `torch.optim.AdamW` up to rounding. Not supported: `amsgrad`, `maximize`.
 
     Args:
-        params (`Iterable`): parameters or groups.
-        model ([`RTLModel`]): tells which weights are masked, and which routes were trained since the last step.
+        params (`Iterable`): parameters or parameter groups.
+        model ([`RTLModel`]): knows which weights are masked, and which routes were trained since the last step.
         lr (`float`, *optional*, defaults to 1e-3), betas (`tuple`, *optional*, defaults to `(0.9, 0.999)`), eps
             (`float`, *optional*, defaults to 1e-8), weight_decay (`float`, *optional*, defaults to 0.0): as in torch,
-            but without decay by default.
+            except for the default of `weight_decay`.
     """
 
-    # correction1 and correction2 are 1 − β1^t and 1 − β2^t, which obey the moments' own recurrence towards 1.
+    # correction1 = 1 − β1^t and correction2 = 1 − β2^t follow the recurrence of the moments, with gradients of 1.
     _state_names = ("exp_avg", "exp_avg_sq", "correction1", "correction2")
 
     def __init__(
@@ -124,10 +124,9 @@ class MaskedAdamW(_MaskedOptimizer):
         weights = _where_kept(1 - beta2, masks, params)
         torch._foreach_lerp_(exp_avg_sqs, torch._foreach_mul(grads, grads), weights)
         torch._foreach_lerp_(corrections2, ones, weights)
-        # An element that was never updated gives 0/0 here; `_move` masks it to 0.
+        # An element without any update gives 0/0 here; `_move` masks it to 0.
         denominators = torch._foreach_div(exp_avg_sqs, corrections2)
-        # The square root as 1 / rsqrt: on processors torch's sqrt is ten times slower on zeros, of which masked state
-        # is full.
+        # The square root as 1 / rsqrt: on CPUs torch's sqrt is ten times slower on zeros, and most masked state is 0.
         torch._foreach_rsqrt_(denominators)
         torch._foreach_reciprocal_(denominators)
         torch._foreach_add_(denominators, group["eps"])
@@ -138,7 +137,7 @@ class MaskedAdamW(_MaskedOptimizer):
         _move(params, updates, masks, group["lr"])
 
     def _ones(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Ones of the shapes in `like`, in one small memory, which processors read faster than an expanded scalar."""
+        """Ones of the shapes in `like`, views of one small tensor, which CPUs read faster than an expanded scalar."""
         largest = max(tensor.numel() for tensor in like)
         key = like[0].device, like[0].dtype
         if key not in self._ones_memory or self._ones_memory[key].numel() < largest:
@@ -173,14 +172,14 @@ class MaskedAdamW(_MaskedOptimizer):
 
 class MaskedSGD(_MaskedOptimizer):
     """
-    SGD, with momentum and coupled weight decay, whose step on a route moves the weights of its ticket and no others.
+    SGD with momentum and coupled weight decay, whose step on a route moves only its ticket (paper, Algorithm 2).
 
-    With a single route that keeps everything it equals `torch.optim.SGD` to rounding. Not supported: `dampening`,
+    With a single route that keeps all weights, it equals `torch.optim.SGD` up to rounding. Not supported: `dampening`,
     `maximize`.
 
     Args:
-        params (`Iterable`): parameters or groups.
-        model ([`RTLModel`]): tells which weights are masked, and which routes were trained since the last step.
+        params (`Iterable`): parameters or parameter groups.
+        model ([`RTLModel`]): knows which weights are masked, and which routes were trained since the last step.
         lr (`float`, *optional*, defaults to 1e-3), momentum (`float`, *optional*, defaults to 0.0), weight_decay
             (`float`, *optional*, defaults to 0.0), nesterov (`bool`, *optional*, defaults to `False`): as in torch.
     """
@@ -205,7 +204,7 @@ class MaskedSGD(_MaskedOptimizer):
         momentum = group["momentum"]
         updates = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
         if momentum:
-            # The buffer moves by (momentum − 1) · buffer + gradient where kept, and by nothing elsewhere.
+            # The buffer changes by (momentum − 1) · buffer + gradient where kept, and stays the same elsewhere.
             changes = torch._foreach_add(updates, buffers, alpha=momentum - 1)
             _and_all(changes, masks)
             torch._foreach_add_(buffers, changes)
@@ -234,11 +233,11 @@ class MaskedSGD(_MaskedOptimizer):
 
 def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
     """
-    Makes any torch optimizer's step move the weights of the trained routes' tickets and no others.
+    Makes a step of any torch optimizer move the weights of the trained routes' tickets only (paper, Algorithm 2).
 
-    Before a step the prunable weights, the private parameters and their per-element state are kept aside; after it
-    they are put back where the mask is 0. That costs a copy of both, and counts of steps are shared by all elements:
-    [`MaskedAdamW`] and [`MaskedSGD`] have neither drawback. Returns the same optimizer.
+    Prunable weights, private parameters and their per-element state are copied before a step, and put back after it
+    where the mask is 0. This costs a copy of both, and all elements share one step count; [`MaskedAdamW`] and
+    [`MaskedSGD`] have neither drawback. Returns the same optimizer.
     """
     before: dict[Tensor, list[tuple[str | None, Tensor]]] = {}
 
@@ -272,13 +271,13 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
 
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(put_back)
-    # With the gradients goes which routes they came from, as when a gradient scaler has skipped the step.
+    # After a step that a gradient scaler skips, `zero_grad` alone forgets the routes of the dropped gradients.
     optimizer.zero_grad = forget  # type: ignore[method-assign]
     return optimizer
 
 
 def _has_gradient(parameters: Sequence[Tensor]) -> bool:
-    """Whether any of the masked parameters has one: if not, none moves, and no route need have been trained."""
+    """Whether any masked parameter has a gradient; if none has, none moves, and no route needs to be trained."""
     return any(parameter.grad is not None for parameter in parameters)
 
 
@@ -287,16 +286,16 @@ def _is_per_element(value: Any, parameter: Tensor) -> bool:
 
 
 def _restore(new: Tensor, old: Tensor, mask: Tensor) -> None:
-    """Puts the bits of `old` into `new` where `mask` has none set."""
+    """Copies `old` into `new` where `mask` is 0."""
     new.copy_(torch.where(mask != 0, new, old))
 
 
 def _batches(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
     """
-    Groups of corresponding tensors of one device and type to update at once, each a list per kind.
+    Yields groups of tensors of one device and dtype to update at once, each as one list per kind of tensor.
 
-    On processors a cache-sized group after another, large tensors being cut; on accelerators everything, since there
-    the number of launches counts.
+    On CPUs a group fits the cache, and large tensors are split; on accelerators a group holds all tensors of a device
+    and dtype, because the number of kernel launches counts there.
     """
     group: list[tuple[Tensor, ...]] = []
     size = 0
@@ -319,7 +318,7 @@ def _batches(tensors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor
 
 
 def _where_kept(value: float, masks: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """`value` where the integer masks have their bits set, 0 elsewhere, in the types of `like`."""
+    """`value` where the integer masks have their bits set, 0 elsewhere, in the dtypes of `like`."""
     bits = torch.tensor(value, dtype=like[0].dtype, device=like[0].device).view(integer_dtype(like[0].dtype))
     return [torch.bitwise_and(mask, bits).view(tensor.dtype) for mask, tensor in zip(masks, like, strict=True)]
 
@@ -330,6 +329,6 @@ def _and_all(values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 def _move(params: Sequence[Tensor], updates: Sequence[Tensor], masks: Sequence[Tensor], lr: float) -> None:
-    """params −= lr · updates where kept. Elsewhere −lr · 0 = −0 is added, which leaves every bit as it was."""
+    """params −= lr · updates where kept. Elsewhere −lr · 0 = −0 is added, which changes no bit."""
     _and_all(updates, masks)
     torch._foreach_add_(list(params), list(updates), alpha=-lr)

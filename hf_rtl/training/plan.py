@@ -1,4 +1,4 @@
-"""What a training run is going to do, known before it starts."""
+"""The plan of a training run, known before the run starts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Round:
 
     Args:
         index (`int`): from 0; the random streams of joint retraining depend on it.
-        name (`str`): of its folder.
-        sparsity (`float`): target that the round ends at.
-        kept (`list[int]`): weights that every ticket keeps after each of the round's prune events.
+        name (`str`): name of its folder.
+        sparsity (`float`): sparsity at the end of the round.
+        kept (`list[int]`): number of weights that every ticket keeps after each prune event of the round.
         first_event (`int`): number of its first event, counted over the whole run.
         retrained (`bool`): whether joint retraining follows.
     """
@@ -35,11 +35,13 @@ class Round:
 @dataclass(frozen=True)
 class Plan:
     """
+    The rounds of a run, and the sizes that decide its length.
+
     Args:
-        rounds (`list[Round]`): in order.
-        num_weights (`int`): prunable weights.
-        route_sizes (`dict[str, int]`): training samples of every route.
-        extraction_steps (`list[int]`): steps that each route trains before a prune event.
+        rounds (`list[Round]`): the rounds in order.
+        num_weights (`int`): number of prunable weights.
+        route_sizes (`dict[str, int]`): number of training samples per route.
+        extraction_steps (`list[int]`): steps of the training before a prune event, per route.
         retraining_steps (`int`): optimizer steps of one joint retraining.
     """
 
@@ -55,7 +57,7 @@ class Plan:
 
     @property
     def num_trainings(self) -> int:
-        """Extraction trainings, one per route and event, and joint retrainings."""
+        """Number of extraction trainings, one per route and event, plus number of joint retrainings."""
         return self.num_events * len(self.route_sizes) + sum(round_.retrained for round_ in self.rounds)
 
     @property
@@ -65,7 +67,7 @@ class Plan:
 
 
 def make_rounds(schedule: list[list[int]], target_sparsity: list[float], *, retrain_every_round: bool) -> list[Round]:
-    """Numbers the rounds and events of `pruning.round_schedule`."""
+    """Makes the rounds of the counts that `pruning.round_schedule` returns, with numbered rounds and events."""
     rounds: list[Round] = []
     first_event = 0
     for index, (sparsity, kept) in enumerate(zip(target_sparsity, schedule, strict=True)):

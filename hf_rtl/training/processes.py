@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other outside of training steps: whether they agree, what each has found."""
+"""Communication between the processes of a run outside of training steps: checks, masks and signs of life."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
-# Seconds after which a file that another machine wrote must be seen: network file systems cache what a folder holds.
+# Seconds to wait for a file that another machine wrote: network file systems cache the content of a folder.
 SHARED_FOLDER_PATIENCE = 60.0
 
 
 class Processes:
-    """All processes of a run, as one of them sees them. Every method but the properties must be called by all."""
+    """The processes of a run, seen from one of them. All processes must call each method; properties are local."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -47,21 +47,21 @@ class Processes:
         self._accelerator.wait_for_everyone()
 
     def gather(self, value: Any) -> list[Any]:
-        """Everyone's value, by rank."""
+        """The values of all processes, by rank."""
         return gather_object([value])
 
     def from_rank_zero(self, value: Any) -> Any:
-        """Process 0's value."""
+        """The value of process 0."""
         return broadcast_object_list([value])[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, on the CPU."""
+        """The sum over the processes, on the CPU."""
         return self._accelerator.reduce(values.to(self._accelerator.device), "sum").cpu()
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """
         Raises:
-            RuntimeError: a process has other `values` than process 0; names the first one and what differs.
+            RuntimeError: a process has other `values` than process 0; names the first such process and the values.
         """
         everyone = self.gather({name: value for name, value in values.items()})
         for rank, theirs in enumerate(everyone):
@@ -75,12 +75,12 @@ class Processes:
 
     def check_shared(self, folders: Sequence[Path], owner: str) -> None:
         """
-        Whether process 0 can write into `folders` and all others see what it wrote. Creates missing ones. `owner` is
-        part of the name of what it writes.
+        Checks that process 0 can write into `folders`, and that all other processes see its file. Creates missing
+        folders. `owner` is part of the file's name.
 
         Raises:
             OSError: process 0 cannot write.
-            RuntimeError: another machine has another folder of that name.
+            RuntimeError: another machine has a different folder of that name.
         """
         for folder in folders:
             token = folder / self.from_rank_zero(f".shared.{owner}{secrets.token_hex(8)}.tmp")
@@ -89,24 +89,24 @@ class Processes:
                 token.touch()
             self.wait()
             name = f"{self.rank} on {socket.gethostname()}"
-            blind = [told for told in self.gather(None if appears(token) else name) if told]
+            blind = [process for process in self.gather(None if appears(token) else name) if process]
             if self.rank == 0:
                 token.unlink()
             if blind:
                 raise RuntimeError(
-                    f"process {', '.join(blind)} does not see what process 0 wrote into "
+                    f"process {', '.join(blind)} does not see the file that process 0 wrote into "
                     f"{str(folder)!r}. With several machines, `output_dir` and `extraction_dir` must be on a disk "
                     "that all of them share, under the same path."
                 )
 
     def merge_routes(self, own: Mapping[int, Tensor], num_routes: int, num_bytes: int) -> Tensor:
         """
-        The packed masks of all routes, from what each process holds of them.
+        Merges the packed masks that the processes hold into those of all routes.
 
         Args:
-            own (`Mapping[int, Tensor]`): `uint8 [num_bytes]` of the routes that this process holds.
-            num_routes (`int`): K; each route is held by exactly one process.
-            num_bytes (`int`): of one route.
+            own (`Mapping[int, Tensor]`): route -> `uint8 [num_bytes]`, for the routes that this process holds.
+            num_routes (`int`): K; exactly one process holds each route.
+            num_bytes (`int`): bytes of one route.
 
         Returns:
             `uint8 [num_routes, num_bytes]`, on the CPU, the same on all processes.
@@ -118,6 +118,7 @@ class Processes:
 
 
 def appears(file: Path) -> bool:
+    """Waits up to `SHARED_FOLDER_PATIENCE` seconds for `file`. Returns whether it exists."""
     deadline = time.monotonic() + SHARED_FOLDER_PATIENCE
     while not file.exists():
         if time.monotonic() > deadline:
@@ -128,30 +129,30 @@ def appears(file: Path) -> bool:
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two heartbeats, and without one after which a process counts as gone. A machine under load, or a long
-# call into a library that holds Python's lock, must not look like death.
+# Seconds between two heartbeats, and seconds without one after which a process counts as gone. The second is long, so
+# that a machine under load, or a long library call that holds Python's lock, does not count.
 INTERVAL = 1.0
 PATIENCE = 30.0
 
-_HOST_IS_GONE = "process 0 is gone, which holds the connections."
-_LEFT = -(2**40)  # what is added to the heartbeats of a process that has left in good order
+_HOST_IS_GONE = "process 0 is gone, and it held the connections."
+_LEFT = -(2**40)  # added to the heartbeat count of a process that has left without an error
 
 
 class Heartbeat:
     """
-    A context for work that all processes do side by side, such as a run.
+    A context for work that all processes do in parallel, such as a run.
 
-    Each process sends heartbeats and listens for those of the next one, through the key-value store that
-    `torch.distributed` was started with: no collectives, so that the work inside may differ between processes. If an
-    exception leaves the context on one process, or one is killed, all others end too, within `PATIENCE` seconds and a
-    few. The cause is shown once: by the process that failed first, or by the first to notice that another is gone. The
-    others log a line that says whose message to read, and exit with status 1.
+    Each process sends heartbeats and watches those of the next one, through the key-value store of
+    `torch.distributed`. It uses no collectives, so the work inside may differ between processes. If an exception
+    leaves the context on one process, or a process is killed, all others end too, a few seconds after `PATIENCE` at
+    the latest. The cause is shown once: by the process that failed first, or by the first that notices that another is
+    gone. The others log which process ended the run, and exit with status 1.
 
-    With one process it does nothing.
+    With one process the context does nothing.
 
     Args:
-        rank (`int`): this process.
-        world_size (`int`): number of processes. All must enter.
+        rank (`int`): rank of this process.
+        world_size (`int`): number of processes. All must enter the context.
     """
 
     _entered = itertools.count()
@@ -182,7 +183,7 @@ class Heartbeat:
             self.leave()
             return
         try:
-            # What a broken connection raises is the effect of another's failure, which is to be shown instead.
+            # A broken connection is the effect of another process's failure, and that failure is shown instead.
             broken = isinstance(error, dist.DistError) or "gloo" in str(error)
             gone = self._silent() if broken else []
             self._stop()
@@ -194,12 +195,12 @@ class Heartbeat:
             self._let_the_first_end_first()
             raise SystemExit(1) from None
         if self.rank == 0:
-            # The store may live in this process: once its message is out, the others are to read why they end.
+            # The store may live in this process, and the others still have to read the cause from it.
             atexit.register(time.sleep, 2 * INTERVAL)
 
     def _connect(self) -> dist.Store:
-        """A connection of its own to the key-value store: the main thread may wait on the other one for long."""
-        store: Any = dist.distributed_c10d._get_default_store()  # PyTorch's stubs lack some of its methods
+        """A separate connection to the key-value store: the main thread may block the default one for long."""
+        store: Any = dist.distributed_c10d._get_default_store()  # PyTorch's type stubs lack some of its methods
         timeout = store.timeout
         store.set_timeout(timedelta(seconds=PATIENCE))
         try:
@@ -211,7 +212,7 @@ class Heartbeat:
             store.set_timeout(timeout)
 
     def meet(self) -> None:
-        """Waits until all processes have come here, for as long as it takes: no collective, whose time is limited."""
+        """Waits without a time limit until all processes are here; a collective would have a limit."""
         if self._thread is not None:
             self._wait_for(f"meeting/{next(self._meetings)}", self.world_size)
 
@@ -225,7 +226,7 @@ class Heartbeat:
     def leave(self) -> None:
         self.meet()
         if self.rank == 0:
-            # Last, since the store may live in this process.
+            # Process 0 leaves last: the store may live in this process.
             self._wait_for("left", self.world_size, PATIENCE)
         self._stop()
         self._store.add(f"beat/{self.rank}", _LEFT)
@@ -238,7 +239,7 @@ class Heartbeat:
             self._thread.join()
 
     def _let_the_first_end_first(self) -> None:
-        """A launcher names the process that ends first as the cause, and ends those that are left."""
+        """Waits: a launcher names the process that ends first as the cause, and kills the others."""
         time.sleep(6 * INTERVAL)
 
     def _watch(self) -> None:
@@ -250,7 +251,7 @@ class Heartbeat:
                 beats = self._store.add(f"beat/{neighbour}", 0)
                 if self._store.check(["failure"]):
                     self._end(self._claim(""), first=False)
-                # By own ticks, not by a clock, which goes on while all are suspended. 0: not yet here; less: has left.
+                # Counts own ticks: a clock goes on while all are suspended. 0 beats: not entered yet; below 0: left.
                 num_missed = num_missed + 1 if beats == latest > 0 else 0
                 latest = beats
                 if num_missed * INTERVAL > PATIENCE:
@@ -266,25 +267,25 @@ class Heartbeat:
             self._let_the_first_end_first()
         sys.stdout.flush()
         sys.stderr.flush()
-        # The main thread may hang in a collective for ever: no exception reaches it there.
+        # The main thread may hang in a collective, where no exception reaches it.
         os._exit(1)
 
     def _say(self, cause: str) -> None:
-        # Both threads may come to it.
+        # Both threads may call it, and only the first call logs.
         if self._has_said.acquire(blocking=False):
             logger.error(f"process {self.rank} ends: {cause}")
 
     def _claim(self, cause: str) -> str:
         """
-        Says that the run has failed. Gives what is to be shown: `cause` if this process is the first to say so ("" for
-        its own exception), else who was.
+        Records in the store that the run has failed. Returns the text to log: `cause` if this process is the first to
+        fail ("" for its own exception), else a text that names the first process.
         """
         own = f"process {self.rank}"
         first = self._store.compare_set("failure", "", own).decode()
         return cause if first == own else f"{first} has ended the run."
 
     def _silent(self) -> list[int]:
-        """Processes whose hearts have stopped."""
+        """The processes that have entered, have not left, and send no heartbeats."""
         before = [self._store.add(f"beat/{rank}", 0) for rank in range(self.world_size)]
         time.sleep(3 * INTERVAL)
         after = [self._store.add(f"beat/{rank}", 0) for rank in range(self.world_size)]

@@ -1,4 +1,4 @@
-"""Where random numbers come from, and what else decides the last bit of a result."""
+"""Random streams, and the other settings that decide a result to the last bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """First word of the keys that random streams are made of, so that no two uses share a stream."""
+    """The first word of the key of each random stream, so that no two uses share a stream."""
 
     EXTRACTION = 0
     RETRAINING = 1
@@ -29,13 +29,13 @@ def derive_seed(*words: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """States of torch's, NumPy's and Python's generators that depend on `seed` alone, put back afterwards."""
+    """Seeds the generators of torch, NumPy and Python with `seed`, and restores their states afterwards."""
     for_torch, for_numpy, for_python = np.random.SeedSequence(list(seed)).generate_state(3, np.uint64).tolist()
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [] if device.type == "cpu" else [device.index or 0]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(for_torch)
-        # Some models mask their input with NumPy's, as Wav2Vec2 does.
+        # Some models, such as Wav2Vec2, mask their input with NumPy's generator.
         np.random.seed(for_numpy % 2**32)
         random.seed(for_python)
         try:
@@ -48,15 +48,15 @@ def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def reproducible(num_threads: int) -> Iterator[None]:
     """
-    Rounding that depends on inputs, versions and kind of device alone: a fixed number of CPU threads, and
-    deterministic algorithms where there are any; torch warns of operations that have none. Put back afterwards.
+    Makes rounding depend on inputs, versions and kind of device only: sets the number of CPU threads, and uses
+    deterministic algorithms (torch warns of operations without one). Restores the settings afterwards.
     """
     threads = torch.get_num_threads()
     deterministic_settings: Any = torch.utils.deterministic
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill, benchmark = deterministic_settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    # What cuBLAS needs to be deterministic; read when it is first used.
+    # cuBLAS needs this variable to be deterministic, and reads it on first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -72,7 +72,7 @@ def reproducible(num_threads: int) -> Iterator[None]:
 
 
 def numerics_environment(device: torch.device) -> dict[str, str]:
-    """What rounding depends on beside inputs and versions: processor or device, and how it is set to compute."""
+    """What rounding depends on besides inputs and versions: the device and its numerical settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,

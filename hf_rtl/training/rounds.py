@@ -1,4 +1,4 @@
-"""The rounds of a run, started or continued: extraction, joint retraining, evaluation, and a saved model for each."""
+"""The rounds of a new or continued run: each has extraction, joint retraining, evaluation and a saved model."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from .ticket_trainer import named_state
 
 class Rounds:
     """
-    The rounds of a run. What is done already is read back from the run's directory.
+    The rounds of a run. Finished work is read back from the run's directory.
 
     Args:
         trainer ([`RouteTrainer`]): trains and evaluates.
-        run_directory ([`RunDirectory`]): opened, see `open_run`.
-        plan ([`Plan`]): what there is to do.
-        theta0 (`dict[str, Tensor]`): what every prune event and every joint retraining starts from.
-        card ([`ModelCardCallback`]): knows where a joint retraining ran.
+        run_directory ([`RunDirectory`]): a directory that `open_run` has opened.
+        plan ([`Plan`]): the rounds to do.
+        theta0 (`dict[str, Tensor]`): θ0, from which every prune event and every joint retraining starts.
+        card ([`ModelCardCallback`]): knows the environment of a joint retraining.
 
     Attributes:
         reports (`list[dict[str, Any]]`): one per retrained round so far.
-        num_steps (`int`): optimizer steps of their joint retrainings.
+        num_steps (`int`): total optimizer steps of these joint retrainings.
     """
 
     def __init__(
@@ -65,54 +65,58 @@ class Rounds:
         self._log_history: list[dict[str, Any]] = []
 
     def run(self, heartbeat: Heartbeat) -> TrainOutput:
-        """Runs all rounds of the plan, or up to one at which a callback asks to stop. The last one is in the model."""
+        """Runs all rounds of the plan, unless a callback stops the run. Leaves the model of the last round."""
         plan, trainer = self.plan, self.trainer
         bank, progress = trainer.model.mask_bank, trainer.progress
         extraction = Extraction(trainer, self.run_directory, heartbeat, self.theta0, plan.extraction_steps)
         masks = [bank.pack([torch.ones(shape, dtype=torch.bool) for shape in bank.shapes])] * bank.num_routes
         output = TrainOutput(0, 0.0, {})
         previous: Round | None = None
-        figures: dict[str, float] = {}
+        extra_metrics: dict[str, float] = {}
         progress.start(plan.num_steps)
         try:
             for round_ in plan.rounds:
                 progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
                 with trainer.in_round(round_, num_steps_before=self.num_steps):
                     found = extraction.run(round_, masks)
-                    new_figures, stop = self._fire_on_tickets_found(round_, found)
+                    new_metrics, stop = self._fire_on_tickets_found(round_, found)
                 if stop and previous is not None:
                     if not previous.retrained:
-                        output = self.finish(previous, masks, figures)
+                        output = self.finish(previous, masks, extra_metrics)
                     break
-                previous, masks, figures = round_, found, new_figures
+                previous, masks, extra_metrics = round_, found, new_metrics
                 if round_.retrained:
-                    output = self.finish(round_, masks, figures)
+                    output = self.finish(round_, masks, extra_metrics)
         finally:
             progress.finish()
         return output
 
-    def finish(self, round_: Round, masks: Sequence[Sequence[Tensor]], figures: dict[str, float]) -> TrainOutput:
+    def finish(self, round_: Round, masks: Sequence[Sequence[Tensor]], extra_metrics: dict[str, float]) -> TrainOutput:
         """
-        Joint retraining, calibration, evaluation and saving of a round; only read back if that is done already.
+        Retrains a round jointly, calibrates, evaluates and saves it. Reads a finished round back instead.
 
         Args:
-            round_ ([`Round`]): its name is that of the folder.
-            masks (`Sequence[Sequence[Tensor]]`): of all routes, as packed rows (see `MaskBank.pack`).
-            figures (`dict[str, float]`): what callbacks add to its report.
+            round_ ([`Round`]): the round, whose name is that of its folder.
+            masks (`Sequence[Sequence[Tensor]]`): the masks of all routes, as packed rows (see `MaskBank.pack`).
+            extra_metrics (`dict[str, float]`): metrics that callbacks add to the report.
 
         Returns:
             `TrainOutput`: the steps of all rounds so far, the round's training loss and its metrics.
+
+        Raises:
+            ValueError: the folder holds a model with other masks.
+            FloatingPointError: the loss or a weight became NaN or infinite.
         """
         with self.trainer.in_round(round_, num_steps_before=self.num_steps):
             self.trainer.put_masks(masks)
-            report = self._read_back(round_) or self._retrain(round_, figures)
-        self.reports.append({**report, **figures})  # a round that is read back may have been without these callbacks
+            report = self._read_back(round_) or self._retrain(round_, extra_metrics)
+        self.reports.append({**report, **extra_metrics})  # the saved report may lack metrics of these callbacks
         self.num_steps += report["steps"]
         self._log_history = report["log_history"]
         return TrainOutput(self.num_steps, report["train_loss"], report["metrics"])
 
     def _read_back(self, round_: Round) -> dict[str, Any] | None:
-        """The report of a finished round, whose model is loaded; `None` if it is not finished."""
+        """Loads the model of a finished round and returns its report; `None` if the round is not finished."""
         trainer, model = self.trainer, self.trainer.model
         folder = self.run_directory.path / round_.name
         report = self.run_directory.read_report(folder) if trainer.processes.rank == 0 else None
@@ -130,21 +134,21 @@ class Rounds:
         trainer.progress.step(self.plan.retraining_steps)
         return report
 
-    def _retrain(self, round_: Round, figures: dict[str, float]) -> dict[str, Any]:
-        """Trains, fits, evaluates and saves a round. Gives its report."""
+    def _retrain(self, round_: Round, extra_metrics: dict[str, float]) -> dict[str, Any]:
+        """Retrains, calibrates, evaluates and saves a round. Returns its report."""
         trainer, args, model = self.trainer, self.trainer.args, self.trainer.model
         folder = self.run_directory.path / round_.name
         start = time.perf_counter()
         trainer.start_from(self.theta0)
         started_from = hash_tensors(dict(named_state(model.backbone)))
         output = trainer.retrain_jointly(folder)
-        # The loss alone does not tell if the run was continued from its last step.
+        # After a run continued from its last step the loss is 0, so the weights are checked too.
         if not math.isfinite(output.training_loss) or not _is_finite(model):
             raise FloatingPointError(
                 f"joint retraining of {round_.name}: the loss or a weight became NaN or infinite (mean loss "
                 f"{output.training_loss}); lower `learning_rate`, or check the data."
             )
-        # Training data may have random transforms: they are the same wherever the run was continued.
+        # Training data may have random transforms; the seed makes them the same after any interruption.
         with seeded((args.seed, Stream.RECALIBRATION, round_.index), args.device):
             trainer.recalibrate_union()
             model.config.thresholds = trainer.calibrated_thresholds()
@@ -152,23 +156,23 @@ class Rounds:
                 fallback = args.router_fallback or UNION
                 trainer.fit_router(args.router, threshold=args.router_threshold, fallback=fallback)
         metrics = {} if trainer.eval_dataset is None else trainer.evaluate()
-        if figures:
-            trainer.log(dict(figures))
+        if extra_metrics:
+            trainer.log(dict(extra_metrics))
         trainer.save_model(str(folder), _internal_call=True)
         seconds = time.perf_counter() - start
         report = report_round(model, round_, metrics=metrics, output=output, seconds=seconds)
         report |= {
-            "surroundings": self.card.surroundings,
+            "surroundings": self.card.environment,
             "log_history": self._log_history + trainer.state.log_history,
             "started_from": started_from,
-            **figures,
+            **extra_metrics,
         }
         if trainer.processes.rank == 0:
             report = self.run_directory.write_report(folder, report)
         return trainer.processes.from_rank_zero(report)
 
     def _fire_on_tickets_found(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
-        """`on_tickets_found`: the figures that callbacks give, and whether one asks to stop; the same everywhere."""
+        """Calls `on_tickets_found` on process 0. Returns metrics and whether to stop, the same on all processes."""
         trainer = self.trainer
         callbacks = rtl_callbacks(trainer.callback_handler.callbacks)
         answer: tuple[dict[str, float], bool] = ({}, False)
@@ -181,23 +185,23 @@ class Rounds:
 
 
 def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, initial: dict[str, Tensor]) -> None:
-    """Starts or continues the run on disk, once it is sure that all processes mean the same run."""
+    """Checks that all processes have the same run, then starts or continues it on disk."""
     processes, device = trainer.processes, trainer.args.device
     configuration, extraction = run_identity(trainer.model, trainer.args, trainer.run_data.require_training(), initial)
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-    around = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
-    around["first_batch"] = _hash_of_first_batch(trainer, plan)
-    processes.check_same({**configuration, **around})
+    environment = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
+    environment["first_batch"] = _hash_first_batch(trainer, plan)
+    processes.check_same({**configuration, **environment})
     if processes.world_size > 1:
         folders = [run_directory.path, run_directory.extraction_path]
         processes.check_shared(folders, run_directory.owner)
     if processes.rank == 0:
-        run_directory.open(configuration, extraction, around)
+        run_directory.open(configuration, extraction, environment)
     processes.wait()
 
 
-def _hash_of_first_batch(trainer: RouteTrainer, plan: Plan) -> str:
-    """A hash of what extraction begins with, after all transforms."""
+def _hash_first_batch(trainer: RouteTrainer, plan: Plan) -> str:
+    """A hash of the first batch of extraction, after all transforms."""
     with seeded((trainer.args.seed, Stream.EXTRACTION), trainer.args.device):
         batch = next(trainer.extraction_batches(0, plan.rounds[0].first_event))
     return hash_tensors({name: value for name, value in batch.items() if isinstance(value, Tensor)})
@@ -206,7 +210,7 @@ def _hash_of_first_batch(trainer: RouteTrainer, plan: Plan) -> str:
 def find_theta0(
     trainer: RouteTrainer, run_directory: RunDirectory, initial: dict[str, Tensor], heartbeat: Heartbeat
 ) -> dict[str, Tensor]:
-    """The weights that everything starts from: the initial ones, or those after `rewind_to` dense steps."""
+    """θ0: the initial weights, or those after `rewind_to` dense steps. Raises `RuntimeError` if it cannot be read."""
     file, args = run_directory.theta0_file, trainer.args
     if trainer.processes.rank == 0:
         stored = read_tensors(file)
@@ -226,7 +230,7 @@ def find_theta0(
 
 
 def _dense_batches(trainer: RouteTrainer) -> Iterator[dict[str, Any]]:
-    """Batches over all samples as if they were one route, for rewinding."""
+    """Batches for rewinding: all samples, as one route."""
     data = trainer.run_data.require_training().as_one_route()
     return islice(trainer.endless_batches(data, data.sampler((Stream.REWINDING,))), trainer.args.rewind_to)
 

@@ -1,4 +1,4 @@
-"""A further route for a trained model: its ticket leaves all that other tickets read as it is."""
+"""A new route for a trained model. Its ticket changes nothing that the other tickets read."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..modeling.masking import UNION
 from ..modeling.norm_statistics import tracked_buffers
 from ..modeling.private_parameters import norms_biases_and_head
 from ..pruning import round_schedule
-from .evaluation import ONE_PREDICTION_PER_SAMPLE
+from .evaluation import SINGLE_PREDICTION_CLASSES
 from .extraction import train_and_prune
 from .processes import Heartbeat
 from .randomness import Stream, reproducible
 from .route_trainer import RouteTrainer
-from .router_fitting import evidence_of_each
+from .router_fitting import sample_evidence
 from .run_data import RunData, route_data
 from .ticket_trainer import TicketTrainer, named_state
 
 
 @dataclass(frozen=True)
 class NewTicket:
-    """A ticket that was found for a new route, on the CPU but for the network, which holds its weights and rows."""
+    """The ticket of a new route: masks and weights on the CPU, and the network with its private rows."""
 
     masks: list[Tensor]
     weights: list[Tensor]
@@ -45,13 +45,13 @@ class NewTicket:
 
 
 def add_route(trainer: RouteTrainer, name: str, dataset: Any, *, calibration_dataset: Any = None) -> dict[str, Any]:
-    """See [`RTLTrainer.add_route`]. Trainer and model are changed only once a ticket has been found."""
+    """See [`RTLTrainer.add_route`]. Trainer and model change only after a ticket has been found."""
     model, run_data = trainer.model, trainer.run_data
     bank = MaskBank(model.config.prunable, [*model.route_names, name])
     if model.norm_statistics is None and any(tracked_buffers(model.backbone)):
         raise ValueError(
-            "`add_route` needs `norm_statistics='per_route'`: with shared running statistics, those of the new "
-            "route's data would change the outputs of all tickets."
+            "`add_route` needs `norm_statistics='per_route'`: with shared running statistics, the new route's data "
+            "would change the outputs of all tickets."
         )
     data, held_out = _data_with(trainer, name, dataset, calibration_dataset)
     with trainer.explained_failures(), Heartbeat(trainer.args.process_index, trainer.args.world_size) as heartbeat:
@@ -76,17 +76,17 @@ def add_route(trainer: RouteTrainer, name: str, dataset: Any, *, calibration_dat
 def _data_with(
     trainer: RouteTrainer, name: str, dataset: Any, calibration_dataset: Any
 ) -> tuple[RouteData, RouteData | None]:
-    """The training data with a new route, and its samples that are held out of training."""
+    """The training data with the new route, and the new route's samples held out of training."""
     model, args, run_data = trainer.model, trainer.args, trainer.run_data
     membership = model.config.ticket_task == "membership"
     if membership and run_data.training is None:
         raise ValueError(
-            "`add_route` needs the trainer's `train_dataset`: a membership ticket tells its own samples from "
-            "those of other routes, which are taken from there."
+            "`add_route` needs the trainer's `train_dataset`: a membership ticket learns to tell its own samples "
+            "from those of other routes, which come from `train_dataset`."
         )
     alone = Partition(np.zeros(len(dataset), dtype=np.int64), [name])
     if not membership:
-        alone.check("labels", single_labels(dataset) if isinstance(model, ONE_PREDICTION_PER_SAMPLE) else None)
+        alone.check("labels", single_labels(dataset) if isinstance(model, SINGLE_PREDICTION_CLASSES) else None)
     _check_calibration(run_data, calibration_dataset, args.calibration_fraction)
     own, held_out = route_data(model, args, dataset, alone), None
     if args.calibration_fraction:
@@ -102,24 +102,24 @@ def _data_with(
 def _check_calibration(run_data: RunData, calibration_dataset: Any, calibration_fraction: float) -> None:
     if calibration_dataset is not None and (run_data.calibration_dataset is None or calibration_fraction):
         raise ValueError(
-            "`calibration_dataset` of a new route goes with one of the trainer, of the other routes; this trainer "
+            "`calibration_dataset` of a new route needs a trainer with a `calibration_dataset`; this trainer "
             + ("has none." if run_data.calibration_dataset is None else "holds out `calibration_fraction` instead.")
         )
 
 
 def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition] | None, new: RouteData) -> RouteData:
-    """`others`, samples of the routes that there are, followed by those of a `new` one."""
+    """The samples of the existing routes, `others`, followed by those of the `new` one."""
     chained = copy.copy(new)
     route_ids, rule = new.partition.route_ids + len(route_names), None
     if others is not None:
         if set(columns_of(new.dataset)) != set(columns_of(others[0])):
             raise ValueError(
                 f"the data of the new route {name!r} has the columns {', '.join(columns_of(new.dataset))}, but "
-                f"that of the trainer {', '.join(columns_of(others[0]))}; both need the same."
+                f"that of the trainer has {', '.join(columns_of(others[0]))}; both need the same."
             )
         chained.dataset = ConcatRows([others[0], new.dataset])
         route_ids, rule = np.concatenate([others[1].route_ids, route_ids]), others[1].rule
-    # The rule of the others does not know the new route, which is said when the model is saved without it.
+    # The rule of the others does not know the new route: saving the model warns of it and leaves it out.
     chained.partition = Partition(route_ids, [*route_names, name], allow_empty=True, rule=rule)
     return chained
 
@@ -128,7 +128,7 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
 
 
 def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbeat: Heartbeat) -> NewTicket:
-    """The ticket of the last route of `bank`: pruned as in a run's extraction, then retrained alone."""
+    """Finds the ticket of the last route of `bank`: pruned as in a run's extraction, then retrained alone."""
     args, progress, route = trainer.args, trainer.progress, bank.num_routes - 1
     network = _network_of_new_route(trainer)
     theta0 = {name: tensor.detach().clone() for name, tensor in named_state(network)}
@@ -193,8 +193,8 @@ def _retrain_alone(
 @torch.no_grad()
 def _network_of_new_route(trainer: RouteTrainer) -> nn.Module:
     """
-    A copy of the backbone without masks, with the private parameters and statistics of the union of all tickets, of
-    which only those parameters are trained that a new ticket may have of its own.
+    A copy of the backbone without masks, with the private parameters and statistics of the union of all tickets. Only
+    prunable weights and the parameters that a new ticket has of its own are trained.
     """
     model, private = trainer.model, trainer.model.private_parameters
     network = copy.deepcopy(model.backbone).to(trainer.args.device)
@@ -211,7 +211,7 @@ def _network_of_new_route(trainer: RouteTrainer) -> nn.Module:
 
 
 def _own_names(trainer: RouteTrainer) -> list[str]:
-    """The parameters that a new ticket has of its own."""
+    """Names of the parameters that a new ticket has of its own."""
     model = trainer.model
     found = norms_biases_and_head(model.backbone, model.mask_bank.weight_names)
     return list(dict.fromkeys([*model.private_parameters.names, *found]))
@@ -224,7 +224,7 @@ def _own_names(trainer: RouteTrainer) -> list[str]:
 def _append(
     trainer: RouteTrainer, name: str, ticket: NewTicket, added: Sequence[Tensor], held_out: RouteData | None
 ) -> dict[str, float] | None:
-    """Gives the model the new ticket, and fits again what decides by outputs. Returns the changed decisions."""
+    """Adds the ticket to the model, and fits router and threshold again. Returns fractions of changed decisions."""
     model, config, run_data = trainer.model.eval(), trainer.model.config, trainer.run_data
     others = run_data.calibration_dataset
     has_data = others is not None and held_out is not None and run_data.training is not None
@@ -235,7 +235,7 @@ def _append(
         before, home_routes = _decisions(trainer, others)
         model.set_router(None)
     if others is not None and held_out is not None:
-        chained = _chained(model.route_names, name, (others, trainer.partition_of(others)), held_out)
+        chained = _chained(model.route_names, name, (others, trainer.eval_partition(others)), held_out)
         run_data.remember(chained.dataset, chained.partition)
         run_data.calibration_dataset = chained.dataset
     for weight, values, mask in zip(model.masker.weights, ticket.weights, added, strict=True):
@@ -260,12 +260,12 @@ def _append(
 
 
 def _decisions(trainer: RouteTrainer, dataset: Any) -> tuple[Tensor, Tensor]:
-    """Where the router sends every sample of a data set, and their own routes, on the CPU."""
+    """The route that the router chooses for each sample of a data set, and the sample's own route, on the CPU."""
     model, router = trainer.model, trainer.model.router
     assert router is not None
     pairs = [
         trainer.accelerator.gather_for_metrics(
-            (model.decide(evidence_of_each(router, model, inputs)).route_ids, route_ids)
+            (model.decide(sample_evidence(router, model, inputs)).route_ids, route_ids)
         )
         for inputs, route_ids in trainer.batches_with_routes(dataset)
     ]

@@ -1,4 +1,4 @@
-"""What the Hugging Face `Trainer` calls: loaders of single-route batches, masked steps, evaluation through tickets."""
+"""The methods that `Trainer` calls: loaders of single-route batches, masked steps, evaluation through tickets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers
 from .callbacks import RunProgress
-from .evaluation import ONE_PREDICTION_PER_SAMPLE, check_router, routed_outputs, ticket_metrics
+from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
@@ -53,14 +53,14 @@ logger = logging.getLogger(__name__)
 
 class RouteTrainer(Trainer):
     """
-    The part of [`RTLTrainer`] that transformers' training and evaluation loops call, over any number of processes:
+    The part of [`RTLTrainer`] that transformers' training and evaluation loops call, on any number of processes:
     batches of one route, masked updates, statistics per route, every ticket evaluated on samples of its own route.
-    Beside it the trainings of single tickets, which need the same data, loss and optimizer.
+    It also makes the trainers of single tickets, which use the same data, loss and optimizer.
 
     Args:
-        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): which fit `run_data`.
+        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): the model and arguments that `run_data` was made with.
         run_data ([`RunData`]): the data sets with their routes.
-        **kwargs: as of `Trainer`.
+        **kwargs: the same as for `Trainer`.
     """
 
     model: RTLModel
@@ -70,30 +70,30 @@ class RouteTrainer(Trainer):
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
-        if kwargs.get("compute_metrics") is None and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+        if kwargs.get("compute_metrics") is None and isinstance(model, SINGLE_PREDICTION_CLASSES):
             kwargs["compute_metrics"] = self.compute_ticket_metrics
-        with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # it makes the folder
+        with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # `Trainer` creates the folder
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.accelerator)
         self.remove_callback(ProgressCallback)
         self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
         self.add_callback(self.progress)
-        # The round that is being worked on, and the steps of the rounds before it, for the log.
+        # The current round, and the number of steps of the rounds before it, for the log.
         self.current_round: Round | None = None
         self._steps_before = 0
         self._warned_of_emptied_layers = False
-        # Whether the batch in hand is of all routes.
+        # Whether the current batch has samples of all routes.
         self._is_competing = False
-        # Whether the joint retraining goes on from a checkpoint, and which was the best by then.
+        # Whether the joint retraining continues from a checkpoint, and the best checkpoint at that step.
         self._is_continued = False
         self._best_before: Path | None = None
-        # The partition of the data set that is being evaluated, and what came out without a given route.
+        # The partition of the data set that is being evaluated, and the outputs without a given route.
         self._evaluated: Partition
         self._routed: list[dict[str, Tensor]] = []
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def explained_failures(self) -> AbstractContextManager:
-        """A context that says of a full disk, or of memory that ran out, what can be done."""
+        """A context that explains what to do about a full disk or exhausted memory."""
         return explain_failures(self.args.output_dir, batch_size=self.args.route_batch_size)
 
     # One joint retraining (paper, Algorithm 2)
@@ -101,19 +101,19 @@ class RouteTrainer(Trainer):
     @contextmanager
     def in_round(self, round_: Round, *, num_steps_before: int) -> Iterator[None]:
         """
-        The round that retraining and evaluation inside belong to: its index keys the batches, and it is logged along,
-        with steps that count on from `num_steps_before`.
+        A context that sets the current round: its index is part of the key of the batches, its number is logged, and
+        logged steps count from `num_steps_before`.
         """
         before = self.current_round
         self.current_round, self._steps_before = round_, num_steps_before
         try:
             yield
         finally:
-            self.current_round = before  # an evaluation that follows still counts from the same steps
+            self.current_round = before  # `_steps_before` stays, for the log of an evaluation after the round
 
     def put_masks(self, masks: Sequence[Sequence[Tensor]]) -> None:
         """
-        Gives the model the masks of all routes, packed rows that are the same on all processes; warns once of layers
+        Sets the model's masks of all routes, packed rows that are the same on all processes. Warns once of layers
         without weights.
         """
         for route, packed in enumerate(masks):
@@ -124,13 +124,13 @@ class RouteTrainer(Trainer):
             self._warned_of_emptied_layers = True
             name, layers = next(iter(emptied.items()))
             logger.warning(
-                f"pruning has emptied whole layers, of ticket {name!r} for one: {', '.join(layers)}. See "
-                "`prune_scope='layer'`, or the reports of the rounds for all of them."
+                f"pruning has emptied whole layers, for example of ticket {name!r}: {', '.join(layers)}. The reports "
+                "of the rounds list all of them; consider `prune_scope='layer'`."
             )
 
     @torch.no_grad()
     def start_from(self, theta0: dict[str, Tensor]) -> None:
-        """Sets every parameter, buffer, private and statistics row to θ0; forgets what was fitted to others."""
+        """Sets every parameter, buffer, private row and statistics row to θ0; removes thresholds and router."""
         self.model.config.thresholds = None
         self.model.set_router(None)
         for name, tensor in named_state(self.model.backbone):
@@ -140,13 +140,13 @@ class RouteTrainer(Trainer):
         self.model.private_parameters.reset(self.model.backbone)
 
     def retrain_jointly(self, folder: Path) -> TrainOutput:
-        """Trains all tickets with a fresh optimizer, schedule and scaler, or goes on from a checkpoint in `folder`."""
+        """Trains all tickets with a fresh optimizer, schedule and scaler, or continues a checkpoint in `folder`."""
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(derive_seed(self.args.seed, Stream.RETRAINING, self._require_round().index))
-        # Masks never change here, and statistics are averaged: DDP need not send process 0's in every step.
+        # Masks never change here, and statistics are averaged, so DDP does not need to broadcast them in every step.
         statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
         kept_in_step = [
             name
@@ -162,7 +162,7 @@ class RouteTrainer(Trainer):
         self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
         with self._output_dir(folder):
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            # Continued from its last checkpoint, a training saves none, but a kill may have left older ones.
+            # A training continued from its last checkpoint saves none, but a killed run may have left older ones.
             self._delete_old_checkpoints()
         return output
 
@@ -172,7 +172,7 @@ class RouteTrainer(Trainer):
         return self.current_round
 
     def recalibrate_union(self) -> None:
-        """Takes the running statistics of the union of all tickets anew, from training samples of all routes."""
+        """Computes the running statistics of the union of all tickets again, from training samples of all routes."""
         recalibrate_union(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
 
     def _recalibration_batches(self) -> Iterator[dict[str, Any]]:
@@ -187,7 +187,7 @@ class RouteTrainer(Trainer):
             yield self._prepare_inputs(inputs)
 
     def calibrated_thresholds(self) -> list[float] | None:
-        """Thresholds of membership tickets, from the data held out for it; `None` without such data or tickets."""
+        """Thresholds of membership tickets, from calibration data; `None` without calibration data or such tickets."""
         if self.run_data.calibration_dataset is None or self.model.config.ticket_task != "membership":
             return None
         loader = self.get_eval_dataloader(self.run_data.calibration_dataset)
@@ -196,19 +196,19 @@ class RouteTrainer(Trainer):
 
     def fit_router(self, name: str, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
         """
-        Fits a router and gives it to the model: for inputs that come without a route. `train()` does so after every
-        joint retraining if `args.router` names one.
+        Fits a router, which chooses the route of inputs that come without one, and sets it in the model. `train()`
+        does so after every joint retraining if `args.router` names a router.
 
-        Its scales and offsets are fitted on `calibration_dataset` or on the part of the training data that was held
-        out of training, and what else it learns on the training data; never on `eval_dataset`.
+        Scales and offsets are fitted on `calibration_dataset`, or on the part of the training data that is held out of
+        training; the means of `"centroid"` on the training data. `eval_dataset` is never used.
 
         Args:
             name (`str`): `"score"`, `"centroid"` or `"entropy"`; see `routers.py`.
-            threshold, fallback: as of [`RTLModel.set_router`].
+            threshold, fallback: the same as for [`RTLModel.set_router`].
 
         Raises:
-            ValueError: an unknown name, one that does not suit the task, no data that was held out, or, without
-                `args.allow_disconnected`, evidence that is the same for all samples.
+            ValueError: the name is unknown or does not suit the task, there is no calibration data, or, without
+                `args.allow_disconnected`, the evidence is the same for all samples.
         """
         check_router(name, self.model, self.run_data.calibration_dataset)
         self.model.eval()
@@ -221,15 +221,15 @@ class RouteTrainer(Trainer):
             training,
             held_out,
             gather=self.accelerator.gather_for_metrics,
-            # A user who goes on with tickets that are cut through does so to the end of the run.
+            # A run that allows disconnected tickets must not fail at its router.
             allow_constant=self.args.allow_disconnected,
         )
         for buffer in router.buffers():
-            buffer.copy_(broadcast(buffer.clone()))  # all have fitted it, maybe on devices that round differently
+            buffer.copy_(broadcast(buffer.clone()))  # devices may round differently
         self.model.set_router(router, threshold=threshold, fallback=fallback)
 
     def batches_with_routes(self, dataset: Any) -> Batches:
-        """The inputs of a data set without labels, each batch with the routes of its samples."""
+        """Yields the batches of a data set without labels, each with the routes of its samples."""
         for batch in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(batch)
             labels, route_ids = inputs.pop("labels", None), inputs.pop("route_ids", None)
@@ -242,12 +242,12 @@ class RouteTrainer(Trainer):
         self, theta0: dict[str, Tensor], network: nn.Module | None = None, frozen: Sequence[Tensor] | None = None
     ) -> TicketTrainer:
         """
-        What trains one ticket at a time, with the loss, optimizer and precision of this trainer.
+        A trainer of one ticket at a time, with the loss, optimizer and precision of this trainer.
 
         Args:
             theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
-            network (`nn.Module`, *optional*): what it may change; by default a copy of the backbone.
-            frozen (`Sequence[Tensor]`, *optional*): as of [`TicketTrainer`].
+            network (`nn.Module`, *optional*): the network to train; by default a copy of the backbone.
+            frozen (`Sequence[Tensor]`, *optional*): the same as for [`TicketTrainer`].
         """
         if network is None:
             network = copy.deepcopy(self.model.backbone).to(self.args.device)
@@ -268,7 +268,7 @@ class RouteTrainer(Trainer):
         )
 
     def extraction_steps(self, route: int, data: RouteData | None = None) -> int:
-        """Steps that a route trains before each prune event; `data` are by default those of the run."""
+        """Steps of the training of a route before each prune event; `data` defaults to that of the run."""
         if self.args.extraction_steps is not None:
             return self.args.extraction_steps
         data = self.run_data.require_training() if data is None else data
@@ -276,24 +276,24 @@ class RouteTrainer(Trainer):
         return max(1, round(self.args.extraction_epochs * updates))
 
     def extraction_batches(self, route: int, event: int, data: RouteData | None = None) -> Iterator[dict[str, Any]]:
-        """The batches that a route trains on before a prune event."""
+        """The batches of the training of a route before a prune event."""
         data = self.run_data.require_training() if data is None else data
         sampler = data.sampler((Stream.EXTRACTION, event), routes=[route])
         return islice(self.endless_batches(data, sampler), self.extraction_steps(route, data))
 
     def endless_batches(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch after the other, not yet on the device."""
+        """Endless batches, epoch after epoch, not yet on the device."""
         return data.endless_batches(sampler, self.collate(), **self.loader_arguments())
 
     def ticket_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A single-route batch as the plain backbone takes it, on the device."""
+        """The inputs of the plain backbone for a single-route batch, on the device."""
         inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "route"})
         if self.model.config.ticket_task == "membership":
             inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         return inputs
 
     def plain_optimizer(self, network: nn.Module) -> Optimizer:
-        """A fresh optimizer, as the arguments say, for a network without masks."""
+        """A fresh optimizer, chosen by the arguments, for a network without masks."""
         optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
         kwargs = dict(kwargs)
         if optimizer_class in (torch.optim.AdamW, torch.optim.SGD):
@@ -308,13 +308,13 @@ class RouteTrainer(Trainer):
             self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
         loader = data.loader(sampler, self.collate(), **self.loader_arguments())
-        # The sampler gives every rank its share of each batch already; accelerate is only to move tensors.
+        # The sampler already gives every rank its part of each batch, so accelerate must only move tensors.
         return prepare_data_loader(
             loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
     def retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
-        """Batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
+        """The batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
         accumulation = self.args.gradient_accumulation_steps
         key = (Stream.RETRAINING, round_index)
         competing = self.args.competing_epochs
@@ -324,12 +324,13 @@ class RouteTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The same as in `Trainer`, with the route of each sample. Raises `ValueError` without a data set."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluation needs an `eval_dataset`.")
-        self._evaluated = self.partition_of(dataset)
+        self._evaluated = self.eval_partition(dataset)
         membership = self.model.config.ticket_task == "membership"
         samples = EvaluationData(dataset, self._evaluated, membership=membership)
         loader = DataLoader(
@@ -340,23 +341,23 @@ class RouteTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
-    def partition_of(self, dataset: Any) -> Partition:
+    def eval_partition(self, dataset: Any) -> Partition:
         """The routes of the samples of a data set to evaluate on."""
-        return self.run_data.partition_of(self.model, self.args, dataset)
+        return self.run_data.eval_partition(self.model, self.args, dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """As `Trainer`'s, whose choice of columns looks at `forward`: ours takes whatever the backbone's does."""
+        """Adds the columns that the backbone takes: `Trainer` reads only the signature of the wrapper's `forward`."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             backbone_columns = inspect.signature(self.model.backbone.forward).parameters
             self._signature_columns = [*(self._signature_columns or []), *backbone_columns]
 
     def collate(self) -> Callable[[list], dict]:
-        """What makes a batch of samples, columns that the backbone does not take left out."""
+        """The function that makes a batch of samples, without columns that the backbone does not take."""
         return self._get_collator_with_removed_columns(self.data_collator)
 
     def loader_arguments(self) -> dict[str, Any]:
-        """What all data loaders of a run have in common."""
+        """Arguments that all data loaders of a run share."""
         return {
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
@@ -368,7 +369,7 @@ class RouteTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         route = inputs.pop("route")
         model.train()
-        # With accumulation all batches of an update are of one route; a step that the scaler skipped is forgotten.
+        # All accumulated batches of an update are of one route, so only routes of a skipped step are forgotten here.
         self.model.routes_since_update.clear()
         if route == ALL_ROUTES:
             self._is_competing = True
@@ -385,9 +386,9 @@ class RouteTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """
-        As `Trainer`'s; where tickets compete, the cross-entropy between their scores and the home routes. Then the
-        running statistics of each ticket normalise, and stay as they are: those of a batch that is so much smaller
-        would be too uncertain.
+        The same as in `Trainer`. Where tickets compete, the loss is the cross-entropy between their scores and the
+        home routes. Then norm layers use the running statistics of each ticket and do not update them: such batches
+        have too few samples of a route for statistics of their own.
         """
         if not self._is_competing:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
@@ -414,13 +415,13 @@ class RouteTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Trained parameters with and without weight decay, as `Trainer` splits them."""
+        """Two groups of trained parameters, with and without weight decay, split in the same way as in `Trainer`."""
         decayed = set(self.get_decay_parameter_names(network))
-        # What private rows are rows of decides: their own names tell nothing.
+        # For private rows the name of the parameter they belong to decides; their own names say nothing.
         private = self.model.private_parameters
-        rows_of = {id(rows): f"backbone.{name}" for rows, name in zip(private.rows, private.names, strict=True)}
+        row_names = {id(rows): f"backbone.{name}" for rows, name in zip(private.rows, private.names, strict=True)}
         named = [
-            (rows_of.get(id(parameter), name), parameter)
+            (row_names.get(id(parameter), name), parameter)
             for name, parameter in network.named_parameters()
             if parameter.requires_grad
         ]
@@ -430,25 +431,25 @@ class RouteTrainer(Trainer):
         ]
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        """As accelerate autocasts the model: extraction and recalibration compute in the same types."""
+        """The autocast that accelerate gives the model, so that extraction and recalibration use the same dtypes."""
         return self.accelerator.autocast()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # Without clipping, the norm that Trainer would compute for its log alone costs a pass over all gradients.
+        # Without clipping, Trainer computes the norm for its log only, which costs a pass over all gradients.
         return grad_norm if grad_norm is None else super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Trainer's estimate counts all parameters anew in every step, and knows nothing of masks.
+        # Trainer's estimate counts all parameters in every step, and ignores masks.
         return 0
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._init_training_state(*args, **kwargs)
         if self._best_before is not None:
-            self.state.best_model_checkpoint = str(self._best_before)  # where it is now, if the run was moved
+            self.state.best_model_checkpoint = str(self._best_before)  # its path now, if the run was moved
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Continued from its last step, Trainer would train one more before it looks whether it is to stop.
+        # Continued from its last step, Trainer would train one more step before it checks whether to stop.
         saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
         if self.state.global_step >= self.state.max_steps or saved.get("should_training_stop"):
             self.control.should_training_stop = True
@@ -468,7 +469,7 @@ class RouteTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As `Trainer`'s; keeps what the metrics of routers need beside its outputs, of all processes."""
+        """The same as in `Trainer`; also keeps the outputs of all processes that router metrics need."""
         output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.compute_metrics == self.compute_ticket_metrics and not prediction_loss_only:
             given = ("labels", "route_ids")
@@ -479,13 +480,13 @@ class RouteTrainer(Trainer):
         return output
 
     def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics of `hf_rtl.metrics` for the model's task, and with a router those of its decisions."""
+        """The metrics of `hf_rtl.metrics` for the model's task and, if it has a router, for the router's decisions."""
         return ticket_metrics(self.model, prediction, self._routed, self._evaluated.route_ids)
 
     # Logs and files
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; steps count over all rounds, and the round is logged along."""
+        """The same as in `Trainer`, with steps counted over all rounds, and with the number of the round."""
         if self.current_round is not None:
             logs["round"] = self.current_round.index + 1
         self.state.global_step += self._steps_before
@@ -495,7 +496,7 @@ class RouteTrainer(Trainer):
             self.state.global_step -= self._steps_before
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer`'s; older ones are deleted only once this one is known to be whole."""
+        """The same as in `Trainer`, but older checkpoints are deleted only after this one is marked complete."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -516,7 +517,7 @@ class RouteTrainer(Trainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            # Trainer pickles its arguments; a model's folder is to hold safetensors and JSON only.
+            # Trainer pickles its arguments, but a model's folder must hold safetensors and JSON only.
             (folder / "training_args.bin").unlink(missing_ok=True)
             arguments = self.args.to_dict()
             write_json(folder / "training_args.json", {k: v for k, v in arguments.items() if not k.endswith("_dir")})
@@ -524,7 +525,7 @@ class RouteTrainer(Trainer):
                 self._save_rule(folder)
 
     def _save_rule(self, folder: Path) -> None:
-        """Beside the model; where a rule does not fit, or there is none, also none of an earlier save is left."""
+        """Writes the rule beside the model; if there is none, or it does not fit, removes that of an earlier save."""
         rule = self.run_data.require_training().partition.rule
         if rule is None:
             remove_rule(folder)

@@ -1,4 +1,4 @@
-"""Fitting routers: on samples whose route is known and that are no test data."""
+"""Fitting of routers, on samples with known routes that are not test data."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..modeling.routers import CentroidRouter, EntropyRouter, Router, ScoreRoute
 
 logger = logging.getLogger(__name__)
 
-# Weight of the penalty that keeps scales and offsets finite where the routes can be told apart without an error.
+# Weight of the penalty that keeps scales and offsets finite when the evidence separates the routes without an error.
 _RIDGE = 1e-3
 
-# Batches of inputs with the route of each sample, `int64 [batch]`.
+# Batches of inputs, each with the route of every sample, `int64 [batch]`.
 Batches = Iterable[tuple[Mapping[str, Any], Tensor]]
 
 
@@ -37,23 +37,23 @@ def fit_router(
     allow_constant: bool = False,
 ) -> Router:
     """
-    A router for the routes of `model`, on its device.
+    Fits a router for the routes of `model`, on the model's device.
 
     Args:
         name (`str`): `"score"`, `"centroid"` or `"entropy"`.
         model ([`RTLModel`]): in evaluation mode.
-        training: samples of the training data, for what a router learns: the means of `"centroid"`. Others do not look
-            at them.
-        held_out: samples that no ticket was trained on, for the scales and offsets: tickets are too sure of samples
-            that they know.
-        gather (`Callable`, *optional*): brings the samples of all processes together.
-        allow_constant (`bool`, defaults to `False`): warn of features and evidence that are the same for all samples,
-            as of tickets that pruning has cut through, instead of refusing them. The router is no help then: it names
-            the commonest route.
+        training (`Batches`): samples of the training data, for the means of `"centroid"`. Other routers do not read
+            them.
+        held_out (`Batches`): samples that no ticket was trained on, for scales and offsets. Tickets are too confident
+            on their training samples.
+        gather (`Callable`, *optional*): gathers the tensors of all processes.
+        allow_constant (`bool`, defaults to `False`): if features or evidence are the same for all samples, for example
+            because pruning disconnected the tickets, warn instead of raising. That router always chooses the most
+            frequent route.
 
     Raises:
-        ValueError: a route without samples, or evidence that is not finite, or, unless allowed, the same for all
-            samples.
+        ValueError: a route has no samples, or features or evidence are not finite or, unless `allow_constant`, the
+            same for all samples.
     """
 
     def over(batches: Batches, function: Callable[[Mapping[str, Any]], Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,15 +75,15 @@ def fit_router(
     else:
         router = ScoreRouter(model.num_routes) if name == "score" else EntropyRouter(model.num_routes)
     router.to(model.device)
-    values, route_ids = over(held_out, lambda inputs: evidence_of_each(router, model, inputs))
+    values, route_ids = over(held_out, lambda inputs: sample_evidence(router, model, inputs))
     scale, offset = fit_scale_and_offset(values, route_ids, allow_constant=allow_constant)
     router.scale.copy_(torch.from_numpy(scale))
     router.offset.copy_(torch.from_numpy(offset))
     return router
 
 
-def evidence_of_each(router: Router, model: RTLModel, inputs: Mapping[str, Any]) -> Tensor:
-    """The evidence of every sample by itself, `[batch, num_routes]`, where `"entropy"` gives one for a batch."""
+def sample_evidence(router: Router, model: RTLModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The evidence of each single sample, `[batch, num_routes]`. For a batch, `"entropy"` itself gives one for all."""
     if not isinstance(router, EntropyRouter):
         return router.evidence(model, inputs)
     batch_size = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
@@ -95,9 +95,9 @@ def nearest_mean(
     features: np.ndarray, route_ids: np.ndarray, *, num_routes: int, allow_constant: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    The linear rule features · directions + bias, by which the greatest of K numbers is that of the route whose mean is
-    the nearest, in units of how features differ within a route: Mahalanobis' distance, with the covariance within the
-    routes, whose correlations are shrunk after Ledoit and Wolf (2004), since there may be more features than samples.
+    The linear rule that finds the route with the nearest mean: the largest of the K values features · directions +
+    bias is that of the nearest route. The distance is Mahalanobis' distance with the covariance within the routes,
+    whose correlations are shrunk after Ledoit and Wolf (2004), because there may be more features than samples.
 
     Args:
         features (`np.ndarray`): floats `[N, num_features]`.
@@ -105,12 +105,12 @@ def nearest_mean(
         num_routes (`int`): K.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: directions `float64 [K, num_features]` and bias `float64 [K]`; minus half the
-        squared distances, up to what is the same for all routes of a sample.
+        `tuple[np.ndarray, np.ndarray]`: directions `float64 [K, num_features]` and bias `float64 [K]`. The K values
+        are minus half the squared distances, up to a term that is the same for all routes of a sample.
 
     Raises:
-        ValueError: a route without samples, features that are not finite, or, unless `allow_constant`, the same for
-            all samples.
+        ValueError: a route has no samples, or features are not finite or, unless `allow_constant`, the same for all
+            samples.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -124,12 +124,12 @@ def nearest_mean(
         raise ValueError("the features of the union of tickets are the same for all samples: no router can use them.")
     means = np.stack([features[route_ids == route].mean(axis=0) for route in range(num_routes)])
     within = features - means[route_ids]
-    # Features with a large spread must not decide how much the others are shrunk; one without any counts as it is.
-    spread = within.std(axis=0)
-    spread[spread == 0] = 1
-    covariance = ledoit_wolf(within / spread, assume_centered=True)[0] if within.any() else np.eye(len(spread))
+    # Features are standardised: one with a large standard deviation must not decide how much the others are shrunk.
+    deviation = within.std(axis=0)
+    deviation[deviation == 0] = 1
+    covariance = ledoit_wolf(within / deviation, assume_centered=True)[0] if within.any() else np.eye(len(deviation))
     middle = means.mean(axis=0)
-    directions = np.linalg.solve(covariance, ((means - middle) / spread).T).T / spread
+    directions = np.linalg.solve(covariance, ((means - middle) / deviation).T).T / deviation
     return directions, -((means + middle) / 2 * directions).sum(axis=1)
 
 
@@ -137,15 +137,14 @@ def fit_scale_and_offset(
     evidence: np.ndarray, route_ids: np.ndarray, *, allow_constant: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    The positive scale and the offset of every route with which softmax(scale · evidence + offset) is most likely, but
-    for a small penalty on what they differ from: a scale of one over the evidence's standard deviation (a mean over
-    the routes), and no offset.
+    Fits a positive scale and an offset per route, for the highest likelihood of softmax(scale · evidence + offset). A
+    small penalty pulls scales to 1 / (standard deviation of the evidence, mean over the routes) and offsets to 0.
 
     Args:
         evidence (`np.ndarray`): floats `[N, K]`.
         route_ids (`np.ndarray`): integers `[N]`; every route needs a sample.
-        allow_constant (`bool`, defaults to `False`): whether evidence that is the same for all samples, and tells no
-            route from another, makes offsets that say how common the routes are, with a warning, instead of an error.
+        allow_constant (`bool`, defaults to `False`): if evidence is the same for all samples, warn instead of raising.
+            The offsets then only tell how frequent the routes are.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: scales and offsets, `float64 [K]`.
@@ -153,20 +152,20 @@ def fit_scale_and_offset(
     Raises:
         TypeError: `evidence` is not a float array or `route_ids` not an integer array.
         ValueError: shapes that do not match, values that are NaN or infinite, routes out of range or without a sample,
-            or, unless allowed, evidence that is the same for all samples.
+            or, unless `allow_constant`, evidence that is the same for all samples.
     """
     route_ids = check_scores("evidence", evidence, "route_ids", route_ids)
     counts = np.bincount(route_ids, minlength=evidence.shape[1])
     if not counts.all():
         raise ValueError(f"`route_ids` has no sample of route {int(counts.argmin())}, so it cannot be calibrated.")
     values = torch.from_numpy(evidence.astype(np.float64))
-    spread = values.std(dim=0, correction=0).mean()
+    deviation = values.std(dim=0, correction=0).mean()
     if (values == values[0]).all():
         if not allow_constant:
             raise ValueError("`evidence` is the same for all samples, so it tells no route from another.")
-        logger.warning("the router's evidence is the same for all samples: it will always name the commonest route.")
-        spread = torch.ones_like(spread)
-    values, targets = values / spread, torch.from_numpy(route_ids)
+        logger.warning("the router's evidence is the same for all samples: it always chooses the most frequent route.")
+        deviation = torch.ones_like(deviation)
+    values, targets = values / deviation, torch.from_numpy(route_ids)
     log_scale = torch.zeros(values.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros_like(log_scale, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_scale, offset], max_iter=500, line_search_fn="strong_wolfe")
@@ -180,4 +179,4 @@ def fit_scale_and_offset(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return (log_scale.detach().exp() / spread).numpy(), offset.detach().numpy()
+    return (log_scale.detach().exp() / deviation).numpy(), offset.detach().numpy()

@@ -1,4 +1,4 @@
-"""Whether data, arguments and model fit each other, before anything is written; the routes of a run's data sets."""
+"""The data sets of a run with their routes, and checks that data, arguments and model fit each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.columns import check_label_column, columns_of, single_labels
 from ..data.partition import Partition
 from ..data.route_data import RouteData, check_partition, find_partition
 from ..modeling.modeling_rtl import RTLModel
-from .evaluation import ONE_PREDICTION_PER_SAMPLE, check_router
+from .evaluation import SINGLE_PREDICTION_CLASSES, check_router
 from .training_args import RTLTrainingArguments
 
 
@@ -21,16 +21,16 @@ class RunData:
     The data sets of a run, with the route of every sample.
 
     Args:
-        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): of the run.
-        train_dataset, partition, eval_dataset, calibration_dataset: as of [`RTLTrainer`].
-        has_collator (`bool`): whether the caller makes `labels` of the samples of a batch.
+        model ([`RTLModel`]), args ([`RTLTrainingArguments`]): the model and arguments of the run.
+        train_dataset, partition, eval_dataset, calibration_dataset: the same as for [`RTLTrainer`].
+        has_collator (`bool`): whether a collator of the caller makes the `labels` of a batch.
 
     Attributes:
-        training ([`RouteData`], *optional*): what tickets are trained on, without what is held out.
-        calibration_dataset (*optional*): the one that was given, or what is held out of the training data.
+        training ([`RouteData`], *optional*): the data that tickets are trained on, without the held-out samples.
+        calibration_dataset (*optional*): the given one, or the samples held out of the training data.
 
     Raises:
-        TypeError, ValueError: data, arguments and model do not fit each other.
+        TypeError, ValueError: data, arguments and model do not fit each other. Nothing is written.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class RunData:
     ) -> None:
         self.training: RouteData | None = None
         self.calibration_dataset = calibration_dataset
-        # Its rule assigns other data too, if `args` name no column.
+        # If `args` name no column, the rule of this partition assigns other data too.
         self._given_partition = partition
-        # (data set, partition) of what is evaluated time and again: reading a column can mean fetching every sample.
+        # (data set, partition) pairs, remembered because reading a column may fetch every sample.
         self._partitions: list[tuple[Any, Partition]] = []
         if partition is not None:
             partition = check_partition(partition, train_dataset, model.route_names)
@@ -69,7 +69,7 @@ class RunData:
             check_router(args.router, model, self.calibration_dataset)
             if args.router_fallback is not None:
                 model.route_index(args.router_fallback)
-        # Now rather than after hours of training: whether evaluation and calibration can find their routes.
+        # Evaluation and calibration data without routes must fail here, not after hours of training.
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
@@ -78,11 +78,11 @@ class RunData:
                 self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
 
     def remember(self, dataset: Any, partition: Partition) -> None:
-        """Notes the partition of a data set that is going to be evaluated."""
+        """Remembers the partition of a data set to evaluate on."""
         self._partitions.append((dataset, partition))
 
-    def partition_of(self, model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
-        """The partition of a data set to evaluate on, which may have samples of some routes only."""
+    def eval_partition(self, model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> Partition:
+        """The partition of a data set to evaluate on. Routes may be empty."""
         known = (partition for other, partition in self._partitions if other is dataset)
         return next(known, None) or self._find_partition(model, args, dataset)
 
@@ -106,7 +106,7 @@ class RunData:
 
 
 def route_data(model: RTLModel, args: RTLTrainingArguments, dataset: Any, partition: Partition) -> RouteData:
-    """A data set as the arguments say that it is trained on."""
+    """A data set to train on, with the batch size and seeds of the arguments."""
     return RouteData(
         dataset,
         partition,
@@ -119,10 +119,10 @@ def route_data(model: RTLModel, args: RTLTrainingArguments, dataset: Any, partit
 
 def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[str, Any]) -> None:
     """
-    Raises `TypeError` or `ValueError` where arguments contradict the model, or the machine.
+    Checks that `args` and the other arguments of the trainer, `given`, fit the model and the machine.
 
-    Args:
-        given (`Mapping[str, Any]`): the other arguments of the trainer.
+    Raises:
+        TypeError, ValueError: they do not fit.
     """
     if not isinstance(model, RTLModel):
         raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
@@ -134,12 +134,12 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
     if model.config.ticket_task == "membership" and args.rewind_to:
         raise ValueError(
             f"`rewind_to` = {args.rewind_to} trains one dense network on all data, but the head of membership "
-            "tickets asks 'is this mine?', which is no question to all data; leave it at 0."
+            "tickets answers 'is this mine?', which has no meaning for all data at once; leave it at 0."
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs, and `Trainer` would spread `nn.DataParallel` over them, whose "
-            f"replicas know no masks. Launch a process per GPU, `torchrun --nproc_per_node={args.n_gpu}`, or set "
+            f"one process sees {args.n_gpu} GPUs, so `Trainer` would use `nn.DataParallel`, whose replicas know no "
+            f"masks. Launch one process per GPU with `torchrun --nproc_per_node={args.n_gpu}`, or set "
             "CUDA_VISIBLE_DEVICES=0."
         )
     _check_parallelism(args)
@@ -147,19 +147,19 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
 
 
 def _check_parallelism(args: RTLTrainingArguments) -> None:
-    """Raises `ValueError` where weights are to be split, by arguments or by what `accelerate launch` was told."""
+    """Raises `ValueError` if the arguments, or those of `accelerate launch`, would split weights over devices."""
     given = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "PARALLELISM_CONFIG": args.parallelism_config}
     for name in (*given, "MEGATRON_LM"):
         if given.get(name) or str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
             raise ValueError(
-                f"{name} is not supported: it splits weights over the devices, but a mask covers a whole one, and so "
-                "does the masked optimizer step. Use data parallelism, as `accelerate launch --multi_gpu` gives, with "
-                "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` if memory is short."
+                f"{name} is not supported: it splits weights over devices, but masks and the masked optimizer step "
+                "need whole weights. Use data parallelism, for example `accelerate launch --multi_gpu`, and "
+                "`gradient_checkpointing`, `bf16` or a smaller `route_batch_size` to save memory."
             )
 
 
 def _check_connected(args: RTLTrainingArguments) -> None:
-    """Raises `ValueError` if a launcher started several processes that know nothing of each other."""
+    """Raises `ValueError` if a launcher started several processes that are not connected."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
         raise ValueError(
@@ -169,9 +169,9 @@ def _check_connected(args: RTLTrainingArguments) -> None:
 
 
 def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool) -> None:
-    """Raises `ValueError` unless a partition of training data, and its labels, suit the task of the tickets."""
+    """Raises `ValueError` unless the partition and the labels of training data suit the task of the tickets."""
     labels = None
-    if model.config.ticket_task == "labels" and isinstance(model, ONE_PREDICTION_PER_SAMPLE):
+    if model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES):
         labels = single_labels(dataset)
         if not has_collator:
             check_label_column(columns_of(dataset))
@@ -179,7 +179,7 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:
-    """Raises `ValueError` unless batches can be assigned out over the processes."""
+    """Raises `ValueError` unless batches can be divided among the processes."""
     unit = (2 if data.membership else 1) * args.world_size
     if args.route_batch_size % unit:
         each = "a positive and a negative" if data.membership else "a sample"
@@ -194,6 +194,6 @@ def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:
 def _check_competition(model: RTLModel, args: RTLTrainingArguments) -> None:
     if args.competing_epochs and model.config.ticket_task != "membership":
         raise ValueError(
-            f"`competing_epochs` = {args.competing_epochs} compares the scores of membership tickets, and these "
-            "are tickets for labels; leave it at 0."
+            f"`competing_epochs` = {args.competing_epochs} compares the scores of membership tickets, but these "
+            "tickets predict labels; leave it at 0."
         )

@@ -1,4 +1,4 @@
-"""The directory of a training run: what is in it, how it is written, and whether it fits a run."""
+"""The directory of a training run: its files, how they are written, and checks that they fit a run."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ REPORT_FILE = "round.json"
 
 class RunDirectory:
     """
+    The files of a run:
+
     ```
     run.json                                    configuration, versions, hashes
-    theta0.safetensors                          what every event and every joint retraining starts from
+    theta0.safetensors                          θ0, from which every event and every joint retraining starts
     extraction/extraction.json                  the part of the configuration that decides the masks
     extraction/event-NNN/route-KKK.safetensors  the mask of a route after a prune event
     round-NN-sparsity-S/                        a complete model, with that round's Trainer checkpoints inside
     final/                                      the last round's model
     ```
-    A file that exists under its name is whole: files are written beside and then renamed. Tensor files carry a hash of
-    their content, so a damaged one is found and its work done again.
+    A file with its final name is whole: it was written under another name and then renamed. Tensor files contain a
+    hash of their content, so a damaged file is detected and its work is done again.
     """
 
     def __init__(self, path: str | os.PathLike, extraction_path: str | os.PathLike | None = None) -> None:
         self.path = Path(path)
         self.extraction_path = self.path / "extraction" if extraction_path is None else Path(extraction_path)
-        # Tells files that this run is writing from those of others.
+        # Part of the names of temporary files, so that they differ from those of other runs.
         self.owner = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:8] + "-"
 
     def mask_file(self, event: int, route: int) -> Path:
@@ -57,23 +59,23 @@ class RunDirectory:
         return self.path / "final"
 
     def open(
-        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any], surroundings: Mapping[str, str]
+        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any], environment: Mapping[str, str]
     ) -> None:
         """
-        Starts a run in this directory, or continues the one that is there.
+        Starts a run in this directory, or continues its run.
 
         Args:
-            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): as of `run_identity`; must be the
-                same to continue, but for fields that the files lack, see `with_later_fields`.
-            surroundings (`Mapping[str, str]`): versions and devices, which decide rounding; others are warned of.
+            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the results of `run_identity`. To
+                continue they must be the same as in the files, except for fields that `with_later_fields` adds.
+            environment (`Mapping[str, str]`): versions and devices, which decide rounding. Warns of differences.
 
         Raises:
-            ValueError: a run, or extracted masks, of another configuration are there; says which values differ. Or
-                the file that says so is damaged.
+            ValueError: the directory holds a run, or extracted masks, of another configuration (the error names the
+                values that differ), or the file with the configuration is damaged.
         """
         files = {
-            self.path / "run.json": {"configuration": configuration, "surroundings": surroundings},
-            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": surroundings},
+            self.path / "run.json": {"configuration": configuration, "surroundings": environment},
+            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": environment},
         }
         for file, content in files.items():
             if file.exists():
@@ -81,18 +83,18 @@ class RunDirectory:
                 current = json.loads(json.dumps(content))
                 identity = with_later_fields(saved["configuration"], current["configuration"])
                 _check_same(file, json.loads(json.dumps(identity)), current["configuration"])
-                _warn_of_other_surroundings(file, saved["surroundings"], current["surroundings"])
-        self._remove_what_a_killed_run_left()
+                _warn_of_other_environment(file, saved["surroundings"], current["surroundings"])
+        self._remove_temporary_files()
         for file, content in files.items():
             if not file.exists():
                 write_json(file, content, owner=self.owner)
 
-    def _remove_what_a_killed_run_left(self) -> None:
-        """Files and folders that were written beside their place; nothing of others in the same folders."""
+    def _remove_temporary_files(self) -> None:
+        """Removes the temporary files and folders of a killed run, but none of another run."""
         own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared.*"]
         left = [path for pattern in own for path in self.path.glob(f"{pattern}.tmp")]
         left += [*self.path.glob("round-*/**/.*.tmp"), *self.final_folder.glob(".*.tmp")]
-        # Other runs may be writing masks into the same folder.
+        # Other runs may write masks into the same folder.
         left += self.extraction_path.glob(f"**/.*.{self.owner}*.tmp")
         for path in left:
             if path.is_dir():
@@ -101,7 +103,7 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Says that a round is finished. Gives its report with the hashes of the model's `files` in it, as written."""
+        """Marks a round as finished. Returns the written report, to which hashes of the model's `files` are added."""
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
         hashes = {file.name: hash_file(file) for file in files if file.name != REPORT_FILE}
         written = {**report, "files": hashes}
@@ -129,14 +131,14 @@ class RunDirectory:
         Writes a route's mask after an event.
 
         Args:
-            packed (`Sequence[Tensor]`): its rows, `uint8`, one per prunable weight, as of `MaskBank.pack`.
-            started_from (`str`, *optional*): hash of what its training started from.
+            packed (`Sequence[Tensor]`): its rows, `uint8`, one per prunable weight, as `MaskBank.pack` returns them.
+            started_from (`str`, *optional*): hash of the parameters and buffers that its training started from.
         """
         tensors = {f"m{layer:04d}": row.cpu() for layer, row in enumerate(packed)}
         write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
 
     def load_mask(self, event: int, route: int) -> list[Tensor] | None:
-        """The packed rows that `save_mask` wrote, `None` if there are none or they are damaged."""
+        """The packed rows that `save_mask` wrote; `None` if they are missing or damaged."""
         tensors = read_tensors(self.mask_file(event, route))
         return None if tensors is None else [tensors[name] for name in sorted(tensors)]
 
@@ -147,8 +149,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {"configuration": saved["configuration"], "surroundings": saved["surroundings"]}
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{str(file)!r} is damaged: what the run in this folder was made with is not known. Delete the folder, or "
-            "choose another one."
+            f"{str(file)!r} is damaged, so the configuration of the run in this folder is unknown. Delete the folder, "
+            "or choose another one."
         ) from None
 
 
@@ -157,12 +159,12 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: {_short(saved.get(name))} there, {_short(current.get(name))} now" for name in differing)
 
 
-def _warn_of_other_surroundings(file: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def _warn_of_other_environment(file: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     differences = _differences(saved, current)
     if differences:
         logger.warning(
-            f"{str(file.parent)!r} was begun in other surroundings ({differences}): what is added now may differ in "
-            "rounding, and so in masks, from what an uninterrupted run would have given."
+            f"{str(file.parent)!r} was started in another environment ({differences}): new results may differ in "
+            "rounding, and so in masks, from those of an uninterrupted run."
         )
 
 
@@ -186,23 +188,23 @@ CHECKPOINT_FILE = "checkpoint.json"
 
 
 def mark_complete(checkpoint: Path, *, world_size: int) -> None:
-    """Says that a checkpoint is whole, what is in it, and how many processes made it."""
+    """Marks a checkpoint as whole: writes hashes of its files, and the number of processes that made it."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_FILE)
     hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
     write_json(checkpoint / CHECKPOINT_FILE, {"world_size": world_size, "files": hashes})
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has been sealed and holds what it held then."""
+    """Whether a checkpoint is marked as whole and its files have not changed since."""
     try:
         files = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]
         return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
-    except (FileNotFoundError, KeyError, ValueError):  # another OSError says nothing of what is there
+    except (FileNotFoundError, KeyError, ValueError):  # another OSError proves no damage
         return False
 
 
 def is_usable(checkpoint: Path) -> bool:
-    """Whether training can go on from a checkpoint: it is whole, and so is the best one so far, which it refers to."""
+    """Whether training can continue from a checkpoint: it is whole, and so is the best checkpoint that it names."""
     if not is_whole(checkpoint):
         return False
     best = best_checkpoint(checkpoint)
@@ -210,16 +212,16 @@ def is_usable(checkpoint: Path) -> bool:
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
-    """The best checkpoint when this one was made. It lies beside it, also if the run was moved since."""
+    """The best checkpoint at the time of this one. It is looked up beside this one, because a run may be moved."""
     best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
     return None if best is None else checkpoint.parent / Path(best).name
 
 
 def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
     """
-    The latest of a folder's checkpoints that is usable. Those after it are removed: their steps are done again.
+    The latest usable checkpoint in a folder. Removes all later ones; their steps are done again.
 
-    Warns if another number of processes than `world_size` made it: rounding, and what batch norm sees, will change.
+    Warns if another number of processes than `world_size` made it: rounding and the batches of batch norm will change.
     """
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for checkpoint in sorted(checkpoints, key=_checkpoint_step, reverse=True):
@@ -228,10 +230,10 @@ def last_usable_checkpoint(folder: Path, *, world_size: int) -> Path | None:
             if made_by != world_size:
                 logger.warning(
                     f"{str(checkpoint)!r} was made by {made_by} process(es) and is continued by {world_size}: the "
-                    "joint retraining will not be the same to the bit as an uninterrupted one."
+                    "joint retraining will not be bit-identical to an uninterrupted one."
                 )
             return checkpoint
-        logger.warning(f"{str(checkpoint)!r} is cut short or damaged, and removed: its steps are done again.")
+        logger.warning(f"{str(checkpoint)!r} is incomplete or damaged and is removed: its steps are done again.")
         shutil.rmtree(checkpoint)
     return None
 

@@ -1,7 +1,7 @@
 """
-What makes a run the one that a directory holds: everything that was given and decides its result, in JSON values.
+The identity of a run: all inputs that decide its result, as JSON values. A directory continues only the same run.
 
-Evaluation is not part of it, and neither are objects that live in this process only.
+Evaluation is not part of the identity, and neither are objects that exist in this process only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..modeling.modeling_rtl import RTLModel
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 
 
-# Fields of a model's configuration that training changes, or that say what wrote it.
+# The fields of a model's configuration that training changes, or that name the version that wrote it.
 _CHANGED_BY_A_RUN = (
     "mask_fingerprint",
     "base",
@@ -41,16 +41,16 @@ def run_identity(
     model: RTLModel, args: RTLTrainingArguments, data: RouteData, initial: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    What decides the result of a run, and the part of it that decides the masks.
+    The values that decide the result of a run, and those of them that decide the masks.
 
     Args:
-        model ([`RTLModel`]), args ([`RTLTrainingArguments`]), data ([`RouteData`]): as given.
-        initial (`Mapping[str, Tensor]`): the weights and buffers that the backbone was given with.
+        model ([`RTLModel`]), args ([`RTLTrainingArguments`]), data ([`RouteData`]): the inputs of the run.
+        initial (`Mapping[str, Tensor]`): the initial weights and buffers of the backbone.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _CHANGED_BY_A_RUN}
     routes = hash_tensors({"route_ids": torch.from_numpy(data.partition.route_ids)})
     extraction = {
-        **args.values_of(EXTRACTION_FIELDS),
+        **args.select_values(EXTRACTION_FIELDS),
         "initial_weights": hash_tensors(initial),
         "route_ids": routes,
         "seed": data.seed,
@@ -59,15 +59,15 @@ def run_identity(
         "prunable": config["prunable"],
         "backbone_config": config["backbone_config"],
     }
-    return {**extraction, **args.values_of(RETRAINING_FIELDS), "model": config}, extraction
+    return {**extraction, **args.select_values(RETRAINING_FIELDS), "model": config}, extraction
 
 
 def with_later_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """
     The identity in a file, with the fields of `current` that did not exist when the file was written.
 
-    A field gets the value that runs had before it existed: the `"before"` in the metadata of its definition, or else
-    its default. So a new field refuses no earlier run.
+    Such a field gets the value that earlier runs had: the `"before"` in the metadata of its definition, or else its
+    default. So earlier runs can continue.
     """
     completed = _completed(saved, current, RTLTrainingArguments)
     if "model" in completed and "model" in current:
@@ -76,7 +76,7 @@ def with_later_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> d
 
 
 def _completed(saved: Mapping[str, Any], current: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """`saved` with the fields of the dataclass `kind` that it lacks, and those of the backbone in it."""
+    """`saved`, completed with missing fields of the dataclass `kind` and of the backbone's configuration."""
     known = {field.name: field for field in fields(kind)}
     missing = [name for name in current if name not in saved and name in known]
     completed = {**saved, **{name: _value_before(known[name]) for name in missing}}
@@ -92,7 +92,7 @@ def _value_before(field: Field) -> Any:
 
 
 def _completed_backbone(saved: dict[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """The library that a backbone is from adds fields too; their defaults are what the backbone did without them."""
+    """Completes the backbone's fields, to which its library adds too; their defaults are the earlier behaviour."""
     if saved["model_type"] != current["model_type"]:
         return saved
     defaults = AutoConfig.for_model(saved["model_type"]).to_dict()

@@ -1,4 +1,4 @@
-"""What a run says of itself: a report of every round, and the record of the whole run for the model's card."""
+"""The report of a round, and the record of a whole run for the model's card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plan import Round
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 
 
-# What decides the result; nothing that could be private is among them: no path, name or token.
+# The arguments that decide the result. None of them is private: they hold no path, name or token.
 _ARGUMENTS = [
     *EXTRACTION_FIELDS,
     *(name for name in RETRAINING_FIELDS if name not in EXTRACTION_FIELDS),
@@ -33,7 +33,7 @@ _ARGUMENTS = [
     "gradient_checkpointing",
     "allow_disconnected",
 ]
-# Fields of a round's report that are the same whether or not the run was interrupted.
+# The fields of a round's report that an interruption does not change.
 _ROUND_FIELDS = (
     "round",
     "sparsity",
@@ -48,7 +48,7 @@ _ROUND_FIELDS = (
 
 
 def emptied_by_route(model: RTLModel) -> dict[str, list[str]]:
-    """Route -> the prunable weights of which its ticket keeps nothing, where there are any."""
+    """Route -> names of the prunable weights of which its ticket keeps no element; only routes with such weights."""
     bank = model.mask_bank
     emptied = {name: emptied_layers(bank[name]) for name in bank.route_names}
     return {name: [bank.weight_names[layer] for layer in layers] for name, layers in emptied.items() if layers}
@@ -58,13 +58,13 @@ def report_round(
     model: RTLModel, round_: Round, *, metrics: Mapping[str, float], output: TrainOutput, seconds: float
 ) -> dict[str, Any]:
     """
-    JSON values of what a round has come to, in the order of `round.json`.
+    The report of a round as JSON values, in the order of `round.json`.
 
     Args:
-        model ([`RTLModel`]): as the round leaves it.
-        metrics (`Mapping[str, float]`): of its evaluation.
-        output (`TrainOutput`): of its joint retraining.
-        seconds (`float`): from the beginning of joint retraining.
+        model ([`RTLModel`]): the model at the end of the round.
+        metrics (`Mapping[str, float]`): metrics of its evaluation.
+        output (`TrainOutput`): output of its joint retraining.
+        seconds (`float`): seconds since the start of joint retraining.
     """
     bank = model.mask_bank
     similarity = bank.similarity()
@@ -97,19 +97,19 @@ def describe_run(
     evaluations: Mapping[str, Partition],
 ) -> dict[str, Any]:
     """
-    JSON values of all that a card says of a run: nothing of the machine or the user but the kind of device.
+    The record of a run for its card, as JSON values. About machine and user it names only the environment of a round.
 
     Args:
-        model ([`RTLModel`]): as the run left it, and as it is saved.
-        args ([`RTLTrainingArguments`]): of the run.
-        reports: of all rounds.
-        training ([`Partition`]): of the training data.
-        evaluations (`Mapping[str, Partition]`): name of an evaluation set, `""` if there is but one -> its partition;
-            empty if nothing was evaluated.
+        model ([`RTLModel`]): the model at the end of the run, as it is saved.
+        args ([`RTLTrainingArguments`]): arguments of the run.
+        reports (`Sequence[Mapping[str, Any]]`): reports of all rounds.
+        training ([`Partition`]): partition of the training data.
+        evaluations (`Mapping[str, Partition]`): name of an evaluation set, `""` for a single one -> its partition;
+            empty if the run evaluated nothing.
     """
     values = args.to_dict()
     defaults = {field.name: _default(field) for field in fields(RTLTrainingArguments)}
-    # Off is off, whether by `False` or by `None`.
+    # `False` and `None` both mean off.
     changed = [name for name in _ARGUMENTS if (values[name] or None) != (defaults[name] or None)]
     prefixes = {name: f"eval_{name}_" if name else "eval_" for name in evaluations}
     run = {
@@ -139,7 +139,7 @@ def _num_samples(model: RTLModel, partition: Partition) -> dict[str, int]:
 
 
 def _backbone_repo(backbone: Any) -> str | None:
-    """The repository that a backbone was loaded from, if it is in the cache. A folder's name stays private."""
+    """The repository that a backbone was loaded from, if it is in the cache. The name of a folder stays private."""
     name = backbone.name_or_path
     if not name or Path(name).exists():
         return None
@@ -155,11 +155,11 @@ def _default(field: Any) -> Any:
 
 
 def _metrics(metrics: Mapping[str, float], prefix: str, prefixes: Sequence[str]) -> dict[str, float]:
-    """The metrics of one evaluation set, without its prefix, which may be the beginning of another's."""
+    """The metrics of one evaluation set, without its prefix. Another set's prefix may start with this prefix."""
     longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
-    of_the_clock = ("_runtime", "_per_second")
+    timing_suffixes = ("_runtime", "_per_second")
     return {
         name.removeprefix(prefix): value
         for name, value in metrics.items()
-        if name.startswith(prefix) and not (longer and name.startswith(longer)) and not name.endswith(of_the_clock)
+        if name.startswith(prefix) and not (longer and name.startswith(longer)) and not name.endswith(timing_suffixes)
     }

@@ -1,4 +1,4 @@
-"""Running statistics in training: the same on all processes, and taken anew for the union of all tickets."""
+"""Running statistics in training: averaged over processes, and recomputed for the union of all tickets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..modeling.norm_statistics import tracked_buffers
 
 
 def running_statistics(model: RTLModel, route: int) -> list[Tensor]:
-    """Running means and variances of a route, -1 for the union, to be written in place."""
+    """Running means and variances of a route (-1 for the union), as views to write in place."""
     if model.norm_statistics is None:
         rows = [module.get_buffer(name) for module, name in tracked_buffers(model.backbone)]
     else:
@@ -28,8 +28,8 @@ def running_statistics(model: RTLModel, route: int) -> list[Tensor]:
 
 def average_over_processes(rows: list[Tensor], accelerator: Accelerator) -> None:
     """
-    Keeps running statistics the same on all processes: their mean, after every update. They obey a linear recurrence,
-    so this is the recurrence on the mean of what the batches of the processes gave.
+    Replaces running statistics by their mean over all processes, after every update. Their recurrence is linear, so
+    the result is the recurrence on the mean of the batch statistics of the processes.
     """
     if accelerator.num_processes == 1 or not rows:
         return
@@ -43,12 +43,12 @@ def recalibrate_union(
     model: RTLModel, batches: Iterable[dict[str, Any]], autocast: Callable[[], AbstractContextManager]
 ) -> None:
     """
-    Takes the union's row of statistics anew, as the plain average over batches. Leaves the model in evaluation mode.
+    Recomputes the union's row of statistics, as the plain average over batches. Leaves the model in evaluation mode.
 
     Args:
-        model ([`RTLModel`]): with statistics per route; without, nothing is done.
-        batches: inputs of samples of all routes, without labels, on the device. Read only if there is a row.
-        autocast (`Callable`): the context in which the model computes.
+        model ([`RTLModel`]): a model with statistics per route; other models are not changed.
+        batches (`Iterable`): inputs of samples of all routes, without labels, on the device. Read only if needed.
+        autocast (`Callable`): makes the context in which the model computes.
     """
     norms = [module for module in model.backbone.modules() if isinstance(module, _NormBase)]
     if model.norm_statistics is None or not norms:
@@ -60,7 +60,7 @@ def recalibrate_union(
             for module in norms:
                 module.reset_running_stats()
                 module.train()
-                module.momentum = None  # torch's word for a cumulative average
+                module.momentum = None  # torch then computes a cumulative average
             for inputs in batches:
                 with autocast():
                     model(**inputs)
@@ -69,4 +69,4 @@ def recalibrate_union(
             module.momentum = momentum
         model.eval()
     for row in running_statistics(model, UNION):
-        row.copy_(broadcast(row.clone()))  # all have computed it, maybe on devices that round differently
+        row.copy_(broadcast(row.clone()))  # devices may round differently

@@ -1,4 +1,4 @@
-"""Trains one ticket: a masked copy of the network, from the initial weights, on one route (paper, Algorithm 1)."""
+"""The training of one ticket: a masked copy of the network, from θ0, on one route (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class TicketTrainer:
         network (`nn.Module`): a copy of the backbone that this object may change.
         theta0 (`dict[str, Tensor]`): every parameter and buffer that training starts from, by name.
         weight_names (`list[str]`): the prunable weights, in the bank's order.
-        make_optimizer (`Callable`): a fresh optimizer for the network.
+        make_optimizer (`Callable`): network -> fresh optimizer.
         compute_loss (`Callable`): (network, inputs) -> scalar loss.
-        autocast (`Callable`): context in which the loss is computed.
-        prepare (`Callable`): a batch -> inputs of the network; by default they are the same.
-        frozen (`list[Tensor]`, *optional*): `bool`, one per prunable weight: what training leaves as it is to the bit,
-            but pruning may remove.
-        max_grad_norm (`float`): clip masked gradients to this norm; 0 does not clip.
-        fp16 (`bool`): whether to scale losses.
+        autocast (`Callable`): makes the context in which the loss is computed; none by default.
+        prepare (`Callable`): batch -> inputs of the network; by default the batch itself.
+        frozen (`list[Tensor]`, *optional*): `bool`, one per prunable weight. Training changes no bit of these
+            elements, but pruning may remove them.
+        max_grad_norm (`float`, defaults to 0.0): clip masked gradients to this norm; 0 does not clip.
+        fp16 (`bool`, defaults to `False`): whether to scale losses.
     """
 
     network: nn.Module
@@ -54,12 +54,12 @@ class TicketTrainer:
     def __post_init__(self) -> None:
         aliases = parameter_aliases(self.network)
         self.weights: list[Tensor] = [getattr(*aliases[name][0]) for name in self.weight_names]
-        # Hash of every parameter and buffer that the latest training started from.
+        # Hash of all parameters and buffers at the start of the latest training.
         self.started_from = ""
 
     @torch.no_grad()
     def rewind(self, masks: Sequence[Tensor] | None) -> None:
-        """Sets every parameter and buffer to θ0, the prunable weights to where(mask, θ0, 0)."""
+        """Sets every parameter and buffer to θ0, and prunable weights to 0 outside the mask."""
         for name, tensor in named_state(self.network):
             tensor.copy_(self.theta0[name])
         if masks is not None:
@@ -80,10 +80,10 @@ class TicketTrainer:
 
         Args:
             masks (`Sequence[Tensor]`, *optional*): `bool`, one per prunable weight; `None` keeps all.
-            batches (`Iterable`): what `prepare` takes.
-            seed (`Sequence[int]`): of dropout and the like. The global generators are left as they were.
+            batches (`Iterable`): arguments of `prepare`.
+            seed (`Sequence[int]`): seed of dropout and other randomness. The global generators keep their states.
             on_step (`Callable`): called after every step.
-            make_scheduler (`Callable`, *optional*): of the learning rate, which is constant without.
+            make_scheduler (`Callable`, *optional*): optimizer -> scheduler of the learning rate; constant by default.
 
         Returns:
             The trained prunable weights, on the CPU.
@@ -101,7 +101,7 @@ class TicketTrainer:
                 if scheduler is not None:
                     scheduler.step()
                 on_step()
-            # Looked at once, since a look at every step would wait for the device.
+            # Checked only once, because a check in every step would wait for the device.
             if not torch.isfinite(total_loss):
                 raise FloatingPointError(
                     f"the loss became {total_loss.item()}; lower `learning_rate`, or check the data."
@@ -147,7 +147,7 @@ class TicketTrainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         with torch.no_grad():
-            # A masked gradient does not do: weight decay moves weights without one.
+            # A masked gradient is not enough: weight decay moves weights without a gradient.
             for weight, (frozen, value) in zip(self.weights, self._frozen, strict=False):
                 weight.copy_(torch.where(frozen, value, weight))
         return loss.detach()
@@ -155,11 +155,11 @@ class TicketTrainer:
     @torch.no_grad()
     def is_disconnected(self, masks: Sequence[Tensor], batch: dict[str, Any]) -> bool:
         """
-        Whether the rewound ticket gives every sample of `batch` the same output: pruning has cut it from its input.
+        Whether the rewound ticket has the same output for every sample of `batch`: pruning has cut it from its input.
 
-        Normalisation layers use the batch's statistics: initial running ones could shrink differences to nothing.
-        False where that cannot be told: for a single sample, or if nothing were pruned the output would be the same
-        too, as with a head that starts at zero.
+        Normalisation layers use batch statistics: initial running statistics could scale differences down to 0.
+        Returns `False` if the batch cannot show it: with a single sample, or if the output is the same without pruning
+        too, for example because the head starts at zero.
         """
         inputs = {name: value for name, value in self.prepare(batch).items() if name != "labels"}
         return self._is_constant(masks, inputs) and not self._is_constant(None, inputs)
@@ -177,12 +177,12 @@ class TicketTrainer:
 
 
 def named_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer once, tied ones under their first name."""
+    """Yields every parameter and buffer once, tied ones under their first name."""
     yield from network.named_parameters()
     yield from network.named_buffers()
 
 
 def _as_integers(mask: Tensor, weight: Tensor) -> Tensor:
-    """A `bool` mask as integers with all bits set where kept, of the weight's size and memory layout."""
+    """A `bool` mask as integers with all bits set where kept, with element size and memory layout of the weight."""
     integers = torch.empty_like(weight, dtype=integer_dtype(weight.dtype), requires_grad=False)
     return integers.copy_(mask).neg_()

@@ -35,31 +35,31 @@ from .training_args import RTLTrainingArguments
 
 class RTLTrainer(RouteTrainer):
     """
-    Finds one ticket per route and retrains them jointly (paper, Algorithms 1 and 2), on the Hugging Face `Trainer`.
+    Finds one ticket per route and retrains all tickets jointly (paper, Algorithms 1 and 2), on the `Trainer`.
 
     `train()` runs the rounds of `args.target_sparsity`. A round extracts every route's ticket, rewinds, retrains all
-    tickets jointly over shared weights in the Trainer's own loop, evaluates, and saves a complete model; the last one
-    is also in `final/`. Every round starts from the same initial weights: of extraction only the masks survive. Called
-    again, also in a new process, it continues an interrupted run in `args.output_dir`. The rule of the training data's
-    partition, if it has one, is written beside every model; [`load_rule`] reads it.
+    tickets jointly over shared weights in the Trainer's own loop, evaluates, and saves a complete model; the last
+    model is also in `final/`. Every round starts from the same θ0, so extraction passes on only masks. A second call,
+    also in a new process, continues an interrupted run in `args.output_dir`. If the partition of the training data has
+    a rule, it is written beside every model; [`load_rule`] reads it.
 
     Args:
-        model ([`RTLModel`]): its backbone's weights are θ0.
-        args ([`RTLTrainingArguments`]): see there.
-        train_dataset (map-style data set of dicts, *optional*): its `args.route_column`, by default the label, says
-            the route of a sample, unless `partition` does, or there is a single route (plain magnitude pruning).
-        partition ([`Partition`], *optional*): the routes of `train_dataset`, those of the model in their order. Other
-            data have theirs from `args.route_column`, or if that is not set from the partition's rule, which must read
-            a column then.
-        eval_dataset (map-style data set, or a dict of them, *optional*): evaluated whole, at its own prevalence.
-        calibration_dataset (map-style data set, *optional*): thresholds of membership tickets are calibrated on it;
-            alternatively on `args.calibration_fraction` of the training data, which is then not trained on.
-        compute_metrics (`Callable`, *optional*): instead of `hf_rtl.metrics`. For `membership` the predictions are the
+        model ([`RTLModel`]): the model to train. The weights of its backbone are θ0.
+        args ([`RTLTrainingArguments`]): the arguments of the run.
+        train_dataset (map-style data set of dicts, *optional*): its column `args.route_column`, by default the label,
+            gives the route of a sample, unless `partition` does or there is a single route (magnitude pruning).
+        partition ([`Partition`], *optional*): the routes of `train_dataset`, which must be those of the model, in the
+            same order. Other data sets get routes from `args.route_column`, or else from the partition's rule, which
+            must then read a column.
+        eval_dataset (map-style data set, or a dict of them, *optional*): evaluated completely, without resampling.
+        calibration_dataset (map-style data set, *optional*): data to calibrate thresholds of membership tickets and to
+            fit a router on. `args.calibration_fraction` instead holds out a part of the training data for this.
+        compute_metrics (`Callable`, *optional*): replaces `hf_rtl.metrics`. For `membership` the predictions are the
             score matrix `[N, K]` and the labels the home routes `[N]`.
-        **kwargs: as of `Trainer`. Not `optimizers` or `model_init`: every round starts from θ0 with a fresh optimizer.
+        **kwargs: the same as for `Trainer`, without `optimizers` and `model_init`: each round makes a fresh optimizer.
 
     Raises:
-        TypeError, ValueError: data, arguments and model do not fit each other. Nothing has been written then.
+        TypeError, ValueError: data, arguments and model do not fit each other. Nothing is written.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class RTLTrainer(RouteTrainer):
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
         # One report per retrained round: sparsity, folder, counts, similarity, emptied layers, metrics.
         self.rounds: list[dict[str, Any]] = []
-        # What only its author can say of the model, as `license`; on its card, also on the one that `train()` pushes.
+        # Facts that only the author knows, such as `license`, for the card that `train()` writes and pushes.
         self.card_data = RTLCardData()
         self._card_callback = ModelCardCallback()
         self.add_callback(self._card_callback)
-        # What `train()` first found in the model: called again, also after it broke off, it starts from the same.
+        # The weights at the first call of `train()`; later calls, also after an error, start from the same weights.
         self._initial: dict[str, Tensor] | None = None
 
     def plan(self) -> Plan:
-        """What `train()` is going to do. Raises `ValueError` if targets and model do not fit."""
+        """The plan of `train()`. Raises `ValueError` if sparsities and model do not fit, or data are missing."""
         data = self.run_data.require_training()
         num_weights = self.model.mask_bank.num_weights
         schedule = round_schedule(
@@ -134,18 +134,18 @@ class RTLTrainer(RouteTrainer):
         Runs all rounds, starting or continuing the run in `args.output_dir`.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*): `True` insists that there is a run to continue; otherwise one
-                is continued if it is there.
+            resume_from_checkpoint (`bool`, *optional*): `True` requires a run to continue. By default a run is
+                continued if there is one.
 
         Returns:
             `TrainOutput`: steps of all rounds, the last round's training loss, and its metrics.
 
         Raises:
-            ValueError: the directory holds a run of another configuration, or there is none to continue.
-            FloatingPointError: a loss became NaN or infinite, or a ticket was cut from its input.
-            OSError: something cannot be written. What is finished stays; the same command continues.
-            RuntimeError: out of memory, or the processes of the run do not agree.
-            SystemExit: another process of the run has failed, and said why.
+            ValueError: the directory holds a run of another configuration, or no run to continue.
+            FloatingPointError: a loss became NaN or infinite, or pruning cut a ticket's output from its input.
+            OSError: a file cannot be written. Finished work is kept; the same command continues the run.
+            RuntimeError, MemoryError: out of memory, or the processes of the run do not agree.
+            SystemExit: another process of the run has failed, and has logged the cause.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
             raise ValueError(
@@ -181,22 +181,25 @@ class RTLTrainer(RouteTrainer):
                 self.args,
                 self.rounds,
                 training=data.partition,
-                evaluations={name: self.partition_of(data) for name, data in evaluated.items() if data is not None},
+                evaluations={name: self.eval_partition(data) for name, data in evaluated.items() if data is not None},
             )
             write_run(self.run_directory.final_folder, self.model.training_run)
         self.create_model_card()
 
     def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
         """
-        Joint retraining alone, of given masks, after `train()`: for controls such as random or shuffled masks.
+        Retrains given masks jointly after `train()`, without extraction: for controls, such as random masks.
 
         Args:
-            masks (`Sequence[Sequence[Tensor]]`): one mask per route, as of `MaskBank`.
-            like (`str`): folder of the round whose batches are used again, as `"round-01-sparsity-0.25"`.
-            name (`str`): folder inside `output_dir` that the model is saved in.
+            masks (`Sequence[Sequence[Tensor]]`): one mask per route, each a list of `bool` tensors as in `MaskBank`.
+            like (`str`): folder of the round whose batches are used again, for example `"round-01-sparsity-0.25"`.
+            name (`str`): folder inside `output_dir` to save the model in.
 
         Returns:
-            A report as those in `rounds`, which it is not added to. Afterwards the model holds the given masks.
+            A report like those in `rounds`, but not added to them. Afterwards the model holds the given masks.
+
+        Raises:
+            ValueError: `like` is no round of the run, or `name` holds a model with other masks.
         """
         plan = self.plan()
         original = next((round_ for round_ in plan.rounds if round_.name == like), None)
@@ -218,44 +221,43 @@ class RTLTrainer(RouteTrainer):
 
     def add_route(self, name: str, dataset: Any, *, calibration_dataset: Any = None) -> dict[str, Any]:
         """
-        Finds a ticket for new data and adds it to the model as its last route, as it is now in memory.
+        Finds a ticket for new data, and adds it to the model in memory as its last route.
 
-        Frozen is what other tickets read: the weights in the union of their masks, and all that is shared. The new
-        ticket may read it too; it trains the weights that no other ticket keeps, its row of statistics, and its own
-        copies of norms, biases and head, which become private with it (see `make_private`). Outputs of the other
-        tickets stay the same to the bit; the union, route -1, becomes that of all tickets, with the statistics that it
-        has. Every training starts from the model's current weights, private parameters and statistics of the union.
+        Everything that other tickets read is frozen: the weights in the union of their masks, and all shared
+        parameters. The new ticket may read these. It trains the weights that no other ticket keeps, its row of
+        statistics, and its own copies of norms, biases and head, which become private (see `make_private`). Outputs of
+        the other tickets do not change by a bit. The union, route -1, includes the new ticket and keeps its
+        statistics. Every training starts from the current weights, and the union's private parameters and statistics.
 
-        Prune events are those of `args` to the last of `target_sparsity`; then the ticket is retrained alone, for
-        `num_train_epochs` or `max_steps` of single batches. Every process does all of it. Nothing is written:
-        `save_pretrained`, or `save_tickets(folder, [name])` for those who have the model as it was.
+        The prune events of `args` lead to the last value of `target_sparsity`; then the ticket is retrained alone, for
+        `num_train_epochs` or `max_steps` of single batches. Every process does all of it. Nothing is written: call
+        `save_pretrained`, or `save_tickets(folder, [name])` for owners of the earlier model.
 
         Args:
-            name (`str`): of the new route.
-            dataset (map-style data set of dicts): its samples, all of this route; columns as of `train_dataset`. For
-                `membership` samples of `train_dataset` are the negatives; for `labels` the trainer needs none.
-            calibration_dataset (map-style data set of dicts, *optional*): samples of this route that it is not trained
-                on, to go with the trainer's own `calibration_dataset`; alternatively `args.calibration_fraction` of
-                `dataset`. With them a router is fitted again, and the threshold of a membership ticket calibrated;
-                without, a router is taken out, with a warning, and the threshold is 0.
+            name (`str`): name of the new route.
+            dataset (map-style data set of dicts): samples of this route, with the columns of `train_dataset`. For
+                `membership` the negatives are samples of `train_dataset`; `labels` needs no `train_dataset`.
+            calibration_dataset (map-style data set of dicts, *optional*): held-out samples of this route, if the
+                trainer has a `calibration_dataset`; with `args.calibration_fraction` a part of `dataset` is held out
+                instead. They are used to fit the router again, and to calibrate the threshold of a membership ticket.
+                Without them the router is removed, with a warning, and the threshold is 0.
 
         Returns:
-            `route`, its name; `kept`, the weights of the ticket; `added`, those that no other ticket keeps;
-            `changed_decisions`, if a router was fitted again: by old route, the fraction of its held-out samples that
-            it now sends elsewhere, else `None`.
+            A dict: `route`, the name; `kept`, the number of weights of the ticket; `added`, the number of weights that
+            no other ticket keeps; `changed_decisions`, for each old route the fraction of its held-out samples that
+            the new router sends elsewhere, or `None` if no router was fitted.
 
         Raises:
-            TypeError, ValueError: a name that is taken, data that does not suit, or running statistics that all
-                tickets share. The model has not been changed then.
-            FloatingPointError: a loss became NaN or infinite, or the ticket was cut from its input. Likewise.
-            If a router cannot be fitted again, the error comes when the ticket has been added, without a router.
+            TypeError, ValueError: the name is taken, the data do not suit, or all tickets share running statistics.
+            FloatingPointError: a loss became NaN or infinite, or pruning cut the ticket's output from its input.
+            These errors leave the model unchanged. An error of the new router comes after the ticket has been added.
         """
         return add_route(self, name, dataset, calibration_dataset=calibration_dataset)
 
     def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:
         """
-        The batches of a round's joint retraining, on the device, for controls that are to see the same data: whole
-        ones, also on one of several processes.
+        The batches of a round's joint retraining, on the device, for controls that train on the same data. Each
+        process of several gets whole batches.
         """
         sampler = self.retraining_sampler(round_index)
         batches = self.endless_batches(self.run_data.require_training(), sampler)
@@ -278,16 +280,16 @@ class RTLTrainer(RouteTrainer):
         **given: Any,
     ) -> None:
         """
-        Writes the card of `final/`, with a picture beside it; see [`write_card`]. `train()` does so at its end.
+        Writes the card of `final/`, with a picture beside it; see [`write_card`]. `train()` does this at its end.
 
         Args:
             finetuned_from, tasks, dataset_tags, dataset, dataset_args: `Trainer`'s names for `base_model`,
                 `pipeline_tag`, `datasets`, `dataset_name` and `dataset_config`.
-            remote: as of [`write_card`].
-            language, license, tags, model_name, **given: fields of [`RTLCardData`]; kept in `card_data`.
+            remote: the same as for [`write_card`].
+            language, license, tags, model_name, **given: fields of [`RTLCardData`], which are kept in `card_data`.
 
         Raises:
-            TypeError: an unknown field, or a value of another type.
+            TypeError: a field is unknown, or a value has a wrong type.
             ValueError: the run has not ended.
         """
         named = {
@@ -324,18 +326,18 @@ class RTLTrainer(RouteTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As `Trainer.push_to_hub`, of `final/` as the run left it and of nothing else, in one commit. Its model card
-        keeps what was written by hand into the one on the Hub, or into the one in `final/`.
+        Pushes `final/`, and no other folder, in one commit. The arguments are the same as for `Trainer.push_to_hub`.
+        The model card keeps text that was written by hand on the Hub or in `final/`.
 
-        With `args.push_to_hub`, `train()` does so at its end, for the `hub_strategy` "end" and "every_save" alike.
+        With `args.push_to_hub`, `train()` does this at its end, whether `hub_strategy` is "end" or "every_save".
 
         Args:
-            parent_commit (`str`, *optional*): as of [`RTLModel.push_to_hub`].
-            **kwargs: to `create_model_card`.
+            parent_commit (`str`, *optional*): the same as for [`RTLModel.push_to_hub`].
+            **kwargs: arguments of `create_model_card`.
 
         Raises:
             ValueError: the run has not ended, so there is nothing to push; or both cards were changed by hand.
-            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push or an upload. No branch has changed.
         """
         folder = self._final_folder()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -362,18 +364,18 @@ class RTLTrainer(RouteTrainer):
                 run_as_future=not blocking,
             )
         except BaseException:
-            if before:  # which does not say that it was pushed
+            if before:  # the earlier card does not claim a push
                 write_bytes(card, before)
             raise
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.init_hf_repo`. Raises `ValueError` where checkpoints are to be pushed, before anything is."""
+        """The same as in `Trainer`. Raises `ValueError` if `hub_strategy` pushes checkpoints, before any push."""
         if self.args.push_to_hub and self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise ValueError(
                 f"`hub_strategy` = {self.args.hub_strategy.value!r} is not supported: checkpoints hold pickled files, "
-                "and a run continues from its whole folder only. What is pushed is the final model; use 'end'."
+                "and a run continues from its whole folder only. To push the final model, use 'end'."
             )
         super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: what is pushed is `final/` alone, when all rounds are done."""
+        """Does nothing: only `final/` is pushed, after all rounds."""

@@ -14,7 +14,7 @@ from ..modeling.configuration_rtl import ROUTERS
 from ..pruning import SCHEDULES, SCOPES, round_schedule
 
 
-# What decides the masks that come out of extraction, beside the model and the data.
+# The arguments that decide the masks, together with the model and the data.
 EXTRACTION_FIELDS = [
     "target_sparsity",
     "prune_schedule",
@@ -37,7 +37,7 @@ EXTRACTION_FIELDS = [
     "optim",
     "optim_args",
 ]
-# What decides the retrained weights as well. A run directory continues only with the same values of all these.
+# The arguments that decide the retrained weights as well. A run continues only with the same values of both lists.
 RETRAINING_FIELDS = [
     "retrain_every_round",
     "lr_scheduler_type",
@@ -56,7 +56,7 @@ RETRAINING_FIELDS = [
     "greater_is_better",
 ]
 
-# The least that whole numbers may be.
+# The lowest allowed values of integer arguments.
 _MINIMA = {
     "extraction_steps": 1,
     "extraction_threads": 1,
@@ -67,26 +67,26 @@ _MINIMA = {
 }
 _OPTIONAL = ("extraction_steps",)
 _UNSUPPORTED = {
-    "label_smoothing_factor": "the backbone's own loss is used",
-    "auto_find_batch_size": "a batch size that depends on the machine gives other tickets; set `route_batch_size`",
-    "save_only_model": "an interrupted run could not continue; the models of all rounds are saved apart",
-    "save_on_each_node": "all machines write into one folder, which they share",
-    "ignore_data_skip": "a continued run would see other batches than one that was not interrupted",
+    "label_smoothing_factor": "training uses the backbone's own loss",
+    "auto_find_batch_size": "batch size and tickets would depend on the machine; set `route_batch_size`",
+    "save_only_model": "an interrupted run could not continue; the model of every round is saved anyway",
+    "save_on_each_node": "all machines share one folder and write into it",
+    "ignore_data_skip": "a continued run would train on other batches than an uninterrupted one",
 }
 
 
 @dataclass
 class RTLTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with what a run of rounds needs. `num_train_epochs`, `max_steps`, `eval_strategy`,
-    `save_strategy` and the learning rate's schedule are those of each round's joint retraining; extraction runs at
-    the constant `learning_rate`.
+    `TrainingArguments` with the arguments of [`RTLTrainer`]. `num_train_epochs`, `max_steps`, `eval_strategy`,
+    `save_strategy` and the learning rate's schedule apply to the joint retraining of each round; extraction uses the
+    constant `learning_rate`.
 
-    Defaults that differ from `TrainingArguments`, because the method's would be changed silently otherwise: a constant
+    Some defaults differ from those of `TrainingArguments`, so that the method is not changed silently: a constant
     learning rate of 1e-4, no clipping, 10 epochs, no filtering of NaN losses.
 
     Raises:
-        ValueError: a value out of range, or an argument that has no meaning here.
+        TypeError, ValueError: a value of a wrong type or out of range, or an argument that is not supported.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of extraction and joint retraining."})
@@ -95,34 +95,33 @@ class RTLTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
     optim: str = field(
         default="adamw_torch",
-        metadata={"help": "adamw_torch and sgd have our own masked step; others are masked from outside, slower."},
+        metadata={"help": "Optimizer. adamw_torch and sgd have a fast masked step; all others have a slower one."},
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; costs a sync per step."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Trainer checkpoints kept inside a round."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in the log; slow."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Number of Trainer checkpoints kept per round."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Search the graph for parameters that a step leaves out; slow."},
+        default=False, metadata={"help": "Search the graph for parameters without a gradient in a step; slow."}
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Continue callbacks, as early stopping, where they were."}
+        default=True, metadata={"help": "Restore the state of callbacks, such as early stopping, in a continued run."}
     )
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label arguments."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label inputs."})
 
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
-        metadata={"help": "Sparsity that each round ends at, ascending in [0, 1). One value makes one round."},
+        metadata={"help": "Sparsity at the end of each round, ascending, in [0, 1). One value gives one round."},
     )
     prune_schedule: str = field(
         default="geometric",
         metadata={
-            "help": "An event removes a fraction of the survivors (geometric), of all (linear), or a count (constant)."
+            "help": "An event removes a part of the kept weights (geometric), of all (linear), or a count (constant)."
         },
     )
     prune_amount: float = field(
-        default=0.2, metadata={"help": "How much a prune event removes, in the unit of prune_schedule."}
+        default=0.2, metadata={"help": "Fraction or number of weights that a prune event removes; see prune_schedule."}
     )
     prune_scope: str = field(
-        default="global", metadata={"help": "Ranks magnitudes together (global), per layer, or global_normalised."}
+        default="global", metadata={"help": "Rank magnitudes together (global), per layer, or global_normalised."}
     )
     extraction_epochs: float = field(
         default=1.0, metadata={"help": "Epochs over a route's samples before each prune event."}
@@ -133,64 +132,64 @@ class RTLTrainingArguments(TrainingArguments):
     extraction_threads: int = field(
         default=1,
         metadata={
-            "help": "CPU threads of extraction in each process; masks depend on it in rounding. For speed, start a "
-            "process per core instead."
+            "help": "CPU threads of extraction in each process. Masks depend on it through rounding; for speed, start "
+            "one process per core instead."
         },
     )
     extraction_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of extracted masks, to share between runs that differ in retraining only."},
+        metadata={"help": "Folder of extracted masks, which runs that differ only in retraining can share."},
     )
     route_batch_size: int = field(
-        default=64, metadata={"help": "Samples of one route per batch, over all processes, in both phases."}
+        default=64, metadata={"help": "Samples of one route per batch, over all processes, in every training."}
     )
     route_column: str | None = field(
         default=None,
-        metadata={"help": "Column that names a sample's route. Default: the label column; none for a single route."},
+        metadata={"help": "Column with the route of a sample. Default: the label column; none for a single route."},
     )
     retrain_every_round: bool = field(
-        default=True, metadata={"help": "Retrain, evaluate and save after every round, not only after the last."}
+        default=True, metadata={"help": "Retrain, evaluate and save in every round, not only in the last."}
     )
     rewind_to: int = field(
         default=0,
-        metadata={"help": "Rewind to the weights after this many dense steps on all data; 0: to the initial ones."},
+        metadata={"help": "Rewind to the weights after this many dense steps on all data; 0: to the initial weights."},
     )
     allow_disconnected: bool = field(
         default=False,
         metadata={
-            "help": "Go on when pruning cuts a ticket's output from its input, and with a router that is no help then."
+            "help": "Go on if pruning cuts a ticket's output from its input, also with a router that is useless then."
         },
     )
     seed_transforms: bool = field(
         default=True,
-        metadata={"help": "Seed random transforms per sample. Turn off for data without any: fetches whole batches."},
+        metadata={"help": "Seed random transforms per sample. Without transforms, turn it off: batches load faster."},
     )
     calibration_fraction: float = field(
-        default=0.0, metadata={"help": "Part of each route's training data held out to fit thresholds and router on."}
+        default=0.0, metadata={"help": "Fraction of each route's training data held out to fit thresholds and router."}
     )
     competing_epochs: int = field(
         default=0,
         metadata={
-            "help": "The last epochs of joint retraining in which membership tickets compete: all score the same "
-            "samples, and the loss is that of one softmax over their scores."
+            "help": "Last epochs of retraining, in which membership tickets compete: all score the same samples, "
+            "and the loss is the cross-entropy of a softmax over their scores."
         },
     )
     router: str = field(
         default="given",
-        metadata={"help": "Router to fit after joint retraining, on data held out: score, centroid or entropy."},
+        metadata={"help": "Router to fit on held-out data after retraining: score, centroid, entropy; given: none."},
     )
     router_threshold: float = field(
-        default=0.0, metadata={"help": "Inputs whose likeliest route is less probable take router_fallback."}
+        default=0.0, metadata={"help": "Inputs whose best route is less probable than this take router_fallback."}
     )
     router_fallback: str | None = field(
-        default=None, metadata={"help": "Route that doubtful inputs take. Default: the union of all tickets."}
+        default=None, metadata={"help": "Route of inputs below router_threshold. Default: the union of all tickets."}
     )
     debug_determinism: bool = field(
         default=False,
-        metadata={"help": "Recompute one ticket a round on another process, and stop if it comes out different."},
+        metadata={"help": "Search for one ticket per round again on another process; stop if its mask differs."},
     )
     recalibration_batches: int = field(
-        default=50, metadata={"help": "Batches from which the statistics of the union of tickets are taken."}
+        default=50, metadata={"help": "Number of batches for the running statistics of the union of tickets."}
     )
 
     def __post_init__(self) -> None:
@@ -198,7 +197,7 @@ class RTLTrainingArguments(TrainingArguments):
             self.target_sparsity = [float(self.target_sparsity)]
         for name, allowed in {"prune_schedule": SCHEDULES, "prune_scope": SCOPES, "router": ROUTERS}.items():
             check_choice(name, getattr(self, name), allowed)
-        # Raises for targets and amounts out of range, whatever the model.
+        # Any number of weights will do: this call raises for targets and amounts out of range.
         round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
@@ -215,8 +214,8 @@ class RTLTrainingArguments(TrainingArguments):
             raise ValueError(f"`router_threshold` must be in [0, 1], got {self.router_threshold}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
             raise ValueError(
-                f"`per_device_train_batch_size` = {self.per_device_train_batch_size} has no meaning here: batches "
-                "are of one route and shared by all processes. Set `route_batch_size`, their size over all processes."
+                f"`per_device_train_batch_size` = {self.per_device_train_batch_size} is not supported: all processes "
+                "share a batch of one route. Set `route_batch_size`, its size over all processes."
             )
         for name, reason in _UNSUPPORTED.items():
             if getattr(self, name):
@@ -231,16 +230,16 @@ class RTLTrainingArguments(TrainingArguments):
             )
         if self.num_train_epochs != int(self.num_train_epochs) or self.competing_epochs > self.num_train_epochs:
             raise ValueError(
-                f"`competing_epochs` = {self.competing_epochs} must be at most `num_train_epochs`, a whole number "
-                f"then, got {self.num_train_epochs}."
+                f"`competing_epochs` = {self.competing_epochs} must be at most `num_train_epochs`, which must be a "
+                f"whole number, got {self.num_train_epochs}."
             )
         if self.gradient_checkpointing:
             raise ValueError(
-                "`competing_epochs` needs the masks of all routes at once, and `gradient_checkpointing` those of one; "
+                "`competing_epochs` needs the masks of all routes at once, but `gradient_checkpointing` those of one; "
                 "choose one of them."
             )
 
-    def values_of(self, names: Sequence[str]) -> dict[str, Any]:
-        """Some arguments as plain JSON values."""
+    def select_values(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named arguments as plain JSON values."""
         values = self.to_dict()
         return {name: values[name] for name in names}

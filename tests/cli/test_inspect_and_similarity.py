@@ -198,7 +198,7 @@ def test_many_routes_of_long_names_fit_the_terminal(call, tmp_path, monkeypatch,
     for command in ("inspect", "similarity"):
         text = call(command, tmp_path / "model")
         assert max(map(len, text.splitlines())) <= width
-        assert "… and 20 more; --all shows them" in text and "Most alike" in text and "Least alike" in text
+        assert "… and 20 more; --all shows them" in text and "Most similar" in text and "Least similar" in text
         everything = call(command, tmp_path / "model", "--all")
         assert "more; --all" not in everything and "All pairs" in everything
         assert len(everything.splitlines()) > 40 * 39 // 2

@@ -119,7 +119,7 @@ def test_a_model_is_enough_if_it_is_told_where_to_write(tmp_path):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"licence": "mit"}, TypeError, "`licence` is nothing that a card says; did you mean `license`"),
+        ({"licence": "mit"}, TypeError, "`licence` is no field of a card; did you mean `license`"),
         ({"license": 3}, TypeError, "`license` must be a string, got 3"),
         ({"tags": ["a", 3]}, TypeError, r"`tags` must be a string or a list of strings, got \['a', 3\]"),
         ({"tags": ("a", "b")}, TypeError, r"`tags` must be a string or a list of strings, got \('a', 'b'\)"),
@@ -332,7 +332,7 @@ def test_a_trainer_takes_trainer_s_names_and_ours(trainer):
         r.dataset_name for r in card.data.eval_results
     } == {"Noise of ours"}
     assert "By Ada." in card.text
-    with pytest.raises(TypeError, match="`autors` is nothing that a card says; did you mean `authors`"):
+    with pytest.raises(TypeError, match="`autors` is no field of a card; did you mean `authors`"):
         trainer.create_model_card(autors=["Ada"])
 
 

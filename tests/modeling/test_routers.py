@@ -18,7 +18,7 @@ from hf_rtl import (
     RTLModelForTokenClassification,
 )
 from hf_rtl.modeling.routers import CentroidRouter, EntropyRouter, ScoreRouter
-from hf_rtl.training.router_fitting import evidence_of_each
+from hf_rtl.training.router_fitting import sample_evidence
 from tests.modeling.random_routers import randomised
 
 
@@ -145,7 +145,7 @@ def test_evidence_of_each_sample_is_that_of_the_sample_alone(tiny_bert_config, f
     ).eval()
     fill_masks(model)
     ids, shared = torch.randint(1, 40, (4, 5)), {"position_ids": torch.arange(5)[None], "output_attentions": True}
-    evidence = evidence_of_each(EntropyRouter(2), model, {"input_ids": ids, **shared})
+    evidence = sample_evidence(EntropyRouter(2), model, {"input_ids": ids, **shared})
     for index in range(4):
         alone = EntropyRouter(2).evidence(model, {"input_ids": ids[index : index + 1], **shared})
         assert torch.equal(evidence[index], alone[0])

@@ -167,7 +167,7 @@ def test_in_the_first_round_there_is_nothing_to_keep(tmp_path, collapsing, caplo
     made = run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **options)
     assert [report["folder"] for report in made.rounds] == ["round-01-sparsity-0.8"]
     (warning,) = warnings_of(caplog)
-    assert "so no earlier one could be kept; for one, give `target_sparsity` a value below that" in warning
+    assert "so there is no earlier round to keep; to get one, add a lower value to `target_sparsity`" in warning
 
 
 def test_other_callbacks_can_stop_a_run_too_but_not_before_its_first_round(tmp_path):

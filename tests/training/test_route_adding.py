@@ -211,7 +211,7 @@ def test_a_router_is_fitted_again(tmp_path):
     data = made.run_data
     for dataset, counts in ((data.training.dataset, [12, 12, 12, 18]), (data.calibration_dataset, [4, 4, 4, 6])):
         # Whatever the new samples' column says, which was not to be looked at.
-        assert made.partition_of(dataset).counts.tolist() == counts
+        assert made.eval_partition(dataset).counts.tolist() == counts
     assert model.router.num_routes == 4 and len(made.run_data.calibration_dataset) == len(held_out) + 6
     assert (model.config.router, model.config.router_threshold, model.config.router_fallback) == ("score", 0.1, "bee")
 

@@ -98,7 +98,7 @@ def contents_without_competition(folder, values):
     ("values", "message"),
     [
         ({"max_steps": 10}, "`competing_epochs` = 1 are the last of `num_train_epochs`, which `max_steps` = 10"),
-        ({"num_train_epochs": 1.5}, "at most `num_train_epochs`, a whole number then, got 1.5"),
+        ({"num_train_epochs": 1.5}, "at most `num_train_epochs`, which must be a whole number, got 1.5"),
         ({"competing_epochs": 3}, "`competing_epochs` = 3 must be at most `num_train_epochs`"),
         ({"competing_epochs": -1}, "`competing_epochs` must be at least 0, got -1"),
         ({"gradient_checkpointing": True}, "needs the masks of all routes at once"),

@@ -153,7 +153,7 @@ def test_samples_to_calibrate_on_are_held_out_of_every_route(tmp_path):
     made = make_trainer(tmp_path / "run", **grouped(36), calibration_fraction=0.25)
     for data in (made.run_data.training, made):
         held = data.dataset if data is not made else made.run_data.calibration_dataset
-        routes = data.partition.route_ids if data is not made else made.partition_of(held).route_ids
+        routes = data.partition.route_ids if data is not made else made.eval_partition(held).route_ids
         assert routes.tolist() == partition.route_ids[list(held.indices)].tolist()
     assert made.plan().route_sizes == dict.fromkeys(ROUTES, 9)
     made.train()

@@ -93,12 +93,12 @@ def test_counts_of_weights_suit_the_constant_schedule(tmp_path):
 def test_recorded_values_are_plain_and_name_no_folder(tmp_path):
     args = arguments(tmp_path, extraction_dir=str(tmp_path / "shared"), lr_scheduler_type="linear", optim="sgd")
     for names in (EXTRACTION_FIELDS, RETRAINING_FIELDS):
-        values = args.values_of(names)
+        values = args.select_values(names)
         assert list(values) == names
         text = json.dumps(values)
         assert json.loads(text) == values
         assert str(tmp_path) not in text
-    assert args.values_of(["lr_scheduler_type", "optim"]) == {"lr_scheduler_type": "linear", "optim": "sgd"}
+    assert args.select_values(["lr_scheduler_type", "optim"]) == {"lr_scheduler_type": "linear", "optim": "sgd"}
 
 
 def test_what_decides_masks_is_apart_from_what_decides_retraining_only():
