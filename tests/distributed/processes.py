@@ -9,19 +9,11 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.child_processes import ROOT, environment
-
-
-# A server that has imported everything once: a process is forked from it in milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
+from tests.child_processes import fork
 
 
 class Team:
@@ -38,11 +30,6 @@ class Team:
     def __init__(self, function: Callable, arguments: tuple, *, world_size: int, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.log_files = [logs / f"rank-{rank}.log" for rank in range(world_size)]
-        with pytest.MonkeyPatch.context() as patched:
-            # The server looks for what it is to import in its working directory and in this path.
-            patched.chdir(ROOT)
-            patched.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-            forkserver.ensure_running()
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._connections: list[Connection] = []
         self.processes = []
@@ -51,9 +38,9 @@ class Team:
             if world_size > 1:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 variables |= {"LOCAL_WORLD_SIZE": str(world_size), **address}
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_run, args=(theirs, variables, str(log), function, arguments))
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            log.unlink(missing_ok=True)
+            process = fork(_send_result, theirs, function, arguments, output=log, **variables)
             theirs.close()
             self._connections.append(ours)
             self.processes.append(process)
@@ -103,11 +90,7 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
-def _run(connection: Connection, variables: dict[str, str], log: str, function: Callable, arguments: tuple) -> None:
-    os.environ.update(variables)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _send_result(connection: Connection, function: Callable, arguments: tuple) -> None:
     # As `torchrun` runs a script: an exception ends the process with its traceback and status 1.
     try:
         connection.send(function(*arguments))
@@ -116,4 +99,3 @@ def _run(connection: Connection, variables: dict[str, str], log: str, function: 
         sys.stderr.flush()
         atexit._run_exitfuncs()
         os._exit(1)
-    sys.stdout.flush()

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
-from tests.child_processes import ROOT, environment
+from tests.child_processes import ROOT, run_script
 
 
 RECIPES = ROOT / "recipes"
 
 
-def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """A command of recipes/, finished. `check`: that it succeeded."""
-    return run_python(str(RECIPES / script), *arguments, check=check, **variables)
-
-
-def run_python(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    """The same for Python with any arguments."""
-    command = [sys.executable, *map(str, arguments)]
-    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
+    return run_script(RECIPES / script, *arguments, check=check, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")

@@ -39,6 +39,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder),
         *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
+        *("--max_train_samples", 400, "--max_test_samples", 120),
     )
     return folder, result.stdout
 
