@@ -349,14 +349,14 @@ def test_bad_routers_are_refused(model: RTLModel, members: RTLModel, tiny_bert_c
         model(pixel_values=IMAGES)
     headless = RTLModel.from_backbone("test_resnet", route_names=["a", "b"], ticket_task="labels").eval()
     headless.set_router(ScoreRouter(2))
-    with pytest.raises(ValueError, match="one prediction a sample.*got none"):
+    with pytest.raises(ValueError, match="one prediction per sample.*got none"):
         headless(pixel_values=IMAGES)
     tokens = RTLModelForTokenClassification.from_backbone(
         tiny_bert_config, route_names=["a", "b"], ticket_task="labels", seed=0
     ).eval()
     for router in (ScoreRouter(2), EntropyRouter(2)):
         tokens.set_router(router)
-        with pytest.raises(ValueError, match=r"one prediction a sample.*got \(1, 5, 3\)"):
+        with pytest.raises(ValueError, match=r"one prediction per sample.*got \(1, 5, 3\)"):
             tokens(input_ids=torch.ones(1, 5, dtype=torch.long))
 
 
