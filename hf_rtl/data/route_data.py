@@ -78,7 +78,7 @@ def check_partition(partition: Partition, dataset: Any, route_names: Sequence[st
             "`Partition(route_ids, route_names)`."
         )
     if dataset is None:
-        raise ValueError("`partition` is of a `train_dataset`, which is missing; pass both, or neither.")
+        raise ValueError("`partition` belongs to a `train_dataset`, which is missing; pass both, or neither.")
     if partition.route_names != list(route_names):
         raise ValueError(
             f"`partition` has the routes {', '.join(map(repr, partition.route_names))}, but the model "
