@@ -56,8 +56,8 @@ def partition_by_features(
         clusters = _hdbscan(points, min_cluster_size)
     else:
         raise ValueError(
-            f"`num_routes` is {num_routes} and `min_cluster_size` is {min_cluster_size}; give exactly one: the first "
-            "for k-means, the second for HDBSCAN."
+            f"`num_routes` is {num_routes} and `min_cluster_size` is {min_cluster_size}; give one: the first for "
+            "k-means, the second for HDBSCAN."
         )
     rule = ByCentres(torch.from_numpy(_means(points, clusters)), _names(clusters))
     assigned = rule.assign(points)
