@@ -1,6 +1,6 @@
 """
-What masks alone tell of tickets: how alike they are beyond chance, when that changes sharply as they grow sparser, and
-whether it follows how alike their classes are (paper, section 4.4). Knows mask banks, nothing of models or training.
+Analysis of masks alone: how similar tickets are beyond chance, when this changes sharply as they grow sparser, and
+whether it follows the similarity of their classes (paper, section 4.4). Knows mask banks, but no models or training.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .modeling.mask_bank import MaskBank, expected_similarity
 
 Array = NDArray[np.float64]
 
-# Constants of `detect_change`, which says why.
-WINDOW = 3  # points that a trend is drawn through
-LAGS = (1, 2)  # points over which a move may extend
-LEAST_POINTS = WINDOW + 2  # the one that is judged, and one before it that the trend was compared with
+# Constants of `detect_change`, whose docstring gives the reasons.
+WINDOW = 3  # points of a trend
+LAGS = (1, 2)  # numbers of points that a move may span
+LEAST_POINTS = WINDOW + 2  # a trend, one point that is compared with it, and the point that is judged
 LEAST_MOVE = 0.05  # of the excess similarity
 LEAST_SURPRISE = 3.0  # as a multiple of the median earlier surprise
 LEAST_DEVIATIONS = 6.0  # as a multiple of the standard deviation that random masks would have
 
-# Permutations that are ranked at once, so that a hundred routes stay within tens of megabytes.
+# Number of permutations that are ranked at once. With a hundred routes they take tens of megabytes.
 _BLOCK = 512
 
 
@@ -42,8 +42,8 @@ def expected_jaccard(num_first: int, num_second: int, num_weights: int) -> float
     of `num_weights` weights.
 
     The number X of weights that both keep is hypergeometric, P(X = x) = C(a, x) C(n - a, b - x) / C(n, b), and the
-    similarity is x / (a + b - x). So the expectation is the sum of P(X = x) · x / (a + b - x), taken here over all x
-    that are not improbable beyond 1e-30: exact to rounding. NaN if both masks keep nothing.
+    similarity is x / (a + b - x). The expectation is the sum of P(X = x) · x / (a + b - x). It is exact to rounding:
+    only values x that are less probable than 1e-30 are left out. NaN if both masks keep nothing.
     """
     if num_first + num_second == 0:
         return math.nan
@@ -63,15 +63,15 @@ def expected_jaccard(num_first: int, num_second: int, num_weights: int) -> float
 def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]:
     """
     Mean and variance of the Jaccard similarity of independent random masks that keep as many weights in each layer as
-    the given ones: the chance level for tickets of global magnitude pruning. See
-    `modeling.mask_bank.expected_similarity`, which has the formula.
+    the given ones: the chance level for tickets of global magnitude pruning. The formula is in the docstring of
+    `modeling.mask_bank.expected_similarity`.
 
     Args:
         kept (`[L, K]`): weights that each of K masks keeps in each of L layers.
         sizes (`[L]`): weights of each layer.
 
     Returns:
-        Two arrays `float64 [K, K]`; NaN where both masks keep nothing. The diagonal is for two independent masks, too.
+        Two arrays `float64 [K, K]`; NaN where both masks keep nothing. The diagonal, too, is for independent masks.
     """
     mean, variance = expected_similarity(torch.as_tensor(np.asarray(kept)), torch.as_tensor(np.asarray(sizes)))
     return mean.numpy(), variance.numpy()
@@ -80,8 +80,8 @@ def expected_jaccard_of_layers(kept: Array, sizes: Array) -> tuple[Array, Array]
 @dataclass(frozen=True)
 class TicketSimilarity:
     """
-    How alike the tickets of a bank are, over all weights; see [`ticket_similarity`]. Arrays are `float64`, for K
-    routes; means over the other tickets are NaN where there is none.
+    The similarity of a bank's tickets over all weights; see [`ticket_similarity`]. Arrays are `float64`, for K routes.
+    Means over the other tickets are NaN if there is no other ticket.
 
     Args:
         route_names (`list[str]`): in the bank's order.
@@ -91,8 +91,8 @@ class TicketSimilarity:
         chance (`[K]`): the mean expected of random masks with the same densities in every layer.
         uniform_chance (`[K]`): the mean expected of random masks with the same density over all layers together.
         excess (`[K]`): `similarity - chance`.
-        spread (`[K]`): standard deviation that `similarity` would have, were all masks random as in `chance`.
-        emptied_layers (`dict[str, list[str]]`): layers in which a ticket keeps nothing, of those that have any.
+        deviation (`[K]`): the standard deviation of `similarity` for random masks as in `chance`.
+        emptied_layers (`dict[str, list[str]]`): route name -> layers in which its ticket keeps nothing, if any.
     """
 
     route_names: list[str]
@@ -102,18 +102,18 @@ class TicketSimilarity:
     chance: Array
     uniform_chance: Array
     excess: Array
-    spread: Array
+    deviation: Array
     emptied_layers: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class LayerSimilarity:
     """
-    How alike the tickets of a bank are in each of L layers (prunable weights); see [`layer_similarity`].
+    The similarity of a bank's tickets in each of L layers (prunable weights); see [`layer_similarity`].
 
     Args:
         layer_names (`list[str]`), route_names (`list[str]`): in the bank's order.
-        similarity, chance, excess (`float64 [L, K]`): as of [`TicketSimilarity`], in each layer.
+        similarity, chance, excess (`float64 [L, K]`): those of [`TicketSimilarity`], in each layer.
     """
 
     layer_names: list[str]
@@ -124,7 +124,7 @@ class LayerSimilarity:
 
 
 def ticket_similarity(bank: MaskBank) -> TicketSimilarity:
-    """How alike each ticket is to the others over all weights, what of that is chance, and which layers are empty."""
+    """Each ticket's similarity to the others over all weights, its part by chance, and the layers that are empty."""
     sizes = np.array([shape.numel() for shape in bank.shapes])
     counts = bank.count(per_layer=True).cpu().numpy()
     totals = counts.sum(0)
@@ -145,17 +145,17 @@ def ticket_similarity(bank: MaskBank) -> TicketSimilarity:
         uniform_chance=_mean_over_others(_expected_pairs(totals, bank.num_weights)),
         excess=similarity - chance,
         # Given one mask, its intersections with independent others are independent.
-        spread=np.sqrt(_mean_over_others(variance) / max(bank.num_routes - 1, 1)),
+        deviation=np.sqrt(_mean_over_others(variance) / max(bank.num_routes - 1, 1)),
         emptied_layers={name: layers for name, layers in emptied.items() if layers},
     )
 
 
 def layer_similarity(bank: MaskBank) -> LayerSimilarity:
     """
-    How alike each ticket is to the others in each layer, and what of that is chance.
+    Each ticket's similarity to the others in each layer, and its part by chance.
 
-    A layer in which a ticket keeps nothing has no similarity to any other: such pairs are left out of the means, which
-    are NaN where none is left. (Over all weights they count as they are.)
+    Where a ticket keeps nothing in a layer, it has no similarity to any other ticket there. The means leave such pairs
+    out, and are NaN if no pair is left. ([`ticket_similarity`] leaves no layer out.)
     """
     counts = bank.count(per_layer=True).cpu().numpy()
     empty = counts == 0
@@ -199,11 +199,11 @@ class Change:
 
     Args:
         point (`int`): index of the point at which it is seen.
-        sparsity (`float`): of that point.
+        sparsity (`float`): at that point.
         direction (`str`): `"up"` or `"down"`.
         before (`float`): excess similarity at the last point before the move.
-        expected (`float`): what the earlier trend leads to expect at `point`.
-        found (`float`): what is there.
+        expected (`float`): value of the earlier trend at `point`.
+        found (`float`): excess similarity at `point`.
     """
 
     point: int
@@ -214,42 +214,42 @@ class Change:
     found: float
 
 
-def detect_change(sparsity: Sequence[float], excess: Sequence[float], spread: Sequence[float]) -> Change | None:
+def detect_change(sparsity: Sequence[float], excess: Sequence[float], deviation: Sequence[float]) -> Change | None:
     """
-    The first sharp move, up or down, of one ticket's excess similarity against its earlier trend; `None` if there is
-    none, or fewer than five points. Sees no labels and no accuracy.
+    The first sharp move, up or down, of one ticket's excess similarity against its earlier trend. `None` if there is
+    none, or if there are fewer than five points. It uses neither labels nor accuracy.
 
-    A trend is the least-squares line through `WINDOW` = 3 successive points (the fewest that average at all), and is
-    carried on to the next point, or over the next to the one after (`LAGS`: a collapse may take two events). The
-    surprise is by how much the value misses it. A smooth trend bends, and nobody knows in which unit it bends less:
-    geometric schedules take even steps in the logarithm of density, linear ones in sparsity. So both lines are tried,
-    and the smaller surprise counts; if they miss on different sides, it is zero. A move is sharp if all of these hold:
+    A trend is the least-squares line through `WINDOW` = 3 successive points, the fewest that a line averages. It is
+    extrapolated by one or two points (`LAGS`), since a collapse may take two events. The surprise is the value minus
+    the extrapolation. A smooth trend bends, and it is unknown in which unit it bends less: geometric schedules take
+    even steps in the logarithm of density, linear ones in sparsity. So both lines are fitted, and the smaller surprise
+    counts; it is zero if their signs differ. A move is sharp if all of these hold:
 
-    - The value has moved in the direction of the surprise. A steep trend that levels off surprises; it is no collapse.
-    - Move and surprise exceed `LEAST_MOVE` = 0.05. That is about as much as tickets of alike classes differ from those
-      of unlike ones in the paper's deep layers (.33-.36 against .27-.31): less is what meaning makes of similarity.
-    - The surprise exceeds `LEAST_SURPRISE` = 3 times the median of all earlier ones over the same lag: of a trend that
-      bends, or points that scatter, that much is usual. There must be an earlier one, so the fifth point is the first
-      that can be judged; a run to 25, 50 and 75 % says nothing, its prune events may.
-    - The surprise exceeds `LEAST_DEVIATIONS` = 6 times its standard deviation under random masks, from `spread`. In
-      very small networks 0.05 is within chance; 6 makes it less than one in 10^8 at every point.
+    - The value has moved in the direction of the surprise. A steep trend that levels off is a surprise, no collapse.
+    - Move and surprise exceed `LEAST_MOVE` = 0.05. In the paper's deep layers, tickets of similar classes differ from
+      those of dissimilar ones by about as much (.33-.36 against .27-.31), so the meaning of classes explains less.
+    - The surprise exceeds `LEAST_SURPRISE` = 3 times the median of all earlier ones over the same lag, which are large
+      if the trend bends or the points scatter. An earlier one is needed, so the fifth point is the first that can be
+      judged: the rounds of a run to 25, 50 and 75 % are too few, its prune events may be enough.
+    - The surprise exceeds `LEAST_DEVIATIONS` = 6 times its standard deviation under random masks, from `deviation`. In
+      very small networks 0.05 is within chance; 6 standard deviations have a probability below 10^-8 at every point.
 
-    The constants were fixed before any run was looked at, from the paper and from smooth curves alone (overlaps of the
-    largest of correlated normal variables, powers of density and of sparsity, logistic curves).
+    The constants come only from the paper and from smooth curves (overlaps of the largest of correlated normal
+    variables, powers of density and of sparsity, logistic curves). They were fixed before any run.
 
     Args:
         sparsity (`Sequence[float]`): strictly increasing, in [0, 1).
-        excess (`Sequence[float]`): similarity beyond chance, as `TicketSimilarity.excess`, at each of them.
-        spread (`Sequence[float]`): as `TicketSimilarity.spread`.
+        excess (`Sequence[float]`): the ticket's `TicketSimilarity.excess` at each of them.
+        deviation (`Sequence[float]`): the ticket's `TicketSimilarity.deviation` at each of them.
 
     Raises:
         ValueError: sequences of different lengths, or `sparsity` that does not increase or is out of range.
     """
-    clock, values, deviations = (np.asarray(given, dtype=np.float64) for given in (sparsity, excess, spread))
+    clock, values, deviations = (np.asarray(given, dtype=np.float64) for given in (sparsity, excess, deviation))
     if not len(clock) == len(values) == len(deviations):
         raise ValueError(
-            f"`sparsity`, `excess` and `spread` have {len(clock)}, {len(values)} and {len(deviations)} values; one of "
-            "each per point is needed."
+            f"`sparsity`, `excess` and `deviation` have {len(clock)}, {len(values)} and {len(deviations)} values; one "
+            "of each per point is needed."
         )
     if np.any(np.diff(clock) <= 0) or np.any(clock < 0) or np.any(clock >= 1):
         raise ValueError(f"`sparsity` is {clock.tolist()}; it must increase strictly within [0, 1).")
@@ -286,7 +286,7 @@ def detect_change(sparsity: Sequence[float], excess: Sequence[float], spread: Se
 
 
 def _trend_weights(at: Array, target: float) -> Array:
-    """Weights of the values at `at`, whose sum is what their least-squares line has at `target`."""
+    """Weights of the values at `at`: the weighted sum is the value of their least-squares line at `target`."""
     centred = at - at.mean()
     return 1 / len(at) + centred * (target - at.mean()) / (centred @ centred)
 
@@ -313,7 +313,7 @@ def detect_collapse(points: Sequence[TicketSimilarity]) -> dict[str, Change]:
         change = detect_change(
             [point.sparsity for point in points],
             [point.excess[route] for point in points],
-            [point.spread[route] for point in points],
+            [point.deviation[route] for point in points],
         )
         if change is not None:
             changes[name] = change
@@ -330,8 +330,8 @@ class Alignment:
 
     Args:
         rho (`float`): Spearman's rank correlation over the pairs of routes; NaN if it is undefined.
-        p_value (`float`): one-sided, of the Mantel test; NaN with `rho`.
-        num_permutations (`int`): compared with; all there are if `exact`.
+        p_value (`float`): one-sided, of the Mantel test; NaN if `rho` is.
+        num_permutations (`int`): how many were compared with; all that exist if `exact`.
         exact (`bool`): whether all permutations were enumerated.
     """
 
@@ -343,7 +343,7 @@ class Alignment:
 
 def spearman(first: Array, second: Array) -> Array:
     """Spearman's rank correlation along the last axis, ties at their mean rank; NaN where one side is constant."""
-    from scipy.stats import rankdata  # a third of a second, which `import hf_rtl` is not to take
+    from scipy.stats import rankdata  # here, since it would add a third of a second to `import hf_rtl`
 
     ranks = [rankdata(values, axis=-1) for values in np.broadcast_arrays(first, second)]
     one, two = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
@@ -358,9 +358,9 @@ def semantic_alignment(
     Spearman's correlation between the upper triangles of two similarity matrices, with a Mantel test.
 
     Pairs are not independent, so the test permutes routes: rows and columns of `class_similarity` together. The
-    p-value is (1 + c) / (1 + `num_permutations`), c the number of permutations that correlate at least as much. If
-    there are no more than `num_permutations` permutations in all (up to 7 routes by default), all are taken once, the
-    identity among them, and p is the exact fraction.
+    p-value is (1 + c) / (1 + `num_permutations`), where c permutations correlate at least as much. If there are no
+    more than `num_permutations` permutations in all (up to 7 routes by default), all are taken once, the identity
+    among them, and p is the exact fraction.
 
     Args:
         similarity (`[K, K]`): of masks; pairs that are NaN are left out.
@@ -402,16 +402,16 @@ def semantic_alignment(
 
 
 def depth_thirds(num_layers: int) -> dict[str, list[int]]:
-    """Indices of the `"shallow"`, `"middle"` and `"deep"` third of the layers, the earlier ones larger by one if need
-    be; without those that have none."""
+    """Indices of the layers in the `"shallow"`, `"middle"` and `"deep"` third, without empty thirds. Earlier thirds
+    have one layer more if the number is no multiple of 3."""
     parts = np.array_split(np.arange(num_layers), 3)
     return {name: part.tolist() for name, part in zip(("shallow", "middle", "deep"), parts, strict=True) if len(part)}
 
 
 def similarity_by_depth(bank: MaskBank) -> dict[str, Array]:
     """
-    Jaccard similarity `[K, K]` over the weights of all layers (`"all"`), and of each third of them by depth, where the
-    layers are taken in the bank's order: that of the network's modules. NaN where both masks are empty.
+    Jaccard similarity `[K, K]` over the weights of all layers (`"all"`), and over each third of the layers by depth.
+    The depth follows the bank's order, which is that of the network's modules. NaN where both masks are empty.
     """
     intersections = bank.intersection_count(per_layer=True).cpu().numpy()
     counts = bank.count(per_layer=True).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Partitions that clustering finds: by features of the samples, by the meaning of class names."""
+"""Partitions made by clustering: of the samples' features, or of the meanings of class names."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ def partition_by_features(
     """
     The partition by clusters of features: k-means for `num_routes`, HDBSCAN for `min_cluster_size`.
 
-    Its `rule` is a [`ByCentres`] of the clusters' means. Every sample, also of the data that is clustered here, goes
-    to the nearest centre, so that HDBSCAN's noise has a route, and training data and new data are treated alike.
-    Routes are `"cluster-0"`, `"cluster-1"`, …, in the order of the clusters' sizes, the largest first. The number of
-    threads changes nothing.
+    Its `rule` is a [`ByCentres`] of the clusters' means. Every sample goes to the nearest centre, also those that are
+    clustered here: so HDBSCAN's noise has a route, and training data and new data are treated in the same way. Routes
+    are `"cluster-0"`, `"cluster-1"`, …, the largest cluster first. The number of threads changes nothing.
 
     Args:
         features (`np.ndarray` or `Tensor`): floats `[N, D]`, a row for each sample. Distances are Euclidean: scale
-            features to unit length where their direction is what counts.
+            features to unit length if only their direction counts.
         num_routes (`int`, *optional*): number of clusters, from 2.
-        min_cluster_size (`int`, *optional*): samples that a cluster has at least, from 2; HDBSCAN finds how many
-            clusters there are. Give one of the two.
+        min_cluster_size (`int`, *optional*): least number of samples in a cluster, from 2; HDBSCAN finds the number of
+            clusters. Give either this or `num_routes`.
         seed (`int`, defaults to 0): of k-means; HDBSCAN has no randomness.
 
     Raises:
         TypeError: `features` are not floats.
         ValueError: `features` are not `[N, D]`, empty, not finite, or all the same; both or none of `num_routes` and
-            `min_cluster_size` are given; fewer distinct samples than `num_routes`; HDBSCAN finds no two clusters; a
-            cluster's centre is nearest to fewer than two samples.
+            `min_cluster_size` are given; fewer distinct samples than `num_routes`; HDBSCAN finds fewer than two
+            clusters; a cluster's centre is nearest to fewer than two samples.
     """
     points = _check_points("features", features)
     if num_routes is not None and min_cluster_size is None:
@@ -57,8 +56,8 @@ def partition_by_features(
         clusters = _hdbscan(points, min_cluster_size)
     else:
         raise ValueError(
-            f"`num_routes` is {num_routes} and `min_cluster_size` is {min_cluster_size}; give one, for k-means or for "
-            "HDBSCAN."
+            f"`num_routes` is {num_routes} and `min_cluster_size` is {min_cluster_size}; give one: the first for "
+            "k-means, the second for HDBSCAN."
         )
     rule = ByCentres(torch.from_numpy(_means(points, clusters)), _names(clusters))
     assigned = rule.assign(points)
@@ -67,7 +66,7 @@ def partition_by_features(
         raise ValueError(f"{argument} makes routes of {sizes} samples; every route needs at least 2. Choose another.")
     if min_cluster_size is not None:
         logger.info(
-            "HDBSCAN finds %d clusters and leaves %d of %d samples out; %d others are nearer to another's centre.",
+            "HDBSCAN finds %d clusters and leaves %d of %d samples out; %d others are nearer to another centre.",
             len(rule.route_names),
             (clusters < 0).sum(),
             len(points),
@@ -91,11 +90,11 @@ def partition_by_class_names(
     """
     The partition by groups of classes whose names mean similar things, as [`group_class_names`] finds them.
 
-    Its `rule` is a [`ByGroups`], which needs neither the encoder nor the names of new classes, and refuses those.
+    Its `rule` is a [`ByGroups`]. The rule does not use the encoder, so it refuses new classes.
 
     Args:
-        dataset (`datasets.Dataset` or a map-style data set of dicts): training data, as for `partition_by_column`, of
-            whose labels, class names or strings, each is in a sample at least.
+        dataset (`datasets.Dataset` or a map-style data set of dicts): training data, as for `partition_by_column`. Its
+            labels are class names or strings; the labels that its samples have are grouped.
         label_column (`str`, *optional*): defaults to the data set's `label`, `labels` or `fine_label`.
         encoder, min_cluster_size, num_neighbors, num_dimensions, seed: as for `group_class_names`.
 
@@ -137,8 +136,8 @@ def group_class_names(
     Args:
         names (`Sequence[str]`): C distinct names.
         encoder (`Callable`): from a list of C strings to their embeddings, floats `[C, D]`, an array or a tensor; any
-            sentence encoder, as the `encode` of a sentence-transformers model.
-        min_cluster_size (`int`, defaults to 4): names that a cluster has at least, before others join.
+            sentence encoder, such as the `encode` of a sentence-transformers model.
+        min_cluster_size (`int`, defaults to 4): least number of names in a cluster, before left-out names join it.
         num_neighbors (`int`, defaults to 5): UMAP's `n_neighbors`, or C - 1 if that is less; more give larger groups.
         num_dimensions (`int`, defaults to 2): of the projection.
         seed (`int`, defaults to 0): of UMAP.
@@ -146,8 +145,8 @@ def group_class_names(
     Raises:
         ImportError: umap-learn is not installed.
         TypeError: `encoder` gives no floats.
-        ValueError: `encoder` gives no `[C, D]` of finite numbers, or the same for all names; numbers that are out of
-            range; HDBSCAN finds no two clusters.
+        ValueError: a name is repeated; `encoder` gives no `[C, D]` of finite numbers, or the same for all names; an
+            argument is out of range; HDBSCAN finds fewer than two clusters.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -165,7 +164,7 @@ def group_class_names(
             f"`num_dimensions` is {num_dimensions}; at most {len(names) - 2} is allowed for {len(names)} names."
         )
     points = reduce_dimensions(embeddings, min(num_neighbors, len(names) - 1), num_dimensions, seed)
-    # With its default, `min_cluster_size`, HDBSCAN often tells just one group of so few points from all the others.
+    # `min_samples` is `min_cluster_size` by default: with so few points HDBSCAN then often finds a single cluster.
     clusters = _hdbscan(points, min_cluster_size, min_samples=1)
     means = _means(points, clusters)
     for index in np.flatnonzero(clusters < 0):
@@ -178,7 +177,7 @@ def group_class_names(
 
 
 def reduce_dimensions(points: np.ndarray, num_neighbors: int, num_dimensions: int, seed: int) -> np.ndarray:
-    """The projection of points by the cosine of their angles, `float32 [C, num_dimensions]`."""
+    """UMAP's projection of points by cosine distance, `float32 [C, num_dimensions]`. Needs umap-learn."""
     try:
         from umap import UMAP
     except ImportError as error:
@@ -200,7 +199,7 @@ def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """The cluster of each point, `int64 [N]`, the largest first."""
     from sklearn.cluster import KMeans
 
-    # Sums over several threads are in the order in which these end.
+    # Several threads would add sums in the order in which they end.
     with threadpool_limits(limits=1):
         clusters = KMeans(num_clusters, n_init=10, random_state=seed).fit(points.astype(np.float64)).labels_
     return _largest_first(clusters)
@@ -216,7 +215,7 @@ def _hdbscan(points: np.ndarray, min_cluster_size: int, min_samples: int | None 
     if num_clusters < 2:
         raise ValueError(
             f"`min_cluster_size` = {min_cluster_size} finds {num_clusters} clusters among {len(points)} points and "
-            f"leaves {(clusters < 0).sum()} of them out; a partition needs at least 2. Choose a smaller one."
+            f"leaves {(clusters < 0).sum()} of them out; a partition needs at least 2. Choose a smaller size."
         )
     return _largest_first(clusters)
 

@@ -1,10 +1,10 @@
 """
-Figures per route and over all routes, from one matrix of scores over the whole evaluation set.
+Metrics per route and over all routes, from one matrix of scores over the whole evaluation set.
 
-A name is `{route}/{metric}` for one route and `{metric}` for all of them. Samples count as they are: nothing is
-balanced or reweighted, so precision is that of the evaluation set's own prevalence.
+A metric is called `{route}/{metric}` for one route and `{metric}` for all of them. Samples are neither balanced nor
+reweighted, so precision is that at the evaluation set's own prevalence.
 
-scikit-learn is imported where it is used: it would be a tenth of the time that `import hf_rtl` takes.
+scikit-learn is imported where it is used, since it would take a tenth of the time of `import hf_rtl`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def membership_metrics(
     thresholds: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """
-    One-vs-rest figures of tickets that answer "is this mine?" (paper, section 4.1).
+    One-vs-rest metrics of tickets that answer "is this mine?" (paper, section 4.1).
 
     | key | value |
     |---|---|
@@ -36,12 +36,12 @@ def membership_metrics(
     | `worst_balanced_accuracy` | minimum over the routes where it is defined |
     | `accuracy` | fraction of samples whose home route has the highest score (the first among equals) |
 
-    With `thresholds`, all but `auroc` and `precision_at_recall_80`, which depend on none, come a second time as
+    With `thresholds`, all metrics that depend on one (not `auroc` and `precision_at_recall_80`) are also given as
     `{route}/calibrated_{metric}`, `calibrated_{metric}` and `worst_calibrated_balanced_accuracy`: the decision is then
     score > threshold of the route, and the highest score is that of score − threshold.
 
-    Undefined figures are NaN and left out of means and minimum: every figure of a route without samples, and the
-    balanced accuracy and `auroc` of a route that has all of them. Precision is 0 where nothing is predicted positive.
+    Undefined metrics are NaN, and left out of means and minimum: all metrics of a route without samples, and the
+    balanced accuracy and `auroc` of a route with all samples. Precision is 0 where nothing is predicted positive.
 
     Args:
         scores (`np.ndarray`): floats `[N, K]`, the logit of every ticket for every sample.
@@ -50,7 +50,7 @@ def membership_metrics(
         thresholds (`Sequence[float]`, *optional*): K floats, from `calibrate_thresholds` on data held out of training.
 
     Returns:
-        `dict[str, float]`: the figures, from 0 to 1.
+        `dict[str, float]`: the metrics, from 0 to 1.
 
     Raises:
         TypeError: `scores` are not a float array or `home_routes` not an integer array.
@@ -119,8 +119,8 @@ def _decision_metrics(
 
 def constant_tickets(scores: np.ndarray) -> list[int]:
     """
-    The routes whose ticket gives every sample the same score: its input no longer reaches its output. Scores that
-    differ by no more than 1e-6, or that part of the greatest, are the same but for rounding.
+    Indices of the routes whose ticket gives every sample the same score, since its input no longer reaches its output.
+    Scores are the same if they differ by at most 1e-6, or by 1e-6 of the largest magnitude if that is above 1.
 
     Args:
         scores (`np.ndarray`): floats `[N, K]` of at least two samples.
@@ -132,7 +132,7 @@ def constant_tickets(scores: np.ndarray) -> list[int]:
     _check_matrix("scores", scores)
     if len(scores) < 2:
         raise ValueError(f"`scores` has {len(scores)} sample(s); at least 2 are needed to tell whether they differ.")
-    # Logits are logarithms of odds, so the bound means the same for all; a cut network leaves some 1e-8 in float32.
+    # Logits are log odds, so one bound suits all tickets. A cut network still differs by about 1e-8 in float32.
     return np.flatnonzero(np.ptp(scores, axis=0) <= 1e-6 * np.abs(scores).max(axis=0).clip(min=1)).tolist()
 
 
@@ -194,7 +194,7 @@ def router_metrics(route_scores: np.ndarray, route_ids: np.ndarray, route_names:
         route_names (`Sequence[str]`): K distinct names.
 
     Raises:
-        TypeError, ValueError: as of `membership_metrics`.
+        TypeError, ValueError: see `membership_metrics`.
     """
     route_names = check_route_names(route_names)
     route_ids = check_scores("route_scores", route_scores, "route_ids", route_ids, num_columns=len(route_names))
@@ -211,8 +211,8 @@ def router_metrics(route_scores: np.ndarray, route_ids: np.ndarray, route_names:
 
 def precision_at_recall(scores: np.ndarray, is_home: np.ndarray, recall: float = 0.8) -> float:
     """
-    The greatest precision of a decision score >= threshold that finds at least a part `recall` of the samples; NaN
-    where there are none to find. It depends on the order of the scores alone, so on no threshold.
+    The greatest precision of a decision score >= threshold, over all thresholds that find at least the fraction
+    `recall` of the samples; NaN if there are none to find. It depends only on the order of the scores.
 
     Args:
         scores (`np.ndarray`): floats `[N]`.
@@ -231,12 +231,12 @@ def calibrate_thresholds(scores: np.ndarray, home_routes: np.ndarray) -> list[fl
     """
     The threshold of each route that maximises F1 of the decision score > threshold.
 
-    Fit it on training-side data only, a held-out part of the training set or a calibration set: on the evaluation set
-    it would be chosen with the answers in view.
+    Fit it only on a held-out part of the training set or on a calibration set: on the evaluation set the thresholds
+    would be chosen with the answers known.
 
-    The threshold is halfway between the lowest score that is accepted and the next lower one, rounded to `float32` so
-    that storing it loses nothing (to the lower score if they are too close for that), or just below the lowest score
-    if all are accepted. Among thresholds of equal F1 the highest is taken, the one with the best precision.
+    The threshold is halfway between the lowest accepted score and the next lower one, rounded to `float32` so that
+    storing it loses nothing. It is the lower score if the two are too close for that, and just below the lowest score
+    if all are accepted. Among thresholds of equal F1 the highest is taken, which has the best precision.
 
     Args:
         scores (`np.ndarray`): floats `[N, K]`.
@@ -259,11 +259,11 @@ def calibrate_thresholds(scores: np.ndarray, home_routes: np.ndarray) -> list[fl
         if num_home == 0:
             raise ValueError(f"`home_routes` has no sample of route {route}, so its threshold cannot be calibrated.")
         route_scores = scores[:, route].astype(np.float64)
-        # `candidates` rise; a decision is score >= candidate. Its last recall, 0, belongs to no candidate.
+        # `candidates` increase; a decision is score >= candidate. The last recall, 0, belongs to no candidate.
         _, recall, candidates = precision_recall_curve(is_home, route_scores)
         num_found = np.rint(recall[:-1] * num_home)
         num_accepted = len(route_scores) - np.searchsorted(np.sort(route_scores), candidates, side="left")
-        # From whole numbers, so that equal F1 are equal floats and the tie is ours to break.
+        # Computed from whole numbers, so that equal F1 are equal floats, and the choice among them is defined.
         f1 = 2 * num_found / (num_accepted + num_home)
         best = int(np.flatnonzero(f1 == f1.max())[-1])
         below = route_scores[route_scores < candidates[best]]
@@ -298,7 +298,7 @@ def _check_matrix(name: str, matrix: np.ndarray) -> None:
 def check_scores(
     name: str, matrix: np.ndarray, ids_name: str, ids: np.ndarray, *, num_columns: int | None = None
 ) -> np.ndarray:
-    """Checks a matrix `[N, C]` and ids `[N]` of its columns, both named in errors; returns the ids as `int64`."""
+    """`ids` as `int64`. Raises `TypeError` or `ValueError` unless they are ids `[N]` of columns of `matrix [N, C]`."""
     _check_matrix(name, matrix)
     if num_columns is not None and matrix.shape[1] != num_columns:
         raise ValueError(f"`{name}` has {matrix.shape[1]} columns and `route_names` {num_columns} names.")

@@ -14,8 +14,8 @@ from torch import Tensor
 from .modeling.files import write_bytes
 
 
-_MAX_NUMBERED = 12  # routes up to which every cell has its number
-_MAX_NAMED = 60  # routes up to which every row has its name
+_MAX_NUMBERED = 12  # most routes for which every cell shows its number
+_MAX_NAMED = 60  # most routes for which every row shows its name
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = "os^vD<>P"
 _LINES = ("-", "--")
@@ -25,16 +25,16 @@ def similarity_heatmap(
     matrix: Tensor, names: Sequence[str], file: Path, *, label: str = "Jaccard similarity of two tickets"
 ) -> None:
     """
-    Draws how alike tickets are, pair by pair, as a PNG. `file` is either as it was or whole.
+    Draws the similarity of every pair of tickets, as a PNG. `file` is never half-written.
 
-    Light is alike and dark is different, in colours that keep their order for colour-blind readers and in grey print.
-    The scale spans the values of pairs; a ticket with itself, always 1, is left white.
+    Light is similar and dark is different, in colours that keep their order for colour-blind readers and in grey
+    print. The scale spans the values of pairs; the diagonal, always 1, is left white.
 
     Args:
-        matrix (`Tensor`): `[K, K]`, as of `MaskBank.similarity()`. NaN, of two empty masks, is left white.
+        matrix (`Tensor`): `[K, K]`, from `MaskBank.similarity()`. NaN, for two empty masks, is left white.
         names (`Sequence[str]`): K names.
-        file (`Path`): where to, as `similarity.png`.
-        label (`str`): what the values are, where they are not tickets' similarities.
+        file (`Path`): where to write, such as `similarity.png`.
+        label (`str`): what the values are, if not similarities of tickets.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -44,7 +44,7 @@ def similarity_heatmap(
     if matrix.shape != (num_routes, num_routes):
         raise ValueError(
             f"`matrix` has shape {list(matrix.shape)}, which does not fit {num_routes} names: [{num_routes}, "
-            f"{num_routes}] is needed, as `bank.similarity()` and `bank.route_names` are."
+            f"{num_routes}] is needed, as from `bank.similarity()` and `bank.route_names`."
         )
     from matplotlib.figure import Figure
 
@@ -91,15 +91,15 @@ def similarity_heatmap(
 
 def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file: Path) -> None:
     """
-    Draws how alike tickets are in each prunable weight, as a PNG: the mean over pairs, the range from the least to the
-    most alike pair, and what is so by chance. `file` is either as it was or whole.
+    Draws the similarity of tickets in each prunable weight, as a PNG: the mean over pairs, the range from the least to
+    the most similar pair, and the mean by chance. `file` is never half-written.
 
     Args:
-        per_layer (`Tensor`): `[L, K, K]`, as of `MaskBank.similarity(per_layer=True)`. NaN, of two empty masks, counts
-            for nothing; where there is no other pair, the lines have a gap.
-        chance (`Tensor`): `[L, K, K]`, as of `MaskBank.chance_similarity(per_layer=True)`.
+        per_layer (`Tensor`): `[L, K, K]`, from `MaskBank.similarity(per_layer=True)`. NaN, for two empty masks, is
+            left out; where no pair is left, the lines have a gap.
+        chance (`Tensor`): `[L, K, K]`, from `MaskBank.chance_similarity(per_layer=True)`.
         names (`Sequence[str]`): L names.
-        file (`Path`): where to, as `layers.png`.
+        file (`Path`): where to write, such as `layers.png`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -110,10 +110,10 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
         if tensor.shape != (num_layers, num_routes, num_routes):
             raise ValueError(
                 f"`{argument}` has shape {list(tensor.shape)}, which does not fit {num_layers} names: [{num_layers}, "
-                "K, K] is needed, as `bank.similarity(per_layer=True)` and `bank.weight_names` are."
+                "K, K] is needed, as from `bank.similarity(per_layer=True)` and `bank.weight_names`."
             )
     if num_routes < 2:
-        raise ValueError("there is one route, and no pair of tickets to draw.")
+        raise ValueError("there is one route, so there is no pair of tickets to draw.")
     from matplotlib.figure import Figure
 
     first, second = torch.triu_indices(num_routes, num_routes, offset=1)
@@ -148,17 +148,16 @@ def route_curves(
     marked: Sequence[tuple[int, int]] = (),
 ) -> None:
     """
-    Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is either as it was or
-    whole. Colours are those of Okabe and Ito, which colour-blind readers tell apart, each with a marker of its own for
-    grey print; from the ninth route on lines are dashed. More than 16 routes are all grey, with their mean in
-    black.
+    Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is never half-written.
+    Colours are those of Okabe and Ito, which colour-blind readers can distinguish, each with its own marker for grey
+    print; from the ninth route on, lines are dashed. More than 16 routes are all grey, with their mean in black.
 
     Args:
-        panels: of each quantity its name, `[P]` the sparsities, ascending, and `[P, K]` the values; NaN are left out.
+        panels: for each quantity its name, the sparsities `[P]`, ascending, and the values `[P, K]`; NaN are left out.
         names (`Sequence[str]`): K names.
-        file (`Path`): where to, as `curves.png`.
-        chance: name of the panel that it is drawn into, and `[P]` values that are expected by chance there.
-        marked: (point, route) that are ringed in the last panel.
+        file (`Path`): where to write, such as `curves.png`.
+        chance: the name of a panel, and the values `[P]` that are expected by chance there.
+        marked: pairs (point, route) that get a ring in the last panel.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -204,11 +203,11 @@ def save_png(figure: Any, file: Path) -> None:
 
 
 def _layer_label(name: str) -> str:
-    """The end of a long name, which tells weights apart; all of them are called `weight`."""
+    """A weight's name without `.weight`, for an axis. Only the end of a long name is kept, since ends differ."""
     name = name.removesuffix(".weight")
     return (name if len(name) <= 24 else f"…{name[-23:]}").replace("$", r"\$")
 
 
 def _label(name: str) -> str:
-    """A name for an axis: cut if it is long, and as it is, since matplotlib reads `$x$` as mathematics."""
+    """A name for an axis, cut if it is long. `$` is escaped, since matplotlib reads `$x$` as mathematics."""
     return (name if len(name) <= 20 else f"{name[:19]}…").replace("$", r"\$")

@@ -17,8 +17,8 @@ from torch import Tensor
 from .modeling.checks import check_choice, check_integer, check_number
 
 
-SCOPES = ("global", "layer", "global_normalised")
-SCHEDULES = ("geometric", "linear", "constant")
+PRUNE_SCOPES = ("global", "layer", "global_normalised")
+PRUNE_SCHEDULES = ("geometric", "linear", "constant")
 
 
 @torch.no_grad()
@@ -33,10 +33,10 @@ def prune(
     """
     Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (paper, section 2, Algorithm 1).
 
-    Among equal magnitudes the earlier position is kept. The arguments are left as they are.
+    Among equal magnitudes the earlier position is kept. The arguments are not changed.
 
     Args:
-        weights (`Sequence[Tensor]`): the weights after training; what lies outside `masks` is not looked at.
+        weights (`Sequence[Tensor]`): the weights after training; those outside `masks` are not read.
         masks (`Sequence[Tensor]`): the survivors so far.
         num_kept (`int`): how many weights are kept over all layers, from 0 to the number of survivors.
         scope (`str`, defaults to `"global"`): what the magnitudes are ranked against.
@@ -65,7 +65,7 @@ def prune(
         raise ValueError(
             f"`num_kept` is {num_kept}; allowed is 0 to {num_survivors}, the number of surviving weights."
         )
-    check_choice("scope", scope, SCOPES)
+    check_choice("scope", scope, PRUNE_SCOPES)
 
     magnitudes = []
     for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
@@ -84,7 +84,7 @@ def prune(
             if reference is None:
                 raise ValueError("`reference` is None; scope 'global_normalised' needs the initial weights there.")
             _check_weights("reference", reference, masks)
-            scales = [_spread(layer, initial) for layer, initial in enumerate(reference)]
+            scales = [_standard_deviation(layer, initial) for layer, initial in enumerate(reference)]
             magnitudes = [values.double() / scale for values, scale in zip(magnitudes, scales, strict=True)]
         kept = list(_largest(torch.cat(magnitudes), num_kept).split([values.numel() for values in magnitudes]))
 
@@ -97,11 +97,11 @@ def _largest(magnitudes: Tensor, num_kept: int) -> Tensor:
     """Booleans `[n]` that are true for the `num_kept` largest of `magnitudes [n]`, the first ones among equals."""
     if num_kept == 0:
         return torch.zeros_like(magnitudes, dtype=torch.bool)
-    # Only the threshold's value is used: which of several equal elements a selection names is unspecified.
+    # Only the threshold's value is used: it is unspecified which of several equal elements a selection returns.
     num_removed = magnitudes.numel() - num_kept
     if magnitudes.device.type == "cpu":
         threshold = magnitudes.kthvalue(num_removed + 1).values
-    else:  # elsewhere kthvalue may be refused under deterministic algorithms, and sorting is cheap
+    else:  # on other devices kthvalue may raise under deterministic algorithms, and sorting is cheap
         threshold = magnitudes.sort().values[num_removed]
     kept = magnitudes > threshold
     tied = (magnitudes == threshold).nonzero().squeeze(1)
@@ -113,7 +113,7 @@ def _proportional_counts(total: int, sizes: list[int], limits: list[int]) -> lis
     """
     Splits `total` in proportion to `sizes` by largest remainder, no part above its limit; integers only, so exact.
 
-    Parts whose share reaches past their limit are set to it and the rest is shared again, until all shares fit.
+    Parts whose share exceeds their limit are set to it, and the rest is shared again, until all shares fit.
     """
     counts = [0] * len(sizes)
     open_parts = list(range(len(sizes)))
@@ -138,14 +138,14 @@ def _proportional_counts(total: int, sizes: list[int], limits: list[int]) -> lis
     return counts
 
 
-def _spread(layer: int, initial: Tensor) -> float:
-    spread = float(initial.double().std(correction=0))
-    if not (math.isfinite(spread) and spread > 0):
+def _standard_deviation(layer: int, initial: Tensor) -> float:
+    deviation = float(initial.double().std(correction=0))
+    if not (math.isfinite(deviation) and deviation > 0):
         raise ValueError(
-            f"`reference[{layer}]` has standard deviation {spread}; scope 'global_normalised' divides by it, so it "
+            f"`reference[{layer}]` has standard deviation {deviation}; scope 'global_normalised' divides by it, so it "
             "must be positive and finite."
         )
-    return spread
+    return deviation
 
 
 def round_schedule(
@@ -183,7 +183,7 @@ def round_schedule(
     num_weights = check_integer("num_weights", num_weights)
     if num_weights < 1:
         raise ValueError(f"`num_weights` is {num_weights}; at least 1 weight is needed.")
-    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("schedule", schedule, PRUNE_SCHEDULES)
     _check_amount(schedule, amount)
     targets = _check_targets(target_sparsities)
 
@@ -249,7 +249,7 @@ def shuffled_masks(masks: Sequence[Tensor], *, generator: torch.Generator) -> li
 
 
 def emptied_layers(masks: Sequence[Tensor]) -> list[int]:
-    """Indices of the layers of `masks` in which nothing is kept."""
+    """Indices of the layers of `masks` in which nothing is kept. Raises as `random_masks` does."""
     _check_masks(masks)
     return [layer for layer, mask in enumerate(masks) if not mask.any()]
 

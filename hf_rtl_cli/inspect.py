@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from hf_rtl import RTLModel, load_rule
-from hf_rtl.modeling.footprint import FORMS, human_bytes
+from hf_rtl.modeling.footprint import FOOTPRINT_FORMS, human_bytes
 
 from .models import load_model
 from .similarity import pairs_text, similarity_values
@@ -160,7 +160,7 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
 def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> str:
     plain, sparse = footprint["independent_full_bytes"], footprint["independent_compact_bytes"]
     rows = []
-    for key, form in FORMS.items():
+    for key, form in FOOTPRINT_FORMS.items():
         size = footprint[key]
         ratios = [f"{size / plain:.3f}", f"{size / sparse:.3f}"]
         rows.append([form.format(num_routes), human_bytes(size), f"{size:,}", *ratios])

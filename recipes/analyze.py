@@ -149,12 +149,13 @@ def content(point: Point, figures: np.ndarray, aligned: dict[str, dict[str, Any]
     """A point as JSON values."""
     similarity, layers = point.similarity, layer_similarity(point.bank)
     names = similarity.route_names
-    by_route = ("similarity", "chance", "uniform_chance", "excess", "spread")
+    by_route = {key: getattr(similarity, key) for key in ("similarity", "chance", "uniform_chance", "excess")}
+    by_route["spread"] = similarity.deviation
     return _plain(
         {
             "masks": point.name,
             "sparsity": similarity.sparsity,
-            **{key: dict(zip(names, getattr(similarity, key), strict=True)) for key in by_route},
+            **{key: dict(zip(names, values, strict=True)) for key, values in by_route.items()},
             "metric": dict(zip(names, figures, strict=True)),
             "jaccard": similarity.jaccard,
             "emptied_layers": similarity.emptied_layers,

@@ -178,7 +178,7 @@ def test_spread_is_that_of_random_masks():
     ]
     similarities = np.array([point.similarity for point in points])
     # The mean is over all tickets, with each in turn at the centre.
-    assert points[0].spread.mean() == pytest.approx(similarities.std(0).mean(), rel=0.1)
+    assert points[0].deviation.mean() == pytest.approx(similarities.std(0).mean(), rel=0.1)
     assert similarities.mean() == pytest.approx(points[0].chance.mean(), abs=5e-4)
 
 
@@ -327,11 +327,11 @@ def test_a_trend_that_scatters_must_be_left_by_more(size, found):
     assert (detect_change(sparsity, excess, 0 * sparsity) is not None) == found
 
 
-@pytest.mark.parametrize(("spread", "found"), [(0.01, True), (0.05, False)])
-def test_a_move_within_chance_is_none(spread, found):
+@pytest.mark.parametrize(("deviation", "found"), [(0.01, True), (0.05, False)])
+def test_a_move_within_chance_is_none(deviation, found):
     sparsity = np.linspace(0.1, 0.9, 9)
     excess = 0.2 * (sparsity > 0.65)
-    assert (detect_change(sparsity, excess, np.full(9, spread)) is not None) == found
+    assert (detect_change(sparsity, excess, np.full(9, deviation)) is not None) == found
 
 
 @pytest.mark.parametrize(("num_points", "found"), [(1, False), (4, False), (5, True)])
@@ -347,7 +347,7 @@ def test_a_run_that_starts_dense_is_judged():
 
 
 def test_what_is_no_trajectory_is_refused():
-    with pytest.raises(ValueError, match="`sparsity`, `excess` and `spread` have 2, 1 and 2 values"):
+    with pytest.raises(ValueError, match="`sparsity`, `excess` and `deviation` have 2, 1 and 2 values"):
         detect_change([0.1, 0.2], [0.1], [0, 0])
     for sparsity in ([0.2, 0.2], [0.3, 0.2], [-0.1, 0.2], [0.5, 1.0]):
         with pytest.raises(ValueError, match="must increase strictly within"):

@@ -74,7 +74,7 @@ def test_noise_goes_to_the_nearest_centre_and_moves_none(caplog):
     np.testing.assert_allclose(partition.rule.centres.numpy(), centres, rtol=1e-6, atol=1e-6)
     assert routes[-3:] == nearest(noise, centres)
     assert [record.getMessage() for record in caplog.records] == [
-        "HDBSCAN finds 3 clusters and leaves 3 of 98 samples out; 0 others are nearer to another's centre."
+        "HDBSCAN finds 3 clusters and leaves 3 of 98 samples out; 0 others are nearer to another centre."
     ]
 
 

@@ -1,7 +1,7 @@
 """
 Backbones that the paper needs and the libraries lack. Importing this package registers them.
 
-They import torch, timm and transformers, and nothing of ours: what knows of routes does not belong here.
+They import torch, timm and transformers, but nothing of this package: code that knows routes does not belong here.
 """
 
 from .coordinate_mlp import CoordinateMLP, CoordinateMLPConfig

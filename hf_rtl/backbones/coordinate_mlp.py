@@ -17,12 +17,12 @@ class CoordinateMLPConfig(PreTrainedConfig):
     Configuration of a [`CoordinateMLP`]. The defaults are the paper's network: 34→128→128→128→128→3.
 
     Args:
-        num_frequencies (`int`, *optional*, defaults to 8): F, of the Fourier features of each of the two coordinates.
+        num_frequencies (`int`, *optional*, defaults to 8): F, frequencies in the Fourier features of each coordinate.
         hidden_size (`int`, *optional*, defaults to 128): width of the hidden layers.
         num_hidden_layers (`int`, *optional*, defaults to 4): how many there are.
-        num_classes (`int`, *optional*, defaults to 0): classes of coordinates that the network is told; 0 for none.
-        class_embedding_size (`int`, *optional*, defaults to 16): width of what it learns of each.
-        num_labels (`int`, *optional*, defaults to 3): values at a coordinate, as red, green and blue.
+        num_classes (`int`, *optional*, defaults to 0): classes of coordinates, which are an input; 0 for none.
+        class_embedding_size (`int`, *optional*, defaults to 16): width of the learned embedding of each.
+        num_labels (`int`, *optional*, defaults to 3): values at a coordinate, such as red, green and blue.
     """
 
     model_type = "coordinate_mlp"
@@ -55,15 +55,15 @@ class CoordinateMLPOutput(ModelOutput):
 
 class CoordinateMLP(PreTrainedModel):
     """
-    A ReLU network from Fourier features of a point to the values there, as colours of an image.
+    A ReLU network from Fourier features of a point to the values there, such as colours of an image.
 
     The paper says that 34 encoded coordinates enter the network, not how. Our reading: the two coordinates, and the
     sine and cosine of each times π, 2π, 4π, …, 128π, which are 2 + 2·2·8. Weights start from a Kaiming uniform
     distribution for ReLU, biases from zero.
 
-    With `num_classes`, a learned embedding of the point's class is appended to the 34 inputs of the first layer. Its
-    weights for these 16 inputs are a matrix of their own, `class_projection`, which is the same sum. It and the
-    embedding are drawn last, so all other weights are those of the network without classes under the same seed.
+    With `num_classes`, a learned embedding of the point's class is appended to the 34 inputs of the first layer. The
+    layer's weights for these 16 inputs are a separate matrix, `class_projection`; the sum is the same. This matrix and
+    the embedding are drawn last, so the other weights are those of the network without classes under the same seed.
     """
 
     config_class = CoordinateMLPConfig
@@ -78,7 +78,7 @@ class CoordinateMLP(PreTrainedModel):
             nn.Linear(size, next_size) for size, next_size in zip(sizes[:-1], sizes[1:], strict=True)
         )
         if config.num_classes:
-            # Modules draw when they are made, and all is drawn anew after that: without this, from another state.
+            # Modules draw when they are made. This must not change the state from which all weights are drawn later.
             with torch.random.fork_rng(devices=[]):
                 self.class_embedding = nn.Embedding(config.num_classes, config.class_embedding_size)
                 self.class_projection = nn.Linear(config.class_embedding_size, sizes[1], bias=False)
@@ -96,7 +96,7 @@ class CoordinateMLP(PreTrainedModel):
                 initialization.zeros_(module.bias)
 
     def features(self, coordinates: Tensor) -> Tensor:
-        """`[N, 2]` → `[N, 2 + 4 F]`: x and y; of each frequency the sines of x and y, then of each the cosines."""
+        """`[N, 2]` → `[N, 2 + 4 F]`: x and y; the sines of x and y for each frequency, then likewise the cosines."""
         powers = torch.arange(self.config.num_frequencies, device=coordinates.device)
         frequencies = math.pi * 2.0 ** powers.to(coordinates.dtype)
         angles = (frequencies[:, None] * coordinates[:, None, :]).flatten(1)
@@ -116,11 +116,11 @@ class CoordinateMLP(PreTrainedModel):
             labels (`Tensor`, *optional*): `[N, num_labels]`, the values to learn.
 
         Raises:
-            ValueError: `class_ids` are missing, or the network knows no classes.
+            ValueError: `class_ids` are missing, or the network has no classes.
         """
         if (class_ids is not None) != bool(self.config.num_classes):
-            came = "are missing" if class_ids is None else "were given"
-            raise ValueError(f"`class_ids` {came}, and the network has `num_classes` = {self.config.num_classes}.")
+            problem = "are missing" if class_ids is None else "were given"
+            raise ValueError(f"`class_ids` {problem}, and the network has `num_classes` = {self.config.num_classes}.")
         hidden = self.layers[0](self.features(coordinates))
         if class_ids is not None:
             hidden = hidden + self.class_projection(self.class_embedding(class_ids))

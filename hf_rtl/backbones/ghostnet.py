@@ -10,7 +10,7 @@ from torch import nn
 
 __all__ = ["GhostNetRTL"]
 
-# One list a stage, one row a bottleneck: kernel, width of the expansion, output channels, squeeze-excitation ratio,
+# One list per stage, one row per bottleneck: kernel, expansion's width, output channels, squeeze-excitation ratio,
 # stride. These are the first nine bottlenecks of timm's `ghostnet_100`, under the same names.
 _STAGES: list[list[list[int | float]]] = [
     [[3, 16, 16, 0, 1]],
@@ -29,8 +29,8 @@ class GhostNetRTL(GhostNet):
 
     Weights start as torch initialises them, like every GhostNet of timm: convolutions from a Kaiming uniform
     distribution over the fan-in, with `a=sqrt(5)`. The choice decides which layers a global magnitude ranking of
-    the initial weights empties at 75 % sparsity: wide 1x1 convolutions here; with a Kaiming normal over the fan-out,
-    which torch counts without regard to groups, depthwise ones.
+    the initial weights empties at 75 % sparsity: here wide 1x1 convolutions; depthwise ones with a Kaiming normal
+    distribution over the fan-out, for which torch ignores groups.
 
     Args:
         num_classes (`int`, defaults to 10):

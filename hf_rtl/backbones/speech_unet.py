@@ -22,7 +22,7 @@ class SpeechUNetConfig(PreTrainedConfig):
         channels (`list[int]`, *optional*, defaults to `[12, 12, 12, 24, 48]`): output channels of the encoder's
             layers, each of which halves the frequencies.
         window_length (`int`, *optional*, defaults to 1024): samples of a short-time spectrum, a multiple of
-            2 ** (layers + 1), so that the decoder comes out at the frequencies that the encoder started from.
+            2 ** (layers + 1), so that the decoder ends with as many frequencies as the encoder started from.
         hop_length (`int`, *optional*, defaults to 256): samples from one spectrum to the next.
         sampling_rate (`int`, *optional*, defaults to 16000): of the waveforms, in Hz; for the record.
 
@@ -104,14 +104,14 @@ class SpeechUNet(PreTrainedModel):
         )
         self.decoder = nn.ModuleList()
         for i in layers:
-            # The innermost layer has the encoder's output alone, the others that of their own depth beside it.
+            # The innermost layer reads only the encoder's output. The others also read the encoder's at their depth.
             inputs = widths[i + 1] if i == layers[-1] else 2 * widths[i + 1]
             convolution = _convolution(nn.ConvTranspose2d, i, inputs, widths[i], bias=i == 0)
             self.decoder.append(nn.Sequential(convolution, *(_norm_and_activation(widths[i]) if i else ())))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # As torch initialises them: Kaiming uniform over the fan-in with a = sqrt(5), that of transposed ones too.
+        # As torch initialises them: Kaiming uniform over the fan-in with a = sqrt(5), also for transposed ones.
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             initialization.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
@@ -172,7 +172,7 @@ class SpeechUNet(PreTrainedModel):
         for layer in reversed(self.decoder[:-1]):
             x = layer(torch.cat([x, skipped.pop()], dim=1))
         mask = x.to(spectrum.real.dtype)
-        # Not abs(): its gradient at zero, where a ticket that keeps nothing ends, would be NaN.
+        # Not abs(): its gradient would be NaN at zero, the output of a ticket that keeps nothing.
         magnitude = mask.square().sum(dim=1, keepdim=True).add(1e-12).sqrt()
         mask = mask * (magnitude.tanh() / magnitude)
         return torch.view_as_complex(mask.permute(0, 3, 2, 1).contiguous())
@@ -182,8 +182,8 @@ def weighted_sdr_loss(enhanced: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
     """
     The weighted SDR loss of Choi et al. 2019 (wSDR), the mean over a batch, from -1 (perfect) to 1.
 
-    Of each waveform minus the cosine between the clean and the enhanced speech, and minus that between the noise and
-    what was taken away, weighted by the energies of speech and noise: α = ‖clean‖² / (‖clean‖² + ‖noise‖²).
+    For each waveform, minus the cosine between the clean and the enhanced speech, and minus that between the noise and
+    the removed part, weighted by the energies of speech and noise: α = ‖clean‖² / (‖clean‖² + ‖noise‖²).
 
     Args:
         enhanced, clean, noisy (`Tensor`): floats `[batch, samples]`.
@@ -196,13 +196,13 @@ def weighted_sdr_loss(enhanced: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine between rows; 0 where one of them is silent."""
-    # Bounded each, since the square of a smaller product would vanish in float32 and make the gradient NaN.
+    # Each norm is bounded, since the square of a smaller product would vanish in float32 and make the gradient NaN.
     norms = [torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8) for x in (a, b)]
     return (a * b).sum(dim=1) / (norms[0] * norms[1])
 
 
 def _convolution(kind: Any, index: int, inputs: int, outputs: int, *, bias: bool = False) -> nn.Module:
-    """The layer number `index`, counted from outside; (time, frequency) everywhere."""
+    """The layer number `index`, counted from outside. Sizes are (time, frequency)."""
     kernel = (3, 5) if index == 0 else (3, 3)
     padding = tuple(size // 2 for size in kernel)
     return kind(inputs, outputs, kernel, stride=(1, 2), padding=padding, bias=bias)

@@ -1,5 +1,5 @@
 """
-Data: which route every sample has, and the batches made of that.
+Data: the route of every sample, and the batches made by route.
 
 It imports `modeling`. What a training does with the batches does not belong here.
 """

@@ -1,4 +1,4 @@
-"""Reading a value per sample from a data set: a column of it, or what a function makes of each sample."""
+"""Reads one value per sample from a data set: a column, or the result of a function."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
     """
     The values of a column, all integers from 0 or all strings, and the names of its classes, `None` if it has none.
 
-    Only the column is read from a `datasets.Dataset`, and its transforms do not run. Any other data set is
-    asked for every sample once. The values of a `ClassLabel` column are names.
+    Only the column is read from a `datasets.Dataset`, and its transforms do not run. From any other data set every
+    sample is fetched once. The values of a `ClassLabel` column are names.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
         ValueError: an empty `dataset`, an unknown `column`, or a missing value (`None` or a negative integer).
     """
-    columns = columns_of(dataset)
+    columns = list_columns(dataset)
     if column not in columns:
         raise ValueError(
             f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
@@ -36,7 +36,7 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
 
 def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[Any]:
     """
-    What `function` gives for each sample, all integers from 0 or all strings.
+    The value of `function` for each sample, all integers from 0 or all strings.
 
     Raises:
         TypeError: `dataset` is not a map-style data set, or a value is neither an integer nor a string.
@@ -49,29 +49,29 @@ def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[An
 
 
 def find_label_column(dataset: Any) -> str:
-    """The data set's one column with a usual name of labels. Raises `ValueError` if it has none or several."""
+    """The only column with a usual name for labels. Raises `ValueError` if the data set has none or several."""
     found = _label_columns(dataset)
     if len(found) != 1:
         raise ValueError(
             f"`label_column` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
-            f"label columns; its columns are {', '.join(map(repr, columns_of(dataset)))}."
+            f"label columns; its columns are {', '.join(map(repr, list_columns(dataset)))}."
         )
     return found[0]
 
 
 def label_column(dataset: Any) -> str | None:
-    """The data set's label column, the first of the usual names; `None` if it has none of them."""
+    """The data set's label column, by the first usual name that it has; `None` without any."""
     return next(iter(_label_columns(dataset)), None)
 
 
 def _label_columns(dataset: Any) -> list[str]:
-    columns = columns_of(dataset)
+    columns = list_columns(dataset)
     return [name for name in LABEL_COLUMNS if name in columns]
 
 
-def columns_of(dataset: Any) -> list[str]:
+def list_columns(dataset: Any) -> list[str]:
     """
-    The names of a data set's columns. One that does not tell them is asked for its first sample.
+    The names of a data set's columns. Without `column_names`, they are read from its first sample.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts.
@@ -88,7 +88,7 @@ def columns_of(dataset: Any) -> list[str]:
 
 
 def check_label_column(columns: Sequence[str]) -> None:
-    # What transformers' own collators make `labels` of.
+    """Raises `ValueError` unless one of `columns` is a column that transformers' collators turn into `labels`."""
     allowed = ("label", "labels", "label_ids")
     if not set(allowed) & set(columns):
         raise ValueError(
@@ -104,12 +104,12 @@ def single_labels(dataset: Any) -> Sequence[Any] | None:
     if column is None:
         return None
     values = _values(dataset, column)
-    # Numbers to regress, or several labels a sample, are not checked.
+    # Labels for regression, or several labels per sample, are not checked.
     return values if all(isinstance(value, (int, str)) for value in values) else None
 
 
 def _is_hf_dataset(dataset: Any) -> bool:
-    """Told by its attributes, because `datasets` need not be installed."""
+    """Recognises it by its attributes, because `datasets` need not be installed."""
     return hasattr(dataset, "features") and hasattr(dataset, "select_columns")
 
 
@@ -145,15 +145,15 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _check_values(came: str, values: list[Any]) -> None:
+def _check_values(source: str, values: list[Any]) -> None:
     for index, value in enumerate(values):
         if value is None or (isinstance(value, int) and value < 0):
             raise ValueError(
-                f"{came} {value} at sample {index}, which is no route. Every sample needs one: filter "
+                f"{source} {value} at sample {index}, which is no route. Every sample needs a route: filter "
                 "such samples out first."
             )
         if type(value) is not type(values[0]) or not isinstance(value, (int, str)) or isinstance(value, bool):
             raise TypeError(
-                f"{came} {value!r}, a `{type(value).__name__}`, at sample {index}; a route is "
-                "told by integers or by strings."
+                f"{source} {value!r}, a `{type(value).__name__}`, at sample {index}; routes are "
+                "given by integers or by strings."
             )

@@ -1,4 +1,4 @@
-"""What a partition of a data set into routes is: the route of every sample, and the rule behind it."""
+"""The partition of a data set into routes: the route of every sample, and the rule behind it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..modeling.mask_bank import check_route_names
 
 logger = logging.getLogger(__name__)
 
-# A route is tiny with fewer samples than this, of which a tenth is not one sample to calibrate on, …
+# A route with fewer samples is tiny: a tenth of them, held out for calibration, would not be one sample.
 TINY_ROUTE = 10
-# … or with less than this part of an even share, N / K.
+# So is a route with less than this fraction of an even share, N / K.
 TINY_SHARE = 0.1
 
 
 class Rule(ABC):
     """
-    How data that comes later gets its routes, sample by sample, whatever is beside a sample in the same data.
+    How new data gets its routes. A sample's route does not depend on other samples.
 
-    A frozen dataclass, whose fields are JSON-able values and tensors. `kind` names the class in files.
+    Subclasses are frozen dataclasses of JSON-able values and tensors. `kind` names the class in files.
     """
 
     kind: ClassVar[str]
@@ -44,7 +44,7 @@ class Rule(ABC):
         """What a sample's route is, to end the sentence "A sample's route is …"."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the tensors, JSON-able, with the `kind`."""
+        """The `kind` and all fields except tensors, JSON-able."""
         fields = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
         return {"kind": self.kind, **fields}
 
@@ -63,12 +63,12 @@ class Partition:
         route_names (`list[str]`): K distinct names.
         allow_empty (`bool`, defaults to `False`): whether a route may have no sample, or a single one; for evaluation
             data, which need not hold all the routes of a model. A route to be trained needs two samples.
-        rule (`Rule`, *optional*): what assigns new data in the same way, if there is such a thing.
+        rule (`Rule`, *optional*): what assigns routes to new data in the same way.
 
     Raises:
         TypeError: `route_ids` is not an array of integers.
         ValueError: `route_ids` is not one-dimensional, is empty or out of range, a route has fewer than two samples,
-            or a name is empty or there twice.
+            or a name is empty or repeated.
     """
 
     route_ids: np.ndarray
@@ -86,7 +86,7 @@ class Partition:
             if count < 2:
                 raise ValueError(
                     f"Route {name!r} has {'no samples' if count == 0 else 'a single sample'}; every route needs at "
-                    "least 2. Leave the route out, or pass `allow_empty=True` for data that is only evaluated on."
+                    "least 2. Leave the route out, or pass `allow_empty=True` for data that is only for evaluation."
                 )
 
     @property
@@ -171,31 +171,31 @@ def check_route_ids(route_ids: np.ndarray, *, num_routes: int | None = None) -> 
     return route_ids.astype(np.int64)
 
 
-def routes_of_values(came: str, values: list[Any], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """The route ids of values, and the names of the routes: `route_names`, if there are any."""
+def routes_of_values(source: str, values: list[Any], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+    """The route ids of values, and the routes' names, which are `route_names` if given. `ValueError` for others."""
     if isinstance(values[0], int):
-        return _integer_routes(came, values, route_names)
+        return _integer_routes(source, values, route_names)
     known = route_names or sorted(set(values))
     ids = {name: route for route, name in enumerate(known)}
     unknown = next((value for value in values if value not in ids), None)
     if unknown is not None:
-        raise ValueError(f"{came} {unknown!r}; `route_names` allows {', '.join(map(repr, known))}.")
+        raise ValueError(f"{source} {unknown!r}; `route_names` allows {', '.join(map(repr, known))}.")
     return np.array([ids[value] for value in values], dtype=np.int64), known
 
 
-def _integer_routes(came: str, values: list[int], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+def _integer_routes(source: str, values: list[int], route_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
     largest = max(values)
     if route_names is None:
-        # Checked before any name is made: a column of time stamps would ask for billions of them.
+        # Checked before any name is made: a column of time stamps would need billions of them.
         if largest >= len(values):
             raise ValueError(
-                f"{came} {largest} among {len(values)} samples; integers are route ids, from 0 up with "
+                f"{source} {largest} among {len(values)} samples; integers are route ids, from 0 up with "
                 "none left out. Cast other numbers to strings to make each distinct value a route."
             )
         route_names = [str(route) for route in range(largest + 1)]
     elif largest >= len(route_names):
         raise ValueError(
-            f"{came} {largest}; allowed are the ids 0 to {len(route_names) - 1} of the routes "
+            f"{source} {largest}; allowed are the ids 0 to {len(route_names) - 1} of the routes "
             f"{', '.join(map(repr, route_names))}."
         )
     return np.array(values, dtype=np.int64), route_names

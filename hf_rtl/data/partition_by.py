@@ -21,7 +21,7 @@ def partition_by_column(
     dataset: Any, column: str, *, route_names: Sequence[str] | None = None, allow_empty: bool = False
 ) -> Partition:
     """
-    The partition that a column of a data set spells out; its `rule` is a [`ByColumn`].
+    The partition by the values of a column; its `rule` is a [`ByColumn`].
 
     | column | without `route_names` | with `route_names` |
     |---|---|---|
@@ -32,11 +32,11 @@ def partition_by_column(
     Pass the `route_names` of a fitted model, and `allow_empty=True`, for evaluation data: each route keeps its id.
 
     Args:
-        dataset (`datasets.Dataset` or a map-style data set of dicts): a single split. Of a `datasets.Dataset` only the
-            column is read, and its transforms do not run; of any other, every sample is fetched once.
+        dataset (`datasets.Dataset` or a map-style data set of dicts): a single split. Only the column is read from a
+            `datasets.Dataset`, and its transforms do not run; from any other, every sample is fetched once.
         column (`str`): the column's name.
         route_names (`Sequence[str]`, *optional*): the names that the values must be among.
-        allow_empty (`bool`, defaults to `False`): as for `Partition`. If false, tiny routes are warned of.
+        allow_empty (`bool`, defaults to `False`): as for `Partition`. If false, tiny routes cause a warning.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
@@ -81,7 +81,7 @@ def partition_by_function(
     allow_empty: bool = False,
 ) -> Partition:
     """
-    The partition by what a function says of each sample.
+    The partition by the value of a function for each sample.
 
     It has no `rule`, since code is not saved: call this again, with the `route_names` of the first partition, for new
     data.
@@ -109,13 +109,13 @@ def partition_by_groups(
     Args:
         dataset (`datasets.Dataset` or a map-style data set of dicts): training data, as for `partition_by_column`.
         groups (`Mapping[str, list[str]]` or a path): the labels of each route, as a mapping or as a JSON or YAML
-            file of one. Labels are class names; integers stand for their digits where the column has no class names.
+            file of one. Labels are class names; if the column has none, they are its integers as strings.
         label_column (`str`, *optional*): defaults to the data set's `label`, `labels` or `fine_label`.
 
     Raises:
         TypeError: what `partition_by_column` refuses.
         ValueError: a label of the data is in no group or in several, a group has a label that no sample has, `groups`
-            is not such a mapping, or what `partition_by_column` refuses.
+            is not a mapping of this form, or what `partition_by_column` refuses.
     """
     column = find_label_column(dataset) if label_column is None else label_column
     rule = ByGroups(column, read_groups(groups) if isinstance(groups, (str, os.PathLike)) else groups)
@@ -134,7 +134,7 @@ def partition_by_groups(
 
 def read_groups(file: str | os.PathLike) -> Any:
     """
-    What is in a `.json`, `.yaml` or `.yml` file.
+    The content of a `.json`, `.yaml` or `.yml` file.
 
     Raises:
         ValueError: another ending, or a file that is not of that format.

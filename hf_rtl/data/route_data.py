@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from .columns import columns_of, label_column
+from .columns import label_column, list_columns
 from .partition import Partition, Rule
 from .partition_by import partition_by_column, partition_by_label
 from .rules import ByColumn, ByGroups
@@ -28,8 +28,8 @@ def find_partition(
     training: Partition | None = None,
 ) -> Partition:
     """
-    The partition of a data set by `route_column`. Without one: all samples are of the route, if there is a single one;
-    else by the rule of the partition that was given of the `training` data; without that, by the label column.
+    The partition of a data set by `route_column`. Without a column, all samples are of the route if there is only one;
+    else the rule of `training` applies, the partition of the training data; else the label column.
 
     Raises:
         TypeError, ValueError: what `partition_by_column` refuses; without a `route_column`, `labels` tickets, or a
@@ -66,7 +66,7 @@ def _column_rule(training: Partition, route_names: Sequence[str]) -> Rule:
 
 def check_partition(partition: Partition, dataset: Any, route_names: Sequence[str]) -> Partition:
     """
-    `partition` as the one to train on: with two samples of every route.
+    `partition` with `allow_empty=False`: training needs two samples of every route.
 
     Raises:
         TypeError: it is not a `Partition`.
@@ -74,11 +74,11 @@ def check_partition(partition: Partition, dataset: Any, route_names: Sequence[st
     """
     if not isinstance(partition, Partition):
         raise TypeError(
-            f"`partition` must be a Partition, got {type(partition).__name__}; make one of an array of integers by "
+            f"`partition` must be a Partition, got {type(partition).__name__}; make one from an array of integers: "
             "`Partition(route_ids, route_names)`."
         )
     if dataset is None:
-        raise ValueError("`partition` is of a `train_dataset`, which is missing; pass both, or neither.")
+        raise ValueError("`partition` belongs to a `train_dataset`, which is missing; pass both, or neither.")
     if partition.route_names != list(route_names):
         raise ValueError(
             f"`partition` has the routes {', '.join(map(repr, partition.route_names))}, but the model "
@@ -124,7 +124,7 @@ class RouteData:
         self.seed_transforms = seed_transforms
 
     def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
-        """Batches keyed by `key`; `routes`, `gradient_accumulation_steps`, `rank`, `world_size` as of the sampler."""
+        """Batches keyed by `key`; for the other arguments see `RouteBatchSampler`."""
         return RouteBatchSampler(
             self.partition.route_ids,
             num_routes=len(self.partition.route_names),
@@ -151,7 +151,7 @@ class RouteData:
     def endless_batches(
         self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
     ) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch after the other."""
+        """The batches of one epoch after the other, without end."""
         loader = self.loader(sampler, collate, **kwargs)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
@@ -164,7 +164,10 @@ class RouteData:
         return joined
 
     def hold_out(self, fraction: float, seed: int) -> tuple[RouteData, RouteData]:
-        """Splits off `fraction` of every route, drawn by `seed`: the data that is left, and the part held out."""
+        """
+        Splits off `fraction` of every route, drawn by `seed`: the data that is left, and the part held out. Raises
+        `ValueError` if a route has too few samples for that.
+        """
         generator = np.random.default_rng(seed)
         held_out: list[int] = []
         for route, name in enumerate(self.partition.route_names):
@@ -193,7 +196,7 @@ class RowSubset(Subset):
 
     @property
     def column_names(self) -> list[str]:
-        return columns_of(self.dataset)
+        return list_columns(self.dataset)
 
 
 class ConcatRows(ConcatDataset):
@@ -201,7 +204,7 @@ class ConcatRows(ConcatDataset):
 
     @property
     def column_names(self) -> list[str]:
-        return columns_of(self.datasets[0])
+        return list_columns(self.datasets[0])
 
 
 class EvaluationData(Dataset[dict[str, Any]]):

@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 RULE_FILE = "partition.json"
 TENSORS_FILE = "partition.safetensors"
-CONFIG_FILE = "config.json"  # of the model that lies beside
+CONFIG_FILE = "config.json"  # of the model in the same folder
 BLOCK_SIZE = 2**22  # numbers that are compared with a centre at a time
 
 
 @dataclass(frozen=True)
 class ByColumn(Rule):
     """
-    A column spells out the route, as for [`partition_by_column`].
+    The value of a column is the route, as for [`partition_by_column`].
 
     Args:
         column (`str`): the column's name.
@@ -68,11 +68,11 @@ class ByGroups(Rule):
 
     Args:
         column (`str`): the column's name.
-        groups (`Mapping[str, list[str]]`): the labels of each route, in the order of the routes. Integers stand for
-            their digits: a column of integers that name no classes has the labels `"0"`, `"1"`, ….
+        groups (`Mapping[str, list[str]]`): the labels of each route, in the order of the routes. Integers are read as
+            strings: a column of integers without class names has the labels `"0"`, `"1"`, ….
 
     Raises:
-        ValueError: `column` is not a name, a group is not a list of labels or is empty, or a label is there twice.
+        ValueError: `column` is not a name, a group is not a list of labels or is empty, or a label is repeated.
     """
 
     kind = "groups"
@@ -116,7 +116,7 @@ class ByGroups(Rule):
 @dataclass(frozen=True, eq=False)
 class ByCentres(Rule):
     """
-    The nearest centre, by Euclidean distance, is the route; of equally near ones the first.
+    The nearest centre, by Euclidean distance, is the route; among equally near ones the first.
 
     Args:
         centres (`Tensor`): `float64 [K, D]`.
@@ -146,7 +146,7 @@ class ByCentres(Rule):
 
     def assign(self, data: Any, *, allow_empty: bool = True) -> Partition:
         """
-        The partition of features, `float [N, D]`: an array or a tensor. It does not depend on N, nor on their order.
+        The partition of features, `float [N, D]`: an array or a tensor. A row's route does not depend on other rows.
 
         Raises:
             TypeError, ValueError: `data` are no such features, or have NaN or infinite values.
@@ -165,6 +165,7 @@ class ByCentres(Rule):
 
 
 def check_column_name(column: Any) -> None:
+    """Raises `ValueError` unless `column` is a non-empty string."""
     if not isinstance(column, str) or not column:
         raise ValueError(f"`column` is {column!r}; a column's name is needed.")
 
@@ -181,8 +182,8 @@ def check_features(name: str, features: Any) -> np.ndarray:
         features = features.detach().cpu()
         features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
     if not isinstance(features, np.ndarray) or features.dtype.kind != "f":
-        came = f"a `{features.dtype}` array" if isinstance(features, np.ndarray) else f"`{type(features).__name__}`"
-        raise TypeError(f"`{name}` is {came}; an array or a tensor of floats [N, D] is needed.")
+        kind = f"a `{features.dtype}` array" if isinstance(features, np.ndarray) else f"`{type(features).__name__}`"
+        raise TypeError(f"`{name}` is {kind}; an array or a tensor of floats [N, D] is needed.")
     if features.ndim != 2 or features.size == 0:
         raise ValueError(f"`{name}` has shape {list(features.shape)}; [N, D] with N, D >= 1 is needed.")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
@@ -192,9 +193,9 @@ def check_features(name: str, features: Any) -> np.ndarray:
 
 
 def save_rule(folder: str | Path, rule: Rule) -> None:
-    """Writes `rule` into `folder`, in place of another: `partition.json`, with tensors in `partition.safetensors`."""
+    """Writes `rule` into `folder`, replacing another: `partition.json`, with tensors in `partition.safetensors`."""
     folder = Path(folder)
-    # The tensors before what speaks of them, and stale ones after it.
+    # Tensors are written before the file that needs them, and old ones are removed after it.
     if rule.tensors():
         write_tensors(folder / TENSORS_FILE, rule.tensors())
     write_json(folder / RULE_FILE, rule.to_dict())
@@ -215,12 +216,12 @@ def load_rule(
     Args:
         name_or_path (`str` or `Path`): a folder, or a repository on the Hub; then all files are of one commit.
         route_names (`Sequence[str]`, *optional*): the routes, in their order, that the rule must be for. By default
-            those of the model that lies beside it, if one does.
-        revision, token: as of `from_pretrained`.
+            those of the model in the same folder, if there is one.
+        revision, token: see `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no `partition.json`.
-        ValueError: the files are damaged, hold no rule that is known, or one for other routes.
+        ValueError: the files are damaged, or hold an unknown kind of rule, or a rule for other routes.
         HfHubHTTPError: the Hub has no such repository, or not for this `token`.
     """
     folder = Path(name_or_path)
@@ -239,13 +240,13 @@ def load_rule(
     if route_names is not None and rule.route_names != list(route_names):
         raise ValueError(
             f"{file} is a rule for other routes, {', '.join(map(repr, rule.route_names))}, than those of the model, "
-            f"{', '.join(map(repr, route_names))}; make a partition of these, and save its rule."
+            f"{', '.join(map(repr, route_names))}; make a partition into these routes, and save its rule."
         )
     return rule
 
 
 def remove_unfitting_rule(folder: Path, route_names: Sequence[str]) -> None:
-    """Removes the rule in a folder, if there is one that is damaged or for others than these routes, and says so."""
+    """Removes the rule in a folder, with a warning, if it is damaged or for other routes."""
     try:
         load_rule(folder, route_names)
     except FileNotFoundError:
@@ -287,7 +288,7 @@ def _read_json(file: Path) -> Any:
 
 def rule_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Rule:
     """
-    The rule whose `to_dict()` and `tensors()` these are.
+    The rule with these `to_dict()` and `tensors()`.
 
     Raises:
         ValueError: an unknown kind of rule, or other values or tensors than it has.
@@ -307,7 +308,7 @@ def rule_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | No
 
 def _nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Index of the nearest centre for each row, `int64 [N]`."""
-    # A sum over each row of its own, since what a matrix product gives a row depends on how many rows there are.
+    # Each row is summed by itself, since the rounding of a matrix product depends on the number of rows.
     rows = np.ascontiguousarray(features, dtype=np.float64)
     distances = np.stack([np.square(rows - centre).sum(axis=1) for centre in centres], axis=1)
     return distances.argmin(axis=1)
@@ -318,7 +319,7 @@ def _check_groups(groups: Any) -> dict[str, list[str]]:
         raise ValueError(f"`groups` is a `{type(groups).__name__}`; a mapping from route names to labels is needed.")
     check_route_names(list(groups))
     checked: dict[str, list[str]] = {}
-    route_of: dict[str, str] = {}
+    label_routes: dict[str, str] = {}
     for route, labels in groups.items():
         if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
             raise ValueError(f"`groups` has {labels!r} for {route!r}; a list of labels is needed, of at least one.")
@@ -328,11 +329,11 @@ def _check_groups(groups: Any) -> dict[str, list[str]]:
                     f"`groups` has {label!r}, a `{type(label).__name__}`, in {route!r}; labels are strings, in quotes "
                     "where YAML would read them as something else."
                 )
-            if str(label) in route_of:
+            if str(label) in label_routes:
                 raise ValueError(
-                    f"`groups` has {str(label)!r} in {route_of[str(label)]!r} and again in {route!r}; a label belongs "
-                    "to exactly one group, once."
+                    f"`groups` has {str(label)!r} in {label_routes[str(label)]!r} and again in {route!r}; a label "
+                    "belongs to exactly one group, once."
                 )
-            route_of[str(label)] = route
+            label_routes[str(label)] = route
         checked[route] = [str(label) for label in labels]
     return checked

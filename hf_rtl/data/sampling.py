@@ -17,7 +17,7 @@ from .partition import check_route_ids
 
 # First word of a spawn key, so that the two uses of one seed never draw from the same stream.
 _BATCHES, _TRANSFORMS = 0, 1
-# In place of a route, of batches whose samples every ticket scores; more than any model has.
+# Stands for the route of a batch whose samples every ticket scores; greater than any route's index.
 ALL_ROUTES = 2**31 - 1
 
 
@@ -33,32 +33,32 @@ class RouteSample(NamedTuple):
             not repeat within a run.
     """
 
-    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which is not needed
     route: int
     occurrence: int
 
 
 class RouteBatchSampler(Sampler[list[RouteSample]]):
     """
-    Batches of a single route each, the routes in turn, as many of every route.
+    Batches of a single route each. The routes take turns, and each has the same number of batches.
 
-    An epoch is M updates of every route, M being the most that one of them needs to show each of its samples. For
-    every update and every route in turn, `gradient_accumulation_steps` batches of that route follow each other, so an
-    update never mixes routes. All batches are full: a route's samples come as one random permutation after another, so
-    tails are topped up from the next permutation and smaller routes repeat.
+    An epoch is M updates of every route, where M is the number that the largest route needs to show all its samples.
+    For every update and every route in turn, `gradient_accumulation_steps` batches of that route follow each other, so
+    an update never mixes routes. All batches are full: a route's samples come as one random permutation after another,
+    so last batches are filled from the next permutation, and smaller routes repeat.
 
     For membership, a batch holds as many negatives as positives, alternating (positive, negative, positive, …). The
-    negatives of a route are drawn uniformly from all samples of all other routes, anew in each epoch, and without
-    repeating one before all have come.
+    negatives of a route are drawn uniformly from all samples of all other routes, anew in each epoch. None is repeated
+    before all have been drawn.
 
     From the epoch `first_competing_epoch` on, batches hold samples of all routes, at their own prevalence, for all
-    tickets to score. An epoch has as many batches as any other, each of `batch_size // num_routes` samples, so that as
-    many samples pass through a network, between all tickets.
+    tickets to score. Such an epoch has as many batches as any other, each of `batch_size // num_routes` samples, so
+    all tickets together see as many samples.
 
     Everything is a pure function of `seed`, `key`, epoch and route: nothing needs saving, and the global batches are
     the same for any number of processes. Rank r yields every `world_size`-th sample of a batch from the r-th on
     (for membership, every `world_size`-th pair of a positive and a negative), so all ranks work on the same route.
-    It must not be sharded again, which accelerate would do; `batch_size` is that of the global batch.
+    The sampler must not be sharded again, as accelerate would do; `batch_size` is that of the global batch.
 
     Args:
         route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
@@ -68,7 +68,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         membership (`bool`): whether half of each batch are negatives.
         seed (`int`): non-negative.
         routes (`Sequence[int]`, *optional*): the routes that take turns, in this order; defaults to all. Extraction
-            passes one. Negatives come from the whole data set all the same.
+            passes one. Negatives come from the whole data set in any case.
         key (`tuple[int, ...]`, defaults to `()`): further entropy, such as the round and the prune event.
         gradient_accumulation_steps (`int`, defaults to 1): batches per update.
         first_competing_epoch (`int`, *optional*): see above; without it, none.
@@ -77,7 +77,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
 
     Raises:
         TypeError: `route_ids` is not an integer array, a number not an integer, or `membership` not a `bool`.
-        ValueError: a number out of range, a `batch_size` that cannot be assigned out, a route without samples, or one
+        ValueError: a number out of range, a `batch_size` that cannot be split evenly, a route without samples, or one
             without negatives for membership.
     """
 
@@ -108,7 +108,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         self.rank = check_integer("rank", rank, minimum=0)
         if self.rank >= self.world_size:
             raise ValueError(f"`rank` is {rank}; allowed are 0 to {self.world_size - 1}, below `world_size`.")
-        # What is never split between ranks: a positive with its negative, so that every rank has half of each.
+        # Samples that are never split between ranks: a positive with its negative, so every rank has half of each.
         self._unit = 2 if membership else 1
         if self.batch_size % (self._unit * self.world_size):
             reason = "a positive and a negative on each rank" if membership else "the same number on each rank"
@@ -207,12 +207,12 @@ class RoutedDataset(Dataset[dict[str, Any]]):
     An item is the base's dict with `route_ids` (`int`) added, the route of the batch. For membership, `label_column`
     is removed and `labels` (`int`) is 1 if the sample is of that route, 0 if not; in a batch of all routes, its route.
 
-    With `seed_transforms`, each sample is fetched under Python's, NumPy's and torch's (CPU) global generators seeded
-    from (`seed`, `key`, index, route, occurrence), so that random transforms depend on neither the order of fetching,
-    nor the number of workers or processes, nor where a run was resumed; the generators' states are put back after the
-    batch. Transforms that keep a generator of their own are out of reach. Without it, no generator is touched and the
-    batch is fetched in one call if the base has `__getitems__`, as `datasets.Dataset` has: faster, and right where
-    transforms are not random.
+    With `seed_transforms`, the global generators of Python, NumPy and torch (CPU) are seeded from (`seed`, `key`,
+    index, route, occurrence) before each sample is fetched. So random transforms depend on neither the order of
+    fetching, nor the number of workers or processes, nor where a run was resumed. The generators' states are restored
+    after the batch. Transforms with a generator of their own are not covered. Without `seed_transforms`, no generator
+    is touched, and the batch is fetched in one call if the base has `__getitems__`, as `datasets.Dataset` has. This is
+    faster, and correct if transforms are not random.
 
     Args:
         dataset (map-style data set of dicts): the base.
@@ -224,8 +224,8 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         seed_transforms (`bool`, defaults to `True`): see above.
 
     Raises:
-        TypeError: an argument of the wrong type, an item asked for by anything but a `RouteSample`, or a base whose
-            items are not dicts.
+        TypeError: an argument of the wrong type, an index that is not a `RouteSample`, or a base whose items are not
+            dicts.
         ValueError: `route_ids` and `dataset` differ in length, or `seed` or `key` is negative.
     """
 
@@ -244,7 +244,7 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         self.route_ids = check_route_ids(route_ids)
         if len(self.route_ids) != len(dataset):
             raise ValueError(
-                f"`route_ids` has {len(self.route_ids)} entries and `dataset` {len(dataset)}; both need as many."
+                f"`route_ids` has {len(self.route_ids)} entries and `dataset` {len(dataset)}; both need the same."
             )
         self.membership = _check_flag("membership", membership)
         self.seed, self.key = _check_entropy(seed, key)
@@ -311,7 +311,7 @@ def _generators_put_back() -> Iterator[None]:
 
 
 def _check_flag(name: str, value: bool) -> bool:
-    # A task's name in place of the flag would count as true, whatever the name.
+    # The name of a task, given as the flag, would always count as true.
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}; `True` or `False` is needed.")
     return value

@@ -12,7 +12,7 @@ import jinja2
 import torch
 from torch import Tensor
 
-from ..modeling.footprint import FORMS
+from ..modeling.footprint import FOOTPRINT_FORMS
 from ..modeling.modeling_rtl import RTLModel
 from . import markdown
 
@@ -228,7 +228,7 @@ def _footprint_table(model: RTLModel) -> str:
             markdown.size(footprint[form]),
             markdown.percent(footprint[form] / whole),
         ]
-        for form, words in FORMS.items()
+        for form, words in FOOTPRINT_FORMS.items()
     ]
     return markdown.table(["", "bytes", "", f"of {model.num_routes} plain networks"], rows)
 

@@ -30,18 +30,19 @@ def build_backbone(
 
     Args:
         source: a plain timm name (`"resnet18"`); a repo id (`"timm/resnet18.a1_in1k"`, `"bert-base-uncased"`); a
-            folder made by `save_pretrained`; a configuration; a transformers model, taken as it is; or a timm model,
-            whose weights are copied.
+            folder made by `save_pretrained`; a configuration; a transformers model, which is itself returned; or a
+            timm model, whose weights are copied.
         auto_class (`type`): the transformers Auto class of the task.
         pretrained (`bool`, *optional*): whether to load weights. Defaults to `True` for repo ids and folders, and to
             `False` for plain timm names.
-        seed (`int`, *optional*): seed of what is initialised afresh; a timm model then has the weights that
-            `timm.create_model` gives after `torch.manual_seed(seed)`. The global generator is left as it was.
-        **kwargs: to the backbone's configuration; for timm names, what is no label argument goes to
-            `timm.create_model`, as `in_chans=1`.
+        seed (`int`, *optional*): seed of newly initialised weights; a timm model then has the weights that
+            `timm.create_model` gives after `torch.manual_seed(seed)`. The global generator does not change.
+        **kwargs: fields of the backbone's configuration. For timm names, all but label arguments go to
+            `timm.create_model`, such as `in_chans=1`.
 
     Raises:
-        ValueError: an argument that does not go with the kind of `source`.
+        ValueError: an argument that the kind of `source` does not allow, or a model that contradicts the arguments or
+            that neither timm nor transformers knows.
         TypeError: `source` is none of these.
     """
     with _seeded(seed):
@@ -89,7 +90,7 @@ def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, An
     config = copy.deepcopy(config)
     for name, value in kwargs.items():
         if not hasattr(config, name):
-            hint = "; give what goes to timm.create_model as its `model_args`" if _is_timm(config) else ""
+            hint = "; give arguments of timm.create_model as its `model_args`" if _is_timm(config) else ""
             raise ValueError(f"`{name}` is no field of {type(config).__name__}{hint}.")
         setattr(config, name, value)
     if _is_timm(config):
@@ -131,12 +132,12 @@ def _wrap_timm_model(model: nn.Module, auto_class: Any, kwargs: dict[str, Any]) 
     labels.setdefault("num_labels", model.num_classes)
     config = TimmWrapperConfig(architecture=architecture, model_args=kwargs or None, **labels)
     if config.num_labels != model.num_classes:
-        raise ValueError(f"`backbone` has {model.num_classes} classes, but {config.num_labels} are asked for.")
+        raise ValueError(f"`backbone` has {model.num_classes} classes, but {config.num_labels} are requested.")
     return _wrapped(model, config, auto_class)
 
 
 def _wrapped(model: nn.Module, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
-    """`model` in a TimmWrapper. The wrapper initialises anew, so timm's own weights are loaded into it."""
+    """`model` in a TimmWrapper, which initialises weights anew: those of `model` are loaded into it."""
     wrapper = auto_class.from_config(config)
     own = {name: tensor.shape for name, tensor in wrapper.timm_model.state_dict().items()}
     given = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -144,7 +145,7 @@ def _wrapped(model: nn.Module, config: PreTrainedConfig, auto_class: Any) -> Pre
         differing = sorted(set(own.items()) ^ set(given.items()))[:3]
         raise ValueError(
             f"`backbone` is not what timm.create_model({config.architecture!r}, **{config.model_args or {}}) builds "
-            f"(see {', '.join(name for name, _ in differing)}); pass the arguments that it was made with, as "
+            f"(see {', '.join(name for name, _ in differing)}); pass the arguments that it was made with, such as "
             "`in_chans=1`."
         )
     wrapper.timm_model.load_state_dict(model.state_dict())

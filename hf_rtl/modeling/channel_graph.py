@@ -1,4 +1,4 @@
-"""Which channels of a network can never reach its outputs: follows channels through the graph of `torch.export`."""
+"""Finds channels that can never reach a network's outputs: follows them through the graph of `torch.export`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 aten: Any = torch.ops.aten
 
 _CONVOLUTIONS = {aten.conv1d: 1, aten.conv2d: 2, aten.conv3d: 3}
-# Ops over the last so many dimensions, each channel by itself, that give zero for zero.
+# Op -> number of last dimensions that it covers. Each op works on every channel by itself, and gives zero for zero.
 _SPATIAL = {
     aten.max_pool1d: 1,
     aten.max_pool2d: 2,
@@ -36,7 +36,7 @@ _SPATIAL = {
 }
 _COPIES = {aten.alias, aten.clone, aten._to_copy, aten.detach}
 _RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.flatten, aten.unflatten}
-# Ops of one element each that PyTorch does not tag as such.
+# Pointwise ops that PyTorch does not tag as pointwise.
 _POINTWISE = {aten.hardswish, aten.log_sigmoid}
 _LAYERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
 
@@ -46,7 +46,7 @@ class Channels:
     """
     The channels along dimension `dim` of a tensor.
 
-    `ids` names each; `value` holds, float64, the value that a channel has everywhere whatever the input, else NaN.
+    `ids` names each; `value`, `float64`, is the value that a channel has everywhere for every input, or NaN.
     """
 
     dim: int
@@ -56,7 +56,7 @@ class Channels:
 
 @dataclass
 class _Reader:
-    """A matrix that reads channels `inputs` to make channels `outputs`; `terms[o, i]`: whether it can add anything."""
+    """A matrix that makes channels `outputs` of channels `inputs`; `terms[o, i]`: whether i can add anything to o."""
 
     inputs: list[int]
     outputs: list[int]
@@ -67,16 +67,16 @@ class ChannelGraph:
     """
     The channels of an exported network, and which of them never matter.
 
-    A channel matters if some layer multiplies a value of it that can be other than zero by a weight other than zero,
-    to make a channel that matters. What is not understood makes the channels that enter it matter: transposed
-    convolutions, norms over channels, attention, splits, anything unknown.
+    A channel matters if it can be other than zero, and some layer multiplies it by a weight other than zero to make a
+    channel that matters. All channels matter that enter an op which is not understood: transposed convolutions, norms
+    over channels, attention, splits, anything unknown.
 
-    Channels that can only be removed together are made one: those added or multiplied elementwise, and inputs and
+    Channels that can only be removed together are united: those added or multiplied elementwise, and inputs and
     outputs of one group of a grouped convolution.
 
     Args:
         exported (`torch.export.ExportedProgram`): of `model` in evaluation mode, functional.
-        prefix (`str`): that stands before the names of parameters in it.
+        prefix (`str`): what stands before the names of parameters in `exported`.
         model (`nn.Module`): the network, float64.
     """
 
@@ -105,12 +105,12 @@ class ChannelGraph:
             elif node.op == "output":
                 self._release(node.all_input_nodes)
         read = {self._names[node] for node in self._names if node.users}
-        # What else reads channels is not known if the outputs do not depend on all parameters.
+        # If the outputs do not depend on all parameters, it is unknown what else reads channels.
         self.unread = sorted({canonical[name] for name, _ in model.named_parameters()} - read)
 
     def kept(self) -> dict[str, dict[int, Tensor]]:
         """
-        Name of a parameter or buffer -> dimension -> indices to keep along it, `int64`, for all that loses any.
+        Name of a parameter or buffer -> dimension -> indices to keep along it, `int64`; only of those that lose any.
 
         At least one channel is kept in every layer.
         """
@@ -120,11 +120,11 @@ class ChannelGraph:
         roots = np.array([self._root(id) for id in range(len(self._parents))], dtype=np.int64)
         dead = np.ones(len(roots), dtype=bool)
         dead[roots[np.array(self._fixed, dtype=np.int64)]] = False
-        # Backwards, so that it is known of a layer's outputs whether they matter.
+        # Backwards: whether a layer's outputs matter must be known before its inputs are judged.
         for reader in reversed(self._readers):
             read = reader.terms[~dead[roots[reader.outputs]]].any(axis=0)
             dead[roots[reader.inputs][read]] = False
-        # A layer needs a channel. What this one holds does not matter, so neither does what it reads.
+        # Every layer needs a channel. The one kept here does not matter, so neither does what it reads.
         axes = [roots[ids] for dims in self._layout.values() for ids in dims.values()]
         while any(dead[axis].all() for axis in axes):
             for axis in axes:
@@ -148,7 +148,7 @@ class ChannelGraph:
         return self._parents[first:]
 
     def _unknown(self, dim: int, count: int) -> Channels:
-        """Channels of what is not followed, which all matter."""
+        """Channels of a tensor that is not followed: all of them matter."""
         ids = self._fresh(count)
         self._fixed += ids
         return Channels(dim, ids, torch.full((count,), math.nan, dtype=torch.float64))
@@ -164,13 +164,13 @@ class ChannelGraph:
             self._parents[self._root(id)] = self._root(other)
 
     def _bind(self, node: Node, dim: int, ids: list[int]) -> None:
-        """Says that the parameter at `node` has a slice for each of `ids` along `dim`."""
+        """Records that the parameter at `node` has a slice for each of `ids` along `dim`."""
         bound = self._layout.setdefault(self._names[node], {}).setdefault(dim, ids)
         if bound is not ids:
             self._unite(bound, ids)
 
     def _release(self, nodes: Iterable[Node]) -> None:
-        """Gives up on following what `nodes` hold: their channels matter, and parameters keep their shapes."""
+        """Stops following `nodes`: their channels matter, and their parameters keep their shapes."""
         for node in nodes:
             if node in self._channels:
                 self._fixed += self._channels[node].ids
@@ -243,7 +243,7 @@ class ChannelGraph:
         return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, (out_dim, 1 - out_dim))
 
     def _channels_along(self, node: Node, dim: int) -> Channels | None:
-        """The channels of `node` if they lie along `dim`; others are given up."""
+        """The channels of `node` if they lie along `dim`; others are no longer followed."""
         channels = self._channels.get(node)
         if channels is None or channels.dim == dim:
             return channels
@@ -310,7 +310,7 @@ class ChannelGraph:
         if not others:
             values = {source: channels.value.nan_to_num() for source, channels in tracked.items()}
             for source, constant in values.items():
-                if not source.meta["val"].is_floating_point():  # a comparison: `where` takes nothing but `bool`
+                if not source.meta["val"].is_floating_point():  # a comparison: `where` takes only `bool`
                     values[source] = constant.to(source.meta["val"].dtype)
             target: Any = node.target
             result = target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
@@ -385,7 +385,7 @@ def _is_pointwise(target: Any) -> bool:
 
 
 def _arguments(node: Node) -> list[Any]:
-    """The positional arguments, and `None` for those left out, of which there are fewer than eight."""
+    """The positional arguments, then eight `None` for those left out."""
     return [*node.args, *[None] * 8]
 
 
@@ -400,8 +400,8 @@ def _split(ids: list[int], parts: int) -> list[list[int]]:
 
 def _tensors(model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, str], set[str]]:
     """
-    Parameters and buffers under all their names; each name's first one; the first names of those that belong to
-    layers of known kinds alone.
+    Parameters and buffers under all their names; every name -> the first name of its tensor; the first names of the
+    tensors that only layers of known kinds hold.
     """
     tensors: dict[str, Tensor] = {}
     canonical: dict[str, str] = {}

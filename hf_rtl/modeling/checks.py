@@ -1,4 +1,4 @@
-"""Checks of single arguments: each error names the argument, what came and what is allowed."""
+"""Checks of single arguments: each error names the argument, the given value and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def check_integer(name: str, value: Any, *, minimum: int | None = None) -> int:
-    """`value` as an `int`. Raises `TypeError` for another type, `bool` too, and `ValueError` below `minimum`."""
+    """`value` as an `int`. Raises `TypeError` for another type, also `bool`, and `ValueError` below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}, a `{type(value).__name__}`.")
     if minimum is not None and value < minimum:
@@ -23,7 +23,7 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None) -> int:
 
 
 def check_number(name: str, value: Any) -> float:
-    """`value` as a `float`. Raises `TypeError` for what is no real number, `bool` too."""
+    """`value` as a `float`. Raises `TypeError` unless it is a real number, and for `bool`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}, a `{type(value).__name__}`.")
     return float(value)

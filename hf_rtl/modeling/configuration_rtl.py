@@ -1,4 +1,4 @@
-"""Configuration of a routed model, and what a configuration may name."""
+"""Configuration of a routed model, and checks of what a configuration may name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .mask_bank import check_route_names
 
 
 VERSION = "0.1.0.dev0"
-# Version of the files that `save_pretrained` writes: one more with every change that an older version cannot read.
+# Version of the files that `save_pretrained` writes. It grows with every change that older versions cannot read.
 FORMAT_VERSION = 1
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
@@ -32,31 +32,31 @@ class RTLConfig(PreTrainedConfig):
     r"""
     Configuration of an [`RTLModel`].
 
-    It nests the whole configuration of the backbone, so that loading looks nothing up by name. Usually made by
-    `RTLModelFor….from_backbone`.
+    It holds the whole configuration of the backbone, so that loading looks up nothing by name. Usually
+    `RTLModelFor….from_backbone` makes it.
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`): the backbone's configuration, head and labels included.
         route_names (`list[str]`): one distinct name per route; K = `num_routes` is their number.
         ticket_task (`str`): `"membership"`, a ticket answers "is this mine?" with one logit; needs two routes or more.
             `"labels"`, a ticket predicts the task's labels on its own data.
-        norm_statistics (`str`, *optional*, defaults to `"per_route"`): whose running mean and variance normalisation
-            layers use: each ticket its own, or `"shared"` (the paper's).
-        private_parameters (`list[str]`, *optional*): `fnmatch` patterns of parameters that every route has for itself,
-            as norms, biases and head; of those that no mask covers and that are not tied. Default: none.
+        norm_statistics (`str`, *optional*, defaults to `"per_route"`): which running mean and variance normalisation
+            layers use: each ticket's own, or `"shared"` ones (the paper's).
+        private_parameters (`list[str]`, *optional*): `fnmatch` patterns of parameters of which every route has its own
+            copy, such as norms, biases and head. No mask may cover them, and they may not be tied. Default: none.
         prunable (`list[tuple[str, list[int]]]`): names and shapes of the prunable weights, in the mask bank's order.
         prune_include (`list[str]`, *optional*), prune_exclude (`list[str]`, *optional*): the patterns that led to
             `prunable`, kept for the record.
         router (`str`, *optional*, defaults to `"given"`): what decides an input's route when the caller does not:
             nothing, or a router (`"score"`, `"centroid"`, `"entropy"`, see `routers.py`), which the trainer fits.
         router_features (`int`, *optional*): number of features of a `"centroid"` router.
-        router_threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
-            takes `router_fallback`.
+        router_threshold (`float`, *optional*, defaults to 0): a sample takes `router_fallback` if its likeliest route
+            is less probable than this.
         router_fallback (`str`, *optional*): the name of a route; `None` for the union of all tickets.
         thresholds (`list[float]`, *optional*): per route, the logit above which a calibrated membership ticket says
             yes.
         mask_fingerprint (`str`, *optional*): hash of the mask bank, written on save and checked on load.
-        base (`dict`, *optional*): which weights these are, written on save: their `fingerprint` (see `hashing.py`),
+        base (`dict`, *optional*): identity of the weights, written on save: their `fingerprint` (see `hashing.py`),
             and if they came from the Hub, `repo` and `revision`.
         added_routes (`list[str]`, *optional*): routes whose tickets were added to that base later.
         compact (`dict[str, str]`, *optional*): how the masks of a compact file are coded (see `model_file.py`); `None`
@@ -110,7 +110,7 @@ class RTLConfig(PreTrainedConfig):
         named_code = kwargs.pop("auto_map", None)
         _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
         _check_named_code(named_code)
-        # It counts only where this module was itself loaded from a repository: here the installed classes are used.
+        # Kept only if this module was itself loaded from a repository; otherwise the installed classes are used.
         if named_code and self._auto_class is not None:
             kwargs["auto_map"] = named_code
         self.backbone_config = _checked_backbone_config(self.backbone_config)
@@ -138,7 +138,7 @@ class RTLConfig(PreTrainedConfig):
         self.problem_type = (
             "multi_label_classification" if self.ticket_task == "membership" else self.backbone_config.problem_type
         )
-        # Out of sight meanwhile: without a choice of its own, it would reset the backbone's attention implementation.
+        # Hidden from the base class, which would reset the backbone's attention implementation if none is set here.
         backbone_config, self.backbone_config = self.backbone_config, None
         super().__post_init__(**kwargs)
         self.backbone_config = backbone_config
@@ -149,19 +149,19 @@ class RTLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is of another kind of model, or of none."""
+        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is not of this kind of model."""
         model_type = config_dict.get("model_type")
         if model_type is None:
             raise ValueError(
                 "there is no `config.json` of a model here, or it lacks its `model_type`. Tickets that were saved "
-                "without their model are added to it: `model.load_tickets(…)`."
+                "without a model are added to a copy of it: `model.load_tickets(…)`."
             )
         if model_type != cls.model_type:
             raise ValueError(
                 f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "
-                "backbone of one with `RTLModelFor….from_backbone(name, …)`."
+                "backbone of a routed model: `RTLModelFor….from_backbone(name, …)`."
             )
-        # Before anything else of it is looked at, which may have another meaning.
+        # First, since other fields may have another meaning in a newer format.
         check_format_version(config_dict, FORMAT_VERSION, "the model")
         return super().from_dict(config_dict, **kwargs)
 
@@ -170,7 +170,7 @@ class RTLConfig(PreTrainedConfig):
         return len(self.route_names)
 
     def change_routes(self, route_names: Sequence[str], thresholds: list[float] | None) -> None:
-        """Other routes, with what follows from them. Raises `ValueError` before anything is changed."""
+        """Sets other routes and the fields that follow from them. Raises `ValueError` before anything is changed."""
         changed = copy.copy(self)
         changed.route_names, changed.thresholds = check_route_names(route_names), thresholds
         changed.added_routes = [name for name in self.added_routes if name in changed.route_names]
@@ -269,12 +269,12 @@ class RTLConfig(PreTrainedConfig):
 
 def _checked_patterns(patterns: Any) -> list[str]:
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
-        raise ValueError(f"`private_parameters` must be a list of patterns, as ['*.bias'], got {patterns!r}.")
+        raise ValueError(f"`private_parameters` must be a list of patterns, such as ['*.bias'], got {patterns!r}.")
     return list(patterns or ())
 
 
 def check_format_version(saved: Mapping[str, Any], known: int, what: str) -> None:
-    """Raises `ValueError` if files were written in a newer format than `known`. `what` they are, for the message."""
+    """Raises `ValueError` if files were written in a newer format than `known`. `what` names them in the message."""
     version = saved.get("format_version", 1)
     if type(version) is not int or version > known:
         raise ValueError(
@@ -287,7 +287,7 @@ def _checked_backbone_config(config: Any) -> PreTrainedConfig:
     """
     A backbone configuration from a mapping or an instance.
 
-    Nothing is looked up, opened or run: a key that would have to is refused, at any depth.
+    Nothing is looked up, opened or run: a key that would need this is refused, at any depth.
     """
     if isinstance(config, PreTrainedConfig):
         _refuse_outside_names(config.to_dict())

@@ -18,17 +18,17 @@ from torch import Tensor
 from .hashing import hash_tensors
 
 
-METADATA = "hf_rtl"  # the entry in the header of tensor files: JSON
+METADATA_KEY = "hf_rtl"  # of the JSON entry in the header of tensor files
 
 
 def write_json(file: Path, value: Any, *, owner: str = "") -> None:
-    """Writes JSON so that `file` is either as it was or whole. `owner` is part of the name of the file beside."""
+    """Writes JSON so that `file` is never half-written. `owner` is part of the temporary file's name."""
     with _beside(file, owner) as beside:
         beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def json_values(value: Any) -> Any:
-    """`value`, however nested, with `None` for NaN and infinities, which JSON and YAML have no number for."""
+    """`value`, nested to any depth, with `None` in place of NaN and infinities: JSON and YAML lack these numbers."""
     if isinstance(value, Mapping):
         return {name: json_values(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -37,29 +37,29 @@ def json_values(value: Any) -> Any:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Writes `content` so that `file` is either as it was or whole."""
+    """Writes `content` so that `file` is never half-written."""
     with _beside(file) as beside:
         beside.write_bytes(content)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, owner: str = "", **metadata: str) -> None:
     """
-    Writes tensors with a hash of their content and `metadata`, so that `file` is either as it was or whole. Equal
-    arguments give equal bytes. `owner` is part of the name of the file beside.
+    Writes tensors with a hash of their content and `metadata`, so that `file` is never half-written. Equal arguments
+    give equal bytes. `owner` is part of the temporary file's name.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry, since safetensors writes several in any order.
+    # One entry, since safetensors writes several in arbitrary order.
     described = json.dumps({**metadata, "sha256": hash_tensors(contiguous)}, sort_keys=True)
     with _beside(file, owner) as beside:
-        save_file(contiguous, beside, metadata={METADATA: described})
+        save_file(contiguous, beside, metadata={METADATA_KEY: described})
 
 
 def read_tensors(file: Path) -> dict[str, Tensor] | None:
-    """The tensors that `write_tensors` wrote; `None` if the file is missing, torn or altered."""
+    """The tensors that `write_tensors` wrote; `None` if the file is missing, incomplete or altered."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            expected = json.loads(opened.metadata()[METADATA])["sha256"]
+            expected = json.loads(opened.metadata()[METADATA_KEY])["sha256"]
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tensors if expected == hash_tensors(tensors) else None
@@ -67,8 +67,8 @@ def read_tensors(file: Path) -> dict[str, Tensor] | None:
 
 def move_files(source: Path, target: Path, *, last: str, stale: str) -> None:
     """
-    Moves the files of `source` into the folder `target`, each whole, the file `last` after the others. If some match
-    the pattern `stale`, others in `target` that match it are of an earlier save, and removed.
+    Moves the files of `source` into the folder `target`, each whole, the file `last` after the others. If any of them
+    match the pattern `stale`, older files in `target` that match it are from an earlier save and are removed.
     """
     target.mkdir(exist_ok=True)
     files = sorted(source.iterdir(), key=lambda file: file.name == last)
@@ -83,7 +83,7 @@ def move_files(source: Path, target: Path, *, last: str, stale: str) -> None:
 
 @contextmanager
 def _beside(file: Path, owner: str = "") -> Iterator[Path]:
-    """A path beside `file` that gets its name once it is written, or is removed."""
+    """A temporary path beside `file`: renamed to `file` once it is written, removed on an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{owner}{os.getpid()}.tmp")
     try:

@@ -12,8 +12,8 @@ from .private_parameters import PrivateParameters
 from .prunable import parameter_aliases, parameter_at
 
 
-# Keys of `footprint` -> what the bytes are of; {} stands for the number of routes.
-FORMS = {
+# Keys of `footprint` -> what the bytes hold; {} stands for the number of routes.
+FOOTPRINT_FORMS = {
     "full_bytes": "files as `save_pretrained` writes them: all weights, raw masks",
     "compact_bytes": "files of `compact=True`: without what no ticket keeps, masks coded",
     "total_bytes": "the least that all tickets need: the three lines below",
@@ -29,7 +29,7 @@ FORMS = {
 
 
 def human_bytes(num_bytes: int) -> str:
-    """Bytes as people say them: decimal units, three digits."""
+    """A number of bytes as text, in decimal units with three digits."""
     value, unit = float(num_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -46,29 +46,29 @@ def footprint(
     router: nn.Module | None,
 ) -> dict[str, int]:
     """
-    Bytes of the tensors of a routed model in every form, and of K models of one ticket each. The headers of files, a
-    few kilobytes, come on top.
+    Bytes of the tensors of a routed model in every form, and of K models of one ticket each. The headers of files add
+    a few kilobytes.
 
     Returns:
-        What there is:
+        What the tickets need:
         - `union_bytes`: weights that any ticket keeps;
         - `mask_bytes`, `coded_mask_bytes`: masks as raw bits, and as the compact form has them;
         - `dense_bytes`: what no mask covers, that is the other parameters and buffers, the statistics and private
           parameters of all routes, and the router;
         - `total_bytes`: union, raw masks and dense.
 
-        What files hold, also what no ticket needs:
-        - `full_bytes`: as `save_pretrained` writes it;
-        - `compact_bytes`: as `save_pretrained(compact=True)` does;
-        - `tickets_bytes`: the ticket files of all routes, for others who have the weights.
+        What files hold:
+        - `full_bytes`: the files of `save_pretrained`;
+        - `compact_bytes`: the files of `save_pretrained(compact=True)`;
+        - `tickets_bytes`: the ticket files of all routes, for use with a copy of the weights.
 
-        One model per route instead, every one with its own dense part:
+        One model per route instead, each with its own dense part:
         - `independent_full_bytes`: plain models, as `extract_ticket` gives them;
         - `independent_bytes`, `independent_compact_bytes`: their kept weights with a mask as raw bits, or coded.
     """
     aliases = parameter_aliases(backbone)
     weights = [parameter_at(aliases[name][0]) for name in bank.weight_names]
-    # Tied tensors have several names, and are saved once.
+    # A tied tensor has several names but is saved once.
     saved = {tensor.data_ptr(): tensor.nbytes for tensor in backbone.state_dict().values()}
     num_bytes = sum(saved.values())
     prunable = sum(weight.nbytes for weight in weights)

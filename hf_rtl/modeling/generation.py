@@ -1,4 +1,4 @@
-"""`generate` of routed language models: the backbone's own, through the tickets of a batch."""
+"""`generate` of routed language models: the backbone's own `generate`, through the tickets of a batch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .routed_model import RoutedModel
 
 
 _SETTINGS = vars(GenerationConfig()).keys()
-# Arguments of `generate` that are of the whole batch, and cannot be split by route or shared by the routes.
+# Arguments of `generate` for the whole batch, which can neither be split by route nor shared by routes.
 _WHOLE_BATCH_ARGUMENTS = {
     "streamer": "a streamer follows a single batch",
-    "prefix_allowed_tokens_fn": "it is told positions in the batch",
-    **dict.fromkeys(("cache", "past_key_values", "encoder_outputs"), "it is what one ticket has computed"),
+    "prefix_allowed_tokens_fn": "it gets positions in the batch",
+    **dict.fromkeys(("cache", "past_key_values", "encoder_outputs"), "one ticket has computed it"),
 }
 
 
-# transformers takes for able to generate what has a base with `GenerationMixin` in its name.
+# For transformers a class can generate if one of its bases has `GenerationMixin` in its name.
 class RoutedGenerationMixin(RoutedModel):
     """
     The part of [`RTLModelForCausalLM`] and [`RTLModelForSeq2SeqLM`] that generates.
@@ -33,11 +33,11 @@ class RoutedGenerationMixin(RoutedModel):
     `generation_config` is the backbone's own, the same object. It is saved with the model and loaded with it.
     """
 
-    output_modalities = ("text",)  # pipelines ask for it
+    output_modalities = ("text",)  # pipelines read it
 
     def __init__(self, config: RTLConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
-        # A backbone of the caller's own may have no more than a `forward`.
+        # A caller's own backbone may have only a `forward`.
         self.can_generate = self.backbone.can_generate
 
     @property
@@ -46,7 +46,7 @@ class RoutedGenerationMixin(RoutedModel):
 
     @generation_config.setter
     def generation_config(self, generation_config: GenerationConfig) -> None:
-        # `PreTrainedModel` makes one from the configuration before there is a backbone, which brings a better one.
+        # `PreTrainedModel` sets one made from the configuration before the backbone exists, whose own is better.
         if "backbone" in self._modules:
             self.backbone.generation_config = generation_config
 
@@ -60,29 +60,28 @@ class RoutedGenerationMixin(RoutedModel):
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """
-        As `generate` of transformers, through tickets, each of which is put in place once for a whole generation.
+        `generate` of transformers, through tickets. Each ticket is put in place once for a whole generation.
 
         A batch of several routes is generated route by route, in ascending order, the union first. So `do_sample=True`
-        draws random numbers for one route after the other, and what is passed along, as a logits processor, sees one
-        route's samples at a time.
+        draws random numbers for one route after the other, and a logits processor sees one route's samples at a time.
 
         Args:
-            inputs (`Tensor`, *optional*): the prompts, `int64 [batch, length]`; also as `input_ids`. Of models that
-                have no encoder they are padded on the left.
+            inputs (`Tensor`, *optional*): the prompts, `int64 [batch, length]`, also accepted as `input_ids`. For
+                models without an encoder they are padded on the left.
             generation_config (`GenerationConfig`, *optional*): by default the model's.
-            route_ids (`int`, `str`, `Tensor` or `list`, *optional*): as of `forward`. `None`: the route of a view or
-                of the active `route_context`, or else the one that the model's router finds for each prompt.
-            **kwargs: to the backbone's `generate`, as `attention_mask`, `max_new_tokens`, `num_beams`.
+            route_ids (`int`, `str`, `Tensor` or `list`, *optional*): see `forward`. `None`: the route of a view or of
+                the active `route_context`, or else the one that the model's router finds for each prompt.
+            **kwargs: to the backbone's `generate`, such as `attention_mask`, `max_new_tokens`, `num_beams`.
 
         Returns:
             `Tensor`, `int64 [batch * num_return_sequences, length]`, in the batch's order. Samples of several routes
-            are padded at the end, with the pad token, to the longest one. Of one route what the backbone gives, also a
-            `ModelOutput`.
+            are padded at the end, with the pad token, to the longest one. For one route, the backbone's own return
+            value, which may be a `ModelOutput`.
 
         Raises:
-            ValueError: nobody tells the route; bad `route_ids`; or, for a batch of several routes or one that the
-                router may find several in, an argument that is of one batch: `return_dict_in_generate=True`,
-                `streamer`, `prefix_allowed_tokens_fn`, a cache or `encoder_outputs`.
+            ValueError: there is neither a route nor a router; bad `route_ids`; or, for a batch in which there are or
+                may be several routes, an argument that only a batch of one route allows:
+                `return_dict_in_generate=True`, `streamer`, `prefix_allowed_tokens_fn`, a cache or `encoder_outputs`.
         """
         arguments = dict(kwargs)
         if generation_config is not None:
@@ -98,14 +97,14 @@ class RoutedGenerationMixin(RoutedModel):
             self._require_router()
         if not samples and not isinstance(route_ids, (int, str)):
             raise ValueError(
-                f"`input_ids` is missing, and `route_ids` = {route_ids}. Without a prompt there is a single sample, "
-                f"whose route must be told by an index or a name, as in `generate(route_ids={self.route_names[0]!r})`."
+                f"`input_ids` is missing, and `route_ids` = {route_ids}. Without a prompt there is a single sample; "
+                f"give its route as an index or a name, as in `generate(route_ids={self.route_names[0]!r})`."
             )
         if route_ids is None:
             routes = self._infer_from_prompts(samples, arguments)
         else:
-            told = read_route_ids(route_ids, samples, self.route_index)
-            routes = [told] if isinstance(told, int) else told
+            given = read_route_ids(route_ids, samples, self.route_index)
+            routes = [given] if isinstance(given, int) else given
         if len(set(routes)) == 1:
             with self.route_context(routes[0]):
                 return self.backbone.generate(**arguments)
@@ -113,7 +112,7 @@ class RoutedGenerationMixin(RoutedModel):
 
     def _infer_from_prompts(self, samples: dict[str, Tensor], arguments: dict[str, Any]) -> list[int]:
         if any(len(value) > 1 for value in samples.values()):
-            # Before anything is decided, so that whether a call is refused does not hang on what the prompts say.
+            # Before the router decides, so that whether a call is refused does not depend on the prompts.
             self._refuse_whole_batch_arguments(arguments)
         prompts = {name: value for name, value in samples.items() if not name.startswith("negative_prompt_")}
         if "inputs" in prompts:
@@ -125,7 +124,7 @@ class RoutedGenerationMixin(RoutedModel):
         return self.infer_routes(**prompts).route_ids.tolist()
 
     def _generate_mixed(self, samples: dict[str, Tensor], arguments: dict[str, Any], routes: list[int]) -> Tensor:
-        """Each route's samples as if alone, in the batch's order."""
+        """Generates each route's samples separately, and returns all in the batch's order."""
         self._refuse_whole_batch_arguments(arguments)
         groups = group_by_route(routes, self.device)
         generated = []
@@ -138,8 +137,8 @@ class RoutedGenerationMixin(RoutedModel):
         pad_token = self._pad_token(arguments)
         if len(lengths) > 1 and pad_token is None:
             raise ValueError(
-                f"sequences of {sorted(lengths)} tokens came out for the routes of this batch, and there is neither a "
-                "`pad_token_id` nor an `eos_token_id` to pad the shorter ones with: pass `pad_token_id=`."
+                f"the routes of this batch have generated sequences of {sorted(lengths)} tokens, and there is neither "
+                "a `pad_token_id` nor an `eos_token_id` to pad the shorter ones with: pass `pad_token_id=`."
             )
         shape = (len(routes), generated[0].shape[1], max(lengths))
         merged = generated[0].new_full(shape, 0 if pad_token is None else pad_token)
@@ -153,27 +152,27 @@ class RoutedGenerationMixin(RoutedModel):
             refused["return_dict_in_generate"] = "scores and caches of several routes cannot be merged"
         for name, why in refused.items():
             raise ValueError(
-                f"`{name}` does not go with a batch whose samples may be of several routes: {why}. Leave it out, or "
-                "call `generate` once per route, with an index or a name as `route_ids`; `infer_routes` tells what a "
-                "router would decide."
+                f"`{name}` is not allowed for a batch whose samples may be of several routes: {why}. Leave it out, or "
+                "call `generate` once per route, with an index or a name as `route_ids`; `infer_routes` gives the "
+                "router's decision."
             )
 
     def _setting(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """What goes for a generation: what the call says, then its `generation_config`, then the model's."""
+        """A setting of the generation: from the call, else from its `generation_config`, else from the model's."""
         if name in arguments:
             return arguments[name]
         given = getattr(arguments.get("generation_config"), name, None)
         return getattr(self.generation_config, name) if given is None else given
 
     def _pad_token(self, arguments: Mapping[str, Any]) -> int | None:
-        """As transformers has it, the (first) end token where there is no pad token."""
+        """The pad token; without one, as in transformers, the first end token."""
         pad_token, end_tokens = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
         if pad_token is None and end_tokens is not None:
             return int(torch.as_tensor(end_tokens).flatten()[0])
         return pad_token
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Without it, pipelines of transformers 5.17 would not use their defaults, as to sample."""
+        """Without it, pipelines of transformers 5.17 would not use their defaults, such as sampling."""
         return self.backbone._prepare_generation_config(*args, **kwargs)
 
     def adjust_generation_fn(
@@ -186,8 +185,8 @@ class RoutedGenerationMixin(RoutedModel):
         **kwargs: Any,
     ) -> None:
         """
-        Called by `from_pretrained`, to load `generation_config.json`. Other than transformers' own it never runs a
-        `generate` that a repository brings.
+        Called by `from_pretrained`, to load `generation_config.json`. Unlike transformers' own method, it never runs a
+        `generate` from a repository.
         """
         if generation_config is not None:
             self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
@@ -197,7 +196,7 @@ class RoutedGenerationMixin(RoutedModel):
                 pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
             )
         except OSError:
-            # Saved without one. The backbone has made its own from its configuration.
+            # The model was saved without one. The backbone has made its own from its configuration.
             return
 
 

@@ -1,4 +1,4 @@
-"""Hashes: of files, of tensors, and of weights so that they are known again after a cast to a smaller type."""
+"""Hashes of files, of tensors, and of weights; those of weights still match after a cast to a smaller type."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def hash_file(file: Path) -> str:
 
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
-    Hashes of tensors as they are stored, and as they would be stored after a cast: type, as `"float32"` -> the first
-    64 bits of the SHA-256 of their names and bytes. Shapes do not count.
+    Hashes of tensors as they are stored, and as they would be stored after a cast: a type, such as `"float32"` -> the
+    first 64 bits of the SHA-256 of their names and bytes. Shapes do not count.
     """
     return {_name(dtype): _hash(tensors, dtype) for dtype in _casts(tensors)}
 
 
 def matches_fingerprint(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> bool:
     """
-    Whether `tensors` are those that `known` are the [`hashes`] of, or these rounded to a smaller type, also if that
-    was cast back since.
+    Whether `tensors` are those with the [`hashes`] `known`, or those rounded to a smaller type, even if the rounded
+    ones were cast back.
     """
     return any(
         _name(dtype) in known

@@ -21,7 +21,7 @@ def savable_processor(processing_class: Any) -> Any:
 
     Raises:
         TypeError: it has no `save_pretrained`.
-        ValueError: as of `image_processor_from_timm`.
+        ValueError: see `image_processor_from_timm`.
     """
     if isinstance(processing_class, TimmWrapperImageProcessor):
         return image_processor_from_timm(processing_class)
@@ -39,16 +39,16 @@ def image_processor_from_timm(source: TimmWrapperImageProcessor | Mapping[str, A
     An image processor of transformers that does what timm's transform for evaluation does, and can be saved.
 
     Its pixels are timm's, except where the two round the middle of an image differently: along a side that 3, 7, 11, …
-    pixels are cut from, the crop lies one pixel before timm's. Saved and loaded again it resizes with torchvision
-    instead of PIL, which on photographs changes values of 0 to 255 by at most 1 (bilinear) or mostly by 1 or 2, rarely
-    up to 8 (bicubic); `AutoImageProcessor.from_pretrained(…, backend="pil")` loads it as it was.
+    pixels are cut from, the crop lies one pixel before timm's. Once saved and loaded, it resizes with torchvision
+    instead of PIL. On photographs this changes values of 0 to 255 by at most 1 (bilinear), or mostly by 1 or 2 and
+    rarely by up to 8 (bicubic); `AutoImageProcessor.from_pretrained(…, backend="pil")` loads it with PIL again.
 
     Args:
         source (`TimmWrapperImageProcessor` or `dict`): what `AutoImageProcessor.from_pretrained("timm/…")` gives, or
-            the data configuration of a timm model, as of `timm.data.resolve_model_data_config(model)`.
+            the data configuration of a timm model, from `timm.data.resolve_model_data_config(model)`.
 
     Raises:
-        ValueError: a transform that no image processor of transformers has, and what to change.
+        ValueError: no image processor of transformers does this transform; the message says what to change.
     """
     config = dict(source.data_config if isinstance(source, TimmWrapperImageProcessor) else source)
     if config.keys() != _KEYS:

@@ -1,4 +1,4 @@
-"""The mask bank: the boolean masks of all routes, packed one bit per weight. Knows tensors, nothing of models."""
+"""The mask bank: the boolean masks of all routes, packed one bit per weight. Knows tensors, but no models."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class MaskBank(nn.Module):
 
     @classmethod
     def from_masks(cls, weight_names: Sequence[str], masks: dict[str, Sequence[Tensor]]) -> MaskBank:
-        """A bank of the given `masks`: route name -> list of `bool` tensors, one per name in `weight_names`."""
+        """A bank of `masks`: route name -> one `bool` tensor per name in `weight_names`. `ValueError` if none."""
         if not masks:
             raise ValueError("`masks` is empty; a bank needs at least one route.")
         first = next(iter(masks.values()))
@@ -109,7 +109,7 @@ class MaskBank(nn.Module):
         return [self.get_buffer(f"m{layer:04d}") for layer in range(len(self.shapes))]
 
     def route_index(self, route: int | str) -> int:
-        """Index of a route given by name or index. Raises `ValueError` for an unknown one, listing the known."""
+        """Index of a route given by name or index. Raises `ValueError` if it is unknown, `TypeError` if neither."""
         if isinstance(route, str):
             if route not in self.route_names:
                 raise ValueError(f"unknown route {route!r}; the routes are {self._listed()}.")
@@ -149,8 +149,8 @@ class MaskBank(nn.Module):
 
     def packed_union(self, routes: Sequence[int] | None = None) -> list[Tensor]:
         """The union of the given routes (default all) as packed rows `uint8 [ceil(n/8)]`, one per weight."""
-        rows_of = (rows if routes is None else rows[list(routes)] for rows in self.packed)
-        return [fold(rows, torch.bitwise_or) for rows in rows_of]
+        chosen = (rows if routes is None else rows[list(routes)] for rows in self.packed)
+        return [fold(rows, torch.bitwise_or) for rows in chosen]
 
     def count(self, *, per_layer: bool = False) -> Tensor:
         """Number of kept weights: `int64 [num_routes]`, or `[num_layers, num_routes]` with `per_layer`."""
@@ -180,7 +180,7 @@ class MaskBank(nn.Module):
 
     def similarity(self, *, per_layer: bool = False) -> Tensor:
         """
-        Jaccard similarity of every pair of tickets, |m_i ∩ m_j| / |m_i ∪ m_j| (paper section 4.4).
+        Jaccard similarity of every pair of tickets, |m_i ∩ m_j| / |m_i ∪ m_j| (paper, section 4.4).
 
         Returns:
             `float64 [num_routes, num_routes]`, or `[num_layers, num_routes, num_routes]` with `per_layer`. NaN where
@@ -192,8 +192,8 @@ class MaskBank(nn.Module):
 
     def chance_similarity(self, *, per_layer: bool = False) -> Tensor:
         """
-        The Jaccard similarity that independent random masks have which keep as many weights in every layer, in the
-        shape of `similarity`; see [`expected_similarity`]. The diagonal holds the value for two such masks.
+        The expected Jaccard similarity of independent random masks that keep as many weights in every layer, in the
+        shape of `similarity`; see [`expected_similarity`]. The diagonal, too, is for two independent masks.
         """
         kept, sizes = self.count(per_layer=True), self._sizes().view(-1)
         if per_layer:
@@ -209,7 +209,7 @@ class MaskBank(nn.Module):
     # Changing
 
     def __setitem__(self, route: int | str, masks: Sequence[Tensor]) -> None:
-        """Replaces the mask of one route. Nothing is changed unless all of `masks` fit."""
+        """Replaces the mask of one route. Raises `ValueError`, and changes nothing, unless all of `masks` fit."""
         self.set_packed(route, self.pack(masks))
 
     def set_packed(self, route: int | str, packed: Sequence[Tensor]) -> None:
@@ -220,7 +220,7 @@ class MaskBank(nn.Module):
         self.num_changes += 1
 
     def add_route(self, name: str, masks: Sequence[Tensor]) -> None:
-        """Appends a route."""
+        """Appends a route. Raises `ValueError` if its name is taken or its mask does not fit."""
         names = check_route_names([*self.route_names, name])
         packed = self.pack(masks)
         self._replace(
@@ -229,20 +229,21 @@ class MaskBank(nn.Module):
         )
 
     def drop_route(self, route: int | str) -> None:
-        """Removes a route; those behind it move up by one. The last route cannot be removed."""
+        """Removes a route; later ones move up by one. Raises `ValueError` if it is unknown or the only one."""
         index = self.route_index(route)
-        self.reorder([k for k in range(self.num_routes) if k != index], _subset=True)
-
-    def reorder(self, routes: Sequence[int | str], *, _subset: bool = False) -> None:
-        """Puts the routes into the given order, which must name each of them once."""
-        order = [self.route_index(route) for route in routes]
-        if not order:
+        if self.num_routes == 1:
             raise ValueError("a bank needs at least one route; this would remove the last.")
-        if not _subset and sorted(order) != list(range(self.num_routes)):
+        self._select([k for k in range(self.num_routes) if k != index])
+
+    def reorder(self, routes: Sequence[int | str]) -> None:
+        """Puts the routes into the given order. Raises `ValueError` unless it names each of them once."""
+        order = [self.route_index(route) for route in routes]
+        if sorted(order) != list(range(self.num_routes)):
             raise ValueError(f"`routes` must name each of {self._listed()} once, got {list(routes)}.")
-        self._replace([self.route_names[k] for k in order], [rows[order] for rows in self.packed])
+        self._select(order)
 
     def rename_route(self, route: int | str, name: str) -> None:
+        """Gives a route another name. Raises `ValueError` if the route is unknown, or the name taken or empty."""
         index = self.route_index(route)
         self.route_names = check_route_names([*self.route_names[:index], name, *self.route_names[index + 1 :]])
 
@@ -251,7 +252,7 @@ class MaskBank(nn.Module):
         Checks type, shapes and padding of the stored masks and, if given, their fingerprint.
 
         Raises:
-            ValueError: naming the buffer and what is wrong.
+            ValueError: the stored masks are wrong; the message says which buffer and how.
         """
         for layer, (shape, rows) in enumerate(zip(self.shapes, self.packed, strict=True)):
             expected = (self.num_routes, -(-shape.numel() // 8))
@@ -296,6 +297,10 @@ class MaskBank(nn.Module):
         """The mask of packed rows: `bool` tensors of the weights' shapes."""
         return [unpack(row, shape) for row, shape in zip(packed, self.shapes, strict=True)]
 
+    def _select(self, order: Sequence[int]) -> None:
+        """Keeps the routes with these indices, in this order."""
+        self._replace([self.route_names[k] for k in order], [rows[order] for rows in self.packed])
+
     def _replace(self, route_names: list[str], packed: Sequence[Tensor]) -> None:
         self.route_names = route_names
         for layer, rows in enumerate(packed):
@@ -308,20 +313,20 @@ def expected_similarity(kept: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     Mean and variance of the Jaccard similarity, over all weights together, of independent random masks that keep as
     many weights in each layer as the given ones.
 
-    This is the chance level for tickets of global magnitude pruning: layers differ in density, and the tickets agree
-    on that, so even with layers shuffled they are more alike than uniformly random masks of the same total.
+    This is the chance level for tickets of global magnitude pruning: layers differ in density, similarly in all
+    tickets, so even with shuffled layers tickets are more similar than uniformly random masks of the same total.
 
     With X = Σ X_l, the X_l hypergeometric and independent, μ = Σ a_l b_l / n_l and σ² = Σ a_l b_l (n_l - a_l)
     (n_l - b_l) / (n_l² (n_l - 1)) are the mean and variance of X. The similarity is g(X) = X / (S - X) with
-    S = Σ (a_l + b_l), so to second order its mean is g(μ) + σ² S / (S - μ)³ and its variance (σ S / (S - μ)²)². What
-    is left out is of order n^-2, below 1e-4 from some hundred kept weights on.
+    S = Σ (a_l + b_l), so to second order its mean is g(μ) + σ² S / (S - μ)³ and its variance (σ S / (S - μ)²)². The
+    error is of order n^-2, below 1e-4 from about a hundred kept weights on.
 
     Args:
         kept (`Tensor`): `[..., L, K]`, weights that each of K masks keeps in each of L layers.
         sizes (`Tensor`): `[..., L]`, weights of each layer.
 
     Returns:
-        Two tensors `float64 [..., K, K]`; NaN where both masks keep nothing. The diagonal is for two such masks.
+        Two tensors `float64 [..., K, K]`; NaN where both masks keep nothing. The diagonal, too, is for random masks.
     """
     kept, size = kept.double(), sizes.double().clamp(min=1).unsqueeze(-1)
     mean = _products(kept, 1 / size)
@@ -339,7 +344,7 @@ def _products(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_route_names(names: Sequence[str]) -> list[str]:
-    """`names` as a list. Raises `ValueError` unless they are at least one, non-empty and distinct."""
+    """`names` as a list. Raises `ValueError` unless there is at least one, and all are non-empty and distinct."""
     if (
         isinstance(names, str)
         or not isinstance(names, Sequence)

@@ -1,4 +1,4 @@
-"""Puts masked weights in the place of a backbone's prunable parameters, for a while."""
+"""Puts masked weights temporarily in place of a backbone's prunable parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .norm_statistics import BoundStatistics
 from .prunable import parameter_aliases, parameter_at
 
 
-# The route whose ticket is the union of all others.
+# The index of the union of all tickets, in place of a route's.
 UNION = -1
 
 
@@ -30,7 +30,7 @@ class WeightMasker:
     tied places included. The parameters themselves stay registered and untouched, and receive masked gradients.
 
     Masks are used as integers of the weight's size with all bits set where kept: the bitwise AND equals `where` to the
-    bit (a pruned infinity becomes 0, not NaN) and is several times faster on processors.
+    bit (a pruned infinity becomes 0, not NaN) and is several times faster on CPUs.
 
     Args:
         backbone (`nn.Module`): holds the weights that `bank` names.
@@ -89,12 +89,12 @@ class WeightMasker:
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
         """
-        # Anew each time: weights are tied after this object is made, when a model is loaded.
+        # Located each time, since loading a model ties weights after this object is made.
         self.places = self._locate()
         weights = self.weights
         masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
         if torch.is_inference_mode_enabled():
-            # A write in inference mode would not raise in a backward that still needs what it overwrites.
+            # After a write in inference mode, a backward that still needs the overwritten values would not raise.
             with torch.inference_mode(False), torch.no_grad():
                 masked = MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
         else:
@@ -105,8 +105,8 @@ class WeightMasker:
     @torch.no_grad()
     def apply_mean(self) -> list[Tensor]:
         """
-        Puts every weight times the fraction of routes that keep it in place, until `remove`; returns these tensors,
-        which want gradients. Masks are unpacked one at a time.
+        Multiplies every weight by the fraction of routes that keep it, and puts the products in place until `remove`.
+        Returns them; they require gradients. Masks are unpacked one at a time.
         """
         self.places = self._locate()
         means = []
@@ -121,8 +121,8 @@ class WeightMasker:
     @torch.no_grad()
     def along_masks(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """
-        `float32 [num_routes]`: by route, the sum over its kept weights of gradient times weight, which is the
-        derivative by the coefficient of its mask. A weight without a gradient counts nothing. Masks are unpacked one
+        For each route, `float32 [num_routes]`, the sum of gradient times weight over its kept weights: the derivative
+        with respect to the coefficient of its mask. A weight without a gradient adds nothing. Masks are unpacked one
         at a time.
         """
         sums = torch.zeros(self.bank.num_routes, device=self.weights[0].device)
@@ -136,7 +136,7 @@ class WeightMasker:
     def _put(self, weights: Sequence[Tensor]) -> None:
         for places, weight in zip(self.places, weights, strict=True):
             for module, attribute in places:
-                # An entry of the instance hides the registered parameter of the same name from attribute access only.
+                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
                 module.__dict__[attribute] = weight
 
     def remove(self) -> None:
@@ -220,8 +220,8 @@ class MaskWeights(torch.autograd.Function):
 
 def and_masks(values: Tensor, mask: Tensor) -> Tensor:
     """
-    `values` with zeros where the integer `mask` has none of its bits set. The memory of `values` is used if it is
-    contiguous and no view; only the returned tensor is sure to be masked.
+    `values` with zeros where the integer `mask` has no bits set. The memory of `values` is reused if it is contiguous
+    and no view, so only the returned tensor may be used.
     """
     if mask.dtype != integer_dtype(values.dtype):
         mask = mask.to(integer_dtype(values.dtype))
@@ -233,7 +233,7 @@ def and_masks(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class ActiveRoute:
-    """Which route a model's context has in place, and the lock that guards it. Copies start free."""
+    """The route that a model's context has in place, and the lock that guards it. Copies start without a route."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -254,6 +254,7 @@ class ActiveRoute:
 
     @contextlib.contextmanager
     def hold(self, route: int, *, wait: bool) -> Iterator[None]:
+        """Raises `RuntimeError` if this thread holds a route; without `wait`, also if another thread does."""
         if self.route is not None:
             raise RuntimeError(
                 f"route_context({route}) inside the active route_context({self.route}); leave that first."

@@ -1,4 +1,4 @@
-"""Reading whose tickets a batch is for, splitting it by route, and putting the outputs back together."""
+"""Reads the routes of a batch, splits the batch by route, and merges the outputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def first_tensor(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def check_samples(inputs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the batch has no samples."""
     main = first_tensor(inputs)
     if main is not None and main.ndim and not len(main):
-        raise ValueError(f"a batch without samples, of shape {tuple(main.shape)}: there is nothing to answer.")
+        raise ValueError(f"the batch has no samples: its first tensor has the shape {tuple(main.shape)}.")
 
 
 def read_route_ids(
@@ -26,13 +27,13 @@ def read_route_ids(
     The indices of the routes that a caller names: one for all samples as an `int`, else one per sample.
 
     Args:
-        route_ids (`int`, `str`, `Tensor` or `list`): as of `forward`.
-        inputs (`Mapping[str, Any]`): those of the same call, whose first tensor says how many samples there are.
+        route_ids (`int`, `str`, `Tensor` or `list`): see `forward`.
+        inputs (`Mapping[str, Any]`): those of the same call; the first tensor gives the number of samples.
         route_index (`Callable`): from an index or a name to an index; raises for an unknown one.
 
     Raises:
         TypeError: a tensor that is not `[batch]` or of integers.
-        ValueError: no entries, or as many as there are not samples.
+        ValueError: no entries, or not as many as there are samples.
     """
     if isinstance(route_ids, str) or not isinstance(route_ids, (Tensor, list, tuple)):
         return route_index(route_ids)
@@ -60,7 +61,7 @@ def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, 
 
 def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int) -> dict[str, Any]:
     """
-    The samples at `positions` of batch-first tensors. What is no tensor, or has a first dimension of 1, is shared.
+    The samples at `positions` of batch-first tensors. Other values, and tensors of one row, are returned unchanged.
 
     Raises:
         ValueError: a tensor with another first dimension.
@@ -98,7 +99,7 @@ def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor]
         if name == "loss":
             losses = torch.stack(values)
             weights = torch.stack([size.to(losses.device) for size in sizes]).to(losses.dtype)
-            # The mean loss of a group without a labelled token is NaN, and is none of the batch's.
+            # The mean loss of a group without a labelled token is NaN. Its weight is 0.
             losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
             merged[name] = (losses * weights).sum() / weights.sum()
         else:

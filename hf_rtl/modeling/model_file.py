@@ -1,4 +1,4 @@
-"""What the file of a saved model holds: its compact form, coded masks, and what is checked on loading."""
+"""The file of a saved model: its compact form, coded masks, and the checks on loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .mask_bank import MaskBank, fold, pack, unpack
 from .routed_model import RoutedModel
 
 
-# Tensors in the file.
+# Names of tensors in a compact file.
 _UNION, _MASKS, _WEIGHT = "compact.union", "compact.masks", "compact.w{:04d}"
 
 
@@ -26,15 +26,15 @@ def compact_state(
     A model's state without what no ticket needs.
 
     Args:
-        state (`Mapping[str, Tensor]`): as of `state_dict()`.
-        weights (`Sequence[Tensor]`): the prunable ones, in the bank's order.
+        state (`Mapping[str, Tensor]`): from `state_dict()`.
+        weights (`Sequence[Tensor]`): the prunable weights, in the bank's order.
         bank (`MaskBank`): the masks.
 
     Returns:
-        The state, with `compact.w0000 [num_kept], …` in place of the weights: those that any ticket keeps, in the
-        order of their positions, unless there are none. And, where that is smaller, in place of the masks
-        `compact.union`, the coded bits of their union, and `compact.masks`, the coded bits that all routes have for
-        the weights of the union. Then the codings of these two, by name.
+        The state, and the codings of masks in it, by name. In the state, `compact.w0000 [num_kept], …` replace the
+        weights: they hold the weights that any ticket keeps, by position; those without any are left out. Two tensors
+        replace the masks where this is smaller: `compact.union`, the coded bits of their union, and `compact.masks`,
+        the coded bits of all routes for the weights in the union.
     """
     codings, coded = coded_masks(bank)
     replaced = {weight.data_ptr() for weight in weights}
@@ -48,7 +48,7 @@ def compact_state(
 
 
 def coded_masks(bank: MaskBank) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The masks of all routes as the compact form has them, codings and tensors; none if they are smaller as bits."""
+    """The masks of all routes in compact form: codings and tensors by name, both empty if raw bits are smaller."""
     union = bank.packed_union()
     columns = [
         _columns(rows, unpack(row, (shape.numel(),)))
@@ -65,7 +65,7 @@ def expand_state(
     tensors: Mapping[str, Tensor], codings: Mapping[str, str], weight_keys: Sequence[str], bank: MaskBank
 ) -> dict[str, Tensor]:
     """
-    The state that `compact_state` made `tensors` of. Weights that were left out are zero.
+    The state that `compact_state` turned into `tensors`. Weights that were left out are zero.
 
     Args:
         tensors (`Mapping[str, Tensor]`), codings (`Mapping[str, str]`): what `compact_state` returned.
@@ -80,7 +80,7 @@ def expand_state(
     if missing or (codings and codings.keys() != {_UNION, _MASKS}):
         raise ValueError(
             f"the compact checkpoint lacks {len(missing)} tensor(s) of masks ({', '.join(sorted(missing)[:3])}), or "
-            f"the configuration how they are coded; it says {codings}."
+            f"the configuration lacks their codings; it has {codings}."
         )
     state = {name: tensor for name, tensor in tensors.items() if name not in codings}
     if codings:
@@ -118,7 +118,7 @@ def _decoded_masks(tensors: Mapping[str, Tensor], codings: Mapping[str, str], ba
 def _columns(rows: Tensor, kept: Tensor) -> Tensor:
     """
     Packed masks of one weight tensor, `uint8 [num_routes, ceil(n/8)]`, as `uint8 [ceil(num_routes/8), num_kept]`: a
-    byte holds the bits of one weight for eight routes. Tickets are alike, so a coder finds few different bytes.
+    byte holds the bits of one weight for eight routes. Tickets are similar, so a coder finds few different bytes.
     """
     positions = kept.nonzero().view(-1)
     bits = torch.stack([unpack(row, kept.shape).index_select(0, positions) for row in rows])
@@ -128,7 +128,7 @@ def _columns(rows: Tensor, kept: Tensor) -> Tensor:
 
 
 def _rows(columns: Tensor, kept: Tensor, num_routes: int) -> Tensor:
-    """The masks that `_columns` made `columns` of."""
+    """The inverse of `_columns`: the packed masks, `uint8 [num_routes, ceil(n/8)]`."""
     groups, num_kept = columns.shape
     bits = (
         unpack(columns.reshape(-1), (groups, num_kept, 8)).transpose(1, 2).reshape(8 * groups, num_kept)[:num_routes]
@@ -138,8 +138,8 @@ def _rows(columns: Tensor, kept: Tensor, num_routes: int) -> Tensor:
     return torch.stack([pack(mask) for mask in masks])
 
 
-RAW, DEFLATE = "raw", "deflate"
-CODINGS = (RAW, DEFLATE)
+RAW_CODING, DEFLATE_CODING = "raw", "deflate"
+CODINGS = (RAW_CODING, DEFLATE_CODING)
 
 
 def encode(packed: Tensor) -> tuple[str, Tensor]:
@@ -150,7 +150,7 @@ def encode(packed: Tensor) -> tuple[str, Tensor]:
         packed (`Tensor`): `uint8 [num_bytes]`.
 
     Returns:
-        The name of the coding, one of `CODINGS`, and the coded bytes, `uint8`. The shorter one is taken.
+        The coding that gives fewer bytes, one of `CODINGS`, and the coded bytes, `uint8`.
     """
     data = packed.cpu().numpy().tobytes()
     # Bytes of a mask repeat in runs, where a layer is empty or full, but hardly ever as longer strings: a search for
@@ -158,8 +158,8 @@ def encode(packed: Tensor) -> tuple[str, Tensor]:
     deflater = zlib.compressobj(level=9, wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_RLE)
     deflated = deflater.compress(data) + deflater.flush()
     if len(deflated) >= len(data):
-        return RAW, packed.cpu()
-    return DEFLATE, torch.from_numpy(np.frombuffer(deflated, np.uint8).copy())
+        return RAW_CODING, packed.cpu()
+    return DEFLATE_CODING, torch.from_numpy(np.frombuffer(deflated, np.uint8).copy())
 
 
 def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
@@ -167,16 +167,16 @@ def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
     The bytes that `encode` coded, `uint8 [num_bytes]`.
 
     Raises:
-        ValueError: an unknown coding, or what is coded is damaged or not of this length. No more than `num_bytes` are
-            ever unpacked.
+        ValueError: an unknown coding, or coded bytes that are damaged or not of this length. At most `num_bytes` + 1
+            are unpacked.
     """
     check_choice("coding", coding, CODINGS)
     if coded.dtype != torch.uint8 or coded.ndim != 1:
         raise ValueError(f"a coded mask must be torch.uint8 [num_bytes], got {coded.dtype} {tuple(coded.shape)}.")
-    if coding == DEFLATE:
+    if coding == DEFLATE_CODING:
         inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
         try:
-            # One byte more, to see what is too long.
+            # One byte more, to notice bytes that are too many.
             data = inflater.decompress(coded.numpy().tobytes(), num_bytes + 1)
         except zlib.error as error:
             raise ValueError(f"a coded mask is damaged: {error}.") from None
@@ -188,18 +188,18 @@ def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
 
 def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None:
     """
-    Raises `ValueError` unless a checkpoint was one of this class of models, whole, and its masks are its own.
+    Raises `ValueError` unless a checkpoint is complete, was saved as this class, and has its own masks.
 
     Args:
         model ([`RoutedModel`]): as loaded.
         name (`str` or path): of the checkpoint, for errors.
-        info (`Mapping[str, Any]`): what `from_pretrained` says of keys with `output_loading_info=True`.
+        info (`Mapping[str, Any]`): what `from_pretrained` says about keys with `output_loading_info=True`.
     """
     saved_as = (model.config.architectures or [type(model).__name__])[0]
     if saved_as not in [known.__name__ for known in type(model).__mro__]:
         raise ValueError(
             f"the checkpoint {str(name)!r} was saved as {saved_as}, which {type(model).__name__} "
-            "is not; RTLModel.from_pretrained opens it as what it is."
+            f"is not; RTLModel.from_pretrained loads it as {saved_as}."
         )
     # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
     own = {"mask_bank", "norm_statistics", "private_parameters", "router"}
@@ -223,9 +223,9 @@ def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None
 
 def align(model: nn.Module) -> None:
     """
-    Copies the tensors that lie at odd addresses of a mapped file to memory of their own.
+    Copies the tensors that are not aligned in a mapped file to memory of their own.
 
-    Kernels round differently on memory that is not aligned, and a saved model is to give the outputs that it gave.
+    Kernels round differently on unaligned memory, and a loaded model must give the outputs that it gave when saved.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_cpu and tensor.data_ptr() % 64:

@@ -57,27 +57,25 @@ _HUB_ARGUMENTS = (
 
 class RTLModel(RoutedModel):
     r"""
-    A backbone with a bank of masks, one per route. This class wraps a backbone without a head, `RTLModelFor…` with.
-
-    `from_pretrained` of this class returns the class that the model was saved as.
+    A backbone with a bank of masks, one per route. This class wraps a backbone without a head, `RTLModelFor…` one with
+    a head. `from_pretrained` of this class returns the class that the model was saved as.
 
     Args:
         config ([`RTLConfig`]): what to build; the masks keep everything until they are set or loaded.
         backbone (`PreTrainedModel`, *optional*): a built backbone to use instead of one made from
             `config.backbone_config`.
 
-    Which ticket answers is an argument of the call, `route_ids`:
+    The argument `route_ids` of a call decides which ticket answers:
         - an `int` or a name: every sample through that route; -1 is the union of all tickets;
-        - a `LongTensor [batch]` or a list of indices and names: each sample through its own, the batch being grouped
-          by route once;
+        - a `LongTensor [batch]` or a list of indices and names: each sample through its own route, grouped by route;
         - `None`: inside `route_context`, its route; else, for `ticket_task="membership"`, every ticket scores every
-          sample (K forwards); else the router decides, in evaluation mode (see `routers.py`); a `ValueError` if it is
-          `"given"`.
+          sample (K forwards); else the router decides, in evaluation mode (see `routers.py`). `ValueError` if the
+          router is `"given"`.
     """
 
-    # What a model card says of the run that the model comes from (see `run_record.py`), after a training.
+    # After a training: what a model card says about the run (see `run_record.py`).
     training_run: dict[str, Any] | None = None
-    # How data that comes later gets its routes (see `partition.Rule`), likewise.
+    # After a training: the rule by which new data gets its routes (see `partition.Rule`).
     partition_rule: Any = None
     # The commit on the Hub that the model was loaded from; the repository's name is `name_or_path`.
     loaded_commit: str | None = None
@@ -107,15 +105,15 @@ class RTLModel(RoutedModel):
             route_names (`Sequence[str]`): one distinct name per route.
             ticket_task (`str`): `"membership"` or `"labels"`, see [`RTLConfig`]. With `membership` the backbone gets
                 one logit.
-            pretrained (`bool`, *optional*): whether to load weights; by default for repo ids and folders.
-            seed (`int`, *optional*): seed of what is initialised afresh.
+            pretrained (`bool`, *optional*): whether to load weights; by default only for repo ids and folders.
+            seed (`int`, *optional*): seed of newly initialised weights.
             norm_statistics (`str`, *optional*, defaults to `"per_route"`): or `"shared"`.
-            private_parameters (`Sequence[str]`, *optional*): `fnmatch` patterns of parameters that every route has for
-                itself, as `"*.bias"`; see [`RTLConfig`].
+            private_parameters (`Sequence[str]`, *optional*): `fnmatch` patterns of parameters of which every route has
+                its own copy, such as `"*.bias"`; see [`RTLConfig`].
             prune_include (`Sequence[str]`, *optional*): `fnmatch` patterns of weights to add to the default choice.
             prune_exclude (`Sequence[str]`, *optional*): patterns of weights to leave out. Defaults to the backbone's
                 own `rtl_prune_exclude`, if it has one.
-            **backbone_kwargs: to the backbone, as `num_labels=3` or `in_chans=1`.
+            **backbone_kwargs: to the backbone, such as `num_labels=3` or `in_chans=1`.
 
         Raises:
             ValueError: arguments that contradict each other, or a pattern that matches nothing.
@@ -147,11 +145,11 @@ class RTLModel(RoutedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any):
         """
-        As `PreTrainedModel.from_pretrained`, for a folder or a repo id, and stricter: masks are never made up.
+        As `PreTrainedModel.from_pretrained`, for a folder or a repo id, but stricter: missing masks are an error.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, its masks are cut short, foreign or damaged, or it was saved as
-                another class.
+            ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, or it was
+                saved as another class.
         """
         if cls is RTLModel:
             saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
@@ -176,7 +174,7 @@ class RTLModel(RoutedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """As `PreTrainedModel`'s, of compact checkpoints too; notes where on the Hub the weights are from."""
+        """As `PreTrainedModel`'s, also for compact checkpoints; records where on the Hub the weights are from."""
         config, name = model.config, str(load_config.pretrained_model_name_or_path)
         if config.compact is not None:
             tensors = {key: tensor for file in checkpoint_files for key, tensor in load_file(file).items()}
@@ -188,7 +186,7 @@ class RTLModel(RoutedModel):
         if commit is not None and not Path(name).is_dir():
             model.loaded_commit = commit
             if config.base is not None:
-                # A copy that was pushed elsewhere is still of the base that it says.
+                # A copy that was pushed elsewhere keeps the base that its configuration names.
                 config.base = {"repo": name, "revision": commit, **config.base}
         return RoutedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -209,13 +207,16 @@ class RTLModel(RoutedModel):
 
         Args:
             compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
-                masks. Loaded again all tickets, and their union, are the same to the bit; the weights that were left
+                masks. After loading, all tickets and their union are the same to the bit. The weights that were left
                 out are zero, so the dense network and θ0 are lost.
-            processing_class (*optional*): image processor, feature extractor or tokenizer to save along, so that a
-                pipeline finds it. In place of timm's, which cannot be saved, an ordinary one is.
+            processing_class (*optional*): image processor, feature extractor or tokenizer to save with the model, so
+                that a pipeline finds it. timm's cannot be saved: an equivalent one of transformers replaces it.
             with_code (`bool`, *optional*, defaults to `False`): add the code of the model, so that it can be loaded
-                without this package, by the Auto classes of transformers with `trust_remote_code=True`. Not for
-                backbones of other packages than timm and transformers: a warning says that it was left out.
+                without this package, by the Auto classes of transformers with `trust_remote_code=True`. For backbones
+                of other packages than timm and transformers, the code is left out with a warning.
+
+        Raises:
+            TypeError, ValueError: the model or `processing_class` cannot be saved.
         """
         self._check_savable()
         if processing_class is not None:
@@ -264,18 +265,18 @@ class RTLModel(RoutedModel):
         with_code: bool = False,
     ) -> CommitInfo:
         """
-        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push. Its model
-        card keeps what was written by hand into the one that is there.
+        As `PreTrainedModel.push_to_hub`, in one commit, which also removes the weights of an earlier push. The model
+        card keeps what was written by hand into the existing one.
 
         Args:
-            compact (`bool`, *optional*), processing_class (*optional*), with_code (`bool`, *optional*): as of
-                `save_pretrained`; in the same commit.
-            parent_commit (`str`, *optional*): hash of the commit that the branch must still be at. By default the one
-                that it is at now, so that of two pushes at the same time the second is refused, and nothing is lost.
+            compact (`bool`, *optional*), processing_class (*optional*), with_code (`bool`, *optional*): see
+                `save_pretrained`.
+            parent_commit (`str`, *optional*): hash of the commit that the branch must still be at; by default the
+                current one. So the second of two pushes at the same time is refused, and nothing is lost.
 
         Raises:
-            ValueError: the model, or what is to be saved along, cannot be saved as it is.
-            HfHubHTTPError, RuntimeError: the Hub refuses the push, or an upload, and no branch has changed then.
+            TypeError, ValueError: see `save_pretrained`.
+            HfHubHTTPError, RuntimeError: the Hub refuses the push or an upload. No branch has changed then.
         """
         self._check_savable()
         if processing_class is not None:
@@ -316,21 +317,22 @@ class RTLModel(RoutedModel):
         base_routes: Sequence[int | str] | None = None,
     ) -> dict[str, Any]:
         """
-        Writes tickets without their model, for others who have it: masks, rows of statistics, thresholds, and weights
-        that the base has not. About a bit per prunable weight and ticket; see `ticket_files.py`.
+        Writes tickets without their model, for other copies of it: masks, rows of statistics, thresholds, and weights
+        that the base lacks. A ticket takes about a bit per prunable weight; see `ticket_files.py`.
 
         Args:
             save_directory (`str`): a folder; tickets of an earlier save in it are replaced. If it has the `README.md`
-                of a push of tickets, the generated part of that is brought up to date.
+                of a push of tickets, the generated part of this card is updated.
             routes (`Sequence[int | str]`, *optional*): whose tickets; by default all.
-            base_routes (`Sequence[int | str]`, *optional*): the routes that the others' copies have, so that the
-                weights in their union need not be written. By default all but those that were added to this model.
+            base_routes (`Sequence[int | str]`, *optional*): the routes that the other copies have. The weights in
+                their union are not written. By default all routes except those that were added to this model.
 
         Returns:
-            The index that was written, as of `ticket_files.read_index`.
+            The index that was written; see `ticket_files.read_index`.
 
         Raises:
-            ValueError: an unknown route, or a `README.md` that cannot be read. Nothing is written then.
+            TypeError: `routes` or `base_routes` is a single route.
+            ValueError: an unknown or repeated route, or a `README.md` that cannot be read. Nothing is written then.
         """
         self._check_savable()
         chosen = range(self.num_routes) if routes is None else self._route_indices("routes", routes)
@@ -351,26 +353,26 @@ class RTLModel(RoutedModel):
         local_files_only: bool = False,
     ) -> list[str]:
         """
-        Adds tickets that were made from the same base as this model, which may be a compact copy or one in a smaller
-        type, and may have other tickets since.
+        Adds tickets that were made from the same base as this model. The model may be a compact copy or one in a
+        smaller type, and may have gained other tickets.
 
-        Statistics of the union of all tickets, route -1, stay what they were.
+        Statistics of the union of all tickets, route -1, do not change.
 
         Args:
             name_or_path (`str`): a folder that `save_tickets` wrote, or a repository on the Hub.
             routes (`Sequence[str]`, *optional*): names of the tickets to add; by default all. Only their files are
                 downloaded.
-            rename (`Mapping[str, str]` or `"auto"`, *optional*): new names, for routes that the model has already;
+            rename (`Mapping[str, str]` or `"auto"`, *optional*): new names for tickets whose names are taken;
                 `"auto"` adds `-2` and so on.
-            revision, token, cache_dir, local_files_only: as of `from_pretrained`.
+            revision, token, cache_dir, local_files_only: see `from_pretrained`.
 
         Returns:
             Names of the routes that were added, the last ones of the model.
 
         Raises:
-            ValueError: no ticket files, damaged ones, of a newer version or of another base, which names the tensors
-                that differ; an unknown or a taken name; or weights in the place of other tickets' weights. The model
-                has not been changed then.
+            ValueError: no ticket files, or damaged ones; a newer version; another base (the message names the tensors
+                that differ); an unknown or a taken name; or other values for weights that other tickets keep. The
+                model has not changed then.
         """
         self._refuse_in_context("load_tickets()")
         self._refuse_on_view("load_tickets()")
@@ -396,10 +398,10 @@ class RTLModel(RoutedModel):
         parent_commit: str | None = None,
     ) -> CommitInfo:
         """
-        Pushes what `save_tickets` writes, in one commit, which also removes ticket files of an earlier push, and a
-        page, which keeps what was written by hand into the one that is there. The page of a model stays as it is.
+        Pushes what `save_tickets` writes, and a card, in one commit, which also removes ticket files of an earlier
+        push. The card keeps what was written by hand into the existing one. The card of a model does not change.
 
-        Args: as of `save_tickets` and `push_to_hub`.
+        For arguments and errors see `save_tickets` and `push_to_hub`.
         """
         self._check_savable()
 
@@ -439,9 +441,9 @@ class RTLModel(RoutedModel):
         A new plain backbone holding the masked weights, the private parameters and the statistics of `route`; its
         outputs are bit-equal.
 
-        It shares nothing with this model and is what the library's own Auto class loads; for `membership` its only
-        label is the route's name. A ticket of a backbone of ours, as `ghostnet_rtl`, is a plain timm model too, but
-        loading it needs `import hf_rtl` first, since timm does not know the architecture.
+        It shares nothing with this model, and the library's own Auto class loads it; for `membership` its only label
+        is the route's name. A ticket of a backbone of this package, such as `ghostnet_rtl`, is a plain timm model too,
+        but timm knows its architecture only after `import hf_rtl`.
 
         Args:
             route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
@@ -547,7 +549,7 @@ class RTLModelForSemanticSegmentation(RTLModel):
     ):
         """
         As [`RTLModelForImageClassification.forward`]; `labels` are `int64 [batch, height, width]`, and `logits`
-        `[batch, num_labels, height, width]` of the backbone's own resolution.
+        `[batch, num_labels, height, width]` at the backbone's own resolution.
         """
         return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
 
@@ -581,8 +583,8 @@ class RTLModelForAudioClassification(RTLModel):
         **kwargs: Any,
     ):
         """
-        As [`RTLModelForImageClassification.forward`], of sounds: `input_values` are `float [batch, num_samples]`, or
-        what the backbone's feature extractor makes of them, `attention_mask` is `int64 [batch, num_samples]`.
+        As [`RTLModelForImageClassification.forward`], for sounds: `input_values` are `float [batch, num_samples]`, or
+        features from the backbone's feature extractor; `attention_mask` is `int64 [batch, num_samples]`.
         """
         return self._forward_routed(
             labels, route_ids, input_values=input_values, attention_mask=attention_mask, **kwargs
@@ -606,9 +608,9 @@ class _RTLTextModel(RTLModel):
             input_ids (`Tensor`), attention_mask (`Tensor`, *optional*), token_type_ids (`Tensor`, *optional*):
                 `int64 [batch, length]`.
             labels (`Tensor`, *optional*): `int64 [batch]` for sequences, else `[batch, length]` with -100 where there
-                is none; for `membership` as of [`RTLModelForImageClassification.forward`].
+                is none; for `membership` see [`RTLModelForImageClassification.forward`].
             route_ids (*optional*): whose ticket answers; see [`RTLModel`].
-            **kwargs: to the backbone, as `decoder_input_ids`, and `return_dict`.
+            **kwargs: to the backbone, such as `decoder_input_ids`, and `return_dict`.
 
         Returns:
             The backbone's output: `logits` `[batch, num_labels]` for sequences (`membership`: `[batch, 1]`, without
@@ -699,7 +701,7 @@ TASK_CLASSES = (
 
 
 def register_auto_classes() -> None:
-    """Lets `AutoConfig` and the Auto class of each task build ours for `model_type="rtl"`."""
+    """Lets `AutoConfig` and the Auto class of each task build the classes of this file for `model_type="rtl"`."""
     AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
     for task_class in TASK_CLASSES:
         task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
@@ -712,7 +714,7 @@ def _default_exclude(backbone: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> type[RTLModel]:
-    """The task class named by a saved configuration; only our own are looked up."""
+    """The task class named by a saved configuration; only `TASK_CLASSES` are looked up."""
     config = kwargs.get("config")
     if config is None:
         names = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")

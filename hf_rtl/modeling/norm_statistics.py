@@ -1,4 +1,4 @@
-"""Running statistics of normalisation layers, a row per route. Knows modules that track them, nothing of masks."""
+"""Running statistics of normalisation layers, a row per route. Knows modules that track them, but no masks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class NormStatistics(nn.Module):
 
     Buffers `s0000, s0001, …` of shape `[num_routes + 1, *shape]`, in the order of `tracked_buffers`: means and
     variances are `float32` and are never cast with the model, counts are `int64`. Row `num_routes`, also reached as
-    -1, belongs to the union of all tickets. A new bank repeats the backbone's own statistics in every row.
+    -1, belongs to the union of all tickets. At first every row repeats the backbone's own statistics.
 
-    While bound, the layers read and write a route's row in place, through a view; their own buffers stay as they were.
+    While bound, the layers read and write a route's row in place, through a view; their own buffers do not change.
     """
 
     def __init__(self, backbone: nn.Module, num_routes: int) -> None:
@@ -46,7 +46,7 @@ class NormStatistics(nn.Module):
             rows.copy_(module.get_buffer(name).expand_as(rows))
 
     def insert(self, row: Sequence[Tensor]) -> None:
-        """Adds a route, after the others and before the union. `row`: one tensor per buffer, of its shape in a row."""
+        """Adds a route, after the others and before the union. `row`: one tensor per buffer, of its rows' shape."""
         self._replace(
             [torch.cat([rows[:-1], new[None].to(rows), rows[-1:]]) for rows, new in zip(self.rows, row, strict=True)]
         )
@@ -118,7 +118,7 @@ class BoundStatistics:
 
 def is_checkpointing(backbone: nn.Module) -> bool:
     """Whether any module of the backbone recomputes activations in backward."""
-    # Named so by transformers and by timm.
+    # The attribute has one name in transformers, another in timm.
     return any(
         getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
         for module in backbone.modules()

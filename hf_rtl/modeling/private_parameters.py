@@ -1,4 +1,4 @@
-"""Parameters that no mask covers and that every route has for itself: a row per route."""
+"""Parameters that no mask covers and of which every route has its own copy: a row per route."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
 
     Args:
         backbone (`nn.Module`): holds the parameters.
-        patterns (`Sequence[str]`): over whole names, as in `"*.bias"`.
+        patterns (`Sequence[str]`): of whole names, such as `"*.bias"`.
         prunable (`Sequence[str]`): names of the weights that masks cover.
 
     Raises:
@@ -45,7 +45,7 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
         if len(locations) > 1:
             raise ValueError(
                 f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: that parameter is "
-                f"tied, it is also {', '.join(map(repr, names[1:]))}, and only one in a single place can be private."
+                f"tied, it is also {', '.join(map(repr, names[1:]))}, and a tied parameter cannot be private."
             )
         chosen.append(name)
     for pattern in patterns:
@@ -62,8 +62,8 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
 
 def norms_biases_and_head(backbone: nn.Module, prunable: Sequence[str]) -> list[str]:
     """
-    Names of the parameters that a ticket of its own may have of its own: those of one dimension, which are biases and
-    the scales of norms, and those of the head; not what masks cover, and nothing tied.
+    Names of the parameters that a ticket may have for itself: those of one dimension, which are biases and the scales
+    of norms, and those of the head. Prunable weights and tied parameters are left out.
     """
     head = {id(module) for part in heads(backbone) for module in part.modules()}
     return [
@@ -77,16 +77,16 @@ class PrivateParameters(nn.Module):
     """
     The rows of a backbone's private parameters.
 
-    Parameters `p0000, p0001, …` of shape `[num_routes, *shape]`, in the order of the backbone's modules; a new one
-    repeats the backbone's own in every row. One parameter for all routes, since DDP wants a gradient for each in every
-    step. Route -1, the union of all tickets, has no row: it uses their mean.
+    Parameters `p0000, p0001, …` of shape `[num_routes, *shape]`, in the order of the backbone's modules; at first
+    every row repeats the backbone's own parameter. All routes share one parameter, since DDP needs a gradient for each
+    parameter in every step. Route -1, the union of all tickets, has no row: it uses the mean of the rows.
 
     While bound, the layers see a copy of a row under the parameter's attribute, and the row gets the gradient. The
-    backbone's own parameters stay registered as they were, frozen: they are what rows start from.
+    backbone's own parameters stay registered, but frozen: rows start from them.
 
     Args:
         backbone (`nn.Module`): holds the parameters.
-        names (`Sequence[str]`): of the private ones, as of `select_private`.
+        names (`Sequence[str]`): names of the private parameters, from `select_private`.
         num_routes (`int`): K.
     """
 
@@ -105,11 +105,11 @@ class PrivateParameters(nn.Module):
         return [parameter_at(place) for place in self._places(backbone)]
 
     def row(self, route: int) -> list[Tensor]:
-        """What `route` has, a tensor of the parameter's shape each; of -1 the mean of all rows."""
+        """The row of `route` (-1: the mean of all rows): one tensor per parameter, of its shape."""
         return [_route_row(rows, route) for rows in self.rows]
 
     def masks(self, routes: Sequence[int]) -> list[Tensor]:
-        """Which elements belong to `routes` (-1: all), as integers with all bits set, of the rows' shapes."""
+        """Masks of the rows of `routes` (-1: all): integers of the rows' shapes, with all bits set in these rows."""
         masks = [torch.zeros_like(rows, dtype=integer_dtype(rows.dtype)) for rows in self.rows]
         for mask in masks:
             for route in range(self.num_routes) if UNION in routes else routes:
@@ -117,7 +117,7 @@ class PrivateParameters(nn.Module):
         return masks
 
     def extend(self, backbone: nn.Module, names: Sequence[str]) -> None:
-        """Makes more parameters private; every route goes on with what the backbone has."""
+        """Makes more parameters private; every route starts from the backbone's own."""
         known = dict(zip(self.names, self.rows, strict=True))
         places = parameter_aliases(backbone)
         for name in names:
@@ -129,7 +129,7 @@ class PrivateParameters(nn.Module):
         self.freeze(backbone)
 
     def freeze(self, backbone: nn.Module) -> None:
-        """Lets the backbone's own parameters get no gradient, since no route reads them."""
+        """Turns off the gradients of the backbone's own parameters, since no route reads them."""
         for own in self.own(backbone):
             own.requires_grad_(False)
 
@@ -140,7 +140,7 @@ class PrivateParameters(nn.Module):
             rows.copy_(own.expand_as(rows))
 
     def insert(self, backbone: nn.Module, row: Mapping[str, Tensor]) -> None:
-        """Adds a route after the others, with the backbone's own parameters where `row` has none, by name."""
+        """Adds a route after the others. `row`: name -> tensor; where it has none, the backbone's own is taken."""
         new = [row.get(name, own) for name, own in zip(self.names, self.own(backbone), strict=True)]
         self.num_routes += 1
         parts = zip(self.rows, new, strict=True)
@@ -155,12 +155,12 @@ class PrivateParameters(nn.Module):
         self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
 
     def bind(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> None:
-        """Puts the row of `route` into the layers, until `release`. `on_backward` is called with its gradient."""
+        """Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`."""
         if not self.names:
             return
         bound = _TakeRows.apply(route, self.own(backbone), on_backward, *self.rows)
         for (module, attribute), tensor in zip(self._places(backbone), bound, strict=True):
-            # An entry of the instance hides the registered parameter of the same name from attribute access only.
+            # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
             module.__dict__[attribute] = tensor
 
     def release(self, backbone: nn.Module) -> None:
@@ -177,7 +177,7 @@ class PrivateParameters(nn.Module):
             self.register_parameter(f"p{index:04d}", parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        # A memory format such as `channels_last` is one for a single parameter, not for several in a row.
+        # A memory format such as `channels_last` is for a single parameter, not for stacked rows.
         return super()._apply(
             lambda rows: fn(rows) if rows.ndim < 4 else torch.stack([fn(row) for row in rows]), recurse
         )
@@ -193,7 +193,7 @@ def _as_rows(parts: Sequence[Tensor], requires_grad: bool) -> nn.Parameter:
 def _route_row(rows: Tensor, route: int) -> Tensor:
     if route != UNION:
         return rows[route]
-    # Not `rows.mean(0)`, which rounds, so that the mean of equal rows would be another value.
+    # Not `rows.mean(0)`, which rounds: the mean of equal rows might be another value.
     return rows[0] + (rows - rows[0]).mean(0)
 
 
@@ -206,7 +206,7 @@ class _TakeRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.route, ctx.num_routes, ctx.on_backward = route, len(parameters[0]), on_backward
         ctx.set_materialize_grads(False)
-        # Copies, since kernels round differently on memory that is not aligned, as that of a single row may be.
+        # Copies, since a single row may be unaligned, and kernels round differently on unaligned memory.
         return tuple(
             torch.empty_like(like).copy_(_route_row(rows, route)) for rows, like in zip(parameters, own, strict=True)
         )

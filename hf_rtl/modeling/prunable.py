@@ -25,7 +25,7 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 def parameter_aliases(backbone: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """
-    Every parameter of the backbone under its first name -> all (module, attribute) that hold it, tied ones included.
+    First name of every parameter of the backbone -> all (module, attribute) that hold it, tied places included.
 
     A module that is registered twice appears once.
     """
@@ -40,7 +40,7 @@ def parameter_aliases(backbone: nn.Module) -> dict[str, list[tuple[nn.Module, st
 
 
 def parameter_at(place: tuple[nn.Module, str]) -> nn.Parameter:
-    """The parameter registered at (module, attribute), whatever hides it meanwhile."""
+    """The parameter registered at (module, attribute), even while another tensor hides it."""
     module, attribute = place
     parameter = module._parameters[attribute]
     assert parameter is not None
@@ -60,9 +60,9 @@ def select_prunable(
 
     Args:
         backbone (`nn.Module`): a transformers model, timm models wrapped as `TimmWrapper…`.
-        include (`Sequence[str]`): `fnmatch` patterns over parameter names (any of a tied tensor's), matrices and
-            larger only: what they match is added.
-        exclude (`Sequence[str]`): as `include`, and stronger: what they match is left out.
+        include (`Sequence[str]`): `fnmatch` patterns of parameter names (any name of a tied tensor). Matches of two
+            dimensions or more are added.
+        exclude (`Sequence[str]`): patterns of the same kind. Matches are left out, also those of `include`.
 
     Raises:
         ValueError: a pattern that matches no weight, or nothing left to prune.

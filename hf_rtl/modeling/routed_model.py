@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 class RoutedModel(PreTrainedModel):
     """
-    The computing part of [`RTLModel`], which adds building, saving and sharing, and has the documentation.
+    The part of [`RTLModel`] that computes. `RTLModel` adds building, saving and sharing, and has the documentation.
     """
 
     config_class = RTLConfig
@@ -39,7 +39,7 @@ class RoutedModel(PreTrainedModel):
     router: Router | None
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    # Losses are means over a batch: `Trainer` is not to pass `num_items_in_batch`, which timm models do not take.
+    # Losses are means over a batch: `Trainer` must not pass `num_items_in_batch`, which timm models do not take.
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -54,7 +54,7 @@ class RoutedModel(PreTrainedModel):
         config.check()
         if config.ticket_task == "membership" and not self.supports_membership:
             raise ValueError(
-                f"`ticket_task='membership'` needs a model with one logit a sample; {type(self).__name__} has none. "
+                f"`ticket_task='membership'` needs a model with one logit per sample; {type(self).__name__} has none. "
                 f"Use `ticket_task='labels'`."
             )
         super().__init__(config)
@@ -114,17 +114,16 @@ class RoutedModel(PreTrainedModel):
             name (`str`): of the new route, which becomes the last one.
             masks (`Sequence[Tensor]`): `bool`, one per prunable weight, of its shape.
             statistics (`Sequence[Tensor]`): the route's row of running statistics, one tensor per buffer of
-                `norm_statistics`. Those of the union stay as they are.
+                `norm_statistics`. Those of the union do not change.
             private_parameters (`Mapping[str, Tensor]`, *optional*): the route's row of private parameters, by name in
-                the backbone. Without, it has what the backbone has. Parameters that were shared so far become private,
-                and the other routes go on with what was shared.
-            threshold (`float`, *optional*): of a calibrated membership ticket; without, 0 if others are calibrated.
-            brings_weights (`bool`, *optional*, defaults to `False`): whether it keeps weights that are not of the
-                base, which goes on to be what it was without them.
+                the backbone; by default the backbone's own. Parameters that were shared so far become private, and the
+                other routes keep the shared values.
+            threshold (`float`, *optional*): of a calibrated membership ticket; by default 0 if others are calibrated.
+            brings_weights (`bool`, *optional*, defaults to `False`): whether it keeps weights that the base lacks. The
+                base stays what it was without them.
 
         Raises:
-            ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing has been changed
-                then.
+            ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing is changed then.
         """
         self._refuse_in_context("append_ticket()")
         self._refuse_on_view("append_ticket()")
@@ -144,21 +143,20 @@ class RoutedModel(PreTrainedModel):
         self.private_parameters.insert(self.backbone, row)
         if self.router is not None:
             logger.warning(
-                f"the router {self.router.name!r} does not know the new route {name!r} and is taken out; fit it again "
+                f"the router {self.router.name!r} does not know the new route {name!r} and is removed; fit it again "
                 "with `RTLTrainer.fit_router`, or pass `route_ids`."
             )
             self.set_router(None)
 
     def make_private(self, names: Sequence[str]) -> None:
         """
-        Makes parameters private that were shared; every route goes on with what was shared.
+        Makes shared parameters private; every route starts from the shared values.
 
         Args:
             names (`Sequence[str]`): in the backbone, or `fnmatch` patterns; see `private_parameters` of [`RTLConfig`].
 
         Raises:
-            ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing has been changed
-                then.
+            ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing is changed then.
         """
         self._refuse_in_context("make_private()")
         self._refuse_on_view("make_private()")
@@ -176,11 +174,11 @@ class RoutedModel(PreTrainedModel):
 
     def drop_route(self, route: int | str) -> None:
         """
-        Removes a route with its ticket; those behind it move up by one. Weights stay, also those that no other ticket
+        Removes a route with its ticket; later routes move up by one. Weights stay, also those that no other ticket
         keeps.
 
         Raises:
-            ValueError: an unknown route, or too few would be left.
+            ValueError: an unknown route, or too few routes would be left.
         """
         self._refuse_in_context("drop_route()")
         self._refuse_on_view("drop_route()")
@@ -196,22 +194,22 @@ class RoutedModel(PreTrainedModel):
         if self.router is not None:
             self.router.drop_route(index)
 
-    # Inputs whose route nobody tells
+    # Inputs without a given route
 
     def set_router(self, router: Router | None, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
         """
-        Makes `router` decide the route of inputs that come without one; `None` leaves that to the caller.
+        Makes `router` decide the route of inputs without a given one; with `None` the caller must give it.
 
         Args:
             router ([`Router`], *optional*): fitted for the routes of this model, as by `RTLTrainer.fit_router`.
-            threshold (`float`, *optional*, defaults to 0): where the likeliest route is less probable, the sample
-                takes `fallback`.
+            threshold (`float`, *optional*, defaults to 0): a sample takes `fallback` if its likeliest route is less
+                probable than this.
             fallback (`int` or `str`, *optional*, defaults to -1): a route, or -1 for the union of all tickets.
 
         Raises:
             TypeError: `router` is neither a [`Router`] nor `None`.
-            ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing has
-                been changed then.
+            ValueError: a router for another number of routes or another task, or an unknown `fallback`. Nothing is
+                changed then.
         """
         self._refuse_on_view("set_router()")
         if not (router is None or isinstance(router, Router)):
@@ -234,7 +232,7 @@ class RoutedModel(PreTrainedModel):
         self.router = None if router is None else router.to(self.device)
 
     def load_router_from_config(self, config: RTLConfig) -> None:
-        """Takes over the router that another configuration of these routes names, to be filled from its file."""
+        """Sets the router that another configuration of these routes names, whose buffers a file will fill."""
         router = empty_router(config)
         fallback = UNION if config.router_fallback is None else config.router_fallback
         self.set_router(router, threshold=config.router_threshold, fallback=fallback)
@@ -242,11 +240,11 @@ class RoutedModel(PreTrainedModel):
     @torch.no_grad()
     def infer_routes(self, **inputs: Any) -> RouteDecision:
         """
-        What the model's router decides for a batch: routes, how sure it is, and the scores of all routes. No ticket
-        answers. Costs as [`Router`]s say; `inputs` are those of `forward`, without labels.
+        The decision of the model's router for a batch: routes, their probabilities, and the scores of all routes. No
+        ticket answers. Each [`Router`] says what it costs. `inputs` are those of `forward`, without labels.
 
         Raises:
-            ValueError: the router is `"given"`, the model is in training mode, or a batch without samples.
+            ValueError: the router is `"given"`, the model is in training mode, or the batch has no samples.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         router = self._require_router()
@@ -254,7 +252,7 @@ class RoutedModel(PreTrainedModel):
         return self.decide(router.evidence(self, inputs))
 
     def decide(self, evidence: Tensor) -> RouteDecision:
-        """The decision that follows from the router's evidence, `[batch, num_routes]`; see [`Router`]."""
+        """The decision that follows from the router's evidence, `[batch, num_routes]`. Raises as `infer_routes`."""
         name = self.config.router_fallback
         fallback = UNION if name is None else self.route_index(name)
         return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
@@ -262,7 +260,7 @@ class RoutedModel(PreTrainedModel):
     def _require_router(self) -> Router:
         if self.router is None:
             raise ValueError(
-                "`route_ids` is missing, and the router is 'given', so nobody tells which ticket answers. Pass "
+                "`route_ids` is missing, and the router is 'given', so it is unknown which ticket answers. Pass "
                 f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
                 "pipeline, which passes none, takes `model.with_route(route)` as its model. `RTLTrainer.fit_router` "
                 "makes a router that decides."
@@ -282,8 +280,8 @@ class RoutedModel(PreTrainedModel):
         Within the context the backbone is the ticket of `route`: masked weights, its rows of private parameters and of
         per-route statistics.
 
-        Spans forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that entered
-        it: another one waits for its end if the model is in evaluation mode.
+        It may span forward *and* backward, as gradient checkpointing needs. The context belongs to the thread that
+        entered it; in evaluation mode, other threads wait for its end.
 
         Args:
             route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
@@ -302,7 +300,7 @@ class RoutedModel(PreTrainedModel):
     def mixture_context(self) -> Iterator[list[Tensor]]:
         """
         As `route_context`, with the mean of all masks and the statistics of the union. Yields the weights in place,
-        in the mask bank's order, which want gradients.
+        in the mask bank's order; they require gradients.
         """
         with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
             yield weights
@@ -332,7 +330,7 @@ class RoutedModel(PreTrainedModel):
 
     @property
     def masked_parameters(self) -> list[nn.Parameter]:
-        """Those of which a route's step moves a part: the prunable weights, then the rows of private parameters."""
+        """The parameters that a route's step moves in part: prunable weights, then rows of private parameters."""
         return [*self.masker.weights, *self.private_parameters.rows]
 
     def update_masks(self) -> list[Tensor]:
@@ -356,7 +354,7 @@ class RoutedModel(PreTrainedModel):
         """
         view = copy.copy(self)
         index = self.route_index(route)
-        # By name, since routes move up when one before them is dropped.
+        # By name, since routes move up when an earlier one is dropped.
         view._fixed_route = UNION if index == UNION else self.route_names[index]
         if self.config.ticket_task == "membership":
             name = self.route_name(index)
@@ -367,7 +365,7 @@ class RoutedModel(PreTrainedModel):
     # Forward
 
     def forward(self, *args: Any, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any):
-        """The backbone's output under the masks of `route_ids` (see the class). Positional: the main input."""
+        """The output under the masks of `route_ids`. Raises `TypeError` if more than the main input is positional."""
         if len(args) > 1:
             raise TypeError(f"forward takes one positional argument, `{self.main_input_name}`, got {len(args)}.")
         if args:
@@ -383,7 +381,7 @@ class RoutedModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _resolve_route_ids(self, route_ids: Any) -> Any:
-        """Those of the call, or the route of a view that has a fixed one."""
+        """The `route_ids` of the call, or the fixed route of a view."""
         if self._fixed_route is None:
             return route_ids
         if route_ids is not None:
@@ -391,7 +389,7 @@ class RoutedModel(PreTrainedModel):
         return self._fixed_route
 
     def _is_in_place(self, route_ids: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the call is inside a context of this thread, of which `route_ids` must not say anything else."""
+        """Whether the call is inside a context of this thread. There, `route_ids` must not name another route."""
         active = self.active.route
         if active is not None and route_ids is not None:
             routes = read_route_ids(route_ids, inputs, self.route_index)
@@ -435,7 +433,7 @@ class RoutedModel(PreTrainedModel):
         return output
 
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
-        """Each route's samples as if alone, in the batch's order."""
+        """Runs each route's samples separately, and returns outputs in the batch's order."""
         if getattr(self.backbone.config, "use_cache", False):
             inputs.setdefault("use_cache", False)
         if labels is not None:
@@ -502,10 +500,10 @@ class RoutedModel(PreTrainedModel):
         return self.config.ticket_task == "membership"
 
     def ticket_labels(self, labels: Tensor) -> Tensor:
-        """Membership labels 0 or 1, `[batch]` or `[batch, 1]`, as the backbone takes them: floats `[batch, 1]`."""
+        """Membership labels, 0 or 1, `[batch]` or `[batch, 1]`, as floats `[batch, 1]`. `ValueError` for others."""
         if labels.ndim == 1:
             labels = labels.unsqueeze(-1)
-        # Values are looked at on the CPU only: elsewhere that would wait for the device, and break a compiled graph.
+        # Values are checked on the CPU only: the check would wait for another device, and break a compiled graph.
         look = labels.is_cpu and not torch.compiler.is_compiling()
         if labels.ndim != 2 or labels.shape[1] != 1 or (look and bool(((labels != 0) & (labels != 1)).any())):
             raise ValueError(
@@ -524,7 +522,7 @@ class RoutedModel(PreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and with them which routes they came from."""
+        """Drops the gradients and the record of the routes that they came from."""
         super().zero_grad(set_to_none)
         self.routes_since_update.clear()
 
@@ -549,7 +547,7 @@ class RoutedModel(PreTrainedModel):
         return clone
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the backbone initialises itself, and missing masks or statistics are an error, never made up."""
+        """Does nothing: the backbone initialises itself, and missing masks or statistics are an error."""
 
     def _check_savable(self) -> None:
         self._refuse_in_context("save_pretrained()")
@@ -570,8 +568,8 @@ class RoutedModel(PreTrainedModel):
     def _refuse_on_view(self, action: str) -> None:
         if self._fixed_route is not None:
             raise ValueError(
-                f"{action} on a view with a fixed route; call it on the model itself. A plain model of one ticket is "
-                "made by `extract_ticket(route)`."
+                f"{action} is not allowed on a view with a fixed route; call it on the model itself. "
+                "`extract_ticket(route)` makes a plain model of one ticket."
             )
 
     def _refuse_in_context(self, action: str) -> None:

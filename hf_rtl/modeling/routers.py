@@ -1,5 +1,5 @@
 """
-Routers: which route an input takes when the caller does not say. They see inputs, never labels.
+Routers decide which route an input takes when the caller does not say. They see inputs, never labels.
 
 `router_fitting.py` fits them, on training data.
 """
@@ -53,7 +53,7 @@ class Router(nn.Module):
 
     def __init__(self, num_routes: int) -> None:
         super().__init__()
-        # The type is given, since `from_pretrained` builds models under the default type that they are asked for in.
+        # The type is explicit, since `from_pretrained` builds models under the requested default type.
         self.register_buffer("scale", torch.ones(num_routes, dtype=torch.float32))
         self.register_buffer("offset", torch.zeros(num_routes, dtype=torch.float32))
 
@@ -62,7 +62,10 @@ class Router(nn.Module):
         return len(self.scale)
 
     def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """`float32 [batch, num_routes]`, more for a likelier route, from a routed model in evaluation mode."""
+        """
+        Evidence for every route, `float32 [batch, num_routes]`, more for a likelier one. `model` is a routed model in
+        evaluation mode. Raises `ValueError` if its outputs or features are not those that the router reads.
+        """
         raise NotImplementedError
 
     def decide(self, evidence: Tensor, *, threshold: float = 0.0, fallback: int = UNION) -> RouteDecision:
@@ -72,7 +75,7 @@ class Router(nn.Module):
         return RouteDecision(torch.where(confidence < threshold, fallback, route_ids), confidence, scores)
 
     def drop_route(self, route: int) -> None:
-        """Leaves a route out: those behind it move up by one."""
+        """Removes a route; later ones move up by one."""
         for name, rows in list(self.named_buffers()):
             setattr(self, name, torch.cat([rows[:route], rows[route + 1 :]]))
 
@@ -86,8 +89,8 @@ class Router(nn.Module):
 
 class ScoreRouter(Router):
     """
-    Every ticket scores every sample, K forwards: the evidence is its logit, of tickets for labels the log-sum-exp of
-    their logits.
+    Every ticket scores every sample, in K forwards. The evidence is the ticket's logit, or for `labels` tickets the
+    log-sum-exp of its logits.
     """
 
     name = "score"
@@ -97,16 +100,16 @@ class ScoreRouter(Router):
         for route in range(model.num_routes):
             with model.route_context(route):
                 logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True))
-            columns.append(logits.float().logsumexp(dim=1))  # of one logit, the logit itself
+            columns.append(logits.float().logsumexp(dim=1))  # for one logit, the logit itself
         return torch.stack(columns, dim=1)
 
 
 class CentroidRouter(Router):
     """
-    The nearest mean in the penultimate features of the union of all tickets, one forward. Near is meant in units of
-    how features differ within a route (Mahalanobis' distance), or else what the task is about would drown what tells
-    the routes apart. The evidence is minus half the squared distance, up to what is the same for all routes, which
-    makes it linear in the features.
+    The nearest mean of a route in the penultimate features of the union of all tickets, in one forward. The distance
+    is Mahalanobis', in units of how features vary within a route: otherwise the differences that the task is about
+    would hide those between routes. The evidence is minus half the squared distance, without the terms that all routes
+    share, so it is linear in the features.
 
     Buffers: also `directions`, `float32 [num_routes, num_features]`, and `bias`, `float32 [num_routes]`.
     """
@@ -137,15 +140,15 @@ class CentroidRouter(Router):
 
 class EntropyRouter(Router):
     """
-    One gradient step over mixing coefficients (Wortsman et al., "Supermasks in superposition", 2020, section 3.3), one
-    forward and one backward: under the mean of all masks, the evidence for a route is by how much the entropy of the
-    output falls with the coefficient of its mask. One decision for the whole batch, which is of one route.
+    One gradient step over mixing coefficients (Wortsman et al., "Supermasks in superposition", 2020, section 3.3), in
+    one forward and one backward. Under the mean of all masks, the evidence for a route is how fast the entropy of the
+    output falls with the coefficient of its mask. The whole batch gets one decision, so it must be of one route.
     """
 
     name = "entropy"
 
     def evidence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        # Inputs that were made in inference mode could not be saved for a backward.
+        # Inputs are cloned, since those made in inference mode cannot be saved for a backward.
         with torch.inference_mode(False), torch.enable_grad(), model.mixture_context() as weights:
             inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
             logits = _one_prediction_a_sample(model.backbone(**inputs, return_dict=True)).float()
@@ -163,7 +166,7 @@ def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
     logits = output.get("logits")
     if logits is None or logits.ndim != 2:
         raise ValueError(
-            "this router reads one prediction a sample, logits [batch, num_labels], got "
+            "this router reads one prediction per sample, logits [batch, num_labels], got "
             f"{'none' if logits is None else tuple(logits.shape)}; use the router 'centroid'."
         )
     return logits
@@ -172,8 +175,8 @@ def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
 @contextmanager
 def recorded_head_inputs(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """
-    Collects what the modules of the backbone's head are given in forwards inside the context, in the order of calls.
-    Containers are looked through, so the first entry is what the first layer of the head was given.
+    Collects the inputs of the layers in the backbone's head, in forwards inside the context, in the order of calls.
+    Containers do not count as layers, so the first entry is the input of the first layer.
     """
     recorded: list[Tensor] = []
     parts = (module for head in heads(backbone) for module in head.modules())
@@ -190,10 +193,10 @@ def recorded_head_inputs(backbone: nn.Module) -> Iterator[list[Tensor]]:
 
 def pooled_features(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
-    The penultimate features of every sample: the first vector that a layer of the head is given, or else what its
-    first layer is given; of a backbone without a head its `pooler_output`, or else its last hidden state; of one that
-    generates from what it has encoded, the encoder's. What has positions is averaged over them, over the tokens that
-    `attention_mask` has where it has one entry for each.
+    The penultimate features of every sample: the first vector that is the input of a layer in the head, or else the
+    input of its first layer. For a backbone without a head they are its `pooler_output`, or else its last hidden
+    state; for one that generates from an encoder's output, the encoder's. Features with positions are averaged over
+    these, only over the tokens in `attention_mask` if it has an entry for each.
 
     Args:
         backbone (`nn.Module`): a transformers model, timm models wrapped.
@@ -215,14 +218,14 @@ def pooled_features(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _generates(backbone: Any) -> bool:
-    """Whether the backbone is an encoder and a decoder, with no more of a head than the output embeddings."""
+    """Whether the backbone is an encoder and a decoder, whose head is only the output embeddings."""
     return backbone.config.is_encoder_decoder and all(
         head is backbone.get_output_embeddings() for head in heads(backbone)
     )
 
 
 def _encoded(backbone: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """`[batch, positions, num_features]`; what the decoder is given may not be known before there is an answer."""
+    """The encoder's output, `[batch, positions, num_features]`: the decoder's input may be unknown before routing."""
     encoder_inputs = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "use_cache"))}
     return backbone.get_encoder()(**encoder_inputs, return_dict=True).last_hidden_state
 
@@ -231,14 +234,14 @@ def _before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     with recorded_head_inputs(backbone) as recorded:
         output = backbone(**inputs, return_dict=True)
     if recorded:
-        # A head that averages over positions itself knows which are padding, where samples of audio are masked.
+        # A head that averages over positions itself knows which are padding, also if the mask is of audio samples.
         return next((given for given in recorded if given.ndim == 2), recorded[0])
     pooled = output.get("pooler_output")
     return output["last_hidden_state"] if pooled is None else pooled
 
 
 def empty_router(config: RTLConfig) -> Router | None:
-    """The router that a configuration names, to be filled from a file."""
+    """The router that a configuration names, whose buffers a file will fill."""
     if config.router == "given":
         return None
     arguments = (config.num_routes,) if config.router_features is None else (config.num_routes, config.router_features)

@@ -1,4 +1,4 @@
-"""One ticket as a plain model, also without the channels that never matter: smaller tensors, the same outputs."""
+"""One ticket as a plain model. Without the channels that never matter, it has smaller tensors and equal outputs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def extract_ticket(
         name = model.route_name(route)
         ticket.config.id2label, ticket.config.label2id = {0: name}, {name: 0}
         if isinstance(ticket.config, TimmWrapperConfig):
-            # What it saves instead, and has from a file if the model was loaded from one.
+            # The field that it saves instead, which a configuration from a file already has.
             ticket.config.label_names = [name]
     if prune_structure:
         report = remove_dead_channels(ticket, example_inputs)
@@ -91,17 +91,18 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     """
     Removes, in place, the channels of `model` that never matter to its outputs in evaluation mode.
 
-    A channel goes if each layer that reads it multiplies it by weights that are zero, or finds it zero whatever the
-    input (as when all weights that make it are zero, and bias, batch norm and activation leave zero), or makes of it
-    only channels that go themselves. That is exact: every term that is dropped is zero. Outputs agree to rounding
-    (1e-12 relative in float64, 1e-6 in float32), not to the bit, as shorter sums are added up in another order.
+    A channel is removed if one of these holds for each layer that reads it: the layer multiplies it by zero weights;
+    the channel is zero for every input (as when all weights that make it are zero, and bias, batch norm and activation
+    keep it zero); the layer makes of it only channels that are removed, too. This is exact: every dropped term is
+    zero. Outputs agree to rounding (1e-12 relative in float64, 1e-6 in float32), not to the bit, since shorter sums
+    are added in another order.
 
-    Followed are convolutions (of grouped ones, depthwise included, whole groups go), linear layers, batch norm,
-    activations, pooling, elementwise sums and products, concatenation, reshaping. Channels are left alone where they
-    meet anything else, in particular norms over channels, so residual streams of transformers, and attention, and in
-    transposed convolutions. A layer keeps one channel at least. A model whose outputs do not depend on all of its
-    parameters is left as it is. Every tensor that the model returns for `example_inputs` is an output, nested too;
-    hidden states that only a later call asks for lack channels. Shapes no longer follow the configuration.
+    Channels are followed through convolutions (in grouped ones, also depthwise, only whole groups are removed), linear
+    layers, batch norm, activations, pooling, elementwise sums and products, concatenation, reshaping. Channels stay
+    where they enter anything else: norms over channels (so residual streams of transformers), attention, transposed
+    convolutions. A layer keeps at least one channel. A model whose outputs do not depend on all of its parameters does
+    not change. Every tensor that the model returns for `example_inputs` is an output, also a nested one; hidden states
+    that only a later call requests lack channels. Shapes no longer follow the configuration.
 
     Args:
         model (`nn.Module`): a network that `torch.export` takes.
@@ -123,8 +124,8 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     kept = graph.kept()
     if graph.unread:
         logger.warning(
-            "No channels are removed: the outputs do not depend on all parameters (%s), so what else reads their "
-            "channels is not known.",
+            "No channels are removed: the outputs do not depend on all parameters (%s), so it is unknown what else "
+            "reads their channels.",
             ", ".join(graph.unread[:3]),
         )
         kept = {}
@@ -149,7 +150,7 @@ def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Inputs that `model` takes: random images of the size in its configuration, or its `dummy_inputs` of tokens.
 
     Raises:
-        ValueError: it takes something else.
+        ValueError: `model` takes something else.
     """
     name = getattr(model, "main_input_name", None)
     if name == "input_ids":
@@ -172,7 +173,7 @@ def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    """Stands for `save_pretrained` and `push_to_hub` of a model whose shapes do not follow its configuration."""
+    """Raises `ValueError`, in place of `save_pretrained`, if a model's shapes do not follow its configuration."""
     raise ValueError(
         "this ticket was extracted with `prune_structure=True`, so its shapes do not follow its configuration, and "
         "what `save_pretrained` writes could not be loaded. Save `torch.export.export(ticket, …)` with "
@@ -181,7 +182,7 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 class _TensorOutputs(nn.Module):
-    """Gives the tensors that a model returns, without caches beside them, which `torch.export` refuses."""
+    """Gives only the tensors that a model returns, since `torch.export` refuses caches."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tensor, ...]) -> bool:
-    """Whether `model` still runs and gives `expected`; code of its own may count on the number of channels."""
+    """Whether `model` still runs and gives `expected`: its own code may depend on the number of channels."""
     try:
         outputs = _TensorOutputs(model)(**inputs)
     except Exception:  # whatever that code raises

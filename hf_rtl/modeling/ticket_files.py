@@ -1,4 +1,4 @@
-"""Ticket files: tickets apart from their model, for others who have a copy of it."""
+"""Ticket files: tickets without their model, for other copies of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDEX_FILE = "tickets.json"
 TICKETS_PATTERN = "ticket-*.safetensors"
 
 _FILE_NAME = re.compile(r"ticket-\d{3,6}\.safetensors")
-# Tensors of a ticket's file -> whether they hold the running statistics that are floats, or the counts.
+# Tensors of a ticket's file -> whether they hold the running statistics that are floats; if not, the counts.
 _STATISTICS = {"statistics": True, "num_batches_tracked": False}
 
 
@@ -42,7 +42,7 @@ _STATISTICS = {"statistics": True, "num_batches_tracked": False}
 
 
 def base_tensors(model: RoutedModel, routes: Sequence[int]) -> dict[str, Tensor]:
-    """The weights in the union of `routes` and which ones these are, and all that no mask covers."""
+    """The weights in the union of `routes`, the packed union, and all that no mask covers."""
     union = model.mask_bank.packed_union(routes)
     parts = zip(model.mask_bank.weight_names, model.masker.weights, union, strict=True)
     kept = {name: _selected(weight, unpack(row, weight.shape)) for name, weight, row in parts}
@@ -51,8 +51,8 @@ def base_tensors(model: RoutedModel, routes: Sequence[int]) -> dict[str, Tensor]
 
 def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
     """
-    Parameters and buffers of the backbone that no mask covers, without the buffers of which routes have rows of their
-    own. Private parameters are in with what was shared before they became private, as a copy that shares them has it.
+    Parameters and buffers of the backbone that no mask covers, without the buffers of which every route has a row.
+    Private parameters have the values from before they became private, as in a copy that still shares them.
     """
     others = {weight.data_ptr() for weight in model.masker.weights}
     if model.norm_statistics is not None:
@@ -71,16 +71,16 @@ def save_tickets(
     model: RoutedModel, directory: Path, routes: Sequence[int], *, base_routes: Sequence[int]
 ) -> dict[str, Any]:
     """
-    Writes the tickets of `routes` into a folder, the index last. A page of tickets in it is brought up to date.
+    Writes the tickets of `routes` into a folder, the index last. A card of tickets in it is updated.
 
     ```
     tickets.json             the index: the base, hashes of what tickets read of it, a list of the tickets
     ticket-000.safetensors   mask: coded bits; statistics, num_batches_tracked, private: the route's rows, one after
-                             the other; added: coded bits of kept weights that the base has not; values: these
+                             the other; added: coded bits of kept weights that the base lacks; values: these weights
     ```
 
     Args:
-        base_routes (`Sequence[int]`): routes whose union is what the base has.
+        base_routes (`Sequence[int]`): routes whose union the base has.
 
     Returns:
         The index.
@@ -113,7 +113,7 @@ def save_tickets(
 
 
 def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a ticket's file, and what the index says of it."""
+    """The tensors of a ticket's file, and its entry in the index."""
     rows = [rows[route] for rows in model.mask_bank.packed]
     added = [row & ~base_row for row, base_row in zip(rows, base, strict=True)]
     tensors, coding = {}, {}
@@ -149,7 +149,7 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
 
 
 def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
-    """Writes `content`, that of a `README.md`, with `index` in it, if that is to change: see `hub.CardWriter`."""
+    """Writes a `README.md`: `content` with the tickets of `index` in it, unless it is to stay (`hub.CardWriter`)."""
     page = tickets_page(index, content, repo_id=repo_id)
     if page is not None:
         (folder / CARD_FILE).write_bytes(page)
@@ -157,8 +157,8 @@ def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_i
 
 def base_fingerprint(model: RoutedModel) -> dict[str, Any]:
     """
-    Which base the model is: the `fingerprint` of what its own tickets are made of, that is all but the added ones, and
-    if it came from there, `repo` and `revision` on the Hub.
+    The identity of the model's base: the `fingerprint` of what its tickets, except added ones, are made of, and if it
+    came from the Hub, `repo` and `revision`.
     """
     own = [route for route, name in enumerate(model.route_names) if name not in model.config.added_routes]
     tensors = base_tensors(model, own)
@@ -175,7 +175,7 @@ def read_index(name_or_path: str | Path, **hub_arguments: Any) -> dict[str, Any]
     The index of a folder or a Hub repository with ticket files.
 
     Args:
-        **hub_arguments: as `revision` and `token`, to `hf_hub_download`.
+        **hub_arguments: to `hf_hub_download`, such as `revision` and `token`.
 
     Raises:
         ValueError: there are no tickets, or their index is damaged or of a newer version.
@@ -192,12 +192,12 @@ class _TicketFolder:
         try:
             file = self.path(INDEX_FILE)
             text = file.read_text()
-        except LocalEntryNotFoundError:  # of a repository, and the Hub cannot be asked
+        except LocalEntryNotFoundError:  # it is a repository, and the Hub cannot be reached
             raise
         except (FileNotFoundError, RemoteEntryNotFoundError):
             raise ValueError(
-                f"{self.name!r} holds no tickets: it has no {INDEX_FILE}, which `save_tickets` writes. A whole model "
-                "is loaded by `RTLModel.from_pretrained`."
+                f"{self.name!r} holds no tickets: it has no {INDEX_FILE}, which `save_tickets` writes. For a whole "
+                "model use `RTLModel.from_pretrained`."
             ) from None
         commit = extract_commit_hash(str(file), None)
         if commit is not None:
@@ -222,7 +222,7 @@ class _TicketFolder:
 
 
 def _is_whole(index: Mapping[str, Any]) -> bool:
-    """Whether an index has what is said of its tickets, in the types that it is written in."""
+    """Whether an index has all entries, with the types that `save_tickets` writes."""
     kinds = {"base": dict, "ticket_task": str, "norm_statistics": str, "dense": dict}
     kinds |= dict.fromkeys(("private_parameters", "weights", "tickets"), list)
     ticket_kinds = {"name": str, "file": str, "kept": int, "added": int, "coding": dict, "in_base": dict}
@@ -248,7 +248,7 @@ def _is_threshold(value: Any) -> bool:
 
 @dataclass
 class _Ticket:
-    """What a ticket's file holds, on the CPU: of masks one `bool` tensor per prunable weight, of its shape."""
+    """What a ticket's file holds, on the CPU. Masks are one `bool` tensor per prunable weight, of its shape."""
 
     name: str
     masks: list[Tensor]
@@ -355,7 +355,7 @@ def _check_same_kind(model: RoutedModel, folder: _TicketFolder) -> None:
     if foreign:
         raise ValueError(
             f"the tickets of {folder.name!r} are for another backbone: they bring {', '.join(sorted(foreign)[:3])}, "
-            "which the model has not, has tied, or covers with masks."
+            "which the model lacks, has tied, or covers with masks."
         )
 
 
@@ -438,9 +438,7 @@ def _check_same_base(
 
 
 def _with_added_weights(model: RoutedModel, tickets: Sequence[_Ticket]) -> list[Tensor]:
-    """
-    The model's prunable weights with those that the tickets bring, which no other ticket may have with other values.
-    """
+    """The model's prunable weights with those of the tickets. `ValueError` if another ticket has other values."""
     names, used = model.mask_bank.weight_names, model.mask_bank.union()
     weights = [weight.detach() for weight in model.masker.weights]
     for ticket in tickets:

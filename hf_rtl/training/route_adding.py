@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import get_scheduler
 
-from ..data.columns import columns_of, single_labels
+from ..data.columns import list_columns, single_labels
 from ..data.partition import Partition
 from ..data.route_data import ConcatRows, RouteData
 from ..modeling.hashing import hash_tensors
@@ -112,10 +112,10 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
     chained = copy.copy(new)
     route_ids, rule = new.partition.route_ids + len(route_names), None
     if others is not None:
-        if set(columns_of(new.dataset)) != set(columns_of(others[0])):
+        if set(list_columns(new.dataset)) != set(list_columns(others[0])):
             raise ValueError(
-                f"the data of the new route {name!r} has the columns {', '.join(columns_of(new.dataset))}, but "
-                f"that of the trainer has {', '.join(columns_of(others[0]))}; both need the same."
+                f"the data of the new route {name!r} has the columns {', '.join(list_columns(new.dataset))}, but "
+                f"that of the trainer has {', '.join(list_columns(others[0]))}; both need the same."
             )
         chained.dataset = ConcatRows([others[0], new.dataset])
         route_ids, rule = np.concatenate([others[1].route_ids, route_ids]), others[1].rule

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import str_to_bool
 
-from ..data.columns import check_label_column, columns_of, single_labels
+from ..data.columns import check_label_column, list_columns, single_labels
 from ..data.partition import Partition
 from ..data.route_data import RouteData, check_partition, find_partition
 from ..modeling.modeling_rtl import RTLModel
@@ -174,7 +174,7 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
     if model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES):
         labels = single_labels(dataset)
         if not has_collator:
-            check_label_column(columns_of(dataset))
+            check_label_column(list_columns(dataset))
     partition.check(model.config.ticket_task, labels)
 
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..modeling.checks import check_choice, check_integer, check_number
 from ..modeling.configuration_rtl import ROUTERS
-from ..pruning import SCHEDULES, SCOPES, round_schedule
+from ..pruning import PRUNE_SCHEDULES, PRUNE_SCOPES, round_schedule
 
 
 # The arguments that decide the masks, together with the model and the data.
@@ -195,7 +195,8 @@ class RTLTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.target_sparsity, (int, float)):
             self.target_sparsity = [float(self.target_sparsity)]
-        for name, allowed in {"prune_schedule": SCHEDULES, "prune_scope": SCOPES, "router": ROUTERS}.items():
+        choices = {"prune_schedule": PRUNE_SCHEDULES, "prune_scope": PRUNE_SCOPES, "router": ROUTERS}
+        for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         # Any number of weights will do: this call raises for targets and amounts out of range.
         round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)

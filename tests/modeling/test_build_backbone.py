@@ -77,7 +77,7 @@ def test_from_a_timm_module():
     assert model.backbone.timm_model is not module and model.config.num_labels == 5
     with pytest.raises(ValueError, match="is not what timm.create_model.*as `in_chans=1`"):
         RTLModelForImageClassification.from_backbone(module, **ROUTES)
-    with pytest.raises(ValueError, match="has 5 classes, but 4 are asked for"):
+    with pytest.raises(ValueError, match="has 5 classes, but 4 are requested"):
         RTLModelForImageClassification.from_backbone(module, in_chans=1, num_labels=4, **ROUTES)
     base = RTLModel.from_backbone(timm.create_model("test_resnet", num_classes=0), **ROUTES)
     assert base.eval()(torch.randn(1, 3, 32, 32), route_ids=0).last_hidden_state.shape[0] == 1

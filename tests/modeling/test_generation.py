@@ -245,7 +245,7 @@ def test_without_a_prompt(build):
     model.set_router(randomised(CentroidRouter(3, 16)))
     with pytest.raises(ValueError, match="`input_ids` is missing, and `route_ids` = None"):
         model.generate()
-    with pytest.raises(ValueError, match="a batch without samples"):
+    with pytest.raises(ValueError, match="the batch has no samples"):
         model.generate(inputs["input_ids"][:0], route_ids=1)
 
 
@@ -309,7 +309,7 @@ class Shift(LogitsProcessor):
 )
 def test_what_cannot_be_split_by_route_is_refused(build, options, name):
     model, inputs = build("gpt2")
-    message = f"`{name}` does not go with a batch whose samples may be of several routes.*once per route"
+    message = f"`{name}` is not allowed for a batch whose samples may be of several routes.*once per route"
     model.backbone.register_forward_pre_hook(lambda *_: pytest.fail("it was refused too late"))
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, route_ids=ROUTES[0], **options)

@@ -265,7 +265,7 @@ def test_a_damaged_compact_file_is_refused(fill_masks, change, message, tmp_path
     "codings, message",
     [
         ({"compact.union": "pickle", "compact.masks": "raw"}, "must be one of 'raw', 'deflate', got 'pickle'"),
-        ({"compact.union": "raw"}, "or the configuration how they are coded"),
+        ({"compact.union": "raw"}, "or the configuration lacks their codings"),
         ({"compact.union": "raw", "compact.masks": "raw"}, "damaged"),
         ({}, "lacks .* of masks"),
     ],

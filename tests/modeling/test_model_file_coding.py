@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_rtl.modeling.mask_bank import pack
-from hf_rtl.modeling.model_file import DEFLATE, RAW, decode, encode
+from hf_rtl.modeling.model_file import DEFLATE_CODING, RAW_CODING, decode, encode
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])
@@ -17,7 +17,7 @@ def test_what_is_coded_comes_back(density, num_bits):
     coding, coded = encode(packed)
     assert torch.equal(decode(coding, coded, len(packed)), packed)
     assert len(coded) <= len(packed) and coded.dtype == torch.uint8
-    assert coding == (RAW if len(coded) == len(packed) else DEFLATE)
+    assert coding == (RAW_CODING if len(coded) == len(packed) else DEFLATE_CODING)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
@@ -33,19 +33,19 @@ def test_nothing_is_unpacked_beyond_what_was_announced():
     deflater = zlib.compressobj(wbits=-15)
     bomb = deflater.compress(bytes(2**26)) + deflater.flush()
     with pytest.raises(ValueError, match="damaged: it has 101 bytes or more, expected 100"):
-        decode(DEFLATE, torch.frombuffer(bytearray(bomb), dtype=torch.uint8), 100)
+        decode(DEFLATE_CODING, torch.frombuffer(bytearray(bomb), dtype=torch.uint8), 100)
 
 
 def test_what_is_damaged_is_refused():
     packed = pack(torch.rand(8000) < 0.1)
     coding, coded = encode(packed)
-    assert coding == DEFLATE
+    assert coding == DEFLATE_CODING
     for wrong, message in (
         ((coding, coded[:-20], 1000), "damaged"),
         ((coding, coded.flip(0), 1000), "damaged"),
         ((coding, coded, 999), "has 1000 bytes or more, expected 999"),
-        ((RAW, packed, 1001), "has 1000 bytes or more, expected 1001"),
-        ((RAW, packed.float(), 1000), r"must be torch.uint8 \[num_bytes\], got torch.float32 \(1000,\)"),
+        ((RAW_CODING, packed, 1001), "has 1000 bytes or more, expected 1001"),
+        ((RAW_CODING, packed.float(), 1000), r"must be torch.uint8 \[num_bytes\], got torch.float32 \(1000,\)"),
         (("pickle", coded, 1000), "must be one of 'raw', 'deflate', got 'pickle'"),
         ((None, coded, 1000), "must be one of 'raw', 'deflate', got None"),
     ):

@@ -349,22 +349,22 @@ def test_bad_routers_are_refused(model: RTLModel, members: RTLModel, tiny_bert_c
         model(pixel_values=IMAGES)
     headless = RTLModel.from_backbone("test_resnet", route_names=["a", "b"], ticket_task="labels").eval()
     headless.set_router(ScoreRouter(2))
-    with pytest.raises(ValueError, match="one prediction a sample.*got none"):
+    with pytest.raises(ValueError, match="one prediction per sample.*got none"):
         headless(pixel_values=IMAGES)
     tokens = RTLModelForTokenClassification.from_backbone(
         tiny_bert_config, route_names=["a", "b"], ticket_task="labels", seed=0
     ).eval()
     for router in (ScoreRouter(2), EntropyRouter(2)):
         tokens.set_router(router)
-        with pytest.raises(ValueError, match=r"one prediction a sample.*got \(1, 5, 3\)"):
+        with pytest.raises(ValueError, match=r"one prediction per sample.*got \(1, 5, 3\)"):
             tokens(input_ids=torch.ones(1, 5, dtype=torch.long))
 
 
 def test_no_router_decides_in_training_or_without_samples(model: RTLModel) -> None:
     model.set_router(randomised(ScoreRouter(3)))
-    with pytest.raises(ValueError, match=r"a batch without samples, of shape \(0, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"the batch has no samples: its first tensor has the shape \(0, 3, 32, 32\)"):
         model(pixel_values=IMAGES[:0])
-    with pytest.raises(ValueError, match="a batch without samples"):
+    with pytest.raises(ValueError, match="the batch has no samples"):
         model.infer_routes(pixel_values=IMAGES[:0])
     model.train()
     rows = [row.clone() for row in model.norm_statistics.rows]

@@ -221,7 +221,7 @@ def test_a_router_without_data_to_fit_it_is_taken_out(tmp_path, caplog):
     made.fit_router("score")
     report = adding_trainer(tmp_path / "second", "labels", made.model).add_route("dog", new_data())
     assert made.model.router is None and report["changed_decisions"] is None
-    assert "the router 'score' does not know the new route 'dog' and is taken out" in caplog.text
+    assert "the router 'score' does not know the new route 'dog' and is removed" in caplog.text
 
 
 def test_its_threshold_is_calibrated_and_the_others_stay(tmp_path):

@@ -268,7 +268,7 @@ def test_partitions_that_do_not_fit(tmp_path, change, message):
 
 def test_a_partition_of_no_data(tmp_path):
     args = make_trainer(tmp_path / "run").args
-    with pytest.raises(ValueError, match="`partition` is of a `train_dataset`, which is missing"):
+    with pytest.raises(ValueError, match="`partition` belongs to a `train_dataset`, which is missing"):
         RTLTrainer(image_model(), args, partition=PARTITION)
 
 
