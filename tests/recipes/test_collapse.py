@@ -36,13 +36,13 @@ def magnitude_run(alike=0.8):
         masks = {name: prune(own, full, num_kept=num_kept) for name, own in zip(ROUTES, weights, strict=True)}
         bank = MaskBank.from_masks(["a.weight", "b.weight", "c.weight"], masks)
         points.append(Point(f"{sparsity}", bank, ticket_similarity(bank), {"metrics": {"eval_constant_tickets": 2.0}}))
-    figures = np.tile(np.linspace(0.9, 0.8, len(points))[:, None], len(ROUTES))
-    figures = figures - 0.01 * np.arange(len(ROUTES))
-    return Run("global", 0, points, figures, detect_collapse([point.similarity for point in points]))
+    values = np.tile(np.linspace(0.9, 0.8, len(points))[:, None], len(ROUTES))
+    values = values - 0.01 * np.arange(len(ROUTES))
+    return Run("global", 0, points, values, detect_collapse([point.similarity for point in points]))
 
 
 @pytest.mark.parametrize(
-    ("figures", "expected"),
+    ("values", "expected"),
     [
         ([0.8] * 10, None),
         ([0.8] * 8 + [0.7, 0.7], 0.9),
@@ -53,8 +53,8 @@ def magnitude_run(alike=0.8):
         ([0.8, np.nan] * 4 + [np.nan, 0.7], 0.95),  # not all masks are retrained
     ],
 )
-def test_a_fall_is_one_that_stays(figures, expected):
-    assert fall(SPARSITIES, np.array(figures)) == expected
+def test_a_fall_is_one_that_stays(values, expected):
+    assert fall(SPARSITIES, np.array(values)) == expected
 
 
 def test_alarms_and_falls_are_counted_together():
@@ -94,11 +94,11 @@ def test_points_are_shown_with_their_reports():
     run = magnitude_run()
     rows = points_rows(run)
     assert [row["sparsity"] for row in rows] == pytest.approx(SPARSITIES, abs=1e-3)
-    for row, point, figures in zip(rows, run.points, run.figures, strict=True):
+    for row, point, values in zip(rows, run.points, run.values, strict=True):
         assert row["similarity"] == pytest.approx(point.similarity.jaccard[np.triu_indices(4, 1)].mean())
         assert row["excess"] == pytest.approx(row["similarity"] - row["chance"])
-        assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(figures.mean())
-        assert row["worst"] == figures[3] < figures[:3].min()
+        assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(values.mean())
+        assert row["worst"] == values[3] < values[:3].min()
     run.points[3].report = None
     assert points_rows(run) == rows[:3] + rows[4:]
 
@@ -127,7 +127,7 @@ def test_planted_collapses_are_found_if_they_are_large(direction):
     run = magnitude_run()
     assert planted(run, direction, 1.0) == ["at once"] * 4
     assert planted(run, direction, 0.0) == [None] * 4
-    short = replace(run, points=run.points[:5], figures=run.figures[:5])  # it does not come to 70 %
+    short = replace(run, points=run.points[:5], values=run.values[:5])  # it does not come to 70 %
     expected = {"planted": direction, "of all positions": "100%", "tickets": 8, "found at once": 8}
     assert {**expected, "found later": 0, "alarm before": 0} in planted_rows([run, short, run])
 
