@@ -1,4 +1,4 @@
-"""Starts functions in several processes that find each other as those of `torchrun` do, and kills them where asked."""
+"""Starts functions in several processes that find each other as those of `torchrun` do, and kills them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from tests.child_processes import ROOT, environment
 
 
-# A server that has imported everything once: a process is forked from it in milliseconds.
+# A server that has imported everything, from which a process is forked in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
@@ -29,17 +29,17 @@ class Team:
     `world_size` processes that run `function(*arguments)`, connected by gloo over the loopback address.
 
     Args:
-        function (`Callable`): of a module; what it returns is pickled.
-        arguments (`tuple`): for it.
+        function (`Callable`): a function of a module; its result is pickled.
+        arguments (`tuple`): its arguments.
         world_size (`int`): number of processes.
-        logs (`Path`): folder for what they print, `rank-N.log`.
+        logs (`Path`): the folder of the processes' output, `rank-N.log`.
     """
 
     def __init__(self, function: Callable, arguments: tuple, *, world_size: int, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.log_files = [logs / f"rank-{rank}.log" for rank in range(world_size)]
         with pytest.MonkeyPatch.context() as patched:
-            # The server looks for what it is to import in its working directory and in this path.
+            # The server looks for modules in its working directory and in this path.
             patched.chdir(ROOT)
             patched.setenv("PYTHONPATH", environment()["PYTHONPATH"])
             forkserver.ensure_running()
@@ -59,13 +59,13 @@ class Team:
             self.processes.append(process)
 
     def kill(self, ranks: list[int] | None = None) -> None:
-        """SIGKILL to `ranks`, by default to all."""
+        """Sends SIGKILL to `ranks`, by default to all."""
         for rank, process in enumerate(self.processes):
             if ranks is None or rank in ranks:
                 process.kill()
 
     def wait(self, timeout: float = 300) -> list[int]:
-        """Exit codes. Raises `TimeoutError`, and kills all, if one has not ended by then."""
+        """The exit codes. Kills all and raises `TimeoutError` if one has not ended after `timeout` seconds."""
         for process in self.processes:
             process.join(timeout)
         if any(process.exitcode is None for process in self.processes):
@@ -74,14 +74,14 @@ class Team:
         return [process.exitcode for process in self.processes]
 
     def results(self, timeout: float = 300) -> list[Any]:
-        """What `function` returned in every process. Raises `RuntimeError` with all output if one failed."""
+        """The result of `function` in every process. Raises `RuntimeError` with all output if one failed."""
         received = []
         for connection, process in zip(self._connections, self.processes, strict=True):
             while not connection.poll(0.05) and process.is_alive():
                 pass
             try:
                 received.append(connection.recv())
-            except EOFError:  # it failed, see below
+            except EOFError:  # The process failed; its exit code shows it below.
                 break
         codes = self.wait(timeout)
         if any(codes):
@@ -93,7 +93,7 @@ class Team:
 
 
 def launch(function: Callable, *arguments: Any, world_size: int, logs: Path) -> list[Any]:
-    """What `function(*arguments)` returns in each of `world_size` processes."""
+    """The results of `function(*arguments)` in each of `world_size` processes."""
     return Team(function, arguments, world_size=world_size, logs=logs).results()
 
 
@@ -108,7 +108,7 @@ def _run(connection: Connection, variables: dict[str, str], log: str, function: 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    # As `torchrun` runs a script: an exception ends the process with its traceback and status 1.
+    # As with `torchrun`, an exception ends the process with its traceback and status 1.
     try:
         connection.send(function(*arguments))
     except Exception:

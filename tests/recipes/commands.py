@@ -1,4 +1,4 @@
-"""The commands of recipes/ in processes of their own."""
+"""The commands of recipes/ in child processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ RECIPES = ROOT / "recipes"
 
 
 def run(script: str, *arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    """A command of recipes/, finished. `check`: that it succeeded."""
+    """Runs a command of recipes/ to its end. `check`: whether it must succeed."""
     return run_python(str(RECIPES / script), *arguments, check=check, **variables)
 
 
 def run_python(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    """The same for Python with any arguments."""
+    """Runs Python with any arguments, as `run` does."""
     command = [sys.executable, *map(str, arguments)]
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
