@@ -1,5 +1,5 @@
 """
-Tickets against what they must be compared with, on the same data: which class is it, when nobody tells the route?
+Compare tickets with their baselines on the same images: which class does an image have, if its route is not given?
 
     python recipes/baselines.py --config recipes/configs/cifar10_baselines.yaml
     python recipes/baselines.py --config recipes/configs/digits.yaml --seeds 0 --methods shared "IMP single"
@@ -7,19 +7,19 @@ Tickets against what they must be compared with, on the same data: which class i
 The methods, each for every seed and sparsity:
 
 - `dense`: one network for all classes, a logit per class, not pruned;
-- `IMP single`: the same with one mask, of the tickets' density, by iterative magnitude pruning;
-- `IMP single, union`: with one mask of the density that the union of the tickets of `per route` has;
+- `IMP single`: that network with one mask of the tickets' density, found by iterative magnitude pruning;
+- `IMP single, union`: that network with one mask as dense as the union of the tickets of `per route`;
 - `one-vs-rest`: the masks of `IMP single`; a logit per class, each trained on balanced batches as tickets are;
-- `IMP multiple`: a network per class that shares nothing, under the mask of the class's ticket, on its batches;
-- `random masks`, `layer-shuffled masks`: in the place of the tickets of `per route`, of the same densities;
-- `shared`: the paper's, membership tickets with shared statistics;
-- `per route`: with statistics of their own, and a router that compares calibrated scores;
-- `competing`: those, and in the last --competing_epochs all tickets compete for the same samples.
+- `IMP multiple`: a separate network per class, with the mask and the batches of the class's ticket;
+- `random masks`, `layer-shuffled masks`: masks of the same densities in place of the tickets of `per route`;
+- `shared`: the paper's membership tickets, with shared statistics of normalisation;
+- `per route`: tickets with their own statistics, and a router that compares calibrated scores;
+- `competing`: the same, but in the last --competing_epochs all tickets compete for the same samples.
 
-All start from the same initial weights, and retraining sees equally many samples, counted each time that one passes
-through a network. Extraction is shared by all kinds of tickets. Prints tables of means and standard deviations over
-the seeds, writes them with all reports into `results.json` in --output_dir, and draws `curves.png`. Given again, the
-command continues where it was interrupted.
+All methods start from the same initial weights. Their retraining sees equally many samples, counting every pass of a
+sample through a network. All kinds of tickets share one extraction. The command prints tables of means and standard
+deviations over the seeds, writes them with all reports into `results.json` in --output_dir, and draws `curves.png`.
+Repeated, it continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ SHARED, PER_ROUTE, COMPETING = "shared", "per route", "competing"
 # Tickets -> their normalisation statistics.
 TICKETS = {SHARED: "shared", PER_ROUTE: "per_route", COMPETING: "per_route"}
 METHODS = [DENSE, SINGLE, SINGLE_UNION, ONE_VS_REST, MULTIPLE, *CONTROL_MASKS, *TICKETS]
-# What a decision for the highest score changes: with a logit per class it is never "none of them", nor two.
+# Metrics that differ where the highest logit decides: exactly one class is predicted, never none or two.
 DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
 
 
-# Columns that need no threshold, and those of what was spent; the others are of decisions. Whether pruning has cut a
-# network is said in all tables.
+# Columns of metrics without a threshold, of costs, and of cut networks (in all tables). The others show decisions.
 RANKING = ("K-way acc.", "router: K-way acc.", "prec. at recall .8", "router: prec. at recall .8", "AUROC")
 CUT = ("emptied layers", "constant tickets")
 COSTS = (
@@ -71,8 +70,8 @@ class ComparisonArguments:
     """What is compared."""
 
     backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and batches."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Some of the above."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
 
 
@@ -128,7 +127,7 @@ class ImageRuns(SeedRuns):
         return RTLTrainer(model, args, **data)
 
     def _single_trainer(self, method: str) -> RTLTrainer:
-        """Iterative magnitude pruning of one network for all classes: the same trainer, with a single route."""
+        """The trainer with a single route, which is iterative magnitude pruning of one network for all classes."""
         sparsities = self.sparsities(method)
         plan = self._ticket_trainer(replace(self.args, competing_epochs=0), "shared").plan()
         model = RTLModelForImageClassification.from_backbone(
@@ -157,7 +156,7 @@ class ImageRuns(SeedRuns):
         )
 
     def reports(self, method: str) -> Iterator[dict[str, Any]]:
-        """Those of every round, or of what takes the place of the tickets of a round."""
+        """The reports of every round, or of the networks that take the place of its tickets."""
         if method in (*TICKETS, DENSE, SINGLE, SINGLE_UNION):
             yield from self._run_reports(method)
             return
@@ -170,7 +169,7 @@ class ImageRuns(SeedRuns):
                 yield self._one_vs_rest_report(index, report)
 
     def _run_reports(self, method: str) -> Iterator[dict[str, Any]]:
-        """Those of a run, with more costs: floating point operations, and the time of retraining."""
+        """The reports of a run, with two more costs: floating point operations, and minutes of retraining."""
         trainer = self.trained(method)
         for report in super().reports(method):
             further = {
@@ -180,7 +179,7 @@ class ImageRuns(SeedRuns):
             yield {**report, "costs": {**report["costs"], **further}}
 
     def _control_report(self, method: str, report: dict[str, Any]) -> dict[str, Any]:
-        """Other masks of the tickets' densities, retrained as the tickets of a round were."""
+        """The report of other masks of the tickets' densities, retrained as the tickets of a round were."""
         trainer = self.trained(PER_ROUTE)
         control = with_other_masks(trainer, report, tickets_of_round(trainer, report), method)
         spent = {"trainings": 1, "samples in extraction": 0, "minutes of retraining": control["seconds"] / 60}
@@ -191,7 +190,7 @@ class ImageRuns(SeedRuns):
         }
 
     def _independent_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
-        """A network per class under the masks of the tickets of a round."""
+        """The report of a network per class, with the masks of the tickets of a round."""
         trainer = self.trained(PER_ROUTE)
         tickets = tickets_of_round(trainer, report)
         found = self._timed(
@@ -212,7 +211,7 @@ class ImageRuns(SeedRuns):
         }
 
     def _one_vs_rest_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
-        """One network under the mask of `IMP single`, on the batches that the tickets of a round were retrained on."""
+        """The report of one network with the mask of `IMP single`, retrained on the batches of a round's tickets."""
         single = list(self._run_reports(SINGLE))[index]
         (masks,) = tickets_of_round(self.trained(SINGLE), single)
         trainer = self.trained(PER_ROUTE)
@@ -232,7 +231,7 @@ class ImageRuns(SeedRuns):
         }
 
     def _timed(self, method: str, at: float, measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        """`metrics` that `measure` gives, and how many `seconds` it took; read back if it was measured before."""
+        """The `metrics` that `measure` returns and the `seconds` it took; read back if they were measured before."""
 
         def measure_with_time() -> dict[str, Any]:
             start = time.perf_counter()
@@ -244,8 +243,8 @@ class ImageRuns(SeedRuns):
 
 def logit_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
     """
-    The figures that tickets have, of a network with a logit per class. A class is predicted where its logit is the
-    highest, as the paper scores its single model; curves are of the logarithms of probabilities.
+    The metrics of tickets, for a network with a logit per class. The class with the highest logit is predicted, as the
+    paper scores its single model. Metrics without a threshold rank samples by logarithms of probabilities.
     """
     logits, labels = torch.from_numpy(prediction.predictions).double(), prediction.label_ids
     first, second = logits.topk(2, dim=1).values.T
@@ -256,12 +255,12 @@ def logit_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str,
 
 
 def report_line(report: dict[str, Any]) -> dict[str, Any]:
-    """All of a report that the tables show."""
+    """The line of a report, with the columns of all tables."""
     return {**row(report["method"], report["at"], report), **report["costs"]}
 
 
 def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines by sparsity, as three tables: how well samples are ranked, what is decided, and what it costs."""
+    """The lines by sparsity, as three tables: how well samples are ranked, the decisions, and the costs."""
     lines = sorted(lines, key=lambda line: line["sparsity"])
     titles = {"figures": RANKING, "costs": COSTS}
     titles["decisions"] = [title for line in lines for title in line if title not in (*RANKING, *COSTS, *CUT)]
@@ -273,7 +272,7 @@ def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 @torch.no_grad()
 def forward_flops(trainer: RTLTrainer) -> int:
-    """Floating point operations of one dense forward for one image; zeros in the weights save none."""
+    """Floating point operations of one dense forward for one image; zero weights count too."""
     pixel_values = trainer.eval_dataset[0]["pixel_values"][None].to(trainer.args.device)
     with FlopCounterMode(display=False) as counter:
         trainer.model.eval()(pixel_values=pixel_values, route_ids=0)

@@ -1,21 +1,21 @@
 """
-At which sparsity do tickets collapse, does the similarity of their masks tell so, and does it tell falsely?
+At which sparsity do tickets collapse, and does the similarity of their masks show it, without false alarms?
 
     python recipes/collapse.py --config recipes/configs/digits_collapse.yaml
     python recipes/collapse.py --config recipes/configs/cifar10_collapse.yaml --dataset FOLDER --class_similarity FILE
 
-Runs prune, retrain and evaluate class tickets at all of --target_sparsity, for every scope of --scopes and every seed.
-Then, from masks alone:
+The command prunes, retrains and evaluates class tickets at every --target_sparsity, in a run for each scope of
+--scopes and each seed. Then it analyses the masks:
 
-- where the detector of hf_rtl.analysis gives an alarm, for every ticket, and where that ticket's balanced accuracy
-  falls: from where on it stays more than 0.05 below its mean up to 50 % sparsity;
-- false alarms: the detector on random and on layer-shuffled masks with the densities of the runs;
-- planted collapses: the masks of the runs, but from 70 % on a part of all positions is the same in all tickets (up),
-  or shuffled within its layer (down);
+- alarms and falls: where the detector of hf_rtl.analysis gives an alarm for a ticket, and where the ticket's balanced
+  accuracy falls. A fall starts where accuracy stays more than 0.05 below its mean up to 50 % sparsity;
+- false alarms: the detector's alarms on random and on layer-shuffled masks with the densities of the runs;
+- planted collapses: the detector's alarms on the runs' masks, of which from 70 % sparsity on a part of all positions
+  is made equal in all tickets (up) or shuffled within its layer (down);
 - with --class_similarity, how the similarity of tickets follows that of their classes, by depth and sparsity.
 
-Prints tables, writes them with all figures into `results.json` in --output_dir, and draws a picture for every run.
-Given again, the command continues where it was interrupted.
+The command prints tables, writes them into `results.json` in --output_dir, and draws pictures of every run. Repeated,
+it continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from shared.models import membership_model
 from shared.plots import draw_points
-from shared.points import Point, alignment, ordering, point_line, points_of_run, route_figures
+from shared.points import Point, alignment, ordering, point_line, points_of_run, route_values
 from shared.report import over_seeds, table, training_record, write_results
 
 
 METRIC = "balanced_accuracy"
-# Fixed before any run was looked at. About twice the spread of a ticket's balanced accuracy over seeds on CIFAR-10.
+# Fixed before the runs: about twice the standard deviation of a ticket's balanced accuracy over CIFAR-10 seeds.
 LEAST_FALL = 0.05
 MILD_SPARSITY = 0.5
 PLANTED_FROM = 0.7
 PLANTED_PARTS = (0.1, 0.25, 0.5, 1.0)
-TOLERANCE = 1e-3  # of a sparsity, which whole numbers of weights meet nearly
+TOLERANCE = 1e-3  # Whole numbers of weights meet a sparsity only nearly.
 
 
 @dataclass
 class CollapseArguments:
-    """Which runs are looked at."""
+    """Which runs are analysed."""
 
     backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
     scopes: list[str] = field(
         default_factory=lambda: ["global", "layer"], metadata={"help": "Scopes of magnitude pruning to compare."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and batches."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
     num_random_runs: int = field(
-        default=20, metadata={"help": "Random runs, and as many shuffled ones, for each scope."}
+        default=20, metadata={"help": "Number of random runs, and of layer-shuffled runs, for each scope."}
     )
     class_similarity: str | None = field(
         default=None, metadata={"help": "csv file of the similarity of the classes, or `dict` folder of WordNet."}
@@ -75,14 +75,14 @@ class CollapseArguments:
 @dataclass
 class Run:
     """
-    What came out for a scope and a seed. `figures` is METRIC of every route at every point, `[points, K]`; NaN where
-    masks were not retrained, which the detector looks at all the same.
+    The result of a scope and a seed. `values` are METRIC of every route at every point, `[points, K]`; NaN where masks
+    were not retrained. The detector reads these masks too.
     """
 
     scope: str
     seed: int
     points: list[Point]
-    figures: np.ndarray
+    values: np.ndarray
     changes: dict[str, Change]
 
     @property
@@ -97,11 +97,11 @@ class Run:
 def main() -> None:
     collapse, data, args = parse((CollapseArguments, DataArguments, RTLTrainingArguments), description=__doc__)
     set_up(collapse.threads)
-    # Before hours of training, what would end the command after them.
+    # These arguments are checked here, since a failure after hours of training would waste them.
     if min(args.target_sparsity) > MILD_SPARSITY:
         raise SystemExit(
-            f"--target_sparsity starts at {min(args.target_sparsity)}; what falls is measured from sparsities up to "
-            f"{MILD_SPARSITY}, so one of these is needed."
+            f"--target_sparsity starts at {min(args.target_sparsity)}. A fall is relative to sparsities up to "
+            f"{MILD_SPARSITY}; add one of these."
         )
     class_similarity = None if collapse.class_similarity is None else Path(collapse.class_similarity)
     classes = None
@@ -126,14 +126,14 @@ def main() -> None:
         bank, name = run.points[at].bank, f"{run.scope}-seed-{run.seed}"
         order = ordering(run.points[at].similarity.jaccard if classes is None else classes)
         folder = output_dir / name / "analysis"
-        draw_points(run.points, list(run.figures), run.changes, METRIC, bank, classes, order, folder)
+        draw_points(run.points, list(run.values), run.changes, METRIC, bank, classes, order, folder)
         if run in firsts(runs):
             pictures.append(f"{name}-curves.png")
             shutil.copy(folder / "curves.png", output_dir / pictures[-1])
     write_results(
         output_dir / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},
-        # A name alone: it may be a place on this machine.
+        # The name alone, since a path would show a folder of this machine.
         collapse={**asdict(collapse), "class_similarity": class_similarity and class_similarity.name},
         training=training_record(args),
         pictures=pictures,
@@ -144,7 +144,7 @@ def main() -> None:
 def make_run(
     collapse: CollapseArguments, data: DataArguments, args: RTLTrainingArguments, scope: str, seed: int
 ) -> Run:
-    """Trains, or finds what was trained already."""
+    """The run of a scope and a seed, trained here or read back."""
     folder = Path(args.output_dir) / f"{scope}-seed-{seed}"
     args = replace(args, output_dir=str(folder), prune_scope=scope, seed=seed)
     train, test = load_images(data, seed=seed)
@@ -152,8 +152,8 @@ def make_run(
     trainer = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
     trainer.train()
     points = points_of_run(folder, None)
-    figures = np.stack([route_figures(point, METRIC) for point in points])
-    return Run(scope, seed, points, figures, detect_collapse([point.similarity for point in points]))
+    values = np.stack([route_values(point, METRIC) for point in points])
+    return Run(scope, seed, points, values, detect_collapse([point.similarity for point in points]))
 
 
 def firsts(runs: Sequence[Run]) -> list[Run]:
@@ -169,18 +169,18 @@ def over_scopes(
 
 
 def points_rows(run: Run) -> list[dict[str, Any]]:
-    """A line per sparsity that was retrained."""
+    """A line for each sparsity whose masks were retrained."""
     rows = []
-    for point, figures in zip(run.points, run.figures, strict=True):
+    for point, values in zip(run.points, run.values, strict=True):
         if point.report is None:
             continue
-        of_point = point_line(point, figures)
+        of_point = point_line(point, values)
         rows.append(
             {
                 "method": run.scope,
                 "sparsity": round(point.similarity.sparsity, 4),
                 "bal. acc.": of_point["accuracy"],
-                "worst": float(np.min(figures)),
+                "worst": float(np.min(values)),
                 **{title: of_point[title] for title in ("similarity", "chance", "excess")},
                 "emptied layers": of_point["emptied"],
                 "constant tickets": int(point.report["metrics"]["eval_constant_tickets"]),
@@ -189,33 +189,33 @@ def points_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def fall(sparsities: Sequence[float], figures: np.ndarray) -> float | None:
+def fall(sparsities: Sequence[float], values: np.ndarray) -> float | None:
     """
-    The sparsity from which on `figures` (`[points]`, NaN where there is none) stay more than `LEAST_FALL` below their
-    mean up to `MILD_SPARSITY`, of which there must be one; `None` if the last one does not.
+    The sparsity from which on `values` (`[points]`, NaN if not measured) stay more than `LEAST_FALL` below their mean
+    up to `MILD_SPARSITY`; `None` if the last value is not below. There must be a value up to `MILD_SPARSITY`.
     """
-    known = ~np.isnan(figures)
-    clock, figures = np.array(sparsities)[known], figures[known]
-    mild = figures[clock <= MILD_SPARSITY + TOLERANCE].mean()
-    last_high = int(np.flatnonzero(mild - figures <= LEAST_FALL)[-1])
+    known = ~np.isnan(values)
+    clock, values = np.array(sparsities)[known], values[known]
+    mild = values[clock <= MILD_SPARSITY + TOLERANCE].mean()
+    last_high = int(np.flatnonzero(mild - values <= LEAST_FALL)[-1])
     return float(clock[last_high + 1]) if last_high + 1 < len(clock) else None
 
 
 def route_rows(run: Run) -> list[dict[str, Any]]:
-    """A line for alarms and one for falls; a column per route."""
+    """A line of alarms and a line of falls, with a column for each route."""
     alarms: dict[str, Any] = {"scope": run.scope, "seed": run.seed, "what": "alarm"}
     falls: dict[str, Any] = {**alarms, "what": "fall"}
     for route, name in enumerate(run.names):
-        change, fallen = run.changes.get(name), fall(run.sparsities, run.figures[:, route])
+        change, fallen = run.changes.get(name), fall(run.sparsities, run.values[:, route])
         alarms[name] = "none" if change is None else f"{change.sparsity:.1%} {change.direction}"
         falls[name] = "none" if fallen is None else f"{fallen:.1%}"
     return [alarms, falls]
 
 
 def summary(scope: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """How alarms and falls of a scope's tickets go together, counted over routes and seeds."""
+    """Counts of alarms and falls over the routes and seeds of a scope, alone and together."""
     pairs = [
-        (run.changes[name].sparsity if name in run.changes else None, fall(run.sparsities, run.figures[:, route]))
+        (run.changes[name].sparsity if name in run.changes else None, fall(run.sparsities, run.values[:, route]))
         for run in runs
         for route, name in enumerate(run.names)
     ]
@@ -238,7 +238,7 @@ def summary(scope: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
-    """Runs whose masks tell nothing: of the densities of `run`, over all layers or in each."""
+    """Counts of alarms on meaningless masks: those with the densities of `run` over all layers or in each."""
     for name, control in (("random", random_masks), ("layer-shuffled", shuffled_masks)):
         alarms = []
         for number in range(num_runs):
@@ -246,7 +246,7 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
             for point in run.points:
                 bank = copy.deepcopy(point.bank)
                 for route in range(bank.num_routes):
-                    # The same state at every sparsity: random masks are nested then, as those of pruning are.
+                    # The same seed at every sparsity nests random masks, as pruning nests its masks.
                     generator = torch.Generator().manual_seed(number * len(run.names) + route)
                     bank[route] = control(point.bank[route], generator=generator)
                 points.append(ticket_similarity(bank))
@@ -262,7 +262,7 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
 
 
 def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """How many planted collapses are found, over all runs that go so far, for each direction and part."""
+    """How many planted collapses are found, over all runs that reach `PLANTED_FROM`, by direction and part."""
     runs = [run for run in runs if run.sparsities[-1] >= PLANTED_FROM - TOLERANCE]
     rows = []
     for direction in ("up", "down"):
@@ -282,7 +282,7 @@ def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def planted(run: Run, direction: str, part: float) -> list[str | None]:
-    """For every ticket, when the collapse was found that was planted from `PLANTED_FROM` on."""
+    """When the detector finds a collapse planted from `PLANTED_FROM` on, for every ticket; `None` if never."""
     first = next(index for index, sparsity in enumerate(run.sparsities) if sparsity >= PLANTED_FROM - TOLERANCE)
     points: list[TicketSimilarity] = []
     for index, point in enumerate(run.points):
@@ -313,13 +313,13 @@ def planted(run: Run, direction: str, part: float) -> list[str | None]:
 
 
 def chosen_positions(masks: Sequence[Tensor], part: float, *, seed: int) -> list[Tensor]:
-    """Positions of weights, `part` of all in each layer, drawn at random."""
+    """Random positions of weights, as `bool` tensors; in each layer about `part` of all."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(mask.shape, generator=generator) < part for mask in masks]
 
 
 def alignment_rows(run: Run, classes: np.ndarray) -> list[dict[str, Any]]:
-    """Spearman's correlation with the similarity of the classes, by sparsity and depth; p of all layers."""
+    """Spearman's correlation with the similarity of classes by sparsity and depth, and the p-value over all layers."""
     rows = []
     for point in run.points:
         found = alignment(point.bank, classes, 9999, 0)

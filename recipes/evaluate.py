@@ -1,11 +1,11 @@
 """
-Evaluate a saved model in a fresh process, from its folder and the data alone.
+Evaluate saved models in a fresh process, from their folders and the data alone.
 
     python recipes/evaluate.py runs/digits/final
     python recipes/evaluate.py runs/digits/round-0* --compare runs/digits/results.json
 
-With --compare, exits with 1 unless every metric equals the one in that file to the last digit. Evaluate on as many
-processes as the run had then: the loss is a mean over their batches.
+With --compare, the command exits with 1 unless every metric equals that in the file to the last digit. Use as many
+processes as the run had: the loss is a mean over the batches of each process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="folders of models in that of a run")
-    parser.add_argument("--dataset", help="another place of the same data")
+    parser.add_argument("models", nargs="+", type=Path, help="folders of models, inside the folder of a run")
+    parser.add_argument("--dataset", help="folder or name of the same data, if they were moved")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="results.json to compare with")
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
-    """The metrics of the model in `folder` on its test data, with what the table wants to know."""
+    """The metrics of the model in `folder` on its test data, with its density and sizes for the table."""
     model = RTLModel.from_pretrained(folder)
     data = DataArguments.load(folder.absolute().parent)
     data.dataset = dataset or data.dataset
@@ -84,7 +84,7 @@ def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
 
 
 def compare(evaluated: dict[str, dict[str, Any]], results: dict[str, Any]) -> list[str]:
-    """Names of the metrics that are not equal to the recorded ones."""
+    """Names of the metrics that differ from the recorded ones."""
     recorded = {report["folder"]: report["metrics"] for report in results["rounds"]}
     recorded["final"] = results["rounds"][-1]["metrics"]
     return [

@@ -1,13 +1,13 @@
 """
-Group the classes of a data set by what their names mean: the routes of the paper's CIFAR-100 experiment (section 4.1).
+Group the classes of a data set by the meaning of their names, as in the paper's CIFAR-100 experiment (section 4.1).
 
     python recipes/group_classes.py --dataset uoft-cs/cifar100 --label_column fine_label --groups_file FILE.yaml
     python recipes/group_classes.py --names cat dog horse airplane ship truck --min_cluster_size 2
 
-Names are embedded by a text encoder, projected by UMAP and clustered by HDBSCAN, which needs
-`pip install "hf_rtl[clusters]"`. The file is what --route_groups of the other recipes takes: {route: [classes]}. Look
-at it, give the groups better names, and try another --seed or --num_neighbors: with few names much depends on them.
-The paper embeds by CLIP; --text_encoder takes encoders of text alone, as the sentence encoder that is its default.
+A text encoder embeds the names, UMAP projects the embeddings, and HDBSCAN clusters them. This needs
+`pip install "hf_rtl[clusters]"`. The other recipes take the written file, {route: [classes]}, as --route_groups. Read
+it first: give the groups better names, and try another --seed or --num_neighbors, on which much depends if names are
+few. The paper embeds names by CLIP; --text_encoder takes encoders of text alone, by default a sentence encoder.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class GroupArguments:
     )
     text_encoder: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
-        metadata={"help": "A transformers encoder, folder or repo id; means of its last states are compared."},
+        metadata={"help": "Folder or repo id of a transformers encoder; its last states are averaged."},
     )
-    min_cluster_size: int = field(default=4, metadata={"help": "Names that a group has at least, before others join."})
-    num_neighbors: int = field(default=5, metadata={"help": "UMAP's; more give larger groups."})
-    num_dimensions: int = field(default=2, metadata={"help": "Of UMAP's projection."})
-    seed: int = field(default=0, metadata={"help": "Of UMAP."})
+    min_cluster_size: int = field(default=4, metadata={"help": "Least size of a cluster; outliers join one."})
+    num_neighbors: int = field(default=5, metadata={"help": "Neighbours in UMAP; more neighbours give larger groups."})
+    num_dimensions: int = field(default=2, metadata={"help": "Dimensions of UMAP's projection."})
+    seed: int = field(default=0, metadata={"help": "Seed of UMAP."})
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 @torch.no_grad()
 def embed(names: list[str], text_encoder: str) -> Tensor:
-    """Embeddings `[C, D]` of C names, floats: means over the tokens of an encoder's last hidden states."""
+    """Embeddings of C names, floats `[C, D]`: the mean over a name's tokens of the encoder's last hidden states."""
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
     tokens = tokenizer([name.replace("_", " ") for name in names], padding=True, return_tensors="pt")
     states = AutoModel.from_pretrained(text_encoder)(**tokens).last_hidden_state

@@ -5,24 +5,24 @@ Implicit neural representations: one small network per image, one ticket per reg
     python recipes/inr.py --config recipes/configs/inr.yaml --dataset FOLDER --names photo --target_sparsity 0.5
     python recipes/inr.py --config recipes/configs/inr.yaml --dataset FOLDER --methods RTL "IMP single" --seeds 0 1 2
 
-The network of an image maps the coordinates of a pixel to its colour. FOLDER has images with a picture of regions for
-each: photo.jpg and photo.regions.png, where the value of a pixel is its region; or parquet files with both. Small
-regions are given to their neighbours (--smallest_region).
+The network of an image maps the coordinates of a pixel to its colour. FOLDER has pairs of an image and a picture of
+its regions, photo.jpg and photo.regions.png, in which the value of a pixel is its region; or parquet files with both.
+The pixels of small regions join the nearest other region (--smallest_region).
 
 The methods, at every sparsity and for every image:
 
 - `RTL`: a ticket per region;
-- `IMP single`: one mask, by iterative magnitude pruning, for a network that is told the region, by a learned class
-  embedding that is appended to its input; its shared initial weights are those of `RTL`;
-- `IMP single, balanced`: the same, trained on as many pixels of every region, as tickets are;
-- `IMP single, union`: the same with as many weights as the union of the tickets of `RTL`;
-- `dense`: the same, not pruned.
+- `IMP single`: one mask, found by iterative magnitude pruning. A learned class embedding, appended to the input, tells
+  its network the region. All other weights start as those of `RTL`;
+- `IMP single, balanced`: the same, but trained on equally many pixels of every region, as tickets are;
+- `IMP single, union`: the same, but with as many weights as the union of the tickets of `RTL`;
+- `dense`: the network of `IMP single`, not pruned.
 
-All see as many pixels. Every region has --extraction_steps (100) before each prune event, and --retraining_steps in
-each round; one mask for all regions has as many as all of these together. Tickets and `balanced` see as many pixels of
-every region, the others as many as it has. PSNR is that of the image, or the mean over its regions. Prints tables, and
-writes them with all reports into `results.json` in --output_dir, with pictures beside. Given again, the command
-continues where it was interrupted.
+All methods see equally many pixels. Every region has --extraction_steps (100) before each prune event, and
+--retraining_steps in each round; a mask for all regions has the sum of these steps. Tickets and `balanced` see equally
+many pixels of every region; the other methods see pixels by area. PSNR is that of the image, or the mean over regions.
+The command prints tables, writes them with all reports into `results.json` in --output_dir, and draws pictures there.
+Repeated, it continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ from shared.scene_report import BALANCED, METHODS, RTL, correlations, difference
 
 @dataclass
 class ComparisonArguments:
-    """What is compared, and shown."""
+    """What is compared, and which images are drawn."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights and batches."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and batches."})
     learning_rates: list[float] = field(
         default_factory=list,
-        metadata={"help": "Each of these in turn, all methods with the same; default: --learning_rate."},
+        metadata={"help": "Learning rates to run all methods with, in turn; default: --learning_rate."},
     )
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Some of the above."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
     retraining_steps: int = field(
-        default=200, metadata={"help": "Steps of retraining for each region and round; they become --max_steps."}
+        default=200, metadata={"help": "Steps of retraining per region and round, which set --max_steps."}
     )
     pictured: list[str] = field(
-        default_factory=list, metadata={"help": "Images to draw, by the ends of their names; default: the first two."}
+        default_factory=list, metadata={"help": "Ends of the names of images to draw; default: the first two."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
 
@@ -99,7 +99,7 @@ def main() -> None:
         training=training_record(args),
         num_images=len(scenes),
         num_regions=sum(len(scene.region_names) for scene in scenes),
-        # Pictures are of the first learning rate and seed.
+        # The pictures show the first learning rate and seed.
         pictures=draw(output_dir, all_runs[: len(scenes)], comparison) if RTL in methods else [],
         **tables,
         reports=reports,
@@ -118,7 +118,7 @@ class SceneRuns(SeedRuns):
             args,
             max_steps=retraining_steps * num_regions,
             extraction_steps=args.extraction_steps or 100,
-            # `collate` reads what a sample has.
+            # `collate` needs columns that the model does not take.
             remove_unused_columns=False,
         )
         super().__init__(Path(args.output_dir) / settings / scene.name.replace("/", "-"), args)
@@ -126,11 +126,11 @@ class SceneRuns(SeedRuns):
 
     @property
     def num_weights(self) -> int:
-        """Those of a network with one mask. It is told the region, so it has more of them than one with tickets."""
+        """Prunable weights of the network with one mask: with its class embedding, more than one with tickets has."""
         return self.trained(SINGLE).model.mask_bank.num_weights
 
     def sparsities(self, method: str) -> list[float]:
-        """`IMP single` has a first round that prunes nothing: the dense network."""
+        """The sparsity of each round; `IMP single` has a first round at 0, which trains the dense network."""
         sparsities = super().sparsities(method)
         return [0.0, *sparsities] if method == SINGLE else sparsities
 
@@ -154,13 +154,13 @@ class SceneRuns(SeedRuns):
         )
 
     def rounds(self, method: str) -> list[dict[str, Any]]:
-        """What the trainer of a method reports of its rounds; a dense network's is a round of `IMP single`."""
+        """The trainer's reports of a method's rounds; `dense` is the first round of `IMP single`."""
         if method == DENSE:
             return self.trained(SINGLE).rounds[:1]
         return self.trained(SINGLE).rounds[1:] if method == SINGLE else self.trained(method).rounds
 
     def reports(self, method: str) -> Iterator[dict[str, Any]]:
-        """One per round, with `at`, the sparsity of the tickets that it is to be compared with."""
+        """A report per round, with `at`: the sparsity of the tickets to compare it with."""
         sparsities = [None] if method == DENSE else self.args.target_sparsity
         for at, report in zip(sparsities, self.rounds(method), strict=True):
             yield self._report(method, at, report)
@@ -181,7 +181,7 @@ class SceneRuns(SeedRuns):
             "mean_similarity": report["mean_similarity"],
             "union": report["union"],
             "weight_bytes": report["footprint"]["compact_bytes"],
-            # All of these methods need to be told a pixel's region.
+            # Every method needs the region of each pixel.
             "side_bytes": len(encode_regions(self.scene.regions)),
             "emptied_layers": report["emptied_layers"],
             "constant_tickets": metrics["constant_tickets"],
@@ -196,7 +196,7 @@ class SceneRuns(SeedRuns):
 
     @torch.no_grad()
     def reconstruction(self, method: str, report: dict[str, Any]) -> np.ndarray:
-        """Colours `[H, W, 3]` in [0, 1] that the saved model of a method's round gives."""
+        """The image as the saved model of a method's round predicts it, floats `[H, W, 3]` in [0, 1]."""
         trainer = self.trained(method)
         data = trainer.eval_dataset
         batch = data.collate([data[index] for index in range(len(data))])
@@ -206,7 +206,7 @@ class SceneRuns(SeedRuns):
         return model(**batch, route_ids=route_ids).logits.clamp(0, 1).view(*self.scene.regions.shape, -1).numpy()
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """PSNR of the image and of every region, and the number of regions that are all of one colour."""
+        """PSNR in dB of the image and of every region, and the number of regions predicted in a single colour."""
         colours, regions = prediction.predictions, self.scene.regions.flatten()
         values = {"psnr": psnr(colours, prediction.label_ids)}
         constant = 0
@@ -218,7 +218,7 @@ class SceneRuns(SeedRuns):
 
 
 def draw(output_dir: Path, all_runs: Sequence[SceneRuns], comparison: ComparisonArguments) -> list[str]:
-    """The names of pictures that are drawn beside the results."""
+    """Draws the pictures beside the results, and returns their file names."""
     pictured = all_runs[:2]
     if comparison.pictured:
         pictured = [runs for runs in all_runs if runs.scene.name.endswith(tuple(comparison.pictured))]

@@ -8,8 +8,8 @@ classification data set.
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/prune.py --config FILE
     python -m torch.distributed.run --nproc_per_node 2 recipes/prune.py --config FILE --use_cpu
 
-Prints the plan, then a progress bar, then a table; writes `results.json` and `curve.png` into --output_dir, with one
-complete model per round beside them. A run that was interrupted continues when the same command is given again.
+The command prints the plan, a progress bar and a table. It writes `results.json`, `curve.png` and a complete model per
+round into --output_dir. Run the same command again to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from shared.text_data import load_text
 
 @dataclass
 class ModelArguments:
-    """Which backbone, and what its tickets are."""
+    """The backbone, and what tickets mask and share."""
 
     backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
     norm_statistics: str = field(
         default="per_route",
         metadata={"help": "Running statistics of normalisation: per_route, or shared (the paper's)."},
     )
-    prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of further weights to prune."})
+    prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of more weights to prune."})
     prune_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of weights never to prune."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
     dense: bool = field(
         default=True,
-        metadata={"help": "Also train a dense model on as much data: what any table of tickets is compared with."},
+        metadata={"help": "Also train a dense model on equally many samples, to compare the tickets with."},
     )
     sanity: bool = field(
         default=False,
         metadata={
-            "help": "Also, of images: random and layer-shuffled masks, routes shifted by one, and a dense one-vs-rest "
-            "model; of texts: the other router, a single mask for all data, and a dense model."
+            "help": "Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
+            "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model."
         },
     )
 
@@ -61,15 +61,15 @@ class ModelArguments:
 @dataclass
 class Task:
     """
-    What tickets are found for.
+    The data and the model of a run, and the baselines of its tickets.
 
     Args:
-        train, test: the data.
-        make_model (`Callable`): makes a model whose tickets fit them, each time with the same weights.
-        controls (`Callable`): after a run, the reports of all that its tickets are compared with by --sanity.
-        dense (`Callable`): after a run, the report of a dense model alone.
-        partition ([`Partition`], *optional*): the routes of `train`, if its columns do not say them.
-        processor (*optional*): what is saved with the models.
+        train, test: the data sets.
+        make_model (`Callable`): makes a model for these data, with the same initial weights at every call.
+        controls (`Callable`): makes the reports of the controls of --sanity from a trainer after its run.
+        dense (`Callable`): makes the report of a dense model alone from a trainer after its run.
+        partition ([`Partition`], *optional*): the routes of `train`, if no column has them.
+        processor (*optional*): the tokenizer to save with the models.
     """
 
     train: Any
@@ -100,7 +100,7 @@ def main() -> None:
         text = plan_text(trainer.plan(), batch_size=args.route_batch_size, num_processes=args.world_size)
         print(text, flush=True)
     trainer.train()
-    # Before the controls, which train and evaluate with the same trainer.
+    # A copy, since the controls train and evaluate with the same trainer.
     rounds = list(trainer.rounds)
     controls: list[dict[str, Any]] = []
     if model_arguments.sanity:
@@ -108,17 +108,17 @@ def main() -> None:
     elif model_arguments.dense:
         controls = task.dense(trainer)
     if main_process:
-        # Not in the models' folders, which are pushed: it may name a place on this machine.
+        # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir)
         report(rounds, controls, model_arguments, data, args, num_test=len(task.test))
 
 
 def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
-    """A ticket for every class of images, or group of classes, that tells its images from all others."""
+    """The task of images: a ticket per class or group of classes, which tells its images from all others."""
     train, test = load_images(data, seed=args.seed)
     partition = None
     if train.rule is not None:
-        # The labels are the groups already, here and in the test data; the rule is for data with classes.
+        # The labels of `train` and `test` are already the groups; the rule assigns new data, which have classes.
         partition = Partition(train.labels.numpy(), train.label_names, rule=train.rule)
         args.route_column = "label"
     make_model = partial(membership_model, model.backbone, train, **model_options(model, args))
@@ -133,7 +133,7 @@ def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTraining
 
 
 def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
-    """A ticket for every domain of texts, that labels its texts."""
+    """The task of texts: a ticket per domain, which classifies the texts of its domain."""
     tokenizer = AutoTokenizer.from_pretrained(model.backbone)
     train, test = load_text(data, tokenizer, route_column=args.route_column, seed=args.seed)
     label_names = train.features["label"].names
@@ -157,7 +157,7 @@ def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingA
 
 
 def model_options(model: ModelArguments, args: RTLTrainingArguments) -> dict[str, Any]:
-    """What the command line says of a model, whatever the data."""
+    """The options of the command line that models of images and of texts share."""
     return {
         "seed": args.seed,
         "norm_statistics": model.norm_statistics,
@@ -175,7 +175,7 @@ def report(
     *,
     num_test: int,
 ) -> None:
-    """Prints the tables, and writes the results and the picture."""
+    """Prints the tables, and writes `results.json` and `curve.png`."""
     output_dir = Path(args.output_dir)
     rows = [row("RTL", found["sparsity"], found) for found in rounds]
     rows += [row(control["method"], control["sparsity"], control) for control in controls]

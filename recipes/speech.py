@@ -6,24 +6,24 @@ compare them with single masks and with a network per scene.
     python recipes/speech.py --config recipes/configs/speech.yaml --speech FOLDER --noise FOLDER --noise_scenes null
     python recipes/speech.py --config recipes/configs/speech.yaml --seeds 0 --methods "IMP single" "RTL, per route"
 
-Any two folders of audio do. --speech has audio files, of which the last are for testing, or parquet files. --noise has
-a subfolder for every scene, or --noise_scenes names the files of each. Speech and noise are mixed at the ratios of
---snrs; every noise recording is split by time, its beginning being for training.
+Any folder of speech and any folder of noise will do. --speech has audio files, of which the last are for testing, or
+parquet files. --noise has a subfolder for every scene, or --noise_scenes names the files of each. Speech and noise are
+mixed at the ratios of --snrs. The beginning of every noise recording is for training, the rest for testing.
 
 The methods, each for every seed and sparsity:
 
 - `dense`: one network for all scenes, not pruned;
 - `IMP single`: one mask for all scenes, of the tickets' density, by iterative magnitude pruning;
-- `IMP single, union`: one of the density that the union of the tickets has;
-- `IMP multiple`: a network per scene that shares nothing, under the mask of the scene's ticket, on its batches;
+- `IMP single, union`: one mask for all scenes, as dense as the union of the tickets;
+- `IMP multiple`: a separate network per scene, with the mask and the batches of the scene's ticket;
 - `RTL, shared`: a ticket per scene, with shared statistics of normalisation (the paper's);
-- `RTL, per route`: with statistics of their own.
+- `RTL, per route`: a ticket per scene, with its own statistics.
 
-All start from the same initial weights and see equally many mixtures in retraining; both kinds of tickets, and the
-networks of `IMP multiple`, have their masks from one extraction. The figure is SI-SNR improvement in dB: that of the
-enhanced speech minus that of the mixture. Prints tables of means and standard deviations over the seeds, and writes
-into --output_dir: `results.json` with all reports, `spectrograms.png`, and `audio/` with the waveforms that it shows.
-Given again, the command continues where it was interrupted.
+All methods start from the same initial weights and see equally many mixtures in retraining. Both kinds of tickets, and
+the networks of `IMP multiple`, have their masks from one extraction. The metric is SI-SNR improvement in dB: the
+SI-SNR of the enhanced speech minus that of the mixture. The command prints means and standard deviations over seeds,
+and writes `results.json` with all reports, `spectrograms.png` and its waveforms, `audio/`, into --output_dir.
+Repeated, it continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ class ComparisonArguments:
     """What is compared."""
 
     channels: list[int] = field(
-        default_factory=lambda: [12, 12, 12, 24, 48], metadata={"help": "Of the encoder's layers; the paper's."}
+        default_factory=lambda: [12, 12, 12, 24, 48],
+        metadata={"help": "Channels of the encoder's layers, by default the paper's."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and batches."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Some of the above."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
     shown_sparsity: float = field(
-        default=0.75, metadata={"help": "One of target_sparsity: of the tickets in spectrograms.png and audio/."}
+        default=0.75, metadata={"help": "Sparsity of the tickets in spectrograms.png and audio/."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
 
@@ -111,7 +112,7 @@ def main() -> None:
 
 
 def show_examples(runs: SpeechRuns, methods: Sequence[str], output_dir: Path) -> list[str]:
-    """Writes the waveforms of a test mixture of every scene, and draws them. The names of the pictures."""
+    """Writes and draws the waveforms of a test mixture per scene; returns the file names of the pictures."""
     shown = {method: runs.enhanced_examples(method) for method in (PER_ROUTE, SINGLE) if method in methods}
     examples = {**runs.examples(), **shown}
     scene_names, sampling_rate = runs.test.scene_names, runs.backbone.sampling_rate
@@ -144,7 +145,7 @@ class SpeechRuns(SeedRuns):
     def trainer(self, method: str) -> RTLTrainer:
         if method in TICKETS:
             return self._trainer(self.arguments(method), self.train.scene_names, TICKETS[method])
-        # One mask for all scenes: the same trainer with a single route, and as many samples in both phases.
+        # One mask for all scenes: the same trainer with a single route, and equally many samples in both phases.
         sparsities, plan = self.sparsities(method), self.trainer(PER_ROUTE).plan()
         args = self.arguments(
             method,
@@ -174,7 +175,7 @@ class SpeechRuns(SeedRuns):
         )
 
     def reports(self, method: str) -> Iterator[dict[str, Any]]:
-        """Those of every round, or of the networks per scene that take the place of the tickets of a round."""
+        """The reports of every round, or of the networks per scene that take the place of its tickets."""
         if method != MULTIPLE:
             yield from super().reports(method)
             return
@@ -182,7 +183,7 @@ class SpeechRuns(SeedRuns):
             yield self._independent_report(index, report)
 
     def _independent_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
-        """A network per scene under the masks of the tickets of a round."""
+        """The report of a network per scene, with the masks of the tickets of a round."""
 
         def measure() -> dict[str, float]:
             trainer = self.trained(PER_ROUTE)
@@ -204,7 +205,7 @@ class SpeechRuns(SeedRuns):
         return {"clean": self.test.clean[self._shown], "noisy": self.test.noisy[self._shown]}
 
     def enhanced_examples(self, method: str) -> Tensor:
-        """The same mixtures enhanced by tickets, or by a single mask, of `shown_sparsity`."""
+        """The mixtures of `examples`, enhanced by tickets or by a single mask of `shown_sparsity`."""
         trainer = self.trained(method)
         report = trainer.rounds[self.args.target_sparsity.index(self.shown_sparsity)]
         model = model_of_round(trainer, report).eval()
@@ -214,7 +215,7 @@ class SpeechRuns(SeedRuns):
 
     @property
     def _shown(self) -> list[int]:
-        """Indices of the first test mixture of every scene, all of the same speech and ratio."""
+        """Indices of the first test mixture of every scene; all have the same speech and ratio."""
         return [int((self.test.scenes == scene).nonzero()[0]) for scene in range(len(self.test.scene_names))]
 
 

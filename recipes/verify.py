@@ -1,12 +1,11 @@
 """
-Check from the files of a finished run, with NumPy and safetensors alone, what its table cannot be believed without.
+Check the claims that the table of a finished run rests on, from its files, with NumPy and safetensors alone.
 
     python recipes/verify.py runs/digits
 
-Every route's density is exact to the weight; masks are nested over all prune events; no two tickets are the same;
-every extraction and every joint retraining started from the initial weights, masked, to the bit; membership
-tickets asked about the wrong route fail, if the run had that control. Prints one line per check and exits with 1 if
-one fails.
+Every route's density is exact to the weight. Masks are nested over all prune events. No two tickets are equal. Every
+training started from the initial weights, masked for extraction, to the bit. If the run had that control, membership
+tickets fail on samples of the wrong route. Prints one line per check, and exits with 1 if one fails.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 
-# The control of recipes/prune.py --sanity for membership tickets; others have no wrong route to fail on.
+# A control of recipes/prune.py --sanity, which only membership tickets have.
 SHIFTED = "routes shifted by one"
 
 
@@ -49,7 +48,7 @@ def main() -> None:
 
 
 def densities(run: Path, results: dict, weights: list) -> list[str]:
-    """Routes of the saved models that do not keep exactly n - round(s n) of n weights."""
+    """Routes of the saved models that do not keep exactly n - round(s n) of n weights, at sparsity s."""
     num_weights = sum(int(np.prod(shape)) for _, shape in weights)
     problems = []
     for report in results["rounds"]:
@@ -64,7 +63,7 @@ def densities(run: Path, results: dict, weights: list) -> list[str]:
 
 
 def nested(run: Path, weights: list) -> list[str]:
-    """Prune events that brought a pruned weight back."""
+    """Files of prune events that brought a pruned weight back."""
     problems = []
     for route in routes(run):
         before = None
@@ -90,7 +89,7 @@ def distinct(run: Path, results: dict) -> list[str]:
 
 
 def rewound(run: Path, results: dict, theta0: dict, weights: list) -> list[str]:
-    """Trainings whose recorded start is not where(mask, θ0, 0), or θ0 for joint retraining."""
+    """Trainings whose recorded start is not where(mask, θ0, 0), or not θ0 for joint retraining."""
     problems = [report["folder"] for report in results["rounds"] if report["started_from"] != digest(theta0)]
     for route in routes(run):
         masks = {name: np.ones(shape, dtype=bool) for name, shape in weights}
@@ -109,7 +108,7 @@ def rewound(run: Path, results: dict, theta0: dict, weights: list) -> list[str]:
 
 
 def shifted(results: dict) -> list[str]:
-    """Rounds in which tickets asked about their neighbour's samples do better than chance."""
+    """Rounds in which tickets reach .60 balanced accuracy on the samples of the neighbouring route."""
     return [
         f"sparsity {report['sparsity']}: {report['metrics']['balanced_accuracy']:.3f}"
         for report in results["controls"]
@@ -126,7 +125,7 @@ def events(run: Path, route: str) -> list[Path]:
 
 
 def digest(tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names; types as torch names them."""
+    """SHA-256 over names, torch types, shapes and bytes, in the order of the names."""
     result = hashlib.sha256()
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)

@@ -25,8 +25,8 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 def environment(**more: str) -> dict[str, str]:
     """
-    Variables for a child process: those of this process and `more`, with the root of the checkout as the first folder
-    in which Python looks for modules. Without it, a child process takes whichever `hf_rtl` is installed.
+    The variables of this process and `more` for a child process, with the root of the checkout as the first folder in
+    which Python looks for modules. Without it, a child process imports whichever `hf_rtl` is installed.
     """
     folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), **more}
@@ -39,8 +39,8 @@ def run_program(
     Runs a program text, as `python -c` does.
 
     Args:
-        folder (`Path`): where it runs. Python looks for modules there even before the root of the checkout.
-        check (`bool`): whether to raise `RuntimeError`, with what it prints, if it fails.
+        folder (`Path`): the working directory, in which Python looks for modules first.
+        check (`bool`): whether to raise `RuntimeError`, with the output, if the program fails.
     """
     command = [sys.executable, "-c", program, *arguments]
     result = subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What tests share: no network, no noise, and small models made from configurations. Nothing is downloaded."""
+"""What all tests share: no network, no downloads, no progress bars, and small models made from configurations."""
 
 import os
 
@@ -155,7 +155,7 @@ AutoModelForSequenceClassification.register(TinyAttentionConfig, TinyAttentionFo
 
 @pytest.fixture
 def tiny_attention_config() -> TinyAttentionConfig:
-    """A model of ours around `nn.MultiheadAttention`, known to `AutoModelForSequenceClassification`; 3 labels."""
+    """The model above around `nn.MultiheadAttention`, known to `AutoModelForSequenceClassification`; 3 labels."""
     return TinyAttentionConfig(num_labels=3)
 
 

@@ -1,4 +1,4 @@
-"""Similarity beyond chance, sharp changes of it, and whether it follows that of classes."""
+"""Similarity beyond chance, its sharp changes, and its alignment with that of classes."""
 
 import math
 from itertools import combinations, permutations
@@ -28,14 +28,14 @@ SHAPES = [(40, 30), (1000,), (60, 40), (400,)]
 SIZES = [math.prod(shape) for shape in SHAPES]
 NUM_WEIGHTS = sum(SIZES)
 ROUTES = ["cat", "dog", "owl", "fox"]
-# Weights kept after prune events: of the default schedule, and with a constant number as the paper's.
+# Weights kept after each prune event: by the default schedule, and by one of equal steps such as the paper's.
 SCHEDULES = {
     "geometric": round_schedule(NUM_WEIGHTS, [0.95], schedule="geometric", amount=0.2)[0],
     "linear": round_schedule(NUM_WEIGHTS, [0.95], schedule="linear", amount=0.05)[0],
 }
 
 
-def bank_of(masks):
+def make_bank(masks):
     return MaskBank.from_masks(
         [f"layer_{index}.weight" for index in range(len(masks[0]))], dict(zip(ROUTES, masks, strict=False))
     )
@@ -100,7 +100,7 @@ def test_chance_of_layers_is_what_shuffled_layers_have():
         drawn.append(naive_jaccard(one, two))
     assert mean[0, 1] == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / math.sqrt(600))
     assert math.sqrt(variance[0, 1]) == pytest.approx(np.std(drawn), rel=0.1)
-    # Tickets of global pruning agree on which layers they keep: uniform masks are no fair comparison.
+    # Globally pruned tickets agree on the densities of layers, so uniform masks are no fair comparison.
     assert mean[0, 1] > expected_jaccard(600, 600, NUM_WEIGHTS) + 10 * np.std(drawn) / math.sqrt(600)
 
 
@@ -130,8 +130,8 @@ def test_chance_of_full_and_of_empty_masks():
 
 def test_similarity_to_the_others_is_that_of_naive_loops():
     masks = magnitude_masks(num_kept=700, seed=3)
-    masks[1][3][:] = True  # a layer that the others have lost
-    found, of_layers = ticket_similarity(bank_of(masks)), layer_similarity(bank_of(masks))
+    masks[1][3][:] = True  # a layer in which the other tickets keep nothing
+    found, of_layers = ticket_similarity(make_bank(masks)), layer_similarity(make_bank(masks))
     flat = [torch.cat([layer.flatten() for layer in mask]).numpy() for mask in masks]
     counts = [[int(layer.sum()) for layer in mask] for mask in masks]
     pair_chance, _ = expected_jaccard_of_layers(np.array(counts).T, SIZES)
@@ -149,15 +149,15 @@ def test_similarity_to_the_others_is_that_of_naive_loops():
             assert of_layers.excess[layer, route] == pytest.approx(np.mean(of_layer) - np.mean(by_chance))
     assert found.excess == pytest.approx(found.similarity - found.chance)
     assert found.sparsity == pytest.approx(1 - np.mean([sum(c) for c in counts]) / NUM_WEIGHTS)
-    assert found.jaccard == pytest.approx(bank_of(masks).similarity().numpy())
+    assert found.jaccard == pytest.approx(make_bank(masks).similarity().numpy())
 
 
 def test_a_layer_without_weights_has_no_similarity():
     masks = [[torch.ones(2, 3, dtype=torch.bool), torch.ones(4, dtype=torch.bool)] for _ in range(3)]
     masks[2][1][:] = False
-    found = ticket_similarity(bank_of(masks))
+    found = ticket_similarity(make_bank(masks))
     assert found.emptied_layers == {"owl": ["layer_1.weight"]}
-    of_layers = layer_similarity(bank_of(masks))
+    of_layers = layer_similarity(make_bank(masks))
     assert of_layers.similarity[1].tolist()[:2] == [1, 1]  # of each other; the third has none
     assert np.isnan(of_layers.similarity[1, 2]) and np.isnan(of_layers.chance[1, 2])
     assert of_layers.layer_names == ["layer_0.weight", "layer_1.weight"] and of_layers.route_names == ROUTES[:3]
@@ -165,7 +165,7 @@ def test_a_layer_without_weights_has_no_similarity():
 
 
 def test_a_single_ticket_is_like_no_other():
-    found = ticket_similarity(bank_of([[torch.ones(4, dtype=torch.bool)]]))
+    found = ticket_similarity(make_bank([[torch.ones(4, dtype=torch.bool)]]))
     assert np.isnan(found.similarity).all() and np.isnan(found.excess).all() and found.emptied_layers == {}
     assert detect_collapse([found]) == {}
 
@@ -174,10 +174,10 @@ def test_spread_is_that_of_random_masks():
     generator = torch.Generator().manual_seed(0)
     mask = [torch.arange(2000) < 400]
     points = [
-        ticket_similarity(bank_of([random_masks(mask, generator=generator) for _ in ROUTES])) for _ in range(400)
+        ticket_similarity(make_bank([random_masks(mask, generator=generator) for _ in ROUTES])) for _ in range(400)
     ]
     similarities = np.array([point.similarity for point in points])
-    # The mean is over all tickets, with each in turn at the centre.
+    # Deviation and similarity are averaged over the tickets.
     assert points[0].deviation.mean() == pytest.approx(similarities.std(0).mean(), rel=0.1)
     assert similarities.mean() == pytest.approx(points[0].chance.mean(), abs=5e-4)
 
@@ -186,7 +186,7 @@ def test_spread_is_that_of_random_masks():
 
 
 def trajectory(schedule, make):
-    return [ticket_similarity(bank_of(make(num_kept))) for num_kept in SCHEDULES[schedule]]
+    return [ticket_similarity(make_bank(make(num_kept))) for num_kept in SCHEDULES[schedule]]
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
@@ -214,11 +214,11 @@ def test_random_and_shuffled_masks_raise_no_alarm(schedule, seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_masks_of_very_few_weights_raise_no_alarm(seed):
-    """Where chance alone moves similarity by more than 0.05."""
+    """With so few weights, chance alone moves similarity by more than 0.05."""
     generator = torch.Generator().manual_seed(seed)
     full = torch.arange(60)
     points = [
-        ticket_similarity(bank_of([random_masks([full < kept], generator=generator) for _ in ROUTES]))
+        ticket_similarity(make_bank([random_masks([full < kept], generator=generator) for _ in ROUTES]))
         for kept in (48, 38, 31, 25, 20, 16, 13, 10, 8, 6)
     ]
     assert detect_collapse(points) == {}
@@ -254,7 +254,7 @@ def test_smooth_trends_raise_no_alarm_with_some_noise(schedule, trend, seed):
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_planted_collapse_is_found_in_the_masks(schedule, direction, seed):
-    """From 70 % on, tickets become the same, or take weights that no other one has."""
+    """From 70 % on, tickets become equal, or keep weights that no other ticket has."""
 
     def make(num_kept):
         masks = magnitude_masks(num_kept, seed, alike=0.8, scales=(1.0, 1.0, 1.0, 1.0))
@@ -300,7 +300,7 @@ def test_a_collapse_that_takes_two_events_is_found_at_the_second(sign):
 
 
 @pytest.mark.parametrize(("size", "found"), [(0.045, False), (0.055, True)])
-def test_the_least_move(size, found):
+def test_the_least_sharp_move(size, found):
     sparsity = np.linspace(0.1, 0.9, 9)
     assert (detect_change(sparsity, 0.4 - size * (sparsity > 0.65), 0 * sparsity) is not None) == found
 
@@ -312,8 +312,8 @@ def test_a_steep_trend_that_levels_off_is_no_collapse(sign):
 
 
 @pytest.mark.parametrize(("last", "found"), [(0.6, False), (0.95, True)])
-def test_what_lies_between_the_trends_in_sparsity_and_in_density_is_no_surprise(last, found):
-    """A line in sparsity leads to 0.45 at the last point, one in the logarithm of density to 0.82."""
+def test_a_value_between_the_trends_in_sparsity_and_in_density_is_no_change(last, found):
+    """At the last point, a line in sparsity predicts 0.45, and a line in the logarithm of density 0.82."""
     sparsity = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
     change = detect_change(sparsity, [0.05, 0.1, 0.15, 0.2, last], 0 * sparsity)
     assert (change is not None) == found
@@ -346,7 +346,7 @@ def test_a_run_that_starts_dense_is_judged():
     assert detect_change(sparsity, [0, 0.1, 0.2, 0.3, 0.9], 0 * sparsity).point == 4
 
 
-def test_what_is_no_trajectory_is_refused():
+def test_bad_trajectories_are_refused():
     with pytest.raises(ValueError, match="`sparsity`, `excess` and `deviation` have 2, 1 and 2 values"):
         detect_change([0.1, 0.2], [0.1], [0, 0])
     for sparsity in ([0.2, 0.2], [0.3, 0.2], [-0.1, 0.2], [0.5, 1.0]):
@@ -441,7 +441,7 @@ def test_depth_is_cut_into_thirds():
 
 def test_similarity_by_depth_is_over_the_weights_of_the_layers():
     masks = magnitude_masks(num_kept=1500, seed=4)
-    found = similarity_by_depth(bank_of(masks))
+    found = similarity_by_depth(make_bank(masks))
     for name, layers in {"all": [0, 1, 2, 3], "shallow": [0, 1], "middle": [2], "deep": [3]}.items():
         flat = [torch.cat([mask[layer].flatten() for layer in layers]).numpy() for mask in masks]
         expected = [[naive_jaccard(one, two) for one in flat] for two in flat]

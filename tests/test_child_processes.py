@@ -1,4 +1,4 @@
-"""Processes that tests start find the checkout that is tested. `hub` and `distributed` have their own tests of it."""
+"""Child processes of tests import the tested checkout. `hub` and `distributed` have their own tests of it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_this_process_is_of_this_checkout():
 
 
 def test_a_child_process_finds_this_checkout_wherever_it_runs(tmp_path, monkeypatch):
-    """Also where another `hf_rtl` could be imported, as where another checkout is installed."""
+    """It finds it even if another `hf_rtl` could be imported, such as an installed one."""
     other = tmp_path / "installed" / "hf_rtl"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("")

@@ -86,7 +86,7 @@ def test_routes_that_a_table_lacks_are_named(table):
         (",a,b\na,1,0.5\nb,0.25,1\n", "is not symmetric"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tmp_path, text, message):
+def test_files_that_are_no_table_are_refused(tmp_path, text, message):
     file = tmp_path / "similarity.csv"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -118,7 +118,7 @@ def test_paths_go_over_the_nearest_common_hypernym(wordnet):
 
 
 @pytest.mark.parametrize("name", ["CAT", "cat/dog", "tabby/cat", "stray cat", "guinea_hen_cat", " cat "])
-def test_what_a_class_may_be_called(wordnet, name):
+def test_names_of_classes_may_be_written_in_several_ways(wordnet, name):
     assert wordnet_similarity(wordnet, [name, "Tom", "predator"])[0].tolist() == [1, 0.5, 0.5]
 
 

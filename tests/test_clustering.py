@@ -56,7 +56,7 @@ def test_separate_clusters_are_found_the_largest_first(options):
 
 
 def test_k_means_ends_where_centres_are_the_means_of_what_is_nearest():
-    points, _ = blobs([60, 60], spread=8.0)  # one cloud, so that the split is k-means' own
+    points, _ = blobs([60, 60], spread=8.0)  # a single cloud, so that only k-means decides the split
     partition = partition_by_features(points, num_routes=4)
     routes = partition.route_ids.tolist()
     np.testing.assert_allclose(partition.rule.centres.numpy(), means(points, routes), rtol=1e-9)
@@ -79,7 +79,7 @@ def test_noise_goes_to_the_nearest_centre_and_moves_none(caplog):
 
 
 def test_training_samples_are_assigned_as_new_ones_are():
-    # A long cluster beside a small one, whose centre is nearer to the end of the long one.
+    # The centre of a small cluster is nearer to the end of a long cluster than the long one's centre.
     long = np.stack([np.linspace(0, 30, 121), np.zeros(121)], axis=1)
     small = np.array([[30.0, 3.0]]) + 0.1 * np.random.default_rng(0).normal(size=(30, 2))
     points = np.concatenate([long, small])
@@ -165,7 +165,7 @@ NAMES = list(itertools.chain.from_iterable(THEMES.values()))
 
 
 def encode(names):
-    """Directions of 16 numbers that are close within a theme."""
+    """Embeddings of 16 numbers, whose directions are close within a theme."""
     theme = {name: index for index, names_of_theme in enumerate(THEMES.values()) for name in names_of_theme}
     noise = np.random.default_rng(0).normal(size=(len(NAMES), 16))
     points = [5 * np.eye(3, 16)[theme[name]] + 0.2 * noise[NAMES.index(name)] for name in names]
@@ -182,7 +182,7 @@ def test_class_names_are_grouped_by_their_meaning(tmp_path):
     assert partition.rule == ByGroups("label", EXPECTED)
     assert partition.counts.tolist() == [14, 12, 10]
     assert partition.route_ids.tolist() == [0] * 7 + [1] * 6 + [2] * 5 + [0] * 7 + [1] * 6 + [2] * 5
-    # Neither the order of the samples nor that of the classes matters.
+    # The order of samples and of classes does not matter.
     shuffled = DictDataset(label=NAMES[::-1] * 2)
     assert partition_by_class_names(shuffled, encode).rule == partition.rule
     save_rule(tmp_path, partition.rule)
@@ -199,7 +199,7 @@ def test_the_projection_depends_on_the_seed_alone():
 
 
 def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
-    # Ten names in two clusters on a line, and five far outside them, which make the smaller cluster the larger one.
+    # Ten names form two clusters on a line. Five far outside them join so that the smaller cluster becomes the larger.
     line = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 9.1, 9.2, 9.3, -20.0, 40.0, 70.0, 110.0, 160.0]
     monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: points)
     names = [f"name {index:02}" for index in range(15)]
@@ -210,7 +210,7 @@ def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
         return torch.tensor(line)[:, None]
 
     groups = group_class_names(names, encoder, min_cluster_size=4)
-    # Nearest by the means .25 and 9.15 of the ten, as explicit sums say.
+    # Nearest by the clusters' means .25 and 9.15, as explicit sums.
     expected = {"cluster-0": [], "cluster-1": []}
     for name, place in zip(names, line, strict=True):
         first, second = sum(line[:6]) / 6, sum(line[6:10]) / 4
@@ -221,14 +221,14 @@ def test_names_that_are_left_out_join_the_nearest_cluster(monkeypatch):
 
 
 def test_groups_that_are_not_far_apart_are_told_apart(monkeypatch):
-    # Three groups, two of them near each other; HDBSCAN's default, the density of four points, joins these.
+    # Two of three groups are near each other. HDBSCAN's default, the density of four points, would join these.
     line = [0.6, 0.3, 0.0, 0.0, 0.8, 0.9, 2.1, 2.2, 2.0, 2.4, 2.3, 1.5, 8.9, 8.0, 8.7, 8.2, 8.9, 8.5]
     monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: points)
     groups = group_class_names(NAMES, lambda names: np.array(line)[:, None])
     assert sorted(groups.values()) == sorted([NAMES[:6], NAMES[6:12], NAMES[12:]])
 
 
-def test_umap_is_told_what_was_asked_for(monkeypatch):
+def test_umap_gets_the_given_arguments(monkeypatch):
     asked = []
     monkeypatch.setattr(clustering, "reduce_dimensions", lambda points, *options: asked.append(options) or points)
     group_class_names(NAMES, encode)

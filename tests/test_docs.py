@@ -1,4 +1,4 @@
-"""The documentation runs: every Python block, every relative link; and the reference is complete."""
+"""The documentation: every Python block runs, every relative link leads somewhere, the reference is complete."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def _python_blocks(text: str) -> list[tuple[str, str]]:
-    """(info string, code) of every fence that says Python, with lines numbered as on the page."""
+    """(info string, code) of every Python fence; line numbers of the code are those of the page."""
     return [
         (fence[1].strip(), "\n" * text[: fence.start(2)].count("\n") + fence[2])
         for fence in _FENCE.finditer(text)

@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote: models, tickets and a run that had not ended are read, and the run goes on."""
+"""Files of earlier versions: this version reads models and tickets, and continues a run that had not ended."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_tickets_fit_their_base(folder):
 
 @pytest.fixture
 def stopped_run(folder, tmp_path):
-    """The directory of a run that ended within its second round, and the model that it began with."""
+    """The directory of a run that stopped in its second round, and the model that it began with."""
     shutil.copytree(folder / "run", tmp_path / "run")
     model = write.membership_model()
     model.backbone.load_state_dict(load_file(tmp_path / "run" / "theta0.safetensors"))
@@ -69,7 +69,7 @@ def test_a_run_that_had_not_ended_goes_on(stopped_run):
     before = {path: hash_file(path) for path in folder.rglob("*") if path.is_file()}
     trainer = write.trainer(folder, model)
     trainer.train()
-    assert {path: hash_file(path) for path in before} == before  # the first round was not done again
+    assert {path: hash_file(path) for path in before} == before  # The first round is not done again.
     assert [report["sparsity"] for report in trainer.rounds] == [0.3, 0.6]
     final = RTLModel.from_pretrained(folder / "final")
     directory, bank = RunDirectory(folder), final.mask_bank
@@ -86,7 +86,7 @@ def test_a_run_is_still_told_from_another(stopped_run):
 
 
 def open_run(folder, model, **values):
-    """Continues a run as far as it takes to tell whether it is the same."""
+    """Continues a run up to the check whether it is the same."""
     trainer = write.trainer(folder, model, **values)
     initial = dict(named_state(model.backbone))
     rounds.open_run(trainer, trainer.run_directory, trainer.plan(), initial)
@@ -104,7 +104,7 @@ def remove_field(folder, name):
 
 @pytest.mark.parametrize("name", ["competing_epochs", "prune_scope", "norm_statistics", "do_pooling"])
 def test_a_field_that_a_file_lacks_has_its_default(stopped_run, name):
-    """As if the field had come after the run, of arguments, of a model's configuration or of its backbone's."""
+    """The field may be of the arguments, of a model's configuration or of its backbone's."""
     folder, model = stopped_run
     remove_field(folder, name)
     open_run(folder, model)
@@ -117,7 +117,7 @@ def test_a_field_that_a_file_lacks_is_no_excuse_for_another_value(stopped_run):
         open_run(folder, model, prune_scope="layer")
 
 
-def test_a_new_field_may_say_what_runs_did_without_it(monkeypatch):
+def test_a_new_field_may_give_its_value_for_earlier_runs(monkeypatch):
     @dataclass
     class Arguments:
         known: int = 1

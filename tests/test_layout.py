@@ -1,4 +1,4 @@
-"""The layout of the code: which room imports which, no circles, no long files or functions, two levels of classes."""
+"""The layout of the code: imports between rooms, no circles, no long files or functions, two levels of classes."""
 
 import ast
 import inspect
@@ -22,16 +22,16 @@ ROOMS = ("modeling", "data", "hall", "model_card", "training")
 LONGEST_FILE, LONGEST_FUNCTION = 450, 60  # lines of code
 
 
-def files_of(*folders):
+def list_files(*folders):
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-LIBRARY = files_of("hf_rtl")
-ALL = [*LIBRARY, *files_of("hf_rtl_cli", "recipes")]
+LIBRARY = list_files("hf_rtl")
+ALL = [*LIBRARY, *list_files("hf_rtl_cli", "recipes")]
 
 
 @cache
-def tree_of(path):
+def parse_file(path):
     return ast.parse(path.read_text())
 
 
@@ -43,20 +43,20 @@ def code_lines(path):
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         if token.type not in ignored:
             lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(tree_of(path)):
+    for node in ast.walk(parse_file(path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return lines
 
 
-def room_of(path):
+def find_room(path):
     first = path.relative_to(ROOT / "hf_rtl").parts[0]
     return {"__init__.py": "top"}.get(first, "hall" if first.endswith(".py") else first)
 
 
-def imports_of(path):
-    """What a file of the library imports from it, wherever in the file it does: pairs of the file and the name."""
-    for node in ast.walk(tree_of(path)):
+def read_imports(path):
+    """All imports of a library file from the library, as pairs of the imported file and the name."""
+    for node in ast.walk(parse_file(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = path.parents[node.level - 1]
             target = folder.joinpath(*(node.module or "").split(".")) if node.module else folder
@@ -65,7 +65,7 @@ def imports_of(path):
 
 
 def module_file(target, name):
-    """The file that `from target import name` reads: a module of that name, or what `target` is."""
+    """The file that `from target import name` reads: a module of that name, or that of `target`."""
     for candidate in (target / f"{name}.py", target / name / "__init__.py", target.with_suffix(".py")):
         if candidate.exists():
             return candidate
@@ -77,7 +77,7 @@ def too_long(paths):
     for path in paths:
         if len(code_lines(path)) > LONGEST_FILE:
             yield f"{path.relative_to(ROOT)}: {len(code_lines(path))}"
-        for node in ast.walk(tree_of(path)):
+        for node in ast.walk(parse_file(path)):
             if isinstance(node, ast.FunctionDef):
                 length = len(code_lines(path) & set(range(node.lineno, node.end_lineno + 1)))
                 if length > LONGEST_FUNCTION:
@@ -87,36 +87,36 @@ def too_long(paths):
 def test_a_room_imports_those_below_it_alone():
     up = []
     for path in LIBRARY:
-        room = room_of(path)
+        room = find_room(path)
         if room == "top":
             continue
         allowed = {room} if room == "backbones" else set(ROOMS[: ROOMS.index(room) + 1])
-        for target, name in imports_of(path):
-            if room_of(target) not in allowed:
+        for target, name in read_imports(path):
+            if find_room(target) not in allowed:
                 up.append(f"{path.relative_to(ROOT)} imports {name} from {target.relative_to(ROOT)}")
     assert up == []
 
 
-def test_every_room_says_what_it_is_for():
+def test_every_room_has_a_docstring():
     for room in (*ROOMS, "backbones"):
         if room != "hall":
-            assert len(ast.get_docstring(tree_of(ROOT / "hf_rtl" / room / "__init__.py"))) > 100, room
+            assert len(ast.get_docstring(parse_file(ROOT / "hf_rtl" / room / "__init__.py"))) > 100, room
 
 
-def test_the_room_that_travels_is_flat_and_imported_with_single_dots():
+def test_the_room_that_is_saved_with_models_is_flat_and_imported_with_single_dots():
     folder = ROOT / "hf_rtl" / "modeling"
     assert [path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
     for path in folder.glob("*.py"):
-        for node in ast.walk(tree_of(path)):
+        for node in ast.walk(parse_file(path)):
             if isinstance(node, ast.ImportFrom) and node.level:
-                # transformers finds what it copies by `from .name import`.
+                # transformers copies only files that it finds by `from .name import`.
                 assert node.level == 1 and node.module and "." not in node.module, f"{path.name}: {ast.unparse(node)}"
 
 
 def test_the_package_never_imports_itself_by_its_absolute_name():
     found = []
     for path in LIBRARY:
-        for node in ast.walk(tree_of(path)):
+        for node in ast.walk(parse_file(path)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if any(module.split(".")[0] == "hf_rtl" for module in modules):
@@ -125,21 +125,21 @@ def test_the_package_never_imports_itself_by_its_absolute_name():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    graph = {path: {target for target, _ in imports_of(path)} for path in LIBRARY}
-    # A room's own face imports its files, which do not look back at it.
+    graph = {path: {target for target, _ in read_imports(path)} for path in LIBRARY}
+    # A room's `__init__` imports its files, which do not import it.
     assert list(TopologicalSorter(graph).static_order())
 
 
 def test_no_private_name_is_imported_from_another_room():
     found = []
     for path in LIBRARY:
-        for target, name in imports_of(path):
-            if name.startswith("_") and room_of(target) != room_of(path):
+        for target, name in read_imports(path):
+            if name.startswith("_") and find_room(target) != find_room(path):
                 found.append(f"{path.relative_to(ROOT)} imports {name}")
     for path in ALL:
         if path in LIBRARY:
             continue
-        for node in ast.walk(tree_of(path)):
+        for node in ast.walk(parse_file(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_rtl":
                 found += [f"{path.relative_to(ROOT)} imports {a.name}" for a in node.names if a.name.startswith("_")]
     assert found == []
@@ -160,7 +160,7 @@ def test_lines_of_code_leave_out_docstrings_comments_and_blank_lines(tmp_path, t
 
 
 def own_names(cls):
-    """What a class defines: its methods and fields, and what it sets on `self`; and what it reads from `self`."""
+    """The names that a class defines (methods, fields, attributes of `self`), and those that it reads from `self`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     on_self = [
         node
@@ -181,8 +181,8 @@ def test_a_base_needs_nothing_of_its_subclass(base, cls):
 
 def test_a_recipe_imports_no_other_recipe():
     commands = {path.stem for path in (ROOT / "recipes").glob("*.py")}
-    for path in files_of("recipes"):
-        for node in ast.walk(tree_of(path)):
+    for path in list_files("recipes"):
+        for node in ast.walk(parse_file(path)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not commands & {module.split(".")[0] for module in modules}, path

@@ -1,4 +1,4 @@
-"""Every figure against loops over samples, and against torchmetrics."""
+"""Every metric against loops over samples, and against torchmetrics."""
 
 import math
 
@@ -123,8 +123,8 @@ def test_membership_metrics_match_torchmetrics():
         assert {metric: metrics[f"{name}/{metric}"] for metric in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_exact_figures_at_natural_prevalence():
-    # One sample of route 0 in five; its ticket accepts it and one of the others. A score of 0 is a no.
+def test_exact_metrics_at_natural_prevalence():
+    # One of five samples is of route 0, whose ticket accepts it and another one. A score of 0 rejects.
     scores = np.array([[1.0, -1.0], [2.0, 3.0], [0.0, 1.0], [-1.0, 1.0], [-2.0, 0.0]])
     home_routes = np.array([0, 1, 1, 1, 1])
     metrics = membership_metrics(scores, home_routes, ["few", "many"])
@@ -181,7 +181,7 @@ def test_router_metrics_of_a_route_without_samples():
 
 def test_precision_at_recall_of_known_scores():
     scores, is_home = np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False, True])
-    assert precision_at_recall(scores, is_home) == 3 / 5  # all three are to be found
+    assert precision_at_recall(scores, is_home) == 3 / 5  # recall .8 needs all three
     assert precision_at_recall(scores, is_home, recall=0.5) == 2 / 3
     assert precision_at_recall(scores, is_home, recall=0.3) == 1.0
 
@@ -222,9 +222,9 @@ def test_thresholds_survive_being_stored_as_float32():
 
 def test_calibration_by_hand():
     scores = np.array([[-5.0], [-3.0], [-2.0], [-1.0], [4.0]])
-    # Accepting from -2 on finds both of 2 with one error: F1 .8. From 4 on: 1 of 2, no error, F1 2/3.
+    # Accepting scores from -2 on finds 2 of 2 with one error: F1 .8. From 4 on, it finds 1 of 2 without error: F1 2/3.
     assert calibrate_thresholds(np.hstack([scores, -scores]), np.array([1, 1, 0, 1, 0]))[0] == -2.5
-    # Equal F1 (2/3): from 3 on, 1 of 2 without error; from 0 on, 2 of 2 with two errors. The higher cut.
+    # F1 is 2/3 from 3 on (1 of 2 without error) and from 0 on (2 of 2 with two errors). The higher cut wins.
     tied = np.array([[3.0], [2.0], [1.0], [0.0], [-1.0]])
     [threshold, _] = calibrate_thresholds(np.hstack([tied, tied]), np.array([0, 1, 1, 0, 1]))
     assert threshold == 2.5
@@ -255,10 +255,10 @@ def test_constant_tickets():
     scores = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 0.0], [1.0, 2.0, 0.0]])
     assert constant_tickets(scores) == [0, 2]
     assert constant_tickets(scores[:, 1:2]) == []
-    # Rounding is no answer, however small the scores; a small difference is one.
+    # Differences by rounding do not count, however small the scores; other small differences do.
     noise = np.array([[0, 0, 0], [1, 0, 1], [-1, 0, 0]])
     assert constant_tickets((scores * [0, 1, 1] + 8e-9 * noise).astype(np.float32)) == [0, 2]
-    assert constant_tickets(1000 * scores + 4e-4 * noise) == [0]  # in proportion, where scores are large
+    assert constant_tickets(1000 * scores + 4e-4 * noise) == [0]  # relative to the size of scores
     assert constant_tickets(scores + 4e-6 * noise) == []
     with pytest.raises(ValueError, match="at least 2"):
         constant_tickets(scores[:1])

@@ -7,7 +7,7 @@ import torch
 from hf_rtl.plots import layer_profile, route_curves, similarity_heatmap
 
 
-def matrix_of(num_routes):
+def make_matrix(num_routes):
     matrix = 0.4 + 0.3 * torch.rand(num_routes, num_routes, generator=torch.Generator().manual_seed(0))
     return ((matrix + matrix.T) / 2).fill_diagonal_(1)
 
@@ -15,7 +15,7 @@ def matrix_of(num_routes):
 @pytest.mark.parametrize("num_routes", [1, 2, 12, 13, 100])
 def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
     names = [f"$route_{index}^$" for index in range(num_routes)]
-    similarity_heatmap(matrix_of(num_routes), names, tmp_path / "new" / "similarity.png")
+    similarity_heatmap(make_matrix(num_routes), names, tmp_path / "new" / "similarity.png")
     (file,) = (tmp_path / "new").iterdir()
     height, width, channels = matplotlib.image.imread(file).shape
     assert min(height, width) > 400 and max(height, width) < 2500 and channels in (3, 4)
@@ -23,15 +23,15 @@ def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
 
 def test_the_same_similarities_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
-        similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / name)
+        similarity_heatmap(make_matrix(3), ["a", "b", "c"], tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    similarity_heatmap(matrix_of(3), ["a", "b", "d"], tmp_path / "two")
+    similarity_heatmap(make_matrix(3), ["a", "b", "d"], tmp_path / "two")
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
 
 
 def test_colours_are_of_pairs_alone(tmp_path):
     for name, diagonal in (("one", 1.0), ("two", 0.0)):
-        similarity_heatmap(matrix_of(3).fill_diagonal_(diagonal), ["a", "b", "c"], tmp_path / name)
+        similarity_heatmap(make_matrix(3).fill_diagonal_(diagonal), ["a", "b", "c"], tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -42,13 +42,13 @@ def test_two_empty_masks_are_no_number(tmp_path):
 
 def test_a_matrix_of_other_routes_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError, match=r"`matrix` has shape \[3, 3\], which does not fit 2 names: \[2, 2\]"):
-        similarity_heatmap(matrix_of(3), ["a", "b"], tmp_path / "similarity.png")
+        similarity_heatmap(make_matrix(3), ["a", "b"], tmp_path / "similarity.png")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 60])
 def test_a_profile_of_any_number_of_layers_is_a_png(tmp_path, num_layers):
-    layers = torch.stack([matrix_of(3)] * num_layers)
+    layers = torch.stack([make_matrix(3)] * num_layers)
     layers[0, 0, 1] = torch.nan  # both masks are empty there
     names = [f"backbone.$layer_{index}.weight" for index in range(num_layers)]
     layer_profile(layers, layers / 2, names, tmp_path / "new" / "profile.png")
@@ -57,7 +57,7 @@ def test_a_profile_of_any_number_of_layers_is_a_png(tmp_path, num_layers):
 
 
 def test_a_profile_shows_similarity_chance_and_names(tmp_path):
-    layers, names = torch.stack([matrix_of(3)] * 2), ["a", "b"]
+    layers, names = torch.stack([make_matrix(3)] * 2), ["a", "b"]
     for name, arguments in {
         "one": (layers, layers / 2, names),
         "same": (layers.clone(), layers / 2, names),
@@ -83,7 +83,7 @@ def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
 
 
 def test_curves_show_values_names_chance_and_marks(tmp_path):
-    sparsity, values, names = torch.linspace(0.2, 0.9, 5), matrix_of(5)[:, :2], ["a", "b"]
+    sparsity, values, names = torch.linspace(0.2, 0.9, 5), make_matrix(5)[:, :2], ["a", "b"]
     for name, (panel, routes, options) in {
         "one": (values, names, {}),
         "same": (values.clone(), names, {}),
@@ -99,6 +99,6 @@ def test_curves_show_values_names_chance_and_marks(tmp_path):
 
 
 def test_a_heatmap_says_what_its_values_are(tmp_path):
-    similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / "one")
-    similarity_heatmap(matrix_of(3), ["a", "b", "c"], tmp_path / "two", label="similarity of two classes")
+    similarity_heatmap(make_matrix(3), ["a", "b", "c"], tmp_path / "one")
+    similarity_heatmap(make_matrix(3), ["a", "b", "c"], tmp_path / "two", label="similarity of two classes")
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()

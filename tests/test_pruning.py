@@ -17,7 +17,7 @@ def as_lists(masks):
 
 
 def naive_prune(weights, masks, num_kept, scope, reference=None):
-    """Sorts (magnitude, position) pairs of Python floats, layer by layer or together."""
+    """A reference that sorts (magnitude, position) pairs of Python floats, by layer or together."""
     entries = []
     for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
         scale = 1.0
@@ -40,7 +40,7 @@ def naive_prune(weights, masks, num_kept, scope, reference=None):
 
 
 def naive_shares(total, weights, survivors):
-    """Largest remainder with whole numbers; layers whose share passes their survivors are filled, then all again."""
+    """Largest remainder in integers. Layers with too few survivors are kept whole; the rest is shared again."""
     sizes = [weight.numel() for weight in weights]
     filled = {}
     while True:
@@ -75,7 +75,7 @@ def test_pruned_weights_do_not_come_back_however_large():
     weights = [torch.tensor([100.0, 1.0, 2.0, float("nan")])]
     masks = [torch.tensor([False, True, True, False])]
     assert as_lists(prune(weights, masks, num_kept=1)) == [[False, False, True, False]]
-    assert masks[0].tolist() == [False, True, True, False]  # the arguments are left alone
+    assert masks[0].tolist() == [False, True, True, False]  # the arguments do not change
 
 
 @pytest.mark.parametrize("num_kept", range(9))
@@ -121,11 +121,11 @@ def test_prune_matches_a_stable_sort_on_many_weights():
 
 def test_layer_scope_shares_by_original_size_with_largest_remainder():
     weights = [torch.arange(10.0), torch.arange(6.0), torch.arange(4.0)]
-    # 7 of 20: shares 3.5, 2.1, 1.4 -> 3, 2, 1, and the one left over to the largest remainder, .5.
+    # The shares of 7 of 20 are 3.5, 2.1, 1.4 -> 3, 2, 1; the last weight goes to the largest remainder, .5.
     masks = prune(weights, full_masks(weights), num_kept=7, scope="layer")
     assert [int(mask.sum()) for mask in masks] == [4, 2, 1]
     assert masks[0].tolist() == [False] * 6 + [True] * 4
-    # Equal remainders of .5: the earlier layer.
+    # Of equal remainders, .5, the earlier layer gets the weight.
     pair = [torch.arange(3.0), torch.arange(3.0)]
     assert [int(mask.sum()) for mask in prune(pair, full_masks(pair), num_kept=3, scope="layer")] == [2, 1]
 
@@ -134,21 +134,21 @@ def test_layer_scope_gives_the_share_of_nearly_empty_layers_to_the_others():
     weights = [torch.arange(8.0), torch.arange(8.0), torch.arange(8.0)]
     masks = full_masks(weights)
     masks[0][1:] = False
-    # Shares of 4 each; the first layer has 1, so the others share 11: 5.5 each, the earlier one rounded up.
+    # Each share is 4, but the first layer has 1. The others share 11: 5.5 each, rounded up in the earlier one.
     assert [int(mask.sum()) for mask in prune(weights, masks, num_kept=12, scope="layer")] == [1, 6, 5]
-    # Size counts, not survivors: with 2 survivors of 8 against 8 of 8, 4 kept are still 2 and 2.
+    # Shares follow the size of layers: with 2 and 8 survivors of 8, 4 kept weights are 2 and 2.
     pair, pair_masks = weights[:2], [torch.arange(8) >= 6, torch.ones(8, dtype=torch.bool)]
     assert [int(mask.sum()) for mask in prune(pair, pair_masks, num_kept=4, scope="layer")] == [2, 2]
 
 
-def test_normalised_scope_divides_by_the_spread_of_all_reference_weights():
+def test_normalised_scope_divides_by_the_standard_deviation_of_all_reference_weights():
     weights = [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0, 30.0, 40.0])]
     reference = [torch.tensor([-1.0, 1.0, -1.0, 1.0]), torch.tensor([-20.0, 20.0, -20.0, 20.0])]
     assert as_lists(prune(weights, full_masks(weights), num_kept=4)) == [[False] * 4, [True] * 4]
     masks = prune(weights, full_masks(weights), num_kept=4, scope="global_normalised", reference=reference)
-    # Ranked 1, 2, 3, 4 against .5, 1, 1.5, 2: the tie of 2 and 2 is settled by layer.
+    # Ranked are 1, 2, 3, 4 and .5, 1, 1.5, 2; the tie of 2 and 2 goes to the earlier layer.
     assert as_lists(masks) == [[False, True, True, True], [False, False, False, True]]
-    # A mask does not change the spread.
+    # A mask does not change the standard deviation.
     survivors = [torch.tensor([True, False, True, False]), torch.ones(4, dtype=torch.bool)]
     masks = prune(weights, survivors, num_kept=3, scope="global_normalised", reference=reference)
     assert as_lists(masks) == [[False, False, True, False], [False, False, True, True]]

@@ -1,4 +1,4 @@
 """
-What a step, a mixed batch and a further process cost, against plain PyTorch or a single process. Modules import hf_rtl
-and `shared`; how good tickets are is not measured here.
+Benchmarks of the time of a step, of a mixed batch and of several processes, against plain PyTorch or a single process.
+Modules import hf_rtl and `shared`. The quality of tickets is not measured here.
 """

@@ -1,11 +1,11 @@
 """
-What a batch costs whose samples take several routes, as ratios to the plain network on the same batch.
+Measure the time of a batch whose samples take several routes, as ratios to the plain network on the same batch.
 
     PYTHONPATH=recipes python -m benchmarks.mixed_batch
 
-Samples are grouped by route once, and every group runs through its own ticket. The floor is the same network without
-masks on the whole batch: one forward, for training one forward and backward. All kinds take turns, so that they see
-the same machine; the figure is the ratio of the medians, with the quartiles of the ratios within a turn.
+Samples are grouped by route once, and every group runs through its own ticket. The baseline is the same network
+without masks on the whole batch: one forward, or for training one forward and backward. All kinds of step take turns,
+to share the load of the machine. A result is the ratio of the medians, with the quartiles of the ratios in a turn.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cases(density: float) -> list[tuple[str, RTLModel, dict[str, Tensor]]]:
 def measure(
     name: str, model: RTLModel, inputs: dict[str, Tensor], device: torch.device, turns: int
 ) -> list[dict[str, Any]]:
-    """A line for every number of routes in the batch."""
+    """A line of times and ratios for every number of routes in the batch."""
     inputs = {argument: value.to(device) for argument, value in inputs.items()}
     num_samples = len(inputs["labels"])
     dense = copy.deepcopy(model.backbone).to(device)

@@ -1,12 +1,12 @@
 """
-What a second process is worth: the same extraction and the same joint retraining, by one process and by several.
+Measure the speed-up by several processes, of the same extraction and the same joint retraining.
 
     PYTHONPATH=recipes python -m benchmarks.scaling --turns 3 --output FILE
 
 Every measurement is a whole run in fresh processes, each with one CPU thread or one GPU of its own: one process as
-`python` starts it, several by torch's launcher. The two kinds of run take turns, so that both see the same machine;
-the figure is the ratio of their times within a turn. Extraction is timed from when all processes are ready until all
-have the masks of all; start-up, which is imports, data and model, is shown beside. All runs must find the same masks.
+`python` starts it, several by torch's launcher. The two kinds of run take turns, so that they share the load of the
+machine. A result is the ratio of their times within a turn. Extraction is timed from when all processes are ready
+until every process has all masks. Start-up (imports, data and model) is timed too. All runs must find the same masks.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class ScalingArguments:
     backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
     route_batch_size: int = field(default=128, metadata={"help": "Samples per batch, over all processes."})
     extraction_steps: int = field(
-        default=30, metadata={"help": "Steps of a training in extraction, of which there are two per route."}
+        default=30, metadata={"help": "Steps of a training in extraction; every route has two trainings."}
     )
     retraining_steps: int = field(
-        default=110, metadata={"help": f"Steps of joint retraining, of which the first {WARM_UP} are not timed."}
+        default=110, metadata={"help": f"Steps of joint retraining; the first {WARM_UP} are not timed."}
     )
-    output: str | None = field(default=None, metadata={"help": "Write the figures as JSON here."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     measure: str | None = field(
-        default=None, metadata={"help": "The benchmark's own: be one process of a run in this folder."}
+        default=None, metadata={"help": "Internal: run as one process of a measured run in this folder."}
     )
 
 
@@ -82,7 +82,7 @@ def main() -> None:
             print(json.dumps(measured[-1]), flush=True)
     fingerprints = {one["masks"] for one in measured}
     if len(fingerprints) > 1:
-        raise SystemExit(f"the masks of these runs differ, so they did not do the same: {sorted(fingerprints)}")
+        raise SystemExit(f"the runs found different masks, so their times cannot be compared: {sorted(fingerprints)}")
     figures = [
         compare(measured, arguments.processes, "startup_seconds", "start-up (s)"),
         compare(measured, arguments.processes, "extraction_seconds", "extraction (s)"),
@@ -124,7 +124,7 @@ def compare(measured: list[dict[str, Any]], processes: int, name: str, title: st
 
 def run(num_processes: int) -> dict[str, Any]:
     """Measures one run in fresh processes."""
-    # Not for one: under the launcher, accelerate wraps even a single process on a CPU in DDP, which costs time.
+    # One process starts without the launcher, under which accelerate would wrap it in DDP, which costs time.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if torch.cuda.is_available():
@@ -144,14 +144,14 @@ def run(num_processes: int) -> dict[str, Any]:
 
 
 def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> None:
-    """One process of a run; the first writes what was measured."""
+    """Runs as one process of a measured run; the first process writes measured.json."""
     transformers.utils.logging.disable_progress_bar()
     train, _ = load_images(data, seed=0)
     model = membership_model(arguments.backbone, train, seed=0)
     args = RTLTrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),
-        # Two prune events, so that one of them trains under a mask.
+        # Two prune events, so that the second trains with a mask.
         target_sparsity=[0.5],
         prune_amount=0.3,
         extraction_steps=arguments.extraction_steps,
@@ -188,7 +188,7 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
 
 
 class ExtractionClock:
-    """Times extraction, and notes when all processes were ready for it."""
+    """Times extraction in `seconds`; `ready` is the time at which all processes were ready for it."""
 
     def __init__(self) -> None:
         self.ready = 0.0
@@ -210,7 +210,7 @@ class ExtractionClock:
 
 
 class StepClock(TrainerCallback):
-    """When joint retraining had warmed up, and when it was done."""
+    """Notes the times at which joint retraining had warmed up and had ended."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []

@@ -1,11 +1,10 @@
 """
-What a step of joint retraining and a step of extraction cost, as ratios to a plain dense PyTorch step.
+Measure the time of a step of joint retraining and of extraction, as ratios to a plain dense PyTorch step.
 
     PYTHONPATH=recipes python -m benchmarks.step_overhead
 
-The floor is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take
-turns, so that all see the same machine; the figure is the ratio of the medians, with the quartiles of the ratios
-within a turn.
+The baseline is forward, backward and fused AdamW on the same backbone, data and loss. The three kinds of step take
+turns, to share the load of the machine. A result is the ratio of medians, with quartiles of the ratios in a turn.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def measure(backbone: str, batch_size: int, side: int, device: torch.device, tur
 
 
 def dense_step(network: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """The floor: plain PyTorch."""
+    """The baseline: a step of plain PyTorch."""
     timm_model = network.timm_model
     optimizer = torch.optim.AdamW(timm_model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     targets = labels.float().unsqueeze(-1)
@@ -78,7 +77,7 @@ def dense_step(network: torch.nn.Module, pixels: torch.Tensor, labels: torch.Ten
 def retraining_step(
     model: RTLModelForImageClassification, pixels: torch.Tensor, labels: torch.Tensor
 ) -> Callable[[], None]:
-    """A step of Algorithm 2, the next route at each call."""
+    """A step of the paper's Algorithm 2, for the next route at each call."""
     optimizer = MaskedAdamW(model.parameters(), model, lr=1e-4)
     routes = iter(range(10**9))
 
@@ -94,7 +93,7 @@ def retraining_step(
 def extraction_step(
     network: torch.nn.Module, names: list[str], masks: list, pixels: torch.Tensor, labels: torch.Tensor
 ) -> Callable[[], object]:
-    """A step of Algorithm 1 on a physically masked copy."""
+    """A step of the paper's Algorithm 1, on a copy whose pruned weights are zero."""
     theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
     batch = {"pixel_values": pixels, "labels": labels.float().unsqueeze(-1)}
     trainer = TicketTrainer(

@@ -1,4 +1,4 @@
-"""What benchmarks of steps have in common: steps take turns, so that all see the same machine; the report."""
+"""The arguments, the measuring in turns and the report of the benchmarks of steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse(description: str) -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--turns", type=int, default=20, help="measured steps of every kind (default: 20)")
     parser.add_argument("--density", type=float, default=0.5, help="density of the random masks (default: 0.5)")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON here")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -35,15 +35,15 @@ def parse(description: str) -> tuple[argparse.Namespace, torch.device]:
 
 
 def command_line(module: str) -> str:
-    """The command line that started a module of the benchmarks, as it is given in the root of the repository."""
-    # sys.argv begins with the module's file, a place on this machine.
+    """The command line that starts a module of the benchmarks in the root of the repository."""
+    # sys.argv[0] is the path of the module on this machine.
     return shlex.join(["PYTHONPATH=recipes", "python", "-m", module, *sys.argv[1:]])
 
 
 def report(
     figures: Sequence[dict[str, Any]], module: str, arguments: argparse.Namespace, device: torch.device
 ) -> None:
-    """Prints the figures of a module, and writes them into `--output` with how they were made."""
+    """Prints the results of a module, and writes them into `--output` with the device and the command."""
     print(tabulate(figures, headers="keys", floatfmt=".3f"))
     if arguments.output is None:
         return
@@ -54,7 +54,7 @@ def report(
 
 
 def in_turn(steps: Mapping[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, list[float]]:
-    """Seconds of every step in every turn, after three turns that are not counted."""
+    """Seconds of every step in every turn, after `WARM_UP` turns that are not counted."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + WARM_UP):
         for name, step in steps.items():

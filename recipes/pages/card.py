@@ -1,5 +1,5 @@
 """
-Render a card in model_cards/ from the results of runs, with a copy of what it was made of beside it.
+Render a card in model_cards/ from the results of runs, and keep a copy of these results beside it.
 
     export PYTHONPATH=recipes    # in the root of the repository
     python -m pages.card digits runs/digits
@@ -13,8 +13,8 @@ Render a card in model_cards/ from the results of runs, with a copy of what it w
     python -m pages.card cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
     python -m pages.card sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
 
-Every number of the card comes from the results.json of a run; nothing is typed in. The model card of every run's final
-model is kept too, with its picture; `recipes/pages/render_card.py` shows it as a page.
+Every number of the card comes from the results.json of a run. The card of every run's final model is kept too, with
+its picture; `recipes/pages/render_card.py` renders it as HTML.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from shared.report import over_seeds, table
 
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
-ANALYSIS = "analysis.json"  # what recipes/analyze.py writes
+ANALYSIS = "analysis.json"  # written by recipes/analyze.py
 _KEPT_OF_A_REPORT = (
     *("method", "image", "seed", "learning_rate", "round", "sparsity", "at", "metrics", "train_loss", "costs"),
     *("psnr", "psnr_of_regions", "pixels_of_regions", "similarity_of_regions"),
@@ -46,12 +46,12 @@ _KEPT_OF_A_REPORT = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("card", help="name of the card; its text before the table is model_cards/templates/NAME.md")
+    parser.add_argument("card", help="name of the card, whose template is model_cards/templates/NAME.md")
     parser.add_argument(
         "runs",
         nargs="*",
         type=Path,
-        help="output folders of recipes/prune.py or analyze.py, or one of another recipe; none: render anew",
+        help="output folders of prune.py or analyze.py, or one of another recipe; none: render from kept results",
     )
     parser.add_argument("--names", nargs="+", help="a name for each run, added to its methods")
     arguments = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
         }
     comparison = next((result for result in results.values() if "figures" in result), None)
     if comparison is not None and len(results) > 1:
-        parser.error("a comparison, of seeds or of methods, is a card by itself; give one folder.")
+        parser.error("the results of a comparison make a card by themselves; give one folder.")
     if comparison is not None:
         write_kept(kept, comparison)
         template = (MODEL_CARDS / "templates" / f"{arguments.card}.md").read_text()
@@ -109,7 +109,7 @@ def keep_picture(source: Path, target: Path) -> None:
 
 
 def comparison_of_seeds(folders: Sequence[Path]) -> dict[str, Any]:
-    """Analyses of runs that differ in the seed, as the results of one comparison; pictures are of the first."""
+    """The analyses of runs that differ in the seed, as the results of one comparison, with the first's pictures."""
     results = [json.loads((folder / ANALYSIS).read_text()) for folder in folders]
     tables = {
         "figures": over_seeds([[masks_line(point) for point in result["points"]] for result in results]),
@@ -130,7 +130,7 @@ def comparison_of_seeds(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def masks_line(point: dict[str, Any]) -> dict[str, Any]:
-    """The means of a point in the file of recipes/analyze.py: over tickets, and over their pairs by depth."""
+    """The means of a point of analysis.json: over tickets, and over pairs of tickets by depth."""
     measured = [value for value in point["metric"].values() if value is not None]
     return {
         "method": "tickets",
@@ -143,7 +143,7 @@ def masks_line(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def alignment_line(point: dict[str, Any]) -> dict[str, Any]:
-    """How the tickets of a point follow the similarity of their classes, by depth."""
+    """The alignment of a point's tickets with the similarity of their classes, by depth."""
     found = point["alignment"]
     return {
         "method": "tickets",
@@ -154,7 +154,7 @@ def alignment_line(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_pages(card: str, name: str, run: Path) -> None:
-    """Keeps a run's picture, and the model card of its final model, written anew, under the names of card and run."""
+    """Copies a run's picture and the rewritten card of its final model, under the names of card and run."""
     kept = "-".join([card, *name.split()])
     shutil.copy(run / "curve.png", MODEL_CARDS / f"{kept}-curve.png")
     text = write_card(run / "final").read_text()
@@ -202,12 +202,12 @@ def _rounded(value: Any) -> Any:
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value of results is one that cards show as a table: lines, each a mapping."""
+    """Whether a value of results is a table: a list of lines, each a mapping."""
     return isinstance(value, list) and all(isinstance(line, dict) for line in value) and value != []
 
 
 def rows(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a run's own table, with the run's name."""
+    """The lines of a run's table, with the run's name added to the methods."""
     return [{**line, "method": f"{line['method']}, {name}" if name else line["method"]} for line in result["table"]]
 
 
@@ -224,7 +224,7 @@ def per_route_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def masks_table(result: dict[str, Any]) -> str:
-    """What the masks of every round are."""
+    """The table of every round's masks: sizes, similarity and emptied layers."""
     lines = [
         {
             "sparsity": report["sparsity"],

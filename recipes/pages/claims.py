@@ -3,9 +3,8 @@ Render docs/claims.md, the paper's claims beside what was measured, from a templ
 
     PYTHONPATH=recipes python -m pages.claims
 
-In claims_template.md, `{cifar10_methods[decisions][per route 75%][bal. acc.]}` is what the table
-`decisions` of model_cards/cifar10_methods.md shows in the line of that method and sparsity; no measured number is
-typed in.
+In claims_template.md, `{cifar10_methods[decisions][per route 75%][bal. acc.]}` stands for a cell: that of the column
+`bal. acc.` in the line of `per route` at 75 %, in the table `decisions` of model_cards/cifar10_methods.md.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .card import MODEL_CARDS, is_table
 
 TEMPLATE = Path(__file__).with_name("claims_template.md")
 CLAIMS = MODEL_CARDS.parent / "docs" / "claims.md"
-# The columns that say which line it is, in the order in which they are put together.
+# The columns whose cells name a line, in the order in which they are joined.
 LABELS = (
     *("scope", "seed", "what", "image", "method", "RTL minus", "densities of", "masks", "planted", "of all positions"),
     *("sparsity", "learning rate"),
@@ -42,13 +41,13 @@ def render() -> str:
 
 
 def card_tables(card: str) -> dict[str, Any]:
-    """The results of a card, in which every table is a mapping: what a line is called -> column -> cell as shown."""
+    """The results of a card, in which every table is a mapping: name of a line -> column -> cell as shown."""
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     return {name: named_lines(value) if is_table(value) else value for name, value in results.items()}
 
 
 def named_lines(table: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The lines of a table by what they are called, the cells of LABELS with spaces between; none that share it."""
+    """Name -> line. A name joins the cells of LABELS by spaces. Lines that share a name are left out."""
     shown = [{title: cell(title, value) for title, value in line.items()} for line in table]
     names = [" ".join(line[title] for title in LABELS if line.get(title)) for line in shown]
     return {name: line for name, line in zip(names, shown, strict=True) if names.count(name) == 1}

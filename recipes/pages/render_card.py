@@ -1,10 +1,10 @@
 """
-Show a model card as the Hub does, more or less: README.md to an HTML page, without its metadata.
+Render a model card as an HTML page, roughly as the Hub shows it, without its metadata.
 
     PYTHONPATH=recipes python -m pages.render_card runs/digits/final/README.md card.html
     chromium --headless --no-sandbox --screenshot=card.png --window-size=1000,5000 card.html
 
-Pictures of the card are put into the page, so that it is one file. Needs markdown-it-py (`pip install -e ".[dev]"`).
+The page contains the card's pictures, so it is a single file. Needs markdown-it-py (`pip install -e ".[dev]"`).
 """
 
 from __future__ import annotations

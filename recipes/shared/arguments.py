@@ -1,4 +1,4 @@
-"""How a recipe starts: its arguments, from a YAML file and the command line, and what it prints meanwhile."""
+"""The start of a recipe: its arguments, from a YAML file and the command line, and the settings of its output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers import HfArgumentParser
 
 def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
     """
-    Instances of `classes`: field defaults, then those of the recipe, then `--config FILE`, then the command line.
+    Instances of `classes`: field defaults, overridden by `defaults`, by `--config FILE` and by the command line.
 
     Raises:
-        SystemExit: an argument or a key of the file that does not exist, with the closest that does.
+        SystemExit: an argument or a key of the file is unknown. The message names the closest known key.
     """
     parser = HfArgumentParser(
         list(classes), description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -28,7 +28,7 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the arguments below")
     known = {action.dest: action for action in parser._actions}
     for action in known.values():
-        # What the file gives need not be given again on the command line.
+        # A required argument may come from the file.
         action.required = False
     parser.set_defaults(**(defaults or {}))
     config = parser.parse_known_args()[0].config
@@ -49,10 +49,10 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
 
 def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:
     """
-    What --methods names, in the order of `known`.
+    The methods that --methods names, in the order of `known`.
 
     Raises:
-        SystemExit: a method that is not known.
+        SystemExit: a method is unknown.
     """
     unknown = [method for method in methods if method not in known]
     if unknown:
@@ -61,7 +61,7 @@ def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def set_up(threads: int | None) -> None:
-    """Warnings in one line each, no bars of transformers' own, and a number of CPU threads, if one is given."""
+    """Logs warnings in one line each, hides the progress bars of transformers, and sets the number of CPU threads."""
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if threads is not None:

@@ -1,4 +1,4 @@
-"""The controls of `recipes/prune.py`: what the table of a run must be compared with before it is believed."""
+"""The controls of `recipes/prune.py`: reports that show whether the results of a run come from its tickets."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .models import model_of_round, tickets_of_round
 from .plain_networks import one_vs_rest
 
 
-# What takes the tickets' place, at their densities.
+# Name of a control -> the function that makes masks of a ticket's densities.
 CONTROL_MASKS = {"random masks": random_masks, "layer-shuffled masks": shuffled_masks}
 
 
 def image_controls(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
     """
-    Reports with a `method` for every round of a finished run: random masks and layer-shuffled masks of the tickets'
-    densities, retrained as the tickets were; the tickets with routes shifted by one, so that each answers for its
-    neighbour; and once, a dense one-vs-rest model with a logit per route, trained on the same batches.
+    Reports of the controls of a finished run, each with its `method`. Every round has three: the tickets with routes
+    shifted by one, each answering for its neighbour, and random and layer-shuffled masks of the tickets' densities,
+    retrained as tickets. The last report is of a dense one-vs-rest model, with a logit per route, on the same batches.
     """
     reports = []
     for report in trainer.rounds:
@@ -48,7 +48,7 @@ def dense_image_network(trainer: RTLTrainer, test: ImageTensors, backbone: str) 
 def with_other_masks(
     trainer: RTLTrainer, report: dict[str, Any], tickets: Sequence[Sequence[Tensor]], method: str
 ) -> dict[str, Any]:
-    """The report of a round whose tickets were replaced by those of a method of `CONTROL_MASKS`, and retrained."""
+    """The report of a round that was retrained with the masks of a control in `CONTROL_MASKS`."""
     masks = [
         CONTROL_MASKS[method](mask, generator=torch.Generator().manual_seed(trainer.args.seed * 1000 + route))
         for route, mask in enumerate(tickets)
@@ -58,7 +58,7 @@ def with_other_masks(
 
 
 def _shifted(trainer: RTLTrainer, test: ImageTensors, report: dict[str, Any]) -> dict[str, Any]:
-    """Ticket k scores for route k + 1."""
+    """The report of a round in which ticket k scores for route k + 1."""
     model = model_of_round(trainer, report)
     scores, homes = _scores(trainer, model, test)
     metrics = membership_metrics(np.roll(scores, 1, axis=1), homes, model.route_names)
@@ -80,12 +80,12 @@ def text_controls(
     trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
 ) -> list[dict[str, Any]]:
     """
-    Reports with a `method` beside those of a finished run: its last round with the other router, and for every round
-    a single mask for all data, of the tickets' density; also a dense model.
+    Reports of the controls of a finished run, each with its `method`: the last round with the other router; for every
+    round, a single mask for all data, of the tickets' density; and a dense model.
 
     Args:
-        trainer ([`RTLTrainer`]): after `train()`. Its model is left with the other router.
-        make_model (`Callable`): makes the model with given `route_names`, from the same initial weights each time.
+        trainer ([`RTLTrainer`]): a trainer after `train()`. Its model keeps the other router.
+        make_model (`Callable`): makes the model with given `route_names`, with the same initial weights at every call.
         train, test (`Dataset`): the data of the run.
     """
     reports = []
@@ -113,8 +113,8 @@ def _single_mask(
     sparsities: list[float],
 ) -> list[dict[str, Any]]:
     """
-    The rounds of iterative magnitude pruning, the same trainer on the same data as one route, with as many samples in
-    extraction and in retraining as all tickets have together. Its round at sparsity 0 prunes nothing: a dense model.
+    Reports of iterative magnitude pruning: the same trainer and data with a single route, which has as many samples in
+    extraction and in retraining as all tickets together. The round at sparsity 0 trains a dense model.
     """
     args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
     route_ids = np.array(test[args.route_column])

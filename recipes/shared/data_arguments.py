@@ -1,4 +1,4 @@
-"""Which data a recipe reads."""
+"""The arguments that choose the data of a recipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataArguments:
-    """Which images or texts, and how they become tensors."""
+    """Which images or texts a recipe reads, and how they become tensors."""
 
     dataset: str = field(
         default="digits",
         metadata={
-            "help": "'digits' (scikit-learn's, nothing to download), a folder of idx.gz files as of Debian's "
+            "help": "'digits' (scikit-learn's, without a download), a folder of idx.gz files such as that of Debian's "
             "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
         },
     )
@@ -30,46 +30,44 @@ class DataArguments:
     text_column: str | None = field(
         default=None, metadata={"help": "Column of the texts. Without one, the data are images."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer ones are cut."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer texts are cut."})
     class_bounds: list[float] = field(
         default_factory=list,
-        metadata={"help": "Of texts whose label is a number: it is cut into classes at these bounds, ascending."},
+        metadata={"help": "Ascending bounds that cut labels of texts into classes, if labels are numbers."},
     )
     class_names: list[str] = field(
-        default_factory=list, metadata={"help": "Names of these classes, one more than bounds."}
+        default_factory=list, metadata={"help": "Names of these classes, one more than --class_bounds."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(
-        default="label", metadata={"help": "Column of the classes, which for images are the routes."}
+        default="label", metadata={"help": "Column of the classes. For images, these are the routes."}
     )
     route_groups: str | None = field(
         default=None,
         metadata={
-            "help": "JSON or YAML file of {route: [classes]}, each class in one; by default every class is a route."
+            "help": "JSON or YAML file of {route: [classes]}, each class in one; default: each class is a route."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, never trained or calibrated on."})
-    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; by default they stay."})
+    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, not to train or calibrate on."})
+    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; default: their own."})
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
     mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
-    std: float = field(default=0.5, metadata={"help": "Divided by after that."})
+    std: float = field(default=0.5, metadata={"help": "Divisor of pixels after that."})
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Take this many training samples, drawn by seed; of texts as many of each route."},
+        metadata={"help": "Draw this many training samples by seed; texts, equally many of each route."},
     )
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "Take this many test samples, drawn by seed."}
-    )
+    max_test_samples: int | None = field(default=None, metadata={"help": "Draw this many test samples by seed."})
 
     def on_card(self) -> dict[str, str]:
-        """What a model card says of the data: nothing, if they are a folder of this machine."""
+        """The fields of a model card on the data; none if the data are a folder of this machine."""
         if self.dataset == "digits":
             return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
         if Path(self.dataset).expanduser().exists():
             return {}
-        of_hub = {"datasets": self.dataset, "dataset_split": self.test_split}
-        return of_hub if self.config_name is None else {**of_hub, "dataset_config": self.config_name}
+        fields = {"datasets": self.dataset, "dataset_split": self.test_split}
+        return fields if self.config_name is None else {**fields, "dataset_config": self.config_name}
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -84,7 +82,7 @@ def read_splits(arguments: DataArguments, columns: Mapping[str, str]) -> list[Da
     The training and the test split of a folder of parquet files or of a Hub data set.
 
     Args:
-        columns (`Mapping[str, str]`): argument that names a column -> the column.
+        columns (`Mapping[str, str]`): name of an argument -> the column that it names.
 
     Raises:
         ValueError: a split lacks one of these columns.

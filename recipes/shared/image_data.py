@@ -23,8 +23,8 @@ class ImageTensors(Dataset):
     """
     Images held as `uint8 [N, channels, side, side]`, served as normalised `pixel_values` with their `label`.
 
-    `column_names` and `label_names` say what is in it, and if labels are groups of classes, `rule` which class is in
-    which group.
+    `column_names` are the keys of a sample, and `label_names` the names of the labels. If labels are groups of
+    classes, `rule` says which class is in which group.
     """
 
     column_names = ["pixel_values", "label"]
@@ -51,7 +51,7 @@ class ImageTensors(Dataset):
 
 
 def channels_last(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch in which the channels of a pixel lie together; convolutions on CPUs are up to twice as fast then."""
+    """A batch in the channels-last format, in which convolutions on CPUs are up to twice as fast."""
     batch = default_data_collator(samples)
     return {**batch, "pixel_values": batch["pixel_values"].contiguous(memory_format=torch.channels_last)}
 
@@ -71,7 +71,7 @@ def load_images(arguments: DataArguments, *, seed: int) -> tuple[ImageTensors, I
         partition = partition_by_groups(_named_labels(train), arguments.route_groups)
         for images, routes in ((train, partition), (test, partition.rule.assign(_named_labels(test)))):
             images.labels, images.label_names = torch.from_numpy(routes.route_ids), routes.route_names
-            # As it assigns the data set itself.
+            # The rule reads the column of the original data set.
             images.rule = replace(partition.rule, column=arguments.label_column)
     return train, test
 

@@ -1,4 +1,4 @@
-"""Several methods with several seeds on the same data: a run for each, trained once and read back afterwards."""
+"""Runs of several methods and seeds on the same data, each trained once and read back afterwards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
 
 
-# What tickets are compared with, whatever the data: one network for all routes, not pruned; with one mask of the
-# tickets' density, by iterative magnitude pruning; with one of the density of their union; a network per route.
+# The baselines for any data: one network for all routes, not pruned; the same with one mask of the tickets' density,
+# found by iterative magnitude pruning; with one mask as dense as the tickets' union; and a network per route.
 DENSE, SINGLE, SINGLE_UNION, MULTIPLE = "dense", "IMP single", "IMP single, union", "IMP multiple"
 
 
 def file_name(title: str) -> str:
-    """The name of a method, or of what it gave, as files and folders have it."""
+    """The title of a method as a name of a file or folder."""
     return title.replace(",", "").replace(" ", "-")
 
 
@@ -28,17 +28,17 @@ class SeedRuns(ABC):
     """
     The runs of several methods with one seed.
 
-    Every method has a folder of its name. Its run is trained when it is first asked for; if it was trained before, it
-    is read back from there. A command says in a subclass how the trainer of a method is made.
+    Every method has a folder of its name. Its run is trained at its first use, or read back from the folder if it was
+    trained before. A command's subclass makes the trainer of a method.
 
     Args:
-        folder (`Path`): where the folders of the methods are.
-        args ([`RTLTrainingArguments`]): what all methods have in common.
+        folder (`Path`): the parent of the methods' folders.
+        args ([`RTLTrainingArguments`]): the arguments that all methods share.
     """
 
     # The method whose tickets the others are compared with.
     tickets: str
-    # What results leave out of the reports of rounds.
+    # The keys of a round's report that results leave out.
     left_out: tuple[str, ...] = ("log_history",)
 
     def __init__(self, folder: Path, args: RTLTrainingArguments) -> None:
@@ -58,16 +58,16 @@ class SeedRuns(ABC):
         return self._trained[method]
 
     def arguments(self, method: str, **changed: Any) -> RTLTrainingArguments:
-        """The arguments of a method, with its folder for output."""
+        """The arguments of a method: `args` with its output folder and the changes."""
         return replace(self.args, output_dir=str(self.folder / file_name(method)), **changed)
 
     @cached_property
     def num_weights(self) -> int:
-        """How many prunable weights the network has."""
+        """The number of prunable weights of the network."""
         return self.trainer(self.tickets).model.mask_bank.num_weights
 
     def sparsities(self, method: str) -> list[float]:
-        """The sparsity of a method's own masks in every round; a dense network has one round, that prunes nothing."""
+        """The sparsity of a method's masks in every round. A dense network has a single round, at sparsity 0."""
         if method == DENSE:
             return [0.0]
         if method == SINGLE_UNION:
@@ -76,8 +76,8 @@ class SeedRuns(ABC):
 
     def reports(self, method: str) -> Iterator[dict[str, Any]]:
         """
-        The report of every round of a method, with `at`, the sparsity of the tickets that it is to be compared with,
-        and `costs`, what was spent until the end of the round.
+        The report of every round of a method. It has `at`, the sparsity of the tickets to compare it with, and
+        `costs`, the number of trainings and samples until the end of the round.
         """
         trainer = self.trained(method)
         plan, num_events = trainer.plan(), 0
@@ -99,7 +99,7 @@ class SeedRuns(ABC):
         return [{"method": method, **report} for method in methods for report in self.reports(method)]
 
     def measured(self, method: str, at: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` gives for a method that is no run; read back if it was measured before."""
+        """The result of `measure` for a method without a run; read back if it was measured before."""
         file = self.folder / file_name(method) / f"sparsity-{at:g}.json"
         if not file.exists():
             content = measure()

@@ -1,4 +1,4 @@
-"""The models of a run: as commands make them from a backbone, and as a trainer saved them after a round."""
+"""The models of a run: made from a backbone, or loaded as a trainer saved them after a round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .image_data import ImageTensors
 def membership_model(
     backbone: str, images: ImageTensors, *, seed: int, **options: Any
 ) -> RTLModelForImageClassification:
-    """A model with a ticket per class of `images`, which tells the images of its class from all others."""
+    """A model with a ticket per class of `images`; the ticket tells the images of its class from all others."""
     return RTLModelForImageClassification.from_backbone(
         backbone,
         route_names=images.label_names,
@@ -31,6 +31,6 @@ def model_of_round(trainer: RTLTrainer, report: dict[str, Any]) -> RTLModel:
 
 
 def tickets_of_round(trainer: RTLTrainer, report: dict[str, Any]) -> list[list[Tensor]]:
-    """The tickets of that model: for every route its masks, one per prunable weight."""
+    """The tickets of the model of a round: for every route its masks, one per prunable weight."""
     model = model_of_round(trainer, report)
     return [model.mask_bank[route] for route in range(model.num_routes)]

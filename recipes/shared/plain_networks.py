@@ -1,4 +1,4 @@
-"""Networks without tickets, trained on the batches of a finished run: what its tickets are compared with."""
+"""Baselines without tickets: networks that are trained on the batches of a finished run."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def one_vs_rest(
     masks: Sequence[Tensor] | None = None,
 ) -> dict[str, float]:
     """
-    Metrics of one network with a logit per route, trained on the batches of a round: one of route k trains logit k
-    alone, and one that tickets compete for all of them. `masks`: one per prunable weight; by default all is kept.
+    Metrics of one network with a logit per route, trained on the batches of a round. A batch of route k trains logit k
+    alone; a batch that tickets compete for trains all. `masks`: one per prunable weight; by default nothing is pruned.
     """
     args, names = trainer.args, trainer.model.route_names
     network = build_backbone(
@@ -68,8 +68,8 @@ def independent_networks(
     trainer: RTLTrainer, tickets: Sequence[Sequence[Tensor]], loss: Loss, *, round_index: int
 ) -> Iterator[nn.Module]:
     """
-    One network per route that shares nothing with the others: each ticket's masks, trained from θ0 on the batches
-    that its route has in a round. They come in turn in the same module, so each must be used before the next.
+    One network per route, with the ticket's masks, trained from θ0 on the batches of the route in a round. All
+    networks are yielded in the same module, so each must be used before the next.
     """
     network = copy.deepcopy(trainer.model.backbone)
     theta0 = read_tensors(trainer.run_directory.theta0_file)

@@ -1,6 +1,6 @@
 """
-The pictures of runs. All need matplotlib (`pip install "hf_rtl[plots]"`), so commands that do without pictures import
-this module when they draw.
+The pictures of runs. They need matplotlib (`pip install "hf_rtl[plots]"`), so commands for which pictures are optional
+import this module only to draw.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from hf_rtl.plots import route_curves, save_png, similarity_heatmap
 from .points import Point
 
 
-# Told apart in grey too: ten markers, and colours that the colour-blind can tell.
+# Ten markers, which differ in grey too, and colours that colour-blind readers can tell apart.
 _MARKERS = "osD^vX*Pp<"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# Decibels below the loudest that spectrograms show.
+# Spectrograms show levels down to this many decibels below the loudest.
 _RANGE = 60.0
 
 
 def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], file: Path) -> None:
     """
-    Draws balanced accuracy (of labels, accuracy) of every method and mean similarity of the tickets, against sparsity.
+    Draws balanced accuracy of every method (of labels, accuracy) and the tickets' mean similarity, against sparsity.
     """
     figure = Figure(figsize=(6, 6))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -60,8 +60,8 @@ def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], fi
 
 def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], file: Path) -> None:
     """
-    Draws columns of the tables of several seeds against sparsity, a panel each: means, with the sample standard
-    deviation as bars. What is not pruned is a horizontal line.
+    Draws columns of the tables of several seeds against sparsity, one panel per column: means, with the sample
+    standard deviation as bars. A method that is not pruned is a horizontal line.
     """
     figure = Figure(figsize=(7, 3 * len(titles)))
     all_axes = figure.subplots(len(titles), 1, sharex=True, squeeze=False)
@@ -94,7 +94,7 @@ def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], 
 
 def draw_points(
     points: Sequence[Point],
-    figures: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
     changes: Mapping[str, Change],
     metric: str | None,
     bank: MaskBank,
@@ -103,26 +103,26 @@ def draw_points(
     folder: Path,
 ) -> None:
     """
-    Draws the masks of a run: `curves.png` of all points; heatmaps of the masks in `bank` by depth, and of the classes,
-    in the same order.
+    Draws the masks of a run: `curves.png` of all points, and heatmaps of the similarity of the masks in `bank`, by
+    depth, and of the classes.
 
     Args:
-        points: masks by ascending sparsity.
-        figures: for every point, `metric` of every route, `[K]`, NaN where it was not measured.
+        points: the masks by ascending sparsity.
+        values: for every point, the metric of every route, `[K]`, NaN where it was not measured.
         changes: route -> its sharp change, which is marked.
-        metric (`str`, *optional*): what was measured.
+        metric (`str`, *optional*): the name of the metric.
         bank ([`MaskBank`]): the masks of one of the points.
         classes (`np.ndarray`, *optional*): the similarity of the classes, `[K, K]`.
-        order: the routes as heatmaps show them.
-        folder (`Path`): where to.
+        order: the order of the routes in heatmaps.
+        folder (`Path`): the folder of the pictures.
     """
     names = bank.route_names
     sparsity = torch.tensor([point.similarity.sparsity for point in points])
     similarity = torch.tensor(np.stack([point.similarity.similarity for point in points]))
     excess = torch.tensor(np.stack([point.similarity.excess for point in points]))
     panels = [("similarity to others", sparsity, similarity), ("beyond chance", sparsity, excess)]
-    if not np.isnan(figures).all():
-        panels.insert(0, (str(metric).replace("_", " "), sparsity, torch.tensor(np.stack(figures))))
+    if not np.isnan(values).all():
+        panels.insert(0, (str(metric).replace("_", " "), sparsity, torch.tensor(np.stack(values))))
     route_curves(
         panels,
         names,
@@ -143,11 +143,11 @@ def draw_points(
 
 def draw_reconstructions(rows: Sequence[tuple[str, list[np.ndarray], list[str]]], file: Path) -> None:
     """
-    Draws what networks make of images, side by side, as a PNG.
+    Draws reconstructions of images side by side, as a PNG.
 
     Args:
-        rows: of each its name, C images `[H, W, 3]` in [0, 1], and a title for each image.
-        file (`Path`): where to.
+        rows: for each row its name, C images `[H, W, 3]` in [0, 1], and a title for each image.
+        file (`Path`): the file to write.
     """
     columns = len(rows[0][1])
     heights = [images[0].shape[0] / images[0].shape[1] for _, images, _ in rows]
@@ -166,12 +166,12 @@ def draw_reconstructions(rows: Sequence[tuple[str, list[np.ndarray], list[str]]]
 
 def draw_scatter(reports: Sequence[dict[str, Any]], file: Path) -> None:
     """
-    Draws PSNR of every region against the similarity of its ticket to the others of its image, as a PNG. Regions of
-    an image share a colour, and larger regions are larger.
+    Draws the PSNR of every region against its ticket's similarity to the image's other tickets, as a PNG. Regions of
+    an image share a colour, and larger regions have larger markers.
 
     Args:
-        reports: of RTL at one sparsity, one per image, as of `recipes/inr.py`.
-        file (`Path`): where to.
+        reports: the reports of `recipes/inr.py` for RTL at one sparsity, one per image.
+        file (`Path`): the file to write.
     """
     figure = Figure(figsize=(5.5, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -200,7 +200,7 @@ def draw_scatter(reports: Sequence[dict[str, Any]], file: Path) -> None:
 def draw_spectrograms(
     examples: Mapping[str, Tensor], scene_names: Sequence[str], sampling_rate: int, file: Path
 ) -> None:
-    """Draws the waveforms `[scenes, samples]` of every kind, a row for a scene and a column for a kind, as a PNG."""
+    """Draws waveforms `[scenes, samples]` of every kind as a PNG, with a row per scene and a column per kind."""
     num_samples = next(iter(examples.values())).shape[1]
     extent = (0, num_samples / sampling_rate, 0, sampling_rate / 2000)
     figure = Figure(figsize=(2.1 * len(examples) + 1, 1.7 * len(scene_names) + 0.5), layout="constrained")
@@ -218,12 +218,12 @@ def draw_spectrograms(
     figure.colorbar(image, ax=axes, label="dB below the loudest of clean")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=75)
-    # Noise compresses badly; with few colours the file is a third.
+    # Noise compresses badly; 48 colours make the file a third as large.
     Image.open(buffer).convert("RGB").quantize(48).save(file, optimize=True)
 
 
 def _levels(waveform: Tensor, clean: Tensor) -> Tensor:
-    """Decibels `[128 frequencies, frames]` relative to the loudest of the clean speech."""
+    """Levels in dB relative to the loudest of the clean speech, floats `[128 frequencies, frames]`."""
     window = torch.hann_window(256)
     power, of_clean = (
         torch.stft(x, 256, 256, window=window, return_complex=True)[:128].abs().square() for x in (waveform, clean)

@@ -1,4 +1,4 @@
-"""The masks of a run at every sparsity that it came to: read from its folder, and what is said of them."""
+"""The masks of a run at every sparsity that it reached: reading them from its folder, and analysing them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_rtl.training.run_directory import REPORT_FILE, RunDirectory
 
 @dataclass
 class Point:
-    """Masks at one sparsity, and the report of the round that they belong to, if they were retrained and evaluated."""
+    """Masks at one sparsity, and the report of their round if they were retrained and evaluated."""
 
     name: str
     bank: MaskBank
@@ -30,7 +30,12 @@ class Point:
 
 
 def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
-    """The masks after all prune events that are done for every route, or of the rounds where those are not kept."""
+    """
+    The masks after every prune event that all routes have finished; if the folder has no events, those of its rounds.
+
+    Raises:
+        ValueError: there are no masks.
+    """
     model = json.loads((run / "run.json").read_text())["configuration"]["model"]
     directory = RunDirectory(run, extraction_dir)
     files = [directory.read_report(file.parent) for file in sorted(run.glob(f"round-*/{REPORT_FILE}"))]
@@ -40,7 +45,7 @@ def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
         bank = MaskBank([(name, shape) for name, shape in model["prunable"]], model["route_names"])
         masks = [directory.load_mask(event, route) for route in range(bank.num_routes)]
         found = [mask for mask in masks if mask is not None]
-        if len(found) < bank.num_routes:  # the run has not come further
+        if len(found) < bank.num_routes:  # The run has not finished this event.
             break
         for route, mask in enumerate(found):
             bank.set_packed(route, mask)
@@ -55,7 +60,7 @@ def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
 
 
 def points_of_models(folders: Sequence[Path]) -> list[Point]:
-    """Saved models, by ascending sparsity. Raises `ValueError` if two are equally sparse, or have other routes."""
+    """The masks of saved models, by ascending sparsity. Raises `ValueError` if two models are equally sparse."""
     points = []
     for folder in folders:
         bank = RTLModel.from_pretrained(folder).mask_bank
@@ -68,8 +73,8 @@ def points_of_models(folders: Sequence[Path]) -> list[Point]:
     return points
 
 
-def route_metric(points: Sequence[Point], names: Sequence[str]) -> str | None:
-    """The measure of every route that the reports have, if they have one."""
+def choose_metric(points: Sequence[Point], names: Sequence[str]) -> str | None:
+    """The name of the metric that the reports have for every route; `None` if they have neither."""
     reports = [point.report for point in points if point.report is not None]
     for metric in ("balanced_accuracy", "accuracy"):
         if any(f"eval_{names[0]}/{metric}" in report["metrics"] for report in reports):
@@ -77,21 +82,17 @@ def route_metric(points: Sequence[Point], names: Sequence[str]) -> str | None:
     return None
 
 
-def route_figures(point: Point, metric: str | None) -> np.ndarray:
-    """`metric` of every route, `[K]`; NaN where it was not measured."""
+def route_values(point: Point, metric: str | None) -> np.ndarray:
+    """The metric of every route, `[K]`; NaN where it was not measured."""
     metrics = {} if point.report is None else point.report["metrics"]
     return np.array([metrics.get(f"eval_{name}/{metric}", math.nan) for name in point.bank.route_names])
 
 
-def point_line(point: Point, figures: np.ndarray) -> dict[str, Any]:
-    """A line about a point in tables. `figures`: a measure of every route, `[K]`, NaN where there is none."""
+def point_line(point: Point, values: np.ndarray) -> dict[str, Any]:
+    """The line of a point in tables. `values`: the metric of every route, `[K]`, NaN where it was not measured."""
     similarity = point.similarity
-    measured = not np.isnan(figures).all()
-    rho = (
-        float(spearmanr(figures, similarity.similarity).statistic)
-        if measured and not np.isnan(figures).any()
-        else math.nan
-    )
+    measured = not np.isnan(values).all()
+    rho = math.nan if np.isnan(values).any() else float(spearmanr(values, similarity.similarity).statistic)
     return {
         "masks": point.name,
         "sparsity": similarity.sparsity,
@@ -100,13 +101,13 @@ def point_line(point: Point, figures: np.ndarray) -> dict[str, Any]:
         "uniform chance": float(similarity.uniform_chance.mean()),
         "excess": float(similarity.excess.mean()),
         "emptied": sum(map(len, similarity.emptied_layers.values())),
-        "accuracy": float(np.nanmean(figures)) if measured else None,
+        "accuracy": float(np.nanmean(values)) if measured else None,
         "its correlation with similarity": None if math.isnan(rho) else rho,
     }
 
 
 def alignment(bank: MaskBank, classes: np.ndarray, num_permutations: int, seed: int) -> dict[str, dict[str, Any]]:
-    """How the similarity of tickets follows that of their classes, by depth."""
+    """The alignment of the similarity of tickets with that of their classes, `[K, K]`, by depth."""
     return {
         depth: asdict(semantic_alignment(similarity, classes, num_permutations=num_permutations, seed=seed))
         for depth, similarity in similarity_by_depth(bank).items()
@@ -114,7 +115,7 @@ def alignment(bank: MaskBank, classes: np.ndarray, num_permutations: int, seed: 
 
 
 def ordering(similarity: np.ndarray) -> list[int]:
-    """Routes so that alike ones are neighbours: the leaves of average linkage, in their best order."""
+    """An order of routes with similar ones side by side: the leaves of average linkage, in their optimal order."""
     if len(similarity) < 3:
         return list(range(len(similarity)))
     distances = squareform(np.nan_to_num(similarity.max() - similarity) * (1 - np.eye(len(similarity))), checks=False)

@@ -45,7 +45,7 @@ _LABELS_COLUMNS = {
 
 
 def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table from a report of `RTLTrainer.rounds`, or any dict with `metrics`."""
+    """The line of a report in tables. A report is one of `RTLTrainer.rounds`, or any dict with `metrics`."""
     metrics = _without_prefix(report["metrics"])
     columns = _LABELS_COLUMNS if "worst_route_accuracy" in metrics else _MEMBERSHIP_COLUMNS
     line: dict[str, Any] = {"method": method, "sparsity": sparsity}
@@ -59,7 +59,7 @@ def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str
 
 
 def routes_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The accuracy of every route of tickets that predict labels; with a router, also in a line of its own."""
+    """Lines of every route's accuracy, for tickets that predict labels; with a router, a second line of that."""
     lines = []
     for report in reports:
         metrics = _without_prefix(report["metrics"])
@@ -75,7 +75,7 @@ def _without_prefix(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
-    """The rows as text; columns that no row fills are left out. `style` as of `tabulate`, as `"github"`."""
+    """The rows as text, without empty columns. `style`: a `tablefmt` of `tabulate`, such as `"github"`."""
     filled = [title for line in rows for title, value in line.items() if value is not None]
     titles = list(dict.fromkeys([title for title in rows[0] if title in filled] + filled))
     cells = [[cell(title, line.get(title)) for title in titles] for line in rows]
@@ -84,8 +84,8 @@ def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
 
 def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """
-    The lines of runs that differ in the seed alone: of numbers the mean, and of several runs the sample standard
-    deviation after ±. Integers, which are counts, are rounded means. What one run lacks, or has as NaN, is left out.
+    The lines of runs that differ in the seed alone. Floats become their mean, followed by ± and the sample standard
+    deviation of several runs. Integers are counts: their mean is rounded. A cell missing or NaN in a run is None.
     """
     lines = []
     for same in zip(*tables, strict=True):
@@ -106,7 +106,7 @@ def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def cell(title: str, value: Any) -> str:
-    """A value as tables show it."""
+    """A value as text in tables."""
     if value is None:
         return ""
     if title == "sparsity":
@@ -117,7 +117,7 @@ def cell(title: str, value: Any) -> str:
 
 
 def plan_text(plan: Any, *, batch_size: int, num_processes: int) -> str:
-    """What a run is going to do, for people."""
+    """The plan of a run as text."""
     sizes = ", ".join(f"{name} {size:,}" for name, size in plan.route_sizes.items())
     events = "; ".join(f"{round_.sparsity:.0%} after {len(round_.kept)} prune events" for round_ in plan.rounds)
     return "\n".join(
@@ -134,12 +134,12 @@ def plan_text(plan: Any, *, batch_size: int, num_processes: int) -> str:
 
 
 def training_record(args: RTLTrainingArguments) -> dict[str, Any]:
-    """The arguments of a training as results have them: without folders, which are places on this machine."""
+    """The arguments of a training for results, without folders, which are paths on this machine."""
     return {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
 
 
 def write_results(file: Path, **content: Any) -> None:
-    """`content` with the command and the versions that made it."""
+    """Writes `content` as JSON, with the command, and the versions of Python and packages."""
     packages = ("torch", "transformers", "accelerate", "timm", "hf_rtl")
     environment = {
         "command": shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""Images cut into regions, read for `recipes/inr.py`, and their pixels as a data set of coordinates and colours."""
+"""The data of `recipes/inr.py`: images with regions, and their pixels as a data set of coordinates and colours."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ _REGIONS_SUFFIX = ".regions.png"
 
 @dataclass
 class SceneArguments:
-    """Which images, and how they are cut into regions."""
+    """Which images `recipes/inr.py` reads, and how their regions are cleaned."""
 
     dataset: str = field(
         default="scenes",
         metadata={
-            "help": "A folder. Either of parquet files with the columns image and regions (bytes of image files), "
-            "name and source; or of images with their regions beside, photo.jpg and photo.regions.png, of which the "
-            "folder's name is the source. Regions are an 8-bit picture: the value of a pixel is its region."
+            "help": "A folder of parquet files with the columns image and regions (bytes of image files), name and "
+            "source; or of images beside their regions, photo.jpg and photo.regions.png, whose source is the folder's "
+            "name. Regions are an 8-bit picture: the value of a pixel is its region."
         },
     )
     names: list[str] = field(
-        default_factory=list, metadata={"help": "Take the images whose names end so; default: all."}
+        default_factory=list, metadata={"help": "Read the images whose names end with one of these; default: all."}
     )
-    image_size: int = field(default=96, metadata={"help": "Longest side that images are reduced to."})
+    image_size: int = field(default=96, metadata={"help": "Longest side in pixels; larger images are reduced to it."})
     smallest_region: float = field(
         default=0.01,
-        metadata={"help": "Regions of less than this part of an image are given to their neighbours, pixel by pixel."},
+        metadata={
+            "help": "Smallest fraction of an image that a region needs; pixels of others join the nearest region."
+        },
     )
     unlabelled_in: list[str] = field(
         default_factory=lambda: ["ADE20K"],
-        metadata={"help": "Sources in which region 0 means 'unlabelled': its pixels go to their neighbours too."},
+        metadata={"help": "Sources in which region 0 means 'unlabelled'; its pixels join the nearest region too."},
     )
 
 
@@ -54,10 +56,10 @@ class Scene:
     An image and the region of every pixel.
 
     Args:
-        name (`str`): of the image.
+        name (`str`): the name of the image.
         image (`np.ndarray`): `uint8 [H, W, 3]`.
         regions (`np.ndarray`): `int64 [H, W]`, from 0 to K - 1.
-        region_names (`list[str]`): K names, of the regions' values in the picture that they were read from.
+        region_names (`list[str]`): K names, made of the regions' values in their file.
     """
 
     name: str
@@ -68,10 +70,10 @@ class Scene:
 
 def load_scenes(arguments: SceneArguments) -> list[Scene]:
     """
-    The images of a folder, as `SceneArguments` says.
+    The images of a folder with their regions.
 
     Raises:
-        ValueError: the folder has none, or a picture of regions has no image beside it, or one of another size.
+        ValueError: no images with regions, no image beside a picture of regions, other sizes, or only tiny regions.
     """
     scenes = []
     for name, source, image, regions in _read(Path(arguments.dataset)):
@@ -94,7 +96,7 @@ def load_scenes(arguments: SceneArguments) -> list[Scene]:
 
 
 def _read(folder: Path) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
-    """Name, source, image and regions of all images in a folder."""
+    """The name, source, image and regions of every image in a folder."""
     files = sorted(str(file) for file in folder.glob("*.parquet"))
     if files:
         for row in load_dataset("parquet", data_files=files, split="train"):
@@ -112,13 +114,13 @@ def _read(folder: Path) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
 
 def clean_regions(regions: np.ndarray, *, unlabelled: int | None, smallest: float) -> np.ndarray:
     """
-    Regions without unlabelled pixels and without tiny regions: each such pixel gets the region of the nearest pixel
-    that is left, by Euclidean distance (paper, section 4.2: stray border pixels go to a neighbouring region).
+    The regions, in which pixels that are unlabelled or of tiny regions get the region of the nearest other pixel, by
+    Euclidean distance (paper, section 4.2: stray border pixels go to a neighbouring region).
 
     Args:
         regions (`np.ndarray`): integers `[H, W]`.
-        unlabelled (`int`, *optional*): the value that means no region.
-        smallest (`float`): the least part of the image that a region needs to be kept.
+        unlabelled (`int`, *optional*): the value of unlabelled pixels.
+        smallest (`float`): the least fraction of the image that a region needs.
 
     Raises:
         ValueError: no region is large enough.
@@ -133,7 +135,7 @@ def clean_regions(regions: np.ndarray, *, unlabelled: int | None, smallest: floa
 
 
 def encode_regions(regions: np.ndarray) -> bytes:
-    """A region map `[H, W]` without loss, as a PNG of up to 256 regions: what tickets need beside the weights."""
+    """A region map `[H, W]` of up to 256 regions as a lossless PNG, which tickets need beside their weights."""
     buffer = io.BytesIO()
     Image.fromarray(regions.astype(np.uint8)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -141,13 +143,12 @@ def encode_regions(regions: np.ndarray) -> bytes:
 
 class Pixels(Dataset[dict[str, Any]]):
     """
-    The pixels of a scene, row by row. A sample is a pixel's number and region; `collate` makes of these what a
-    [`CoordinateMLP`] takes, at once for a batch: coordinates of the pixels' centres, x and y in (-1, 1), and as labels
-    their colours in [0, 1].
+    The pixels of a scene, row by row. A sample has a pixel's number and region. `collate` makes the batches of a
+    [`CoordinateMLP`]: the coordinates of the pixels' centres, x and y in (-1, 1), and colours in [0, 1] as labels.
 
     Args:
-        scene ([`Scene`]): where they are from.
-        with_classes (`bool`): whether the network is told the region, as `class_ids`.
+        scene ([`Scene`]): the image and its regions.
+        with_classes (`bool`): whether batches have the region of each pixel as `class_ids`.
     """
 
     def __init__(self, scene: Scene, *, with_classes: bool = False) -> None:
@@ -160,7 +161,7 @@ class Pixels(Dataset[dict[str, Any]]):
         self._samples = [{"pixel": pixel, "region": region} for pixel, region in enumerate(self.regions.tolist())]
 
     def balanced(self) -> Pixels:
-        """The same with as many samples of every region as the largest has: pixels of smaller ones come again."""
+        """A copy in which every region has as many samples as the largest; pixels of smaller regions repeat."""
         other = copy.copy(self)
         largest = int(self.regions.bincount().max())
         of_regions = ([s for s in self._samples if s["region"] == region] for region in self.regions.unique().tolist())
@@ -174,7 +175,7 @@ class Pixels(Dataset[dict[str, Any]]):
         return self._samples[index]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of samples; in evaluation they have their `route_ids`."""
+        """A batch of samples, with `route_ids` if the samples have them, as in evaluation."""
         pixels = torch.tensor([sample["pixel"] for sample in samples])
         batch = {"coordinates": self.coordinates[pixels], "labels": self.colours[pixels]}
         if self.with_classes:

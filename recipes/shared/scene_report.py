@@ -1,4 +1,4 @@
-"""What comes of implicit neural representations: PSNR, and the tables of `recipes/inr.py`."""
+"""The results of implicit neural representations: PSNR, and the tables of `recipes/inr.py`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .scene_data import Scene
 
 
 RTL, BALANCED = "RTL", "IMP single, balanced"
-# In the order of the tables.
+# The order of the lines of tables.
 METHODS = [RTL, SINGLE, BALANCED, SINGLE_UNION, DENSE]
-# A rank correlation over fewer regions of one image says nothing.
+# A rank correlation within an image needs at least this many regions.
 _MIN_REGIONS = 4
 
 
 def psnr(colours: np.ndarray, target: np.ndarray) -> float:
     """
-    Peak signal-to-noise ratio in dB for a peak of 1, from the squared error over all pixels and channels.
+    The peak signal-to-noise ratio in dB for a peak of 1, from the mean squared error over all pixels and channels.
 
     Args:
-        colours (`np.ndarray`): floats `[N, 3]`, clamped to [0, 1] here, as every display does.
+        colours (`np.ndarray`): floats `[N, 3]`, which are clamped to [0, 1] here, as a viewer of the image does.
         target (`np.ndarray`): floats `[N, 3]` in [0, 1].
     """
     pair = (torch.from_numpy(values.astype(np.float64)) for values in (colours, target))
@@ -37,8 +37,7 @@ def psnr(colours: np.ndarray, target: np.ndarray) -> float:
 
 def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    A line per learning rate, sparsity and method: the mean over images, of PSNR also the sample standard deviation
-    over them.
+    A line per learning rate, sparsity and method: means over images, with the sample standard deviation for PSNR.
     """
     lines = []
     for (rate, at, method), found in _grouped(reports, lambda r: (r["learning_rate"], r["at"], r["method"])):
@@ -73,7 +72,7 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By how many dB the tickets are better than each other method with the same learning rate, image by image."""
+    """Lines of the tickets' PSNR minus that of each other method, by image, with the same learning rate."""
     psnrs = {
         key: (mean(report["psnr"] for report in same), _mean_of_regions(same))
         for key, same in _grouped(reports, lambda r: (r["learning_rate"], r["method"], r["at"], r["image"]))
@@ -106,7 +105,7 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PSNR of every image, with the first learning rate."""
+    """A line per image, with the PSNR of every method at the first learning rate."""
     lines = []
     for scene in scenes:
         height, width = scene.regions.shape
@@ -127,9 +126,8 @@ def images(scenes: Sequence[Scene], reports: Sequence[dict[str, Any]]) -> list[d
 
 def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Spearman's rank correlations over regions, per learning rate and sparsity: of a region's PSNR with the mean
-    similarity of its ticket to the others of its image, over all regions and within images, and of both with the
-    region's size.
+    Spearman's rank correlations over regions, by learning rate and sparsity: of a region's PSNR with its ticket's mean
+    similarity to the image's other tickets, over all regions and within images; and of both with the region's size.
     """
     lines = []
     tickets = [report for report in reports if report["method"] == RTL and len(report["psnr_of_regions"]) > 1]
@@ -160,17 +158,17 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _grouped(lines: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
-    """The lines of each key, in the order in which keys first come."""
+    """The lines of each key, in the order of the keys' first lines."""
     order = {value: number for number, value in reversed(list(enumerate(map(key, lines))))}
     together = sorted(lines, key=lambda line: order[key(line)])
     return [(value, list(same)) for value, same in groupby(together, key)]
 
 
 def _mean_of_regions(reports: Sequence[dict[str, Any]]) -> float:
-    """The mean PSNR over regions, however large, and over the reports."""
+    """The mean PSNR over regions, without weighting by size, and over reports."""
     return mean(mean(report["psnr_of_regions"].values()) for report in reports)
 
 
 def _with_spread(values: Sequence[float]) -> str:
-    """The mean, and of several values the sample standard deviation."""
+    """The mean as text, with ± the sample standard deviation if there are several values."""
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")

@@ -20,15 +20,15 @@ from torch.utils.data import Dataset
 
 AUDIO = (".flac", ".mp3", ".ogg", ".wav")
 TRAIN, TEST = range(2)
-# The test mixtures are those of this seed, whatever the seed of a run, so that seeds differ in training alone.
+# Test mixtures are drawn by this seed in every run, so that runs of several seeds share them.
 _TEST_SEED = 0
-# A segment is no quieter than this part of the whole recording's mean power: a pause has no SNR to speak of.
+# A segment has at least this fraction of its recording's mean power, since the SNR of a pause is meaningless.
 _LEAST_POWER = 0.1
 
 
 @dataclass
 class SpeechArguments:
-    """Which speech, which noise, and how they are mixed."""
+    """Which speech and noise a recipe reads, and how they are mixed."""
 
     speech: str = field(
         default="speech",
@@ -43,29 +43,31 @@ class SpeechArguments:
     noise_scenes: str | None = field(
         default=None,
         metadata={
-            "help": "Of a noise folder without subfolders: {scene: [files]}, as a mapping in the configuration or as "
+            "help": "{scene: [files]} for a noise folder without subfolders, as a mapping in the configuration or as "
             "JSON. The scenes are the routes, in this order."
         },
     )
     snrs: list[float] = field(
         default_factory=lambda: [0.0, 5.0, 10.0],
-        metadata={"help": "Signal-to-noise ratios of the mixtures, in dB, in turn."},
+        metadata={"help": "Signal-to-noise ratios in dB, which the mixtures take in turn."},
     )
-    segment_seconds: float = field(default=1.0, metadata={"help": "Length of a mixture; shorter speech is padded."})
-    sampling_rate: int = field(default=16_000, metadata={"help": "In Hz; all audio is resampled to it."})
+    segment_seconds: float = field(
+        default=1.0, metadata={"help": "Length of a mixture in seconds; shorter speech is padded."}
+    )
+    sampling_rate: int = field(default=16_000, metadata={"help": "Sampling rate in Hz; all audio is resampled to it."})
     num_train: int = field(default=300, metadata={"help": "Training mixtures of every scene."})
     num_test: int = field(default=100, metadata={"help": "Test mixtures of every scene, the same for every seed."})
     speech_test_fraction: float = field(
-        default=0.2, metadata={"help": "Part of the audio files of speech that is for testing."}
+        default=0.2, metadata={"help": "Fraction of the audio files of speech that is for testing."}
     )
     noise_train_fraction: float = field(
-        default=0.7, metadata={"help": "Part of every noise recording, from its begin, that is for training."}
+        default=0.7, metadata={"help": "Fraction of every noise recording, from its beginning, that is for training."}
     )
 
 
 class Mixtures(Dataset):
     """
-    Noisy and clean waveforms, `float32 [N, samples]`, and the scene of each, `int64 [N]`: served as `input_values`,
+    Noisy and clean waveforms, `float32 [N, samples]`, and their scenes, `int64 [N]`, served as `input_values`,
     `labels` and `scene`.
     """
 
@@ -86,7 +88,7 @@ class Mixtures(Dataset):
 
 
 def stack(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of mixtures; of the scene only `route_ids`, which evaluation adds, are left."""
+    """A batch of mixtures without `scene`, with `route_ids` if the samples have them, as in evaluation."""
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("input_values", "labels")}
     if "route_ids" in samples[0]:
         batch["route_ids"] = torch.tensor([sample["route_ids"] for sample in samples])
@@ -97,12 +99,12 @@ def load_mixtures(arguments: SpeechArguments, *, seed: int) -> tuple[Mixtures, M
     """
     Training and test mixtures, `num_train` and `num_test` of every scene.
 
-    No clip of speech is in both. The beginning of every noise recording is for training, the rest for testing. A
-    scene's recordings are drawn with equal chances, whatever their lengths. Test mixture i has the same segment of
-    speech and the same ratio in all scenes.
+    Training and test mixtures share no clip of speech. The beginning of every noise recording is for training, the
+    rest for testing. A scene's recordings are drawn with equal probabilities, independent of their lengths. Test
+    mixture i has the same segment of speech and the same ratio in all scenes.
 
     Raises:
-        ValueError: a folder without audio, or a noise recording that is too short.
+        ValueError: a folder has no audio, or a noise recording is too short.
     """
     length = round(arguments.segment_seconds * arguments.sampling_rate)
     speech = read_speech(arguments)
@@ -140,7 +142,7 @@ def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
 
 
 def draw_segment(audio: np.ndarray, length: int, generator: np.random.Generator) -> np.ndarray:
-    """`length` samples from anywhere but a pause; audio that is shorter, whole, and then silence."""
+    """A random segment of `length` samples outside pauses; shorter audio is padded with zeros."""
     if len(audio) <= length:
         return np.pad(audio, (0, length - len(audio)))
     energy = np.concatenate([[0.0], np.square(audio, dtype=np.float64).cumsum()])
@@ -151,7 +153,7 @@ def draw_segment(audio: np.ndarray, length: int, generator: np.random.Generator)
 
 
 def split_by_time(audio: np.ndarray, fraction: float, length: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The first `fraction` of a recording and the rest. Raises `ValueError` if one has less than `length` samples."""
+    """The first `fraction` of a recording, and the rest. Raises `ValueError` if one is shorter than `length`."""
     parts = audio[: round(fraction * len(audio))], audio[round(fraction * len(audio)) :]
     if min(map(len, parts)) < length:
         raise ValueError(
@@ -182,9 +184,9 @@ def read_speech(arguments: SpeechArguments) -> tuple[list[np.ndarray], list[np.n
 
 
 def scene_files(arguments: SpeechArguments) -> dict[str, list[Path]]:
-    """Scene -> its noise recordings."""
+    """Scene -> the files of its noise recordings."""
     folder = Path(arguments.noise).expanduser()
-    # On the command line text, in a configuration a mapping already.
+    # The argument is text on the command line, and may be a mapping in a configuration.
     scenes: Any = arguments.noise_scenes
     scenes = yaml.safe_load(scenes) if isinstance(scenes, str) else scenes
     if scenes is None:
@@ -196,7 +198,7 @@ def scene_files(arguments: SpeechArguments) -> dict[str, list[Path]]:
 
 
 def read_audio(source: Path | io.BytesIO, sampling_rate: int) -> np.ndarray:
-    """Any audio that soundfile reads, as one channel `float32 [samples]` at `sampling_rate` Hz."""
+    """An audio file that soundfile can read, as one channel, `float32 [samples]`, at `sampling_rate` Hz."""
     audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
     divisor = math.gcd(rate, sampling_rate)
     return resample_poly(audio.mean(axis=1), sampling_rate // divisor, rate // divisor).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What comes of speech enhancement: SI-SNR improvement, tables and waveforms."""
+"""The results of speech enhancement: SI-SNR improvement, tables and waveforms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COSTS = ("union", "bytes", "emptied layers", "trainings", "samples in extraction
 
 
 def enhancement_metrics(enhanced: Tensor, test: Mixtures) -> dict[str, float]:
-    """SI-SNR improvement of the test mixtures `[N, samples]` in dB: the mean of every scene, and the mean of these."""
+    """SI-SNR improvement in dB of the test mixtures `[N, samples]`: the mean per scene, and the mean of these."""
     by_scene = _means(_si_snr(enhanced, test) - _si_snr(test.noisy, test), test)
     metrics = {f"{name}/si_snr_improvement": value for name, value in by_scene.items()}
     return {"si_snr_improvement": sum(by_scene.values()) / len(by_scene), **metrics}
@@ -31,7 +31,7 @@ def input_ratios(test: Mixtures) -> dict[str, float]:
 
 
 def _si_snr(signals: Tensor, test: Mixtures) -> Tensor:
-    """In dB, `[N]`. In float64, since float32 is wrong by hundredths where there is hardly any signal (-47 dB)."""
+    """SI-SNR in dB, `[N]`, in float64: float32 is wrong by hundredths where hardly any signal is left (-47 dB)."""
     return scale_invariant_signal_noise_ratio(signals.double(), test.clean.double())
 
 
@@ -40,7 +40,7 @@ def _means(values: Tensor, test: Mixtures) -> dict[str, float]:
 
 
 def report_line(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
-    """All of a report that the tables show."""
+    """The line of a report, with the columns of all tables."""
     metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
     return {
         "method": report["method"],
@@ -55,7 +55,7 @@ def report_line(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[s
 
 
 def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines by sparsity, as two tables: how much speech gains, and what it costs."""
+    """The lines by sparsity, as two tables: the improvements and the costs."""
     lines = sorted(lines, key=lambda line: line["sparsity"])
     figures = [{title: value for title, value in line.items() if title not in COSTS} for line in lines]
     costs = [{title: line[title] for title in ("method", "sparsity", *COSTS)} for line in lines]
@@ -63,7 +63,7 @@ def split(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def differences(lines: Sequence[dict[str, Any]], method: str, others: Sequence[str]) -> list[dict[str, Any]]:
-    """The gains of `method` minus those of each of the `others`, on the same mixtures, at every sparsity of both."""
+    """The improvements of `method` minus those of each of `others`, at every sparsity that both have."""
     at = {(line["method"], line["sparsity"]): line for line in lines}
     return [
         {
@@ -82,7 +82,7 @@ def differences(lines: Sequence[dict[str, Any]], method: str, others: Sequence[s
 
 
 def write_audio(folder: Path, examples: Mapping[str, Tensor], scene_names: Sequence[str], sampling_rate: int) -> None:
-    """Writes waveforms `[scenes, samples]` of every kind as `SCENE-KIND.wav`, 32-bit floats, so that none clips."""
+    """Writes waveforms `[scenes, samples]` of every kind as `SCENE-KIND.wav`, in 32-bit floats against clipping."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, waveforms in examples.items():
         for scene, waveform in zip(scene_names, waveforms, strict=True):

@@ -14,18 +14,18 @@ def load_text(
     arguments: DataArguments, tokenizer: Any, *, route_column: str | None, seed: int
 ) -> tuple[Dataset, Dataset]:
     """
-    The training and the test texts: what `tokenizer` makes of them, with their class as `label` and their route under
-    `route_column`, both `ClassLabel` with the names of the training data.
+    The training and the test texts: the columns of `tokenizer`, the class as `label`, and the route as `route_column`,
+    both `ClassLabel` with the names of the training data.
 
-    Each route has the same share of `max_train_samples`, so that a model of all routes and tickets, which take turns,
-    see the same mixture; test texts stay as frequent as they are.
+    Each route has an equal share of `max_train_samples`, so that a model of all routes sees the same mixture as
+    tickets, which take turns. Test texts keep the frequencies of their routes.
 
     Raises:
-        ValueError: no `route_column`, a column that is missing, an empty text, labels that do not suit
-            `class_bounds`, or test data of a class or route that is not in the training data.
+        ValueError: there is no `route_column`, a column is missing, a text is empty, labels do not suit
+            `class_bounds`, or test data have a class or route that training data lack.
     """
     if route_column is None:
-        raise ValueError("texts need --route_column, the column of their domains, which are the routes.")
+        raise ValueError("texts need --route_column NAME: the column of their domains, which are the routes.")
     columns = {name: getattr(arguments, name) for name in ("text_column", "label_column")}
     train, test = read_splits(arguments, {**columns, "route_column": route_column})
     generator = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ def load_text(
 
 
 def _as_many_of_each(routes: list[str], limit: int | None, generator: np.random.Generator) -> np.ndarray:
-    """Positions of `limit` samples, equally of each route; of all samples without a limit."""
+    """Positions of `limit` samples, equally many of each route; without a limit, of all samples."""
     if limit is None:
         return np.arange(len(routes))
     names, route_ids = np.unique(routes, return_inverse=True)
@@ -62,7 +62,7 @@ def _texts(data: Dataset, column: str) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"column {column!r} has {text!r} at sample {index}, which is no text; leave such rows out."
+                f"column {column!r} has {text!r} at sample {index}, which is no text; remove rows without a text."
             )
     return texts
 
@@ -73,9 +73,7 @@ def _labels(data: Dataset, arguments: DataArguments) -> list[str]:
     if not bounds:
         return _sample_names(data, column)
     if len(names) != len(bounds) + 1 or sorted(set(bounds)) != bounds:
-        raise ValueError(
-            f"--class_bounds {bounds} must ascend, and need {len(bounds) + 1} --class_names, got {names}."
-        )
+        raise ValueError(f"--class_bounds {bounds} must ascend and need {len(bounds) + 1} --class_names; got {names}.")
     values = np.asarray(data[column])
     if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
         raise ValueError(f"column {column!r} must have finite numbers, which --class_bounds cut into classes.")
@@ -83,7 +81,7 @@ def _labels(data: Dataset, arguments: DataArguments) -> list[str]:
 
 
 def _sample_names(data: Dataset, column: str) -> list[str]:
-    """The class of each sample as a string."""
+    """The value of each sample in `column` as a string, by name if the column is a `ClassLabel`."""
     feature = data.features[column]
     return feature.int2str(data[column][:]) if isinstance(feature, ClassLabel) else list(map(str, data[column]))
 

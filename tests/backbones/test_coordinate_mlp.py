@@ -1,4 +1,4 @@
-"""The coordinate network: its numbers against loops, its initial weights, and what a routed model makes of it."""
+"""The coordinate network: its outputs against loops, its initial weights, and its use in a routed model."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_mixed_batch_has_the_loss_of_all_its_points(fill_masks):
 
 
 def test_the_trainer_keeps_the_columns_that_the_network_takes(tmp_path, fill_masks):
-    """With the usual collator, and a column that is none of its arguments."""
+    """With the default collator, and a column that the network does not take."""
     samples = [
         {"coordinates": points(1)[0], "labels": torch.rand(3), "region": index % 3, "note": "x"} for index in range(24)
     ]

@@ -188,7 +188,7 @@ def test_works_inside_timm_wrapper(tmp_path):
     assert isinstance(model.timm_model, GhostNetRTL)
     assert sum(prunable(model.timm_model).values()) == 125_544
 
-    # The wrapper initialises weights its own way, so that a seeded timm model is loaded into it.
+    # The wrapper initialises weights in its own way, so a seeded timm model is loaded into it.
     model.timm_model.load_state_dict(create(num_classes=1, in_chans=1).state_dict())
     x = torch.randn(4, 1, 8, 8)
     expected = model(pixel_values=x).logits

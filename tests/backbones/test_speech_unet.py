@@ -25,7 +25,7 @@ def small_model(seed: int = 0) -> SpeechUNet:
 
 
 def routed(fill_masks, norm_statistics: str = "per_route") -> RTLModel:
-    """Three routes with masks and, if they have statistics of their own, rows of their own."""
+    """A model of three routes with masks and, with `per_route` statistics, a different row for each route."""
     model = RTLModel.from_backbone(
         SpeechUNetConfig(**SMALL),
         route_names=["room", "street", "train"],
@@ -168,11 +168,11 @@ def test_loss_of_known_answers():
     clean, noise = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 0.0]])
     noisy = clean + noise
     assert float(weighted_sdr_loss(clean, clean, noisy)) == pytest.approx(-1)
-    # All is removed that is noise, by the opposite: everything has the wrong sign.
+    # Without noise, everything has the wrong sign.
     assert float(weighted_sdr_loss(-clean, clean, clean)) == pytest.approx(1)
-    # Nothing removed: the cosine of speech and mixture is 3/5, weighted by 9/25; silence has no cosine.
+    # Nothing is removed: the cosine of speech and mixture is 3/5, weighted by 9/25; silence has no cosine.
     assert float(weighted_sdr_loss(noisy, clean, noisy)) == pytest.approx(-9 / 25 * 3 / 5)
-    # All removed: that of noise and mixture is 4/5, weighted by 16/25.
+    # All is removed: the cosine of noise and mixture is 4/5, weighted by 16/25.
     assert float(weighted_sdr_loss(torch.zeros(1, 3), clean, noisy)) == pytest.approx(-16 / 25 * 4 / 5)
 
 

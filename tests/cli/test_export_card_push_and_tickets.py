@@ -46,7 +46,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(capsys):
-    """`call("card", folder)` gives what is printed, with `--json` the values."""
+    """`call("card", folder)` returns the output, or with `--json` its values."""
 
     def call(*arguments):
         assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
@@ -58,7 +58,7 @@ def call(capsys):
 
 @pytest.fixture
 def fails(capsys, tmp_path):
-    """`fails("card", folder)` gives the error, one line, after which nothing in `tmp_path` has changed."""
+    """`fails("card", folder)` returns the error, one line, and checks that nothing in `tmp_path` has changed."""
 
     def fails(*arguments):
         before = content(tmp_path)

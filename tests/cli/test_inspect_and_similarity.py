@@ -1,4 +1,4 @@
-"""The `hf-rtl` command, in this process, on small saved models."""
+"""The commands of `hf-rtl` that read: inspect and similarity, on small saved models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """`call("inspect", folder)` gives what a terminal of 120 columns shows, or with `--json` the values."""
+    """`call("inspect", folder)` returns the output on a terminal of 120 columns, or with `--json` its values."""
     monkeypatch.setenv("COLUMNS", "120")
 
     def call(*arguments):
@@ -78,7 +78,7 @@ def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture, tmp_path: Path):
-    """`fails("inspect", folder)` gives the error, one line, after which nothing in `tmp_path` has changed."""
+    """`fails("inspect", folder)` returns the error, one line, and checks that nothing in `tmp_path` has changed."""
 
     def fails(*arguments):
         before = content(tmp_path)
@@ -102,7 +102,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def lines_of(text: str, start: str) -> list[str]:
+def find_lines(text: str, start: str) -> list[str]:
     return [line for line in text.splitlines() if line.split("  ")[0].strip() == start]
 
 
@@ -264,7 +264,7 @@ def test_similarity_in_each_weight(call, model, saved):
     names = model.mask_bank.weight_names
     assert [weight["name"] for weight in values["weights"]] == names
     assert values["weights"][2]["jaccard"][0][1] == pytest.approx(jaccard(model, "cat", "dog", 2), rel=1e-12)
-    # The owl's ticket keeps nothing there: unlike the others', and undefined with itself.
+    # The owl's ticket keeps nothing there: its similarity to the others is 0, and to itself undefined.
     assert values["weights"][EMPTY]["jaccard"][2] == [0, 0, None]
     text = call("similarity", saved, "--per-layer")
     (line,) = [line for line in text.splitlines() if line.startswith(f"{names[2]} ")]

@@ -1,4 +1,4 @@
-"""What `hf-rtl` says of its use, and how soon."""
+"""The help and the usage errors of `hf-rtl`, and how fast they are shown."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_help_teaches_and_does_not_wait_for_torch(command):
     assert result.returncode == 0 and result.stderr == ""
     name = " ".join(["hf-rtl", *command])
     assert result.stdout.startswith(f"usage: {name}")
-    # `tickets` alone is no command: its actions have the examples.
+    # `tickets` needs an action; the help of each action has the examples.
     assert command == ["tickets"] or re.search(rf"examples:\n  {name}", result.stdout)
 
 

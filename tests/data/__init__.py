@@ -1,6 +1,6 @@
 """
 Tests of `hf_rtl.data`: which route every sample has, and the batches made of that.
 
-`columns` is tested with `partition_by`, which reads columns by it. What `route_data` gives is seen in whole runs, in
+`columns` is tested by tests of `partition_by`, which uses it. `route_data` is tested in whole runs, in
 `tests/training/test_trainer_partitions.py`.
 """

@@ -34,7 +34,7 @@ both_kinds = pytest.mark.parametrize("kind", ["datasets", "torch"])
 
 
 def nearest(features, centres):
-    """Routes by an explicit loop; of equally near centres the first."""
+    """The nearest centre of each sample by an explicit loop; the first of equally near ones."""
     routes = []
     for sample in np.asarray(features, dtype=np.float64).tolist():
         distances = [math.dist(sample, centre) for centre in centres.tolist()]

@@ -54,7 +54,7 @@ def test_check_of_the_ticket_task():
     pair = Partition(np.array([0, 0, 1, 1]), ["a", "b"])
     single = Partition(np.array([0, 0, 0, 0]), ["all"])
     pair.check("membership")
-    pair.check("membership", labels=[5, 5, 5, 5])  # a membership ticket does not read them
+    pair.check("membership", labels=[5, 5, 5, 5])  # membership tickets do not read labels
     pair.check("labels", labels=[0, 1, 1, 0])
     pair.check("labels", labels=np.array(["x", "y", "x", "y"]))
     pair.check("labels")

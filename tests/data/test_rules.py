@@ -45,7 +45,7 @@ def test_groups_of_class_labels_go_by_name():
     dataset = hf_dataset({"fine_label": [0, 1, 2, 1, 0, 2]}, fine_label=["rose", "pear", "apple"])
     partition = partition_by_groups(dataset, {"fruit": ["apple", "pear"], "flower": ["rose"]})
     assert partition.route_ids.tolist() == [1, 0, 0, 0, 1, 0]
-    # Other data may number its classes in another way, and have classes that no sample is of.
+    # Other data may number the classes in another order, and have classes without samples.
     later = hf_dataset({"fine_label": [0, 1]}, fine_label=["apple", "rose", "kiwi"])
     assert partition.rule.assign(later).route_ids.tolist() == [0, 1]
 
@@ -207,7 +207,7 @@ def test_rules_are_as_they_were_when_loaded(tmp_path, by_centres):
     features = np.random.default_rng(3).normal(size=(50, 37))
     dataset = DictDataset(label=LABELS, scene=["x", "y", "x", "y", "x", "y", "x"])
     by_column, by_groups = ByColumn("scene", ["y", "x"]), ByGroups("label", GROUPS)
-    # One after another in the same folder: of the earlier one nothing may be left.
+    # One after another in the same folder: nothing of an earlier rule may be left.
     for rule, data in ((by_column, dataset), (by_centres, features), (by_groups, dataset), (by_centres, features)):
         save_rule(tmp_path / "model", rule)
         loaded = load_rule(tmp_path / "model")
@@ -260,7 +260,7 @@ def test_a_rule_for_other_routes_than_the_models_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"route_names": names}))
         with pytest.raises(ValueError, match=message):
             load_rule(tmp_path)
-        # What is asked for counts, not what lies beside it.
+        # The given names count, not those in the file beside the rule.
         assert load_rule(tmp_path, rule.route_names) == rule
     for config in ({"route_names": ["fruit", "flower"]}, {"model_type": "bert"}):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -283,7 +283,7 @@ def test_a_rule_that_does_not_fit_is_removed(tmp_path, by_centres, caplog):
 
 
 def test_tensors_of_an_earlier_rule_do_not_count(tmp_path, by_centres):
-    """As when the process ended between the two files."""
+    """Such tensors are left if the process ended between writing the two files."""
     save_rule(tmp_path, by_centres)
     tensors = (tmp_path / "partition.safetensors").read_bytes()
     save_rule(tmp_path, ByColumn("scene", ["y", "x"]))

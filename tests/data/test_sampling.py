@@ -91,12 +91,12 @@ def test_negatives_are_uniform_over_all_other_samples_and_fresh_each_epoch():
     counts, sets = Counter(), set()
     for batches in epochs(sampler(routes=[0]), 400):
         negatives = [sample.index for sample in chain.from_iterable(batches) if ROUTE_IDS[sample.index] != 0]
-        assert len(negatives) == 8 == len(set(negatives))  # without repeats while there are others left
+        assert len(negatives) == 8 == len(set(negatives))  # no repeats while other samples are left
         counts.update(negatives)
         sets.add(tuple(negatives))
     assert len(sets) == 400
     assert sorted(counts) == np.flatnonzero(ROUTE_IDS != 0).tolist()
-    # 400 epochs of 8 of 14: mean 228.6, standard deviation 9.9 for each.
+    # 400 draws of 8 of 14 samples: each count has mean 228.6 and standard deviation 9.9.
     assert all(abs(count - 400 * 8 / 14) < 50 for count in counts.values())
 
 
@@ -114,8 +114,8 @@ def test_a_stream_depends_on_seed_key_epoch_and_route_alone():
         return [sample.index for sample in chain.from_iterable(batches) if sample.route == route]
 
     assert of_route(0) == of_route(0)
-    # Neither the other routes in the rotation, nor how a batch is cut into accumulation steps (the shorter stream is
-    # the beginning of the longer), nor the global generators matter.
+    # The stream depends neither on the other routes, nor on how a batch is cut into accumulation steps, nor on the
+    # global generators. The shorter stream is the beginning of the longer one.
     np.random.seed(1)
     torch.manual_seed(1)
     alone = of_route(0, routes=[0])
@@ -230,7 +230,7 @@ class NoisyDataset(torch.utils.data.Dataset):
 
 
 class CountingDataset(NoisyDataset):
-    """Served a batch at a time, and counts the calls."""
+    """Serves a batch at a time, and counts the calls."""
 
     def __init__(self):
         self.calls = []
@@ -369,7 +369,7 @@ def test_competing_epochs_draw_from_all_samples_alike():
     assert [first, second] == epochs(plain, 2) and third != otherwise
     for epoch in (third, fourth):
         assert len(epoch) == len(competing)
-        # As many samples through three tickets as through one in other batches.
+        # Three tickets see together as many samples as one ticket does in other batches.
         assert all(len(batch) == 4 for batch in epoch)
         assert {sample.route for batch in epoch for sample in batch} == {ALL_ROUTES}
         stream = [sample.index for batch in epoch for sample in batch]

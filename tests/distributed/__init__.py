@@ -1,1 +1,1 @@
-"""Runs on several processes: what they find, what is left when they are killed, and how they are started."""
+"""Runs on several processes: their results, what is left after they are killed, and how they are started."""

@@ -1,4 +1,4 @@
-"""Shows at the end of a test run what tests of several processes saw: how many there really were, and so on."""
+"""Shows lines of the tests of several processes, such as the real number of processes, after a test run."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Runs that stop at every point where they are to be killed, until they are told to go on; and the telling."""
+"""Runs that stop at every point at which they can be killed, and a class that lets them go on or kills them."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ PHASES = EXTRACTION, WRITING, BETWEEN, RETRAINING, SAVING = (
     "joint retraining",
     "saving",
 )
-NUM_STEPS = 6  # of joint retraining, with a checkpoint after every second one
+NUM_STEPS = 6  # steps of joint retraining, with a checkpoint after every second one
 OPTIONS = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 2}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of a run that comes once at most: on which process, and what it is about to do or has just done."""
+    """A moment of a run, which comes once at most: the process, and what it is about to do or has just done."""
 
     rank: int
     phase: str
     name: str
 
 
-# In the processes that are to be killed
+# In the processes that are killed
 
 
 class Stops:
@@ -58,8 +58,8 @@ class Stops:
     Makes this process stop at every point of a run.
 
     Args:
-        folder (`Path`): of the run; what is written elsewhere does not count.
-        connection (`Connection`): points are sent here, and leave to go on is awaited.
+        folder (`Path`): the folder of the run; the process does not stop at writes elsewhere.
+        connection (`Connection`): sends points, and receives the permission to go on.
     """
 
     def __init__(self, folder: Path, connection: Connection) -> None:
@@ -74,7 +74,7 @@ class Stops:
         self.connection.recv()
 
     def install(self) -> None:
-        """Once and for all: the process is to do nothing but this run."""
+        """Patches what a run calls, without a way back: the process does nothing but this run."""
         self._stop_in_extraction()
         for owner, name, number in (
             (Path, "write_text", 0),
@@ -136,7 +136,7 @@ class Stops:
     def _stop_before(self, owner: Any, name: str, phase: str) -> None:
         def make(original):
             def called(*arguments, **keywords):
-                # What tells one call in a round from the others: the path that it is about, or the step.
+                # The path or the step tells a call from the other calls in a round.
                 about = "".join(f" {self._shown(argument)}" for argument in arguments if self._is_ours(argument))
                 step = f" step {self.trainer.state.global_step}" if phase == SAVING and self._round() != "run" else ""
                 self.stop(phase, f"{self._round()}{step}: {name}{about}")
@@ -171,7 +171,7 @@ class Stops:
         self._wrap(TicketTrainer, "step", step)
 
     def _stop_in_writes(self, owner: Any, name: str, number: int) -> None:
-        """Stops with what a write leaves that is cut: the file is empty, or half of it is there."""
+        """Stops with the file that an interrupted write leaves: it is empty, or half written."""
 
         def make(original):
             def called(*arguments, **keywords):
@@ -194,7 +194,7 @@ class Stops:
         def make(original):
             def called(source, target):
                 if self._is_ours(target):
-                    # A file is written beside and renamed; those of a model are written and then moved one by one.
+                    # A file is written under another name and renamed; a model's files are moved one by one.
                     phase = WRITING if str(source).endswith(".tmp") else SAVING
                     self.stop(phase, f"{self._shown(target)} is written under another name")
                 original(source, target)
@@ -223,14 +223,14 @@ class Stops:
         return isinstance(path, (str, Path)) and Path(path).is_relative_to(self.folder)
 
     def _shown(self, path: str | Path) -> str:
-        """A path inside the folder; a temporary name, which is another one in every run, without what differs."""
+        """A path inside the folder; a temporary name without the part that differs between runs."""
         parts = Path(path).relative_to(self.folder).parts
         temporary = r"^\.(.+)(\.([0-9a-f]{8}-)?[0-9a-f]+|-[a-z0-9_]{8})\.tmp$"
         return "/".join(re.sub(temporary, r"\1", part) for part in parts)
 
 
 def train(folder: str, kind: str, ends: list[Connection], resume: bool | None, patience: float) -> int:
-    """A whole run that stops at every point. Gives the number of processes that took part."""
+    """A whole run that stops at every point. Returns the number of processes that took part."""
     rank = int(os.environ.get("RANK", 0))
     for other, end in enumerate(ends):
         if other != rank:
@@ -253,11 +253,11 @@ class StoppedRun:
     Starts or continues the run in `folder`, and follows it from point to point.
 
     Args:
-        folder (`Path`): of the run.
-        kind (`str`): as of `make_model`.
+        folder (`Path`): the folder of the run.
+        kind (`str`): the `kind` of `make_model`.
         world_size (`int`): number of processes.
-        logs (`Path`): folder for what they print.
-        patience (`float`): seconds after which a process that gives no sign of life counts as gone.
+        logs (`Path`): the folder of the processes' output.
+        patience (`float`): seconds after which a silent process counts as gone.
     """
 
     def __init__(self, folder: Path, kind: str, world_size: int, logs: Path, *, patience: float = 30) -> None:
@@ -273,8 +273,8 @@ class StoppedRun:
 
     def follow(self, target: Point | None = None) -> bool:
         """
-        Lets the processes go on until one has come to `target`, where it stays, or all have ended. Gives whether one
-        has come there.
+        Lets the processes go on until one has reached `target`, where it stays, or all have ended. Returns whether one
+        has reached it.
         """
         while self._ranks:
             ready = wait(list(self._ranks), timeout=120)
@@ -287,12 +287,12 @@ class StoppedRun:
                     if self.points[-1] == target:
                         return True
                     connection.send(None)
-                except (EOFError, ConnectionError):  # it has ended
+                except (EOFError, ConnectionError):  # the process has ended
                     del self._ranks[connection]
         return False
 
     def kill(self, ranks: list[int]) -> float:
-        """SIGKILL to some processes. Returns once all have ended: after how many seconds."""
+        """Sends SIGKILL to some processes, and waits until all have ended. Returns the seconds that this took."""
         begin = time.monotonic()
         self.team.kill(ranks)
         for connection, rank in self._ranks.items():

@@ -1,4 +1,4 @@
-"""Starts functions in several processes that find each other as those of `torchrun` do, and kills them where asked."""
+"""Starts functions in several processes that find each other as those of `torchrun` do, and kills them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Team:
     `world_size` processes that run `function(*arguments)`, connected by gloo over the loopback address.
 
     Args:
-        function (`Callable`): of a module; what it returns is pickled.
-        arguments (`tuple`): for it.
+        function (`Callable`): a function of a module; its result is pickled.
+        arguments (`tuple`): its arguments.
         world_size (`int`): number of processes.
-        logs (`Path`): folder for what they print, `rank-N.log`.
+        logs (`Path`): the folder of the processes' output, `rank-N.log`.
     """
 
     def __init__(self, function: Callable, arguments: tuple, *, world_size: int, logs: Path) -> None:
@@ -46,13 +46,13 @@ class Team:
             self.processes.append(process)
 
     def kill(self, ranks: list[int] | None = None) -> None:
-        """SIGKILL to `ranks`, by default to all."""
+        """Sends SIGKILL to `ranks`, by default to all."""
         for rank, process in enumerate(self.processes):
             if ranks is None or rank in ranks:
                 process.kill()
 
     def wait(self, timeout: float = 300) -> list[int]:
-        """Exit codes. Raises `TimeoutError`, and kills all, if one has not ended by then."""
+        """The exit codes. Kills all and raises `TimeoutError` if one has not ended after `timeout` seconds."""
         for process in self.processes:
             process.join(timeout)
         if any(process.exitcode is None for process in self.processes):
@@ -61,14 +61,14 @@ class Team:
         return [process.exitcode for process in self.processes]
 
     def results(self, timeout: float = 300) -> list[Any]:
-        """What `function` returned in every process. Raises `RuntimeError` with all output if one failed."""
+        """The result of `function` in every process. Raises `RuntimeError` with all output if one failed."""
         received = []
         for connection, process in zip(self._connections, self.processes, strict=True):
             while not connection.poll(0.05) and process.is_alive():
                 pass
             try:
                 received.append(connection.recv())
-            except EOFError:  # it failed, see below
+            except EOFError:  # The process failed; its exit code shows it below.
                 break
         codes = self.wait(timeout)
         if any(codes):
@@ -80,7 +80,7 @@ class Team:
 
 
 def launch(function: Callable, *arguments: Any, world_size: int, logs: Path) -> list[Any]:
-    """What `function(*arguments)` returns in each of `world_size` processes."""
+    """The results of `function(*arguments)` in each of `world_size` processes."""
     return Team(function, arguments, world_size=world_size, logs=logs).results()
 
 
@@ -91,7 +91,7 @@ def free_port() -> int:
 
 
 def _send_result(connection: Connection, function: Callable, arguments: tuple) -> None:
-    # As `torchrun` runs a script: an exception ends the process with its traceback and status 1.
+    # As with `torchrun`, an exception ends the process with its traceback and status 1.
     try:
         connection.send(function(*arguments))
     except Exception:

@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests do. Imported once, by the server that they are forked from."""
+"""The functions that the processes of the distributed tests run; the server that forks them imports this module."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _ = create_model  # loads timm's models before the fork
 
 class Images(Dataset):
     """
-    Images of 8 x 8 whose colour says the route, with random noise drawn from torch's global generator at every fetch.
+    Images of 8 x 8 whose colour shows the route, with random noise drawn from torch's global generator at every fetch.
 
     Args:
-        number (`int`): of images.
-        sizes (`list[int]`, *optional*): images per route, in turn by default.
-        noise (`float`): of the augmentation.
-        dtype (`torch.dtype`): of the images.
+        number (`int`): the number of images.
+        sizes (`list[int]`, *optional*): images per route; by default routes take turns.
+        noise (`float`): the scale of the noise.
+        dtype (`torch.dtype`): the type of the images.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Images(Dataset):
 
 
 class Domains(Images):
-    """As `Images`, but what the colour says is the domain, and the label is something else."""
+    """`Images` whose colour shows the domain, and whose label is independent of it."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
@@ -135,7 +135,7 @@ def make_trainer(
 
 
 def summary(trainer: RTLTrainer) -> dict[str, Any]:
-    """What a process has in the end, and how many there really were."""
+    """The state of a process at its end, and the real number of processes."""
     return {
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "rank": trainer.args.process_index,
@@ -152,7 +152,7 @@ def train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """As `train`; also what every update of joint retraining saw and did, and how DDP was set up."""
+    """As `train`, with the samples and moved weights of every joint update, and the settings of DDP."""
     trainer = make_trainer(folder, kind, **options)
     original_step, original_average = trainer.training_step, route_trainer.average_over_processes
     batches: list[dict[str, Any]] = []
@@ -225,7 +225,7 @@ def stop_at_collapse(folder: str, kind: str, options: dict[str, Any]) -> dict[st
 
 
 def add_route(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A route that is added to a model whose router is fitted again, and what it is then."""
+    """Adds a route to a model with a router, which is fitted again. Returns the report and the model's state."""
     model = make_model(kind)
     generator = torch.Generator().manual_seed(0)
     for route in range(3):
@@ -248,7 +248,7 @@ def train_in(folder: str, kind: str, dtype: str, options: dict[str, Any]) -> dic
 
 
 def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
-    """Every router of tickets with random masks, and the metrics with it, on samples that fill no last batch."""
+    """Fits every router to tickets with random masks. Returns tensors and metrics; the last batch is not full."""
     of_labels = ticket_task == "labels"
     model = RTLModelForImageClassification.from_backbone(
         "test_resnet", route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
@@ -272,7 +272,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
     for name in ("score", "centroid", "entropy") if of_labels else ("score", "centroid"):
         trainer.fit_router(name)
         tensors = {key: buffer.numpy().copy() for key, buffer in model.router.named_buffers()}
-        # The loss is a mean over batches, and the other metrics say how long it took.
+        # The loss is a mean over batches, and times differ; both are left out.
         metrics = {key: value for key, value in trainer.evaluate().items() if "loss" not in key and "time" not in key}
         found[name] = tensors, {key: value for key, value in metrics.items() if not key.endswith("_second")}
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -280,7 +280,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
 
 
 def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """As `train`, on 24, 8 and 12 images; also how many steps of extraction this process did for each route."""
+    """As `train`, on 24, 8 and 12 images, with the number of this process's extraction steps for each route."""
     steps: dict[str, int] = {}
     search, step = Extraction.search, TicketTrainer.step
     current = []
@@ -298,7 +298,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
 
 
 def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """As `train`, with a process 1 whose gradients are off."""
+    """As `train`, but the gradients of process 1 are wrong."""
     step = TicketTrainer.step
 
     def altered(self, batch):
@@ -311,7 +311,7 @@ def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def receive_other_masks(folder: str) -> dict[str, Any]:
-    """As `train`, but process 1 receives one wrong bit of route 0."""
+    """As `train`, but process 1 receives a mask of route 0 with one wrong bit."""
     merge = Processes.merge_routes
 
     def altered(self, *arguments):
@@ -382,7 +382,7 @@ def train_for_long(folder: str, place: str) -> None:
 
 
 def dawdle(folder: str, seconds: float, options: dict[str, Any]) -> dict[str, Any]:
-    """As `train`, but process 1 needs long for its ticket."""
+    """As `train`, but process 1 takes long to find its ticket."""
     search = Extraction.search
 
     def slow(self, *arguments):
@@ -395,7 +395,7 @@ def dawdle(folder: str, seconds: float, options: dict[str, Any]) -> dict[str, An
 
 
 def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str, Any]:
-    """As `train`, but from some point on files may not grow beyond a size."""
+    """As `train`, but from `place` on, files may not grow beyond a size."""
 
     def limited(original, size):
         def called(*arguments, **keywords):
@@ -414,7 +414,7 @@ def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str,
 
 
 def exhaust_memory(folder: str) -> dict[str, Any]:
-    """As `train`, but a step needs more memory than any machine has."""
+    """As `train`, but a step asks for more memory than any machine has."""
 
     def step(self, batch):
         return torch.empty(2**50)
@@ -434,7 +434,7 @@ def write_into_a_read_only_folder(folder: str) -> dict[str, Any]:
 
 
 def fail_to_begin(folder: str) -> dict[str, Any]:
-    """As `train`, but process 0 does not even make its trainer."""
+    """As `train`, but process 0 fails before it makes its trainer."""
     hf_rtl.training.processes.PATIENCE = 5
     trainer = make_trainer(folder)
     if dist.get_rank() == 0:

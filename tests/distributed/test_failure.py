@@ -1,4 +1,4 @@
-"""When something fails on one process, or on the machine: all end soon, the cause is shown once, nothing is lost."""
+"""After a failure of a process or of the machine, all processes end soon, and nothing finished is lost."""
 
 import time
 
@@ -9,14 +9,14 @@ from tests.distributed.processes import Team, launch
 
 
 def started(folder, team, pattern, number=1):
-    """Waits until a run has written that many files like `pattern`."""
+    """Waits until a run has written `number` files that match `pattern`."""
     while len(list(folder.glob(pattern))) < number:
         assert all(process.is_alive() for process in team.processes), team.output()
         time.sleep(0.01)
 
 
 def continues(tmp_path, folder, **options):
-    """Whether the run in `folder` ends as one that nothing happened to."""
+    """Whether the run in `folder`, continued, ends as an uninterrupted one."""
     whole = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=2, logs=tmp_path / "logs-whole")
     again = launch(runs.train, str(folder), "timm", options, world_size=2, logs=tmp_path / "logs-again")
     assert [result["world_size"] for result in again] == [2, 2]
@@ -64,7 +64,7 @@ def test_a_process_that_is_killed_ends_all(say, tmp_path, place, rank):
 
 
 def test_a_process_may_be_busy_for_long(tmp_path):
-    """Others wait for as long as it takes: extraction of one route may take hours more than that of another."""
+    """The others wait for it: the extraction of one route may take hours more than that of another."""
     options = {"target_sparsity": [0.3], "ddp_timeout": 5}
     results = launch(runs.dawdle, str(tmp_path / "run"), 8.0, options, world_size=2, logs=tmp_path / "logs")
     assert [result["world_size"] for result in results] == [2, 2]
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_words(tmp_path, world_size):
 
 
 def test_weights_that_are_to_be_split_are_refused(tmp_path):
-    """On CPUs, accelerate would go on without splitting them, and without a word."""
+    """On CPUs, accelerate would silently not split them."""
     arguments = (str(tmp_path / "run"), "timm", {"fsdp": "full_shard"})
     team = Team(runs.train, arguments, world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]

@@ -1,8 +1,8 @@
 """
-SIGKILL at many moments of a run, each aimed by watching what the run is doing: continued, it ends as one that nothing
-happened to, byte for byte, and nothing that was finished is done again.
+SIGKILL at many points of a run. The continued run ends as an uninterrupted one, byte for byte, and does nothing again
+that was finished.
 
-`make test-kill` kills at all of them; the ordinary suite at a few.
+`make test-kill` kills at all points, the ordinary suite at a few.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from tests.distributed.kill_points import (
 from tests.distributed.processes import launch
 
 
-PATIENCE = 5.0  # of the process that is left when the other is killed, in seconds
-ENDED_WITHIN = 30.0  # seconds in which it is to end
+PATIENCE = 5.0  # seconds that a process waits for one that has been killed
+ENDED_WITHIN = 30.0  # seconds after which it must have ended
 
-# How many kills in each phase of a run: with batch norm and with layer norm, on one and on two processes.
+# The number of kills in each phase of a run, by network (batch norm, layer norm) and number of processes.
 NUM_KILLS = {("timm", 1): 6, ("timm", 2): 6, ("vit", 1): 2, ("vit", 2): 2}
 
 
@@ -42,15 +42,15 @@ NUM_KILLS = {("timm", 1): 6, ("timm", 2): 6, ("vit", 1): 2, ("vit", 2): 2}
 class Kill:
     """
     Args:
-        kind (`str`): of the model, as of `make_model`.
+        kind (`str`): the `kind` of `make_model`.
         world_size (`int`): number of processes.
-        phase (`str`): what the run is doing when it is killed.
-        number (`int`): which of the `NUM_KILLS` of this phase, which are spread over the whole run.
-        alone (`str`): `"it"` if only the process that has come to the point is killed, `"other"` if only the other
+        phase (`str`): the phase of the run in which it is killed.
+        number (`int`): the index among the `NUM_KILLS` of this phase, which are spread over the whole run.
+        alone (`str`): `"it"` if only the process that has reached the point is killed, `"other"` if only the other
             one, `""` if all are.
         again (`str`): where the continued run is killed: at the `"same"` point, at a `"later"` one of another phase,
-            or not at all if empty.
-        name (`str`): of the point, if it is not one of those that are spread.
+            or, if empty, nowhere.
+        name (`str`): the name of the point, which replaces `number`.
     """
 
     kind: str
@@ -74,15 +74,15 @@ def make_kills() -> list[Kill]:
         for phase in PHASES:
             for number in range(number_of_kills):
                 alone = ("", "it", "it", "", "other", "other")[number] if world_size > 1 else ""
-                # The first half of a phase's points is before the second round, where "later" is.
+                # Only the first half of a phase's points lies before the second round, in which "later" is.
                 again = ("same", "", "later")[number % 3] if number < number_of_kills / 2 else ""
-                # A point is passed again, unless it says that something is saved or another process goes on.
+                # The continued run passes a point again, unless it is a save or the other process went on.
                 again = "later" if again and (phase == SAVING or alone) else again
                 kills.append(Kill(kind, world_size, phase, number, alone, again))
     return kills
 
 
-# Points where something that is finished, or all, lies beside something that is not. Spread ones may miss them.
+# Points at which finished files lie beside unfinished ones. Spread points may miss them.
 DELICATE = [
     Kill("timm", 1, WRITING, name="run.json is half written"),
     Kill("timm", 1, WRITING, name="extraction/extraction.json is half written"),
@@ -98,7 +98,7 @@ DELICATE = [
     Kill("timm", 1, WRITING, name="final/README.md is written under another name"),
 ]
 KILLS = make_kills() + DELICATE
-# Each phase, one process and two, all and one alone, once and twice.
+# These cover each phase, one process and two, all processes and one alone, and killing once and twice.
 IN_SHORT_FORM = {
     "timm-world_1-inside_a_file_write-run.json_is_half_written",
     "timm-world_1-inside_a_file_write-extraction/event-000/route-001.safetensors_is_half_written-then_same",
@@ -112,24 +112,24 @@ IN_SHORT_FORM = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What an uninterrupted run has written, and the points that it has passed."""
+    """The files of an uninterrupted run, and the points that it passed."""
 
     content: dict[str, bytes | None]
     points: list[Point]
 
     def first_target(self, kill: Kill) -> Point:
-        """Spread over the points of a phase, in turn on each process; at other ones for every kind of run."""
+        """A point of the phase, spread by `number`, on the processes in turn; kinds of runs get other points."""
         if kill.name:
             return Point(0, kill.phase, kill.name)
         kind = (kill.kind, kill.world_size)
         rank = kill.number % kill.world_size
         points = [point for point in self.points if (point.phase, point.rank) == (kill.phase, rank)]
-        # At even distances, kills would all be at the same point of a step or of a file. These hit the most kinds.
+        # At even distances, all kills would hit the same kind of point. These distances hit the most kinds.
         within = (0.35 * kill.number + 0.1 * list(NUM_KILLS).index(kind)) % 1
         return points[int((kill.number + within) / NUM_KILLS[kind] * len(points))]
 
     def second_target(self, kill: Kill) -> Point:
-        """In the second round, in another phase."""
+        """The same point, or one of the second round in another phase."""
         first = self.first_target(kill)
         if kill.again == "same":
             return first
@@ -151,7 +151,7 @@ def reference(tmp_path_factory) -> Callable[[str, int], Reference]:
         assert run.team.results() == [world_size] * world_size
         assert len(set(run.points)) == len(run.points), "two points of one name"
         content = contents(folder / "plain")
-        # To stop changes nothing, or else what follows would say little.
+        # Stopping at points must not change a run.
         assert differing(contents(folder / "stopped"), content) == []
         shutil.rmtree(folder)
         return Reference(content, run.points)
@@ -161,18 +161,18 @@ def reference(tmp_path_factory) -> Callable[[str, int], Reference]:
 
 @pytest.fixture(scope="module")
 def killed() -> list[tuple[Kill, list[Point]]]:
-    """What has really been killed."""
+    """Collects the kills that happened, each with the points of its run."""
     return []
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder; `None` for folders."""
+    """Path -> content of everything in a folder; `None` for folders."""
     paths = list(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def differing(one: dict[str, bytes | None], other: dict[str, bytes | None]) -> list[str]:
-    """What only one of the two holds, and what is not the same to the byte. Of reports, without times."""
+    """The paths that one of the two lacks, or whose bytes differ; times in reports do not count."""
     return [
         path
         for path in sorted({*one, *other})
@@ -187,7 +187,7 @@ def _same(path: str, one: bytes | None, other: bytes | None) -> bool:
 
 
 def _timeless(report: dict) -> dict:
-    """Without what the clock says, and the mean loss: `Trainer` takes it over the steps since it was continued."""
+    """Without times, and the mean loss, which `Trainer` takes over the steps since it was continued."""
     timeless = {**report, "seconds": None, "train_loss": None, "metrics": _without_times(report["metrics"])}
     return {**timeless, "log_history": [_without_times(logged) for logged in report["log_history"]]}
 
@@ -198,17 +198,17 @@ def _without_times(values: dict) -> dict:
 
 
 def check_every_name_is_true(folder: Path, whole: dict[str, bytes | None]) -> None:
-    """A file that exists under its name is whole, even now. Checkpoints are sealed instead."""
+    """Checks that every file under its final name is whole. Checkpoints, which are sealed instead, are skipped."""
     for path, content in contents(folder).items():
         hidden_or_sealed = any(part.startswith((".", "checkpoint-")) for part in Path(path).parts)
-        # Trainer writes this one in place and we remove it.
+        # Trainer writes training_args.bin in place, and hf_rtl removes it.
         if not hidden_or_sealed and not path.endswith("training_args.bin"):
             assert path in whole and _same(path, content, whole[path]), f"{path} is not whole after a kill"
 
 
 @dataclass
 class Finished:
-    """What a run has on disk, which is not to be done again."""
+    """The finished work of a run on disk, which must not be done again."""
 
     folder: Path
 
@@ -222,7 +222,7 @@ class Finished:
             self.steps[round_] = max(step, self.steps.get(round_, 0))
 
     def check_not_done_again(self, points: list[Point], whole: Reference) -> None:
-        """Checks by the points that the continued run has passed that it did nothing again which was finished."""
+        """Checks by the points that the continued run passed that it did nothing finished again."""
         trained = {point.name.split(" ")[0] for point in points if point.phase == EXTRACTION}
         assert not trained & set(self.masks)
         for mask, identity in self.masks.items():
@@ -238,7 +238,7 @@ class Finished:
                 assert begun == expected[: len(begun)]
 
     def check_rest_was_done(self, points: list[Point], whole: Reference) -> None:
-        """And no more: by a continued run that has come to its end."""
+        """Checks that a continued run that has ended did all missing extraction, and nothing more."""
         trained = [p.name.split(" ")[0] for p in points if p.phase == EXTRACTION and p.name.endswith("step 0 begins")]
         missing = [p for p in whole.content if p.startswith("extraction/event-") and p.endswith(".safetensors")]
         assert sorted(trained) == sorted(set(missing) - set(self.masks))
@@ -287,7 +287,7 @@ def test_masks_to_compare_with_do_not_depend_on_the_number_of_processes(referenc
 
 
 def test_kills_are_spread_over_the_phases(killed, say):
-    """Shows what has been killed in this session; a kill that did not come about has failed above."""
+    """Shows the kills of this session; a kill that did not happen has failed above."""
     columns = list(NUM_KILLS)
     count = Counter((target.phase, kill.kind, kill.world_size) for kill, targets in killed for target in targets)
     rows = [["killed", *(f"{kind}, world {world_size}" for kind, world_size in columns), "all"]]

@@ -1,4 +1,4 @@
-"""The recipe as launchers start it: how many processes that really are, and two launchers as two machines."""
+"""The recipe under launchers: the real number of processes, and two launchers in place of two machines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TORCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node.yaml"), "--num_processes", "2"]
 
-# The recipe, with less patience, in a process whose number is known.
+# A program that runs the recipe with less patience, and prints the id of its process.
 IMPATIENT = f"""
 import os, runpy, sys
 import hf_rtl.training.processes
@@ -48,13 +48,13 @@ class Launcher:
 
     Args:
         command (`list[str]`): what to run.
-        log (`Path`): file for all that it and its workers print.
-        folder (`Path`, *optional*): to run it in.
+        log (`Path`): file for the output of the launcher and its workers.
+        folder (`Path`, *optional*): the working directory.
     """
 
     def __init__(self, command: list[str], log: Path, folder: Path | None = None) -> None:
         self._log = log
-        # As a shell has it: without what else the tests set.
+        # The environment of a shell, without the other variables that tests set.
         ours = ("ACCELERATE_", "TRANSFORMERS_")
         variables = environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         variables = {name: value for name, value in variables.items() if not name.startswith(ours)}
@@ -71,7 +71,7 @@ class Launcher:
         return self.process.wait(timeout)
 
     def stop(self) -> None:
-        """Ends it, which ends its workers, if it has not ended."""
+        """Ends it and its workers, unless it has ended."""
         self.process.terminate()
         try:
             self.process.wait(60)
@@ -81,7 +81,7 @@ class Launcher:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Launcher]]:
-    """A list to put launchers into; they are stopped after the test."""
+    """A list for launchers, which are stopped after the test."""
     started: list[Launcher] = []
     yield started
     for launcher in started:
@@ -107,7 +107,7 @@ def impatient(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    """What `accelerate launch --cpu --num_processes 2` prints, and the results."""
+    """The output of `accelerate launch --cpu --num_processes 2`, and the results of its run."""
     folder = tmp_path_factory.mktemp("alone")
     command = [*ACCELERATE, "--cpu", "--num_processes", "2", str(RECIPES / "prune.py"), *SMALL]
     launcher = Launcher([*command, "--output_dir", str(folder / "run")], folder / "log")
@@ -128,7 +128,7 @@ def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(machines: list[L
 
 
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
-    """If this fails, accelerate has learned it: change README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
+    """If this fails, accelerate has changed: update README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
     printed, results = alone
     assert re.search(r"^processes +1$", printed, re.MULTILINE)
     assert results["num_processes"] == 1
@@ -136,8 +136,8 @@ def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[
 
 def _of_hf_rtl(printed: str) -> list[str]:
     """
-    The lines that torch does not log by itself, as when torchao is installed, or when one launcher ends before another
-    (a warning, then what was raised and its frames).
+    The lines that are not torch's own: torch logs if torchao is installed, or if one launcher ends before the other (a
+    warning, an exception and its frames).
     """
     of_torch = re.compile(r"\[?[WE]\d{4} \d\d:\d\d:\d\d\.\d+|Exception raised from|frame #\d+|$")
     return [line for line in printed.splitlines() if not of_torch.match(line)]
@@ -198,7 +198,7 @@ def test_machines_that_share_no_folder_are_refused(machines: list[Launcher], imp
 
 
 def test_under_a_launcher_the_first_failure_is_shown(tmp_path: Path, machines: list[Launcher]) -> None:
-    """It ends all processes as soon as one has ended: not before the one that failed has said why."""
+    """A launcher ends all processes as soon as one ends, but not before the failed one has shown its error."""
     script = tmp_path / "fails.py"
     script.write_text(
         f"from tests.distributed import runs; runs.fail({str(tmp_path / 'run')!r}, 'extraction', 0, {{}})\n"

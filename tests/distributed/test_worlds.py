@@ -1,4 +1,4 @@
-"""The same run on 1, 2 and 3 processes: what must be equal is, and each process is shown to be one of so many."""
+"""The same run on 1, 2 and 3 processes: the parts of its results that must be equal, and the number of processes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ WORLDS = [1, 2, 3]
 
 
 def run_in_worlds(say, function, tmp_path, worlds, *arguments):
-    """World size -> what each process returned; asserts and prints the number of processes that there really were."""
+    """World size -> the results of each process. Asserts and shows the real number of processes."""
     made = {}
     for world_size in worlds:
         folder = tmp_path / f"world-{world_size}"
@@ -26,7 +26,7 @@ def run_in_worlds(say, function, tmp_path, worlds, *arguments):
 
 
 def distance(one, two, start):
-    """How far two ends of training lie apart, relative to how far the first has come from its start."""
+    """The distance between the final weights of two trainings, relative to that of the first from its start."""
     names = [name for name in start if np.issubdtype(one[name].dtype, np.floating)]
     apart = sum(float(((one[name].astype(float) - two[name]) ** 2).sum()) for name in names)
     moved = sum(float(((one[name].astype(float) - start[name]) ** 2).sum()) for name in names)
@@ -47,7 +47,7 @@ def initial_weights(kind, **options):
 
 @pytest.fixture(scope="module", params=["timm", "vit"])
 def whole_runs(request, tmp_path_factory):
-    """(kind of network, folder, lines for the summary, world size -> results) of runs that nothing is done to."""
+    """(kind of network, folder, lines for the summary, world size -> results) of uninterrupted runs."""
     folder, said = tmp_path_factory.mktemp(request.param), []
     made = run_in_worlds(said.append, runs.train, folder, WORLDS, request.param, {})
     return request.param, folder, said, made
@@ -97,7 +97,7 @@ def test_a_ticket_can_be_checked_on_another_process(say, tmp_path):
     team = Team(runs.compute_differently, (str(tmp_path / "other"), options), world_size=2, logs=tmp_path / "logs")
     assert any(team.wait(60))
     assert "`debug_determinism`: process 1 finds another mask of route 'ant'" in team.output()
-    # Without it, nobody notices that process 1 computes differently.
+    # Without `debug_determinism`, the difference goes unnoticed.
     unchecked = {**options, "debug_determinism": False}
     launch(runs.compute_differently, str(tmp_path / "unchecked"), unchecked, world_size=2, logs=tmp_path / "logs")
 
@@ -132,7 +132,7 @@ def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path)
     made = run_in_worlds(say, runs.stop_at_collapse, tmp_path, [1, 2], "vit", {})
     short = launch(runs.train, str(tmp_path / "short"), "vit", {"target_sparsity": [0.3]}, world_size=2, logs=tmp_path)
     for results in made.values():
-        # Another process never looks, and has the same figures.
+        # Only the first process looks; all have the same metrics.
         assert [result["num_points"] for result in results] == [3, 0][: len(results)]
         assert all(result["similarity"] == made[1][0]["similarity"] for result in results)
         assert len(results[0]["similarity"]) == 1
@@ -167,7 +167,7 @@ def test_joint_weights_agree_to_rounding_in_double_precision(say, tmp_path, opti
 
 
 def test_joint_weights_agree_unless_there_is_batch_norm(say, whole_runs):
-    """With it that is not promised: each process normalises with the statistics of its own part of a batch."""
+    """With batch norm, weights may differ: each process normalises its own part of a batch."""
     kind, _, _, made = whole_runs
     for world in (2, 3):
         apart = distance(made[1][0]["state"], made[world][0]["state"], initial_weights(kind))

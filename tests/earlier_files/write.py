@@ -1,10 +1,10 @@
 """
-Writes small files of every kind that hf_rtl has, which later versions must go on reading:
+Writes small files of every kind that hf_rtl writes. Later versions must read them:
 
     python tests/earlier_files/write.py tests/earlier_files/DATE
 
-Those of a date are never written again. `tests/test_earlier_files.py` reads them, with the models, data and arguments
-that are defined here.
+The files of a date are never written again. `tests/test_earlier_files.py` reads them with the models, data and
+arguments of this module.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from hf_rtl import ByColumn, RTLModelForImageClassification, RTLTrainer, RTLTrai
 
 
 ROUTES = ["ant", "bee", "cat"]
-MASKED_BY = {"ant": 2, "bee": 3, "cat": 5}  # a ticket leaves out every weight whose position this divides
+MASKED_BY = {"ant": 2, "bee": 3, "cat": 5}  # A ticket prunes every weight whose position is a multiple of this.
 
 
 class Net(nn.Module):
@@ -52,7 +52,7 @@ def earlier_files_net(pretrained=False, **arguments):
 
 
 def waves(*shape):
-    """Numbers that are the same with every version: no random generator is asked."""
+    """Numbers that are equal with every version, since no random generator makes them."""
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).mul(0.7).sin().float().reshape(shape)
 
 
@@ -134,7 +134,7 @@ class StopInSecondRound(TrainerCallback):
 
 
 def trainer(folder, model, callbacks=(), **values):
-    """`values` are other arguments than those that the run was written with."""
+    """A trainer with the arguments of the written run, changed by `values`."""
     args = arguments(folder, **values)
     return RTLTrainer(model, args, train_dataset=samples(), eval_dataset=samples(), callbacks=list(callbacks))
 
@@ -156,7 +156,7 @@ def main(folder):
     stopped = trainer(folder / "run", membership_model(), [StopInSecondRound()])
     with contextlib.suppress(StopError):
         stopped.train()
-    # The second round's tickets of one route are found; those of the others were not when the run ended.
+    # The run ends when only one route has its tickets of the second round.
     for file in (folder / "run" / "extraction").glob("event-*/route-*.safetensors"):
         if file.parent.name == max(p.name for p in file.parent.parent.glob("event-*")) and file.name > "route-000.z":
             file.unlink()

@@ -1,1 +1,1 @@
-"""Models, tickets and rules that go to a Hub on this machine and come back, in processes of their own."""
+"""Tests that push models, tickets and rules to a Hub on this machine and pull them, each in a fresh process."""

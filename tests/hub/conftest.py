@@ -1,4 +1,4 @@
-"""A Hub in this process, and fresh processes that push to it and pull from it with the client as it is."""
+"""A Hub in this process, and fresh processes that push to it and pull from it with the unchanged client."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def _clients(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def run(_clients: Clients, tmp_path: Path) -> Callable:
-    """`run(function, …, user="alice")` gives what it returns in a new process with an empty cache."""
+    """`run(function, …, user="alice")` returns the function's result in a new process with an empty cache."""
     numbers = itertools.count(1)
 
     def run(function, *arguments, user="alice", **keywords):

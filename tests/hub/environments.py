@@ -1,4 +1,4 @@
-"""Python environments that have what hf_rtl needs, but not hf_rtl as it is installed here."""
+"""Python environments with the dependencies of hf_rtl, but without the hf_rtl that is installed here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.hub.processes import client_environment
 
 class Environment:
     """
-    An environment in a new folder, in which all packages of this one can be imported except those that are installed
-    in editable mode, as this one's files that name their sources are not read.
+    An environment in a new folder. It can import all packages of this environment except those in editable mode, since
+    it does not read the files that name their sources.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,9 +24,9 @@ class Environment:
         (self.site_packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
 
     def run(self, *arguments: str | Path, url: str, folder: Path, **variables: str) -> str:
-        """What the interpreter prints, in `folder`, with a client that knows no other Hub than the one at `url`."""
+        """The output of the interpreter, run in `folder`, with a client that knows only the Hub at `url`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Isolated: neither PYTHONPATH nor the script's folder is searched, where hf_rtl may lie.
+        # Isolated mode (-I) ignores PYTHONPATH and the script's folder, in which hf_rtl may lie.
         result = subprocess.run(
             [self.python, "-I", *arguments],
             env=client_environment(url, cache=folder / "cache", **variables),
@@ -40,7 +40,7 @@ class Environment:
         return result.stdout
 
     def install(self, wheel: Path) -> None:
-        """Installs a package, without what it depends on."""
+        """Installs a package without its dependencies."""
         _pip("install", "--no-deps", "--target", self.site_packages, wheel)
 
 
@@ -49,7 +49,7 @@ def backbone_packages(project: Path) -> list[Path]:
 
 
 def build_wheel(project: Path, folder: Path) -> Path:
-    """Builds the package of a project in `folder`, and leaves nothing in the project's."""
+    """Builds the package of a project in `folder`, without writing into the project."""
     sources = folder / "sources"
     for package in backbone_packages(project):
         shutil.copytree(package, sources / package.name, ignore=shutil.ignore_patterns("__pycache__"))

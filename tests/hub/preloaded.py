@@ -1,4 +1,4 @@
-"""Does once what every process does first and once, for the process that they are forked from."""
+"""Does what every process does once at its start, in the process that the others are forked from."""
 
 import gc
 import tempfile
@@ -31,16 +31,16 @@ from tests.hub.clients import (  # noqa: F401
 
 
 torch.set_num_threads(1)
-# All these are imported when they are first looked at.
+# These names are imported lazily, at their first use.
 _ = create_model, BertForSequenceClassification, TimmWrapperForImageClassification, ViTForImageClassification
 _ = ImageClassificationPipeline, TextClassificationPipeline, hf_rtl.plots, matplotlib.backends.backend_agg
 
-# What loading a model and drawing compile at first takes longer than all the rest that a process does.
+# The first loading and drawing compile, which takes longer than all else in a process.
 with tempfile.TemporaryDirectory() as folder:
     for kind in ("timm", "vit", "bert"):
         models.make_model(kind).save_pretrained(Path(folder, kind))
         write_card(Path(folder, kind))
 
-# accelerate collects garbage before every training, which would look at all that is imported.
+# accelerate collects garbage before every training, which would visit everything that is imported.
 gc.collect()
 gc.freeze()

@@ -14,8 +14,8 @@ from typing import Any
 from tests.child_processes import environment
 
 
-# Where the client keeps its cache. Relative: what the client reads when it is imported, in the process that all others
-# are forked from, then means another place for each of them.
+# The folder of the client's cache. The client reads it at its import, in the process that all others are forked from;
+# as it is relative, it is another folder for each of them.
 CACHE = "cache"
 
 
@@ -25,11 +25,11 @@ class ClientError(Exception):
 
 class Clients:
     """
-    Forks processes from one that has imported everything, which takes seconds, and knows of no other Hub than `url`.
+    Forks processes from one that has imported everything, which takes seconds, and that knows only the Hub at `url`.
 
     Args:
         url (`str`): address of the Hub.
-        log (`Path`): file for what the processes print.
+        log (`Path`): file for the output of the processes.
     """
 
     def __init__(self, url: str, log: Path) -> None:
@@ -44,7 +44,7 @@ class Clients:
             )
 
     def run(self, function: Callable, arguments: tuple, keywords: dict, folder: Path, token: str | None) -> Any:
-        """What `function` of a module returns, run in a new process with `folder` as its working directory."""
+        """The result of `function`, of a module, in a new process with `folder` as its working directory."""
         folder.mkdir(parents=True, exist_ok=True)
         pickle.dump((function, arguments, keywords, str(folder), token), self._server.stdin)
         self._server.stdin.flush()
@@ -59,7 +59,7 @@ class Clients:
 
 
 def client_environment(url: str, *, cache: str | Path, **more: str) -> dict[str, str]:
-    """Variables for a process whose client knows no other Hub than the one at `url`."""
+    """Variables for a process whose client knows only the Hub at `url`."""
     kept = {name: value for name, value in environment().items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return kept | {
         "HF_ENDPOINT": url,
@@ -77,7 +77,7 @@ def _serve() -> None:
     import tests.hub.preloaded  # noqa: F401
 
     with os.fdopen(os.dup(1), "wb") as answers:
-        # What is printed must not get in between the answers.
+        # Standard output becomes standard error, so that prints do not mix with the answers.
         os.dup2(2, 1)
         while True:
             try:

@@ -1,4 +1,4 @@
-"""A Hub in memory: as much of the Hub's HTTP protocol as its own client needs to push and pull models."""
+"""A Hub in memory: the part of the Hub's HTTP protocol that its client needs to push and pull models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit. A large one is stored apart from the repository (LFS), and named by another hash."""
+    """A file of a commit. Large files are stored apart from the repository (LFS), and have another kind of hash."""
 
     data: bytes
     large: bool = False
@@ -48,7 +48,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository: its commits, and the names that point to them, as `refs/heads/main`."""
+    """A model repository: its commits, and the refs that point to them, such as `refs/heads/main`."""
 
     name: str
     private: bool
@@ -74,7 +74,7 @@ class Repo:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """From the last commit to the first."""
+        """The commits, from the last to the first."""
         commits = [self.at(revision)]
         while commits[-1].parent is not None:
             commits.append(self.commits[commits[-1].parent])
@@ -82,7 +82,7 @@ class Repo:
 
 
 class HubError(Exception):
-    """An answer that the client turns into an exception, whose class it takes from `code`."""
+    """An answer that the client turns into an exception of a class that `code` selects."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -92,18 +92,18 @@ class HubError(Exception):
 
 
 class ConnectionCut(Exception):
-    """The answer breaks off in its middle, though it is announced whole."""
+    """The answer breaks off in its middle, though its header announces all of it."""
 
 
 class LocalHub:
     """
-    Repositories of models, served at `url` while inside `with`. Large files are at another address, as on the Hub.
+    Repositories of models, served at `url` inside a `with` block. Large files have another address, as on the Hub.
 
     Args:
         users (`dict[str, list[str]]`): user name -> organisations. A user's token is `hf_` and the name.
 
-    `before_request(method, path)` is called before every request is answered, and may raise [`HubError`] or
-    [`ConnectionCut`]. `ranges` are the parts of large files that were asked for.
+    `before_request(method, path)` is called before the answer to every request, and may raise [`HubError`] or
+    [`ConnectionCut`]. `ranges` are the requested parts of large files.
     """
 
     def __init__(self, users: dict[str, list[str]]) -> None:
@@ -136,7 +136,7 @@ class LocalHub:
     def repo(self, name: str, user: str | None, *, write: bool = False) -> Repo:
         repo = self.repos.get(name)
         if repo is None or (repo.private and not self.owns(user, name)):
-            # Missing and private look alike, so that nobody learns what is there.
+            # The answers for missing and private repositories are equal, so that they reveal nothing.
             raise HubError(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and user is None:
             raise HubError(401, "Invalid username or password.")
@@ -149,7 +149,7 @@ ROUTES: list[tuple[str, re.Pattern[str], Callable]] = []
 
 
 def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
-    """Has the decorated method answer requests for paths like `pattern`, with its named groups as arguments."""
+    """Makes the decorated method answer requests for paths like `pattern`, with its named groups as arguments."""
 
     def register(function: Callable) -> Callable:
         ROUTES.append((method, re.compile(pattern), function))
@@ -164,14 +164,14 @@ MODEL = f"/api/models/{NAME}"
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # The headers and the body of an answer are two writes, and the second would wait for the first's confirmation.
+    # Headers and body of an answer are two writes; without this, the second waits for the first's confirmation.
     disable_nagle_algorithm = True
     hub: LocalHub
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        # Read in any case: what is left of a request would be taken for the beginning of the next one.
+        # The body is always read, since a rest of it would be taken for the beginning of the next request.
         self.body = self._read_body()
         self.cut = False
         try:
@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: what a test's server was asked is of no interest in its output."""
+        """Logs no requests."""
 
     @property
     def user(self) -> str | None:
@@ -240,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or self.user}/{asked['name']}"
         if not self.hub.owns(self.user, name):
             raise HubError(403, f"You don't have the rights to create a model under the namespace of {name}")
-        # The client learns the name from `url`, also of a repository that is there already.
+        # The client reads the name from `url`, even if the repository exists already.
         answer = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
             self.send(409, answer, {"X-Error-Message": "You already created this model repo"})
@@ -379,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
         data, asked = self.hub.large_files[oid], re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked is None:
             self.send(200, data)
-        else:  # the client goes on where an answer broke off
+        else:  # The client goes on at the byte at which an answer broke off.
             self.hub.ranges.append(asked[0])
             start = int(asked[1])
             self.send(206, data[start:], {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})

@@ -1,7 +1,7 @@
 """
-What somebody does with pushed models who has transformers and timm, but not hf_rtl: a script that prints JSON.
+A script that loads pushed models with transformers and timm, but without hf_rtl, and prints JSON.
 
-Arguments: a file that the code of the first repository leaves, and names of repositories.
+Arguments: a file that the code of the first repository creates, and names of repositories.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from transformers import (
 
 torch.set_num_threads(1)
 
-# Its name in the class -> the pipeline, the Auto class, and what is asked.
+# Name of the task in a class -> the pipeline, the Auto class, the input, and options.
 ORANGE = Image.new("RGB", (40, 50), "orange")
 TASKS = {
     "ImageClassification": ("image-classification", AutoModelForImageClassification, ORANGE, {"top_k": None}),
@@ -66,7 +66,7 @@ def describe(model):
 
 
 def load(name):
-    """By every Auto class, and again after it was saved."""
+    """Loads a model by every Auto class, and again after saving it."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     task, task_class, said, options = TASKS[config.architectures[0].removeprefix("RTLModelFor")]
     model = task_class.from_pretrained(name, trust_remote_code=True)
@@ -84,7 +84,7 @@ def load(name):
 
 
 def doubt(name):
-    """What loading says, without trust."""
+    """The errors of loading without trust in the code."""
     errors = []
     for loader in (AutoConfig, AutoModel, AutoModelForImageClassification):
         for trust in ({}, {"trust_remote_code": False}):

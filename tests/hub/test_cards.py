@@ -1,14 +1,14 @@
-"""The page of a pushed model, and whose text is on it."""
+"""The card of a pushed model: what hf_rtl writes on it, and which text of others stays."""
 
 import pytest
 
 from tests.hub.clients.cards import (
     create_with_card,
     edit_card,
+    push_again_after_a_refused_push,
     push_again_after_an_edit_here,
     push_again_after_an_edit_there,
     push_again_after_edits_on_both_sides,
-    push_in_vain_then_again,
     push_trained_model,
     read_and_validate,
     train_from_hub,
@@ -38,9 +38,9 @@ def test_the_model_of_a_trainer_is_pushed_with_what_its_run_says(hub, run, tmp_p
     run(push_trained_model, "org/card-trained")
     card = run(read_and_validate, "org/card-trained")
     assert "2 rounds: in each" in card["text"] and "the run evaluated nothing" in card["text"]
-    assert "training_args.json" not in card["text"]  # which is not there
+    assert "training_args.json" not in card["text"]  # a missing file must not be linked
     page = card_at(hub, "org/card-trained")
-    # Who pulls it and pushes it again, there or elsewhere, knows no less, and whose model it no longer is, nothing.
+    # A copy of the model that is pushed, there or elsewhere, keeps what is known of the run; a changed model loses it.
     run(copy_repo, "org/card-trained", "org/card-trained")
     assert card_at(hub, "org/card-trained") == page
     run(copy_repo, str(tmp_path / "process-1" / "run" / "final"), "org/card-copied")
@@ -91,7 +91,7 @@ def test_edits_on_both_sides_are_an_error_and_not_a_loss(hub, run):
 
 
 def test_an_edit_whose_push_failed_is_pushed_by_the_next(hub, run):
-    run(push_in_vain_then_again, "org/card-again")
+    run(push_again_after_a_refused_push, "org/card-again")
     assert card_at(hub, "org/card-again").endswith("Mine.\n")
 
 

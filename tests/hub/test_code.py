@@ -1,4 +1,4 @@
-"""Models with their code: loaded without hf_rtl by who trusts it, and run by nobody else."""
+"""Models with their code: it runs only for users who trust it, and these need no hf_rtl."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ STRANGER = Path(__file__).parent / "stranger.py"
 def have_code_leave(marker, repo):
     """Commits a change to all code of a repository: when it is run, it makes the file `marker`."""
     files = dict(repo.at("main").files)
-    future = b"from __future__ import annotations\n"  # stays first
+    future = b"from __future__ import annotations\n"  # This line must stay first.
     for path in files:
         if path.endswith(".py"):
             before, after = files[path].data.split(future, 1)
@@ -26,7 +26,7 @@ def have_code_leave(marker, repo):
     repo.commit("refs/heads/main", files, "Change the code", "alice")
 
 
-def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_path):
+def test_a_user_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_path):
     marker = tmp_path / "executed"
     pushed = {}
     for kind in ("timm", "vit", "gpt2", "bert"):
@@ -53,13 +53,13 @@ def test_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_pat
             task = "text-classification" if "bert" in name else "image-classification"
             scores = {answer["label"]: answer["score"] for answer in loaded["answers"]}
             assert scores == run(ask_one, name, task)
-    # What a stranger saved is a model like any other.
+    # A model that was saved without hf_rtl loads like any other.
     assert run(pull, str(folder / "org-code-vit-1")) == pushed["org/code-vit-1"]
-    # What was pushed in the compact form has lost the weights of no ticket.
+    # A model that was pushed in the compact form has all weights of its tickets.
     by_stranger, whole = run(pull, "org/by-a-stranger"), pushed["org/code-bert-1"]
     assert {**by_stranger, "tensors": None} == {**whole, "tensors": None}
     card = hub.repos["org/by-a-stranger"].at("main").files["README.md"].data
-    assert b"- mine" in card and b"hf_rtl:" not in card  # what writes cards is not among the code
+    assert b"- mine" in card and b"hf_rtl:" not in card  # The code that is pushed does not write cards.
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])

@@ -31,7 +31,7 @@ def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
 
 def test_errors_of_the_hub_are_one_line(hub, run, monkeypatch, tmp_path):
     run(push, "org/mine")
-    # Weights that no other test has pushed: the Hub would not ask for files that it has.
+    # Weights that no other test has pushed, since the Hub does not ask for files that it has.
     run(save, str(tmp_path / "model"), seed=97, max_shard_size="20KB")
     before = dict(hub.repos["org/mine"].refs)
     for method, page, error, said in (
@@ -67,11 +67,11 @@ def test_what_somebody_wrote_on_the_hub_stays(hub, run, tmp_path, options):
     run(command, "push", folder, name, *options)
     page = repo.at("main").files["README.md"].data
     assert page.endswith(b"\nMine.\n") and local.read_bytes() == page
-    # What is added here goes there.
+    # Text that is added to the local card is pushed.
     local.write_bytes(page + b"\nAlso mine.\n")
     run(command, "push", folder, name, *options)
     assert repo.at("main").files["README.md"].data.endswith(b"\nMine.\n\nAlso mine.\n")
-    # A copy from before does not take the place of what was written since, though the last push had it.
+    # A local card from before the edits does not replace them.
     local.write_bytes(before + b"\nOnly here.\n")
     with pytest.raises(ClientError, match=f"error: both '{folder}/README.md' and .* were changed by hand"):
         run(command, "push", folder, name, *options)
@@ -107,7 +107,7 @@ def test_the_card_of_a_repository_goes_on_from_its_own(hub, run, tmp_path):
     repo = hub.repos["org/carded"]
     page = repo.at("main").files["README.md"].data + b"\nMine.\n"
     repo.commit("refs/heads/main", {**repo.at("main").files, "README.md": File(page)}, "Write", "ann")
-    assert run(command, "card", "org/carded").encode().rstrip() == page.rstrip()  # nothing new to say
+    assert run(command, "card", "org/carded").encode().rstrip() == page.rstrip()  # nothing new to write
     run(command, "card", "org/carded", "--out", str(tmp_path / "page"))
     assert (tmp_path / "page" / "README.md").read_bytes() == page
 

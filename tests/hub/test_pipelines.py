@@ -8,7 +8,7 @@ from tests.hub.processes import ClientError
 
 
 TASKS = {"timm": "image-classification", "vit": "image-classification", "bert": "text-classification"}
-# A pipeline resizes with torchvision, and timm with PIL, which round differently.
+# Pipelines resize with torchvision and timm with PIL, which round differently.
 CLOSE = {"timm": 2e-3, "vit": 1e-5, "bert": 1e-5}
 
 
@@ -23,7 +23,7 @@ def test_membership_tickets_give_a_score_for_every_route(run, kind):
 
 
 @pytest.mark.parametrize("kind", ["timm", "bert"])
-def test_labels_tickets_answer_only_when_somebody_says_which(run, kind):
+def test_labels_tickets_answer_only_for_a_given_route(run, kind):
     name = f"org/labels-{kind}"
     run(push_with_processor, name, kind, ticket_task="labels")
     with pytest.raises(ClientError, match="ValueError: `route_ids` is missing.*'ant', 'bee', 'cat'.*with_route"):

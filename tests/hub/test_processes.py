@@ -1,4 +1,4 @@
-"""The processes that play the users of a Hub."""
+"""The processes that stand for the users of a Hub."""
 
 from pathlib import Path
 

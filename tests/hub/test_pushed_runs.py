@@ -17,8 +17,8 @@ MODEL_FILES = {
 @pytest.fixture
 def check_final(hub, run, tmp_path):
     """
-    `check_final(name, trained)`: the repository holds one commit, and that the final model and nothing else, when the
-    run was in the first process of the test.
+    `check_final(name, trained)` checks that the repository holds one commit, with the final model and nothing else.
+    The run must be in the first process of the test.
     """
 
     def check(name, trained):
@@ -58,7 +58,7 @@ def test_checkpoints_are_not_pushed(hub, run, strategy):
     assert "org/checkpoints" not in hub.repos
 
 
-def test_what_a_push_is_told_holds(hub, run):
+def test_a_push_follows_its_arguments(hub, run):
     run(train_then_push, {"private": True}, hub_model_id="org/told")
     assert hub.repos["org/told"].private
     run(train_then_push, {"token": "hf_ann"}, hub_model_id="org/told-token", hub_private_repo=True)

@@ -1,4 +1,4 @@
-"""The quick start of the README, by somebody who has the published package."""
+"""The quick start of the README with the published package."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.child_processes import ROOT
-from tests.hub.clients.pipelines import answers_of
+from tests.hub.clients.pipelines import compute_answers
 from tests.hub.clients.repositories import push
 from tests.hub.environments import backbone_packages
 
@@ -39,7 +39,7 @@ def test_the_quick_start_runs_as_it_is_shown(hub, run, published_environment, tm
     assert commands == ["hf-rtl"]
     assert Path(file) == published_environment.site_packages / "hf_rtl" / "__init__.py"
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = run(answers_of, name, images.unsqueeze(1), ["cat", "frog", "cat"])
+    expected = run(compute_answers, name, images.unsqueeze(1), ["cat", "frog", "cat"])
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert len({row[0] for row in expected}) == 3
 

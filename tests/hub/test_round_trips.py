@@ -1,4 +1,4 @@
-"""Models pushed to a Hub and loaded by their name, each in a process of its own that has nothing of theirs."""
+"""Models that are pushed to a Hub and loaded by their name, each in a fresh process with an empty cache."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def test_a_model_in_a_subfolder(run):
 
 
 def test_sharded_weights_replace_whole_ones_and_the_other_way_round(hub, run):
-    """Loading takes `model.safetensors` where it finds it, however old it is."""
+    """Loading takes any `model.safetensors` that it finds, even an old one."""
     name = "org/shards"
     for seed, options in enumerate([{}, {"max_shard_size": "20KB"}, {"max_shard_size": "30KB"}, {}]):
         pushed = run(push, name, seed=seed, **options)

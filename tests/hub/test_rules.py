@@ -37,7 +37,7 @@ def test_a_rule_is_pushed_with_the_model_of_a_run(hub, run, train_then_push):
         assert run(assign, name, size) == ROUTES_OF_FEATURES
     assert "`hf_rtl.load_rule(" in repo.at("main").files["README.md"].data.decode()
     assert json.loads(run(command, "inspect", name, "--json"))["rule"] == RULES["centres"].describe()
-    # Another model in its place does not go on with its rule, and what was there can still be had.
+    # A later model does not keep the rule of an earlier one, whose revision still has it.
     before = repo.at("main").oid
     run(train_then_push, "column", name)
     assert rule_files(repo) == {"partition.json"}
@@ -75,7 +75,7 @@ def test_a_rule_for_other_routes_than_the_models_is_refused(hub, run, tmp_path):
     with pytest.raises(ClientError, match=f"ValueError: .*partition.json {message}"):
         run(assign, "org/renamed")
     assert run(assign, "org/renamed", route_names=["ant", "bee", "cat"]) == ROUTES_OF_FEATURES
-    # Nor is such a rule pushed, nor left there.
+    # A push leaves such a rule out, and removes it from the repository.
     save_rule(tmp_path / "model", ByColumn("label", ["ant", "cat", "bee"]))
     sent = json.loads(run(command, "push", str(tmp_path / "model"), "org/renamed", "--json"))["files"]
     assert not BOTH & set(sent) and rule_files(repo) == set()

@@ -1,4 +1,4 @@
-"""Tickets in repositories of their own, pushed by one and added by another to a copy of the same base."""
+"""Tickets in repositories of their own: one user pushes them, another adds them to a copy of the same base."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_a_later_push_leaves_no_ticket_of_an_earlier_one_and_keeps_what_is_writt
     assert {path for path in files if path.startswith("ticket")} == {"tickets.json", "ticket-000.safetensors"}
     assert [ticket["name"] for ticket in json.loads(files["tickets.json"].data)["tickets"]] == ["cat"]
 
-    # As of models: to a page without a part of ours it is added, and all text stays.
+    # As with models, a card without a generated part gets one, and keeps all its text.
     write_page(repo, b"# Mine\n")
     run(push_tickets, base, name, routes=["ant"])
     page = repo.at("main").files["README.md"].data
@@ -127,7 +127,7 @@ def test_a_failed_push_of_tickets_changes_nothing(hub, run, base, monkeypatch):
     assert hub.repos[name].refs == before
 
 
-def test_what_are_no_tickets_of_this_base(run, base):
+def test_other_tickets_than_those_of_this_base_are_refused(run, base):
     with pytest.raises(ClientError, match=f"ValueError: '{base}' holds no tickets.*RTLModel.from_pretrained"):
         run(pull_with_tickets, base, base)
     with pytest.raises(ClientError, match="RepositoryNotFoundError"):

@@ -1,4 +1,4 @@
-"""What goes wrong when models are pushed and pulled: it is said, and nothing is lost."""
+"""Failed pushes and pulls of models: the errors name the cause, and nothing is lost."""
 
 import json
 
@@ -18,8 +18,8 @@ SHORT = {"target_sparsity": [0.2], "max_steps": 1, "save_strategy": "no"}  # a t
 @pytest.fixture
 def fail(hub, monkeypatch):
     """
-    `fail(matches, error, after=0, times=1000)`: answers requests with an error whose method and path match, except the
-    first `after`, `times` times; `times=0` ends that. Gives a list of those that failed.
+    `fail(matches, error, after=0, times=1000)` answers requests whose method and path match with an error, `times`
+    times, after the first `after` requests; `times=0` ends that. Returns a list of the failed requests.
     """
 
     def fail(matches, error=None, *, after=0, times=1000):
@@ -38,14 +38,14 @@ def fail(hub, monkeypatch):
     return fail
 
 
-# Who may not
+# Users without permission
 
 
 @pytest.mark.parametrize(
     "user, message",
     [("mallory", "Invalid credentials"), (None, "Invalid username or password"), ("bob", "don't have write access")],
 )
-def test_who_may_not_push_is_told_so(hub, run, user, message):
+def test_a_push_without_permission_is_refused(hub, run, user, message):
     run(push, "org/owned", seed=0)
     before = dict(hub.repos["org/owned"].refs)
     with pytest.raises(ClientError, match=message):
@@ -53,7 +53,7 @@ def test_who_may_not_push_is_told_so(hub, run, user, message):
     assert hub.repos["org/owned"].refs == before
 
 
-def test_who_may_not_pull_is_told_so(run):
+def test_a_pull_without_permission_is_refused(run):
     run(push, "org/guarded", private=True)
     for loader in LOADERS:
         with pytest.raises(ClientError, match="(?s)OSError: .*org/guarded.*401.*Invalid credentials"):
@@ -63,10 +63,10 @@ def test_who_may_not_pull_is_told_so(run):
                 run(pull, "org/guarded", loader, user=user)
 
 
-# What is not there
+# Missing repositories and revisions
 
 
-def test_what_is_not_there_is_named(run):
+def test_missing_repositories_and_revisions_are_named(run):
     run(push, "org/there")
     for loader in LOADERS:
         with pytest.raises(ClientError, match="OSError: org/nothing is not a local folder"):
@@ -84,7 +84,7 @@ def test_a_repository_without_a_model(run):
         run(pull, "org/empty", "AutoModelForImageClassification")
 
 
-# What is no model of ours, or one that was changed
+# Damaged models
 
 
 def change_config(**changes):
@@ -191,7 +191,7 @@ def test_a_push_that_fails_changes_nothing(hub, run, fail, request_):
     name = "org/" + request_.replace(" ", "-")
     pushed = run(push, name, seed=0)
     before = dict(hub.repos[name].refs)
-    # The second of several uploads, when the first is done.
+    # Of several uploads, the second fails, after the first has succeeded.
     failed = fail(REQUESTS[request_], after=1 if request_ == "an upload" else 0)
     with pytest.raises(ClientError, match="the line was cut"):
         run(push, name, seed=len(name), max_shard_size="20KB")
@@ -258,7 +258,7 @@ def test_a_view_with_a_fixed_route_is_not_pushed(hub, run):
 
 
 def is_weights(method, path):
-    return method == "GET" and len(path) == 65  # of large files the path is a hash
+    return method == "GET" and len(path) == 65  # The path of a large file is a hash.
 
 
 def is_config(method, path):
@@ -282,7 +282,7 @@ def test_a_pull_that_fails_leaves_the_cache_usable(hub, run, fail, tmp_path, mat
     with pytest.raises(ClientError, match=f"OSError: .*{name}|peer closed connection"):
         run(pull_impatiently, name, **cache)
     assert failed
-    # What was there is there, and nothing that is neither.
+    # The cache still has the old commit, and no half of the new one.
     assert run(pull, name, revision=old_commit, local_files_only=True, **cache) == old
     assert not list((tmp_path / "shared").rglob("*.incomplete"))
     fail(matches, times=0)

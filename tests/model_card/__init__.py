@@ -1,1 +1,1 @@
-"""Tests of `hf_rtl.model_card`: what the page of a model says, and whose text on it stays."""
+"""Tests of `hf_rtl.model_card`: what the card of a model says, and which text of users it keeps."""

@@ -1,4 +1,4 @@
-"""Small models with runs, as tests of model cards need them, and how their pages are read."""
+"""Small models with runs for tests of model cards, and functions that read cards."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_model(ticket_task="membership", route_names=("cat", "dog", "owl")):
 
 
 def with_run(model, folder, **arguments):
-    """`model` as if a run had made and evaluated it, and its metrics: in `folder`, with thresholds for membership."""
+    """Saves `model` in `folder` as if a run had made it, with thresholds for membership. Returns its metrics."""
     generator = np.random.default_rng(0)
     names = model.route_names
     homes = np.arange(10 * len(names)) % len(names)
@@ -77,12 +77,12 @@ def with_run(model, folder, **arguments):
     return metrics
 
 
-def page_of(file):
+def read_page(file):
     return ModelCard.load(file).text
 
 
 def tables(page):
-    """Every table of a page, as a renderer reads it: rows of the texts of cells. All have as many cells."""
+    """Every table of a page, as a renderer reads it: rows of the texts of cells. All rows are equally long."""
     found, inside = [], False
     for token in MarkdownIt().enable("table").parse(page):
         if token.type in ("table_open", "table_close"):
@@ -98,7 +98,7 @@ def tables(page):
 
 
 def table_with(page, *titles):
-    """RowSubset of the one table whose head has these titles, as title -> cell."""
+    """The rows of the only table with these titles in its head, as title -> cell."""
     (table,) = [table for table in tables(page) if set(titles) <= set(table[0])]
     return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
 
@@ -108,7 +108,7 @@ def python_blocks(page):
 
 
 def faults(metadata):
-    """What in the metadata of a card contradicts the specification."""
+    """The contradictions of a card's metadata to the specification."""
     kinds = {
         "text": lambda value: isinstance(value, str),
         "texts": lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value),

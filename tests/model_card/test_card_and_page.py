@@ -1,4 +1,4 @@
-"""Model cards: what they say, and in which form."""
+"""Model cards: their content and their form."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.model_card.cards import (
     SPECIFICATION,
     faults,
     make_model,
-    page_of,
     python_blocks,
+    read_page,
     table_with,
     tables,
     with_run,
@@ -51,7 +51,7 @@ def test_metadata_follow_the_specification(tmp_path, ticket_task, has_run, given
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "image-classification"
     assert "hf_rtl" in metadata["tags"] and ("model-index" in metadata) == has_run
     assert ("license" in metadata, "datasets" in metadata) == (bool(given), bool(given))
-    # What else a check would find.
+    # The check itself finds faults.
     broken = {"model-index": [{"results": [{"task": {"type": "x"}, "dataset": {}, "metrics": [{"value": "1"}]}]}]}
     assert len(faults({**broken, "tags": "x", "pipeline_tag": "membership", "licence": "mit"})) == 9
 
@@ -123,7 +123,7 @@ def test_any_names_make_a_page_that_can_be_read(tmp_path, names):
 def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
     model = make_model(ticket_task)
     metrics = with_run(model, tmp_path, learning_rate=0.01, target_sparsity=[0.5], max_steps=1234)
-    page = page_of(write_card(tmp_path))
+    page = read_page(write_card(tmp_path))
     masks = [torch.cat([layer.flatten() for layer in model.mask_bank[name]]) for name in model.route_names]
     columns = dict(zip(["bal. acc.", "precision", "recall", "F1", "AUROC"], MEMBERSHIP, strict=True))
     if ticket_task == "labels":
@@ -172,7 +172,7 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
 def test_calibrated_metrics_have_a_table_of_their_own(tmp_path):
     model = make_model()
     metrics = with_run(model, tmp_path)
-    *routes, overall = table_with(page_of(write_card(tmp_path)), "threshold")
+    *routes, overall = table_with(read_page(write_card(tmp_path)), "threshold")
     for name, threshold, row in zip(model.route_names, (0, 0.25, 0.5), routes, strict=True):
         assert (row["route"], row["threshold"]) == (name, f"{threshold:.3f}")
         assert row["F1"] == f"{metrics[f'{name}/calibrated_f1']:.3f}"
@@ -185,12 +185,12 @@ def test_thresholds_are_those_that_were_measured(tmp_path):
     with_run(model, tmp_path)
     model.config.thresholds = None
     model.save_pretrained(tmp_path)
-    page = page_of(write_card(tmp_path))
+    page = read_page(write_card(tmp_path))
     assert [row["threshold"] for row in table_with(page, "threshold")] == ["0.000", "0.250", "0.500", ""]
     assert "model.config.thresholds" not in page and "No thresholds were calibrated" in page
 
 
-def test_metrics_of_one_s_own_go_by_their_names(tmp_path):
+def test_custom_metrics_are_shown_by_their_names(tmp_path):
     model = make_model("labels")
     with_run(model, tmp_path)
     run = json.loads((tmp_path / "training_run.json").read_text())
@@ -202,7 +202,7 @@ def test_metrics_of_one_s_own_go_by_their_names(tmp_path):
     assert "\n- wer: 0.125\n" in card.text and "accuracy" not in table_with(card.text, "kept weights")[0]
 
 
-def test_undefined_figures_are_dashes_and_no_results(tmp_path):
+def test_undefined_metrics_are_dashes_and_no_results(tmp_path):
     model = make_model()
     with_run(model, tmp_path)
     run = json.loads((tmp_path / "training_run.json").read_text())
@@ -220,7 +220,7 @@ def test_limits_are_those_of_the_model(tmp_path):
     masks[4].view(-1)[0] = True  # a single weight, which is enough
     model.mask_bank["dog"] = masks
     with_run(model, tmp_path)
-    page = page_of(write_card(tmp_path, limitations=["Not for *cats*."]))
+    page = read_page(write_card(tmp_path, limitations=["Not for *cats*."]))
     layer = model.mask_bank.weight_names[3].replace("_", "\\_")
     assert f"Of 1 of 15 prunable weights some tickets keep nothing: {layer} (1 of 3 tickets).\n" in page
     assert "**1 ticket gives every sample the same score**" in page
@@ -230,15 +230,15 @@ def test_limits_are_those_of_the_model(tmp_path):
     model = RTLModelForImageClassification.from_backbone(
         "test_resnet", route_names=["a", "b"], ticket_task="labels", num_labels=2, norm_statistics="shared"
     )
-    page = page_of(write_card(model, tmp_path / "other"))
+    page = read_page(write_card(model, tmp_path / "other"))
     assert "**Statistics are shared.**" in page and "Layers are empty" not in page and "same score" not in page
     assert "Precision depends" not in page and "is not described here" in page
 
 
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
-def test_a_router_is_told_of_with_what_it_gets_right(tmp_path, ticket_task):
+def test_a_router_is_shown_with_its_accuracy(tmp_path, ticket_task):
     model = make_model(ticket_task)
-    page = page_of(write_card(model, tmp_path / "before"))
+    page = read_page(write_card(model, tmp_path / "before"))
     assert "**Somebody must say the route.**" in page and "router finds" not in page
     model.set_router(ScoreRouter(3), threshold=0.25, fallback="owl")
     metrics = with_run(model, tmp_path)
@@ -251,7 +251,7 @@ def test_a_router_is_told_of_with_what_it_gets_right(tmp_path, ticket_task):
     run = json.loads((tmp_path / "training_run.json").read_text())
     run["evaluations"][0]["rounds"][-1].update(routed)
     write_run(tmp_path, run)
-    page = page_of(write_card(tmp_path))
+    page = read_page(write_card(tmp_path))
     assert "the model's router (`score`) finds the likeliest route" in page and "**The router errs.**" in page
     assert "Where the probability is below 0.25, it takes the route owl." in page
     assert "Somebody must say" not in page and "no answer but an error" not in page
@@ -266,7 +266,7 @@ def test_a_router_is_told_of_with_what_it_gets_right(tmp_path, ticket_task):
         assert page.count('classifier("image.png")') == 2
 
 
-def test_of_a_model_without_a_run_nothing_is_made_up(tmp_path):
+def test_the_card_of_a_model_without_a_run_invents_nothing(tmp_path):
     card = ModelCard.load(write_card(make_model(), tmp_path))
     assert "How well the tickets do is not known" in card.text and "How the tickets were found" in card.text
     assert card.data.eval_results is None and card.data.metrics is None and card.data.base_model is None
@@ -281,7 +281,7 @@ def test_a_run_with_other_masks_or_weights_is_not_the_model_s(tmp_path, caplog):
     assert "model-index" in write_card(tmp_path).read_text()
     for change in ("masks", "weights"):
         changed = make_model()
-        if change == "masks":  # of the same union
+        if change == "masks":  # masks with the same union
             cat, dog = changed.mask_bank["cat"], changed.mask_bank["dog"]
             changed.mask_bank["cat"], changed.mask_bank["dog"] = dog, cat
         else:
@@ -300,8 +300,8 @@ def test_a_run_with_other_masks_or_weights_is_not_the_model_s(tmp_path, caplog):
 # Similarity by chance
 
 
-def test_random_masks_with_the_densities_of_every_layer_are_no_more_alike_than_chance(tmp_path):
-    """Layers of one density in all tickets, nine tenths and one tenth in turn: alike, and only by chance."""
+def test_random_masks_are_as_similar_as_chance_with_their_densities_in_every_layer(tmp_path):
+    """Layers of nine tenths and one tenth density in turn make masks similar, but only by chance."""
     model = make_model("labels", route_names=("day", "night"))
     generator = torch.Generator().manual_seed(3)
     for route in range(2):
@@ -309,7 +309,7 @@ def test_random_masks_with_the_densities_of_every_layer_are_no_more_alike_than_c
             torch.rand(shape, generator=generator) < (0.9 if layer % 2 else 0.1)
             for layer, shape in enumerate(model.mask_bank.shapes)
         ]
-    page = page_of(write_card(model, tmp_path))
+    page = read_page(write_card(model, tmp_path))
     found = float(re.search(r"those that either keeps, is (0\.\d+) on average;", page)[1])
     chance = float(re.search(r"as dense in every layer it would be (0\.\d+)\.", page)[1])
     assert found == pytest.approx(chance, abs=0.01) and found > 0.5

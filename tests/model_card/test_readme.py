@@ -1,4 +1,4 @@
-"""Files whose generated part is replaced, and whose other text stays."""
+"""Cards as files: their generated part is replaced, and their other text stays."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Model cards: who uses them, what they are given, what they leave alone, and when they are written."""
+"""Model cards: their code, their arguments, the text of users that they keep, and when they are written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import hf_rtl.model_card.card
 from hf_rtl import ByColumn, RTLTrainer, RTLTrainingArguments, save_rule
 from hf_rtl.model_card import RTLCardData, write_card
 from tests.child_processes import ROOT
-from tests.model_card.cards import faults, make_model, page_of, python_blocks, table_with
+from tests.model_card.cards import faults, make_model, python_blocks, read_page, table_with
 
 
 # How to use it
@@ -34,7 +34,7 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch, ticket_task):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     image.save("image.png")
     inputs = processor(image, return_tensors="pt")
-    blocks = python_blocks(page_of(write_card("org/name", model_id="org/name")))
+    blocks = python_blocks(read_page(write_card("org/name", model_id="org/name")))
     assert len(blocks) == 3
     names = {"inputs": inputs}
     for block in blocks:
@@ -55,31 +55,31 @@ def test_code_that_is_saved_along_is_named(tmp_path):
     model = make_model()
     for with_code in (False, True):
         model.save_pretrained(tmp_path, with_code=with_code)
-        blocks = python_blocks(page_of(write_card(model, tmp_path, model_id="org/name")))
+        blocks = python_blocks(read_page(write_card(model, tmp_path, model_id="org/name")))
         trusting = 'AutoModelForImageClassification.from_pretrained("org/name", trust_remote_code=True).eval()'
         assert [trusting in block for block in blocks] == [False, False, *[True] * with_code, False]
-        # Also on a page that goes elsewhere.
+        # The same holds for a card in another folder.
         elsewhere = write_card(tmp_path, tmp_path / f"page-{with_code}", model_id="org/name").read_text()
         assert (trusting in elsewhere) == with_code
 
 
-# What is given
+# Arguments
 
 
 def test_a_rule_beside_the_model_is_named(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
-    assert "load_rule" not in page_of(write_card(tmp_path))
+    assert "load_rule" not in read_page(write_card(tmp_path))
     save_rule(tmp_path, ByColumn("a_b*", model.route_names))
     for source, folder in ((tmp_path, None), (model, tmp_path)):
-        page = page_of(write_card(source, folder, model_id="org/name"))
+        page = read_page(write_card(source, folder, model_id="org/name"))
         says = r"what its column 'a\_b\*' says: " + '`hf_rtl.load_rule("org/name").assign(data)`.'
         assert f"\nThe route of a sample in other data is {says}\n" in page
     save_rule(tmp_path, ByColumn("label", ["dog", "cat", "owl"]))
-    assert "load_rule" not in page_of(write_card(tmp_path))
+    assert "load_rule" not in read_page(write_card(tmp_path))
 
 
-def test_what_is_given_is_said_and_remembered(tmp_path):
+def test_given_card_data_are_shown_and_kept(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     given = {
@@ -108,7 +108,7 @@ def test_what_is_given_is_said_and_remembered(tmp_path):
     assert "# Animals of zoos\n" in write_card(tmp_path, model_name="Animals of zoos").read_text()
 
 
-def test_a_model_is_enough_if_it_is_told_where_to_write(tmp_path):
+def test_a_model_with_a_folder_is_enough(tmp_path):
     model = make_model()
     model.add_model_tags(["mine"])
     file = write_card(model, tmp_path / "new", license="mit")
@@ -192,30 +192,30 @@ def test_a_push_keeps_the_text_that_was_written_by_hand(tmp_path):
     def push(remote):
         return write_card(model, tmp_path, remote=remote).read_bytes()
 
-    # Only there, by somebody who knows nothing of us.
+    # Only the remote card was edited, by a user without hf_rtl.
     write_card(model, tmp_path)
     pushed = push(REMOTE)
     assert b"Written there." in pushed and b"license: mit" in pushed
-    # There again, upon what was pushed; here nothing since, though the card was written again.
+    # The remote card was edited after the push. The local one was written again, but not edited.
     write_card(model, tmp_path)
     edited = pushed.replace(b"there.", b"there, later.")
     pushed = push(edited)
     assert b"Written there, later." in pushed
-    # Only here.
+    # Only the local card was edited.
     file.write_bytes(pushed.replace(b"there, later.", b"here.") + LOCAL)
     pushed = push(pushed)
     assert b"Written here.\n" in pushed and b"there" not in pushed
-    # On both sides: nothing is lost, and nothing written.
+    # Both cards were edited: nothing is lost, and nothing is written.
     file.write_bytes(pushed + b"Here.\n")
     with pytest.raises(ValueError, match="were changed by hand"):
         push(pushed + b"There.\n")
     assert file.read_bytes() == pushed + b"Here.\n"
-    # On both sides the same.
+    # Both cards have the same edit.
     assert push(file.read_bytes()).endswith(b"Here.\n")
 
 
 def test_what_was_written_here_is_not_lost_to_a_card_of_the_hub(tmp_path):
-    """Nor if the card was written in between, which is no push."""
+    """Writing the local card in between is no push, and loses no text either."""
     (tmp_path / "README.md").write_bytes(LOCAL)
     model = make_model()
     write_card(model, tmp_path)
@@ -226,7 +226,7 @@ def test_what_was_written_here_is_not_lost_to_a_card_of_the_hub(tmp_path):
     assert LOCAL in write_card(model, tmp_path, remote=fresh).read_bytes()
 
 
-# Around it
+# Files beside the card
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
@@ -238,14 +238,14 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", importing)
     monkeypatch.setattr(hf_rtl.model_card.card, "find_spec", lambda name: None)
-    page = page_of(write_card(make_model(), tmp_path))
+    page = read_page(write_card(make_model(), tmp_path))
     assert "similarity.png" not in page and len(table_with(page, "cat", "dog", "owl")) == 3
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_one_route_has_no_pairs(tmp_path):
     model = make_model("labels", route_names=["only"])
-    page = page_of(write_card(model, tmp_path))
+    page = read_page(write_card(model, tmp_path))
     assert "Jaccard" not in page and "nan" not in page
 
 
@@ -308,7 +308,7 @@ def test_a_training_ends_with_a_card(trainer):
     assert "all of them are in\n[training_args.json](training_args.json):" in card.text
 
 
-def test_nothing_in_it_is_private(trainer):
+def test_a_card_shows_nothing_private(trainer):
     folder = Path(trainer.args.output_dir) / "final"
     secrets = [str(folder.parent), "secret", "hf_secret", socket.gethostname(), f"/{getpass.getuser()}/"]
     for name in ("README.md", "training_run.json"):
@@ -338,11 +338,11 @@ def test_a_trainer_takes_trainer_s_names_and_ours(trainer):
 
 def test_the_model_of_a_trainer_knows_its_run_until_it_changes(trainer, tmp_path):
     page = write_card(trainer.model, tmp_path).read_text()
-    assert "model-index" in page and "training_args.json" not in page  # which is not there
+    assert "model-index" in page and "training_args.json" not in page  # a missing file must not be linked
     before = trainer.model.mask_bank["cat"]
     trainer.model.mask_bank["cat"] = trainer.model.mask_bank["dog"]
     assert "model-index" not in write_card(trainer.model, tmp_path).read_text()
-    # The card of the run does not change with it.
+    # The card of the run does not change with the model.
     file = Path(trainer.args.output_dir) / "final" / "README.md"
     content = file.read_bytes()
     trainer.create_model_card()

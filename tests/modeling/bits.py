@@ -1,10 +1,10 @@
-"""Models that are to be equal to the bit."""
+"""Comparison of models to the bit."""
 
 import torch
 
 
 def tensors(model):
-    """Every parameter and buffer, those that are not saved included, under all of its names."""
+    """Every parameter and buffer, including those that are not saved, under all of its names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 

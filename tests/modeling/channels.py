@@ -1,4 +1,4 @@
-"""Networks whose channels are removed, and what must be left of them."""
+"""Networks whose channels are removed, and checks of what is left."""
 
 import copy
 
@@ -12,7 +12,7 @@ IMAGES = {"input": torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_se
 
 
 class Function(nn.Module):
-    """`forward(input)` is `function(self, input)`; layers are attributes."""
+    """A module whose `forward(input)` is `function(self, input)`; layers are attributes."""
 
     def __init__(self, function, **layers):
         super().__init__()
@@ -25,7 +25,7 @@ class Function(nn.Module):
 
 
 def randomise(model):
-    """Random statistics, and shifts that leave a channel of zeros above zero, so that it does not look dead."""
+    """Sets random statistics, and shifts that lift a channel of zeros above zero, so that it does not look dead."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.copy_(-torch.rand(module.running_mean.shape))
@@ -37,7 +37,7 @@ def randomise(model):
 
 def without(state, removed):
     """
-    `state` less what `removed` lists: module -> (input channels, output channels), or tensor -> dimension -> indices.
+    `state` without `removed`: module -> (input channels, output channels), or tensor -> dimension -> indices.
     """
     state = dict(state)
     for name, channels in removed.items():
@@ -70,7 +70,7 @@ def logits(model, inputs):
 
 
 def assert_outputs(model, reference, *batches):
-    """Equal to rounding in float64 and in float32."""
+    """Checks that outputs are equal, up to rounding, in float64 and in float32."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         one, other = copy.deepcopy(model).to(dtype), copy.deepcopy(reference).to(dtype)
         for batch in batches:
@@ -81,7 +81,7 @@ def assert_outputs(model, reference, *batches):
 
 
 def assert_removed(model, removed, *batches, example=IMAGES):
-    """`remove_dead_channels` takes away what `removed` says (see `without`), no more and no less."""
+    """Checks that `remove_dead_channels` removes exactly `removed`; see `without`."""
     reference = copy.deepcopy(model)
     report = remove_dead_channels(model, example)
     assert_same_tensors(model.state_dict(), without(reference.state_dict(), removed))

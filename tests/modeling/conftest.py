@@ -15,7 +15,7 @@ from tests.modeling.naive import BATCH, padding, some_labels
 
 @pytest.fixture
 def zoo(request, fill_masks):
-    """`zoo(kind)` gives a model in float64 with three random masks, those masks, and inputs with labels."""
+    """`zoo(kind)` returns a model in float64 with three random masks, these masks, and inputs with labels."""
 
     def build(kind, dtype=torch.float64, **kwargs):
         routes = {"route_names": ["x", "y", "z"], "ticket_task": "labels", "seed": 0, **kwargs}

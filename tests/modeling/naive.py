@@ -1,6 +1,6 @@
 """
-A routed forward is tested against the plain thing: a copy of the backbone whose weights are multiplied by the mask in
-place, in float64, with gradients multiplied by it afterwards, one route and one group at a time.
+The naive reference of a routed forward: a copy of the backbone in float64, whose weights are multiplied by the mask.
+Gradients are multiplied by it afterwards, for one route and one group at a time.
 """
 
 import copy
@@ -13,12 +13,12 @@ BATCH = 4
 
 
 def padding(ids):
-    """Every sample has a number of tokens of its own."""
+    """An attention mask in which every sample has a different number of tokens."""
     return (torch.arange(ids.shape[1]) < torch.tensor([[7], [5], [6], [3]])).long()
 
 
 def some_labels(ids):
-    """Every sample has a number of labelled tokens of its own: 7, 1, 4 and 2, in places that a shift tells apart."""
+    """Labels for 7, 1, 4 and 2 tokens of the samples, at positions that a shift tells apart."""
     labels = ids.clone()
     labels[1, 1:] = -100
     labels[2, :3] = -100
@@ -35,12 +35,12 @@ def without_labels(inputs):
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def union_of(masks):
+def unite(masks):
     return [torch.stack(layer).any(0) for layer in zip(*masks, strict=True)]
 
 
 def naive_ticket(model, mask, route=None):
-    """The backbone with physically masked weights, and the route's own statistics."""
+    """A copy of the backbone with masked weights and the route's statistics."""
     ticket = copy.deepcopy(model.backbone)
     parameters = dict(ticket.named_parameters())
     with torch.no_grad():
@@ -66,24 +66,24 @@ def naive_gradients(model, mask, inputs, route=None, scale=1.0):
     return output, gradients
 
 
-def gradients_of(model):
+def read_gradients(model):
     return {name: parameter.grad for name, parameter in model.backbone.named_parameters()}
 
 
 def assert_gradients_close(model, expected, masks, rtol=1e-9, atol=1e-12):
-    found = gradients_of(model)
+    found = read_gradients(model)
     assert found.keys() == expected.keys() and any(gradient is not None for gradient in expected.values())
     for name, gradient in expected.items():
         if gradient is None:
             assert found[name] is None, name
         else:
             torch.testing.assert_close(found[name], gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    for name, kept in zip(model.mask_bank.weight_names, union_of(masks), strict=True):
+    for name, kept in zip(model.mask_bank.weight_names, unite(masks), strict=True):
         assert not found[name][~kept].any(), name
 
 
 def assert_nothing_is_left(model, parameters, buffers):
-    """Every parameter and buffer is where it was, nothing hides it, and no context is active."""
+    """Checks that all parameters and buffers are in place, nothing hides them, and no context is active."""
     assert not model.active.held and model.active.route is None
     assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
     for name, buffer in model.named_buffers():

@@ -1,4 +1,4 @@
-"""Routers that nothing was fitted to."""
+"""Routers with random tensors."""
 
 import torch
 
@@ -6,7 +6,7 @@ from hf_rtl.modeling.routers import Router
 
 
 def randomised(router: Router) -> Router:
-    """The router as if fitted: all its tensors random, the scales positive."""
+    """The router with random values in all its tensors; the scales are positive."""
     generator = torch.Generator().manual_seed(2)
     for name, buffer in router.named_buffers():
         values = torch.rand(buffer.shape, generator=generator)

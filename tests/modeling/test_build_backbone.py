@@ -1,4 +1,4 @@
-"""Where a backbone comes from, and which weights it starts with."""
+"""The sources of a backbone, and its initial weights."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_from_a_folder_keeps_its_weights(tmp_path, tiny_vit_config):
     assert_bit_equal(model.backbone, backbone)
     fresh = RTLModelForImageClassification.from_backbone(str(tmp_path), pretrained=False, seed=9, **ROUTES)
     assert not torch.equal(fresh.backbone.classifier.weight, backbone.classifier.weight)
-    # Another number of labels: a new head, the rest as it was.
+    # Another number of labels gives a new head; all other weights stay.
     member = RTLModelForImageClassification.from_backbone(
         tmp_path, route_names=["a", "b"], ticket_task="membership", seed=0
     )
@@ -97,7 +97,7 @@ def test_from_a_configuration(tiny_vit_config):
         RTLModelForImageClassification.from_backbone(config, in_chans=1, **ROUTES)
 
 
-def test_what_no_backbone_can_be_made_of():
+def test_sources_that_are_no_backbone_are_refused():
     with pytest.raises(TypeError, match="`backbone` must be a timm name.*got int"):
         RTLModel.from_backbone(7, **ROUTES)
     with pytest.raises(ValueError, match="neither a transformers model nor made by timm"):

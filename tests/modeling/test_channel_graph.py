@@ -1,4 +1,4 @@
-"""Which channels of small networks never matter: exactly those go, and outputs stay what they were."""
+"""Channels of small networks that never matter: exactly these are removed, and outputs stay equal."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ from tests.modeling.channels import IMAGES, Function, assert_removed, assert_sam
 
 
 def make_chain(seed, keep):
-    """A chain of layers with a fraction `keep` of the weights of its wide ones, and shifts around zero."""
+    """A chain of layers whose wide ones keep a fraction `keep` of their weights, with shifts around zero."""
     generator = torch.Generator().manual_seed(seed)
     chain = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False),
@@ -43,7 +43,7 @@ def make_chain(seed, keep):
                     tensor.copy_(torch.randn(tensor.shape, generator=generator))
                 if name == "running_var":
                     tensor.abs_().add_(0.1)
-                if tensor.ndim > 1:  # few weights a channel are all gone often enough
+                if tensor.ndim > 1:  # Channels with few weights often lose all of them.
                     rate = keep if tensor[0].numel() > 24 else 0.3
                     tensor.mul_(torch.rand(tensor.shape, generator=generator) < rate)
     return chain.eval()
@@ -52,7 +52,7 @@ def make_chain(seed, keep):
 @torch.no_grad()
 def kept_by_brute_force(chain):
     """Per layer with weights: (indices kept of its inputs, of its outputs), found channel by channel."""
-    values = [[None] * 3]  # of every channel before each layer: a constant, or None if it depends on the input
+    values = [[None] * 3]  # Every channel before each layer: its constant, or None if it depends on the input.
     for layer in chain:
         before, after = values[-1], []
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -87,14 +87,14 @@ def kept_by_brute_force(chain):
         layer, before = chain[index], values[index]
         if isinstance(layer, nn.Flatten):
             needed = [any(needed[4 * channel : 4 * channel + 4]) for channel in range(len(needed) // 4)]
-            for later in kept.values():  # the linear layer after it keeps a channel's positions together
+            for later in kept.values():  # The next linear layer keeps or loses all positions of a channel.
                 if later[2] == "flat":
                     later[0] = [4 * channel + i for channel, needs in enumerate(needed) if needs for i in range(4)]
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
         outputs = [out for out, needs in enumerate(needed) if needs]
         if getattr(layer, "groups", 1) > 1:
-            kept[index] = [None, outputs, ""]  # each input channel lives and dies with its output
+            kept[index] = [None, outputs, ""]  # An input channel is kept if its output is.
             continue
         needed = []
         for position in range(layer.weight.shape[1]):
@@ -118,7 +118,7 @@ def test_a_chain_against_brute_force(keep):
         remove_dead_channels(chain, {"input": torch.randn(2, 3, 8, 8)})
         for index, (inputs, outputs, _) in kept.items():
             layer, before = chain[index], reference[index]
-            # One channel stays where none is needed: the first.
+            # If no channel is needed, the first one stays.
             outputs = outputs or [0]
             expected = before.weight[outputs]
             if inputs is not None:
@@ -155,7 +155,7 @@ def test_residual_channels_go_only_when_all_readers_agree():
 
 
 def test_what_is_added_to_a_channel_that_is_read_only_before_goes():
-    """Channel 1 stays, as the exit reads it; what the branch adds to it after that, which nothing reads, goes."""
+    """Channel 1 stays, since the exit reads it. The branch's later addition to it goes, since nothing reads it."""
 
     def forward(self, x):
         x = self.stem(x).relu()
@@ -200,7 +200,7 @@ def test_a_product_with_zero_is_zero_and_with_another_constant_is_not():
 
 
 def test_a_constant_beside_zero_padding_is_no_constant():
-    """The border sees fewer of it, so what a convolution makes of it is not constant; nor is a padded average."""
+    """A convolution or a padded average sees less of the constant at the border, so its output is not constant."""
     for middle in (nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.AvgPool2d(3, padding=1), nn.ConstantPad2d(1, 0.7)):
         model = nn.Sequential(nn.Conv2d(3, 2, 1), middle, nn.ReLU(), nn.Conv2d(2, 2, 1))
         with torch.no_grad():
@@ -225,13 +225,13 @@ def test_a_constant_is_another_one_after_a_sum_or_beside_padding(reduce, caplog)
     model = Function(forward, one=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
     with torch.no_grad():
         model.one.weight[1] = 0
-        model.one.bias[1] = 1.0  # one less itself would be zero
+        model.one.bias[1] = 1.0  # 1 - 1 would be zero
     with caplog.at_level(logging.WARNING, logger="hf_rtl"):
         assert_removed(model, {})
     assert "depends on how many" not in caplog.text
 
 
-def test_depthwise_channels_go_with_what_they_are_made_of():
+def test_depthwise_channels_go_with_their_inputs():
     def network():
         depthwise = nn.Conv2d(6, 12, 3, groups=6)
         model = nn.Sequential(nn.Conv2d(3, 6, 3), depthwise, nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 1))
@@ -240,7 +240,7 @@ def test_depthwise_channels_go_with_what_they_are_made_of():
         return model
 
     model = network()
-    with torch.no_grad():  # each input has two outputs: both of input 3 unread, one of input 1
+    with torch.no_grad():  # Each input has two outputs. Both of input 3 are unread, and one of input 1.
         model[4].weight[:, [6, 7, 2]] = 0
     removed = {"0": ([], [3]), "1": ([], [6, 7]), "2": ([], [6, 7]), "4": ([6, 7], [])}
     report = assert_removed(model, removed, {"input": torch.randn(1, 3, 8, 6)})
@@ -249,7 +249,7 @@ def test_depthwise_channels_go_with_what_they_are_made_of():
     assert LayerChannels("1", (6, 5), (12, 10)) in report.layers
 
     model = network()
-    with torch.no_grad():  # no weights at input 3, but a shift: output 7 is not zero
+    with torch.no_grad():  # Input 3 has no weights, but a shift makes output 7 differ from zero.
         model[1].weight[[6, 7]] = 0
         model[1].bias[[6, 7]] = 0
         model[2].bias[6] = -9
@@ -259,7 +259,7 @@ def test_depthwise_channels_go_with_what_they_are_made_of():
 def test_grouped_convolutions_lose_whole_groups_only():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1))
     with torch.no_grad():
-        model[4].weight[:, [0, 1, 6, 7, 8]] = 0  # two of the three of group 0, all of group 2
+        model[4].weight[:, [0, 1, 6, 7, 8]] = 0  # two of three channels of group 0, all of group 2
     assert_removed(model, {"0": ([], [4, 5]), "2": ([], [6, 7, 8]), "4": ([6, 7, 8], [])})
     assert model[2].groups == 3 and model[2].in_channels == 6
 
@@ -296,7 +296,7 @@ def test_a_layer_used_on_the_input_too_keeps_what_reads_the_input():
         return self.head(self.middle(self.shared(self.shared(x)).relu()).relu())
 
     model = Function(forward, shared=nn.Conv2d(3, 3, 1), middle=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
-    with torch.no_grad():  # nothing reads output 1 of the first layer, but its input 1 comes from outside
+    with torch.no_grad():  # Nothing reads output 1 of the first layer, but the network's input has a channel 1.
         model.shared.weight[:, 1] = 0
         model.middle.weight[:, 1] = 0
         model.head.weight[:, 2] = 0
@@ -335,7 +335,7 @@ def test_concatenated_channels_are_told_apart():
 def test_a_chain_of_dead_channels_goes_as_a_whole():
     model = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     with torch.no_grad():
-        model[4].weight[:, 3] = 0  # never read, so what only it reads is not either
+        model[4].weight[:, 3] = 0  # Nothing reads this channel, so channels that only it reads are dead too.
         model[2].weight[:3, 1] = 0
     assert_removed(model, {"0": ([], [1]), "2": ([1], [3]), "4": ([3], [])})
 
@@ -447,12 +447,12 @@ def test_what_is_not_understood_is_left_alone(function, layers, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_rtl"):
         report = remove_dead_channels(model, IMAGES)
     assert not report.changed
-    assert "depends on how many" not in caplog.text  # the last resort, where channels have been misread
+    assert "depends on how many" not in caplog.text  # This warning would show that the graph was misread.
     assert_same_tensors(model.state_dict(), reference.state_dict())
 
 
 def test_norms_over_other_dimensions_are_left_alone_too():
-    """Positions are normed, each channel by itself: not known to be harmless, so the channels stay."""
+    """The norm is over positions, in each channel. It is not known to be harmless, so the channels stay."""
     model = Function(_normed, one=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
     with torch.no_grad():
         model.head.weight[:, 1] = 0
@@ -461,10 +461,10 @@ def test_norms_over_other_dimensions_are_left_alone_too():
 
 def test_code_that_counts_channels_is_noticed(caplog):
     for function in (
-        lambda self, x: self.head(self.one(x).view(2, 4, 9, 9)),  # fails with another number
+        lambda self, x: self.head(self.one(x).view(2, 4, 9, 9)),  # fails with another number of channels
         lambda self, x: self.head(self.one(x) * {4: 2.0}[self.one.out_channels]),
-        lambda self, x: self.head(self.one(x) / self.one.out_channels),  # or gives something else
-        lambda self, x: self.head(self.one(x)) > self.one.out_channels - 4,  # here `bool`
+        lambda self, x: self.head(self.one(x) / self.one.out_channels),  # another value with another number
+        lambda self, x: self.head(self.one(x)) > self.one.out_channels - 4,  # the same, as `bool`
     ):
         model = Function(function, one=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
         with torch.no_grad():

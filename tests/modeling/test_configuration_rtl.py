@@ -1,4 +1,4 @@
-"""What a configuration carries through a file, and what it may not name."""
+"""The fields of a configuration that survive a file, and the names that a configuration may not have."""
 
 import copy
 import json
@@ -70,7 +70,7 @@ def _record(event: str, arguments: tuple) -> None:
         _recorded.append((event, str(arguments[0])))
 
 
-sys.addaudithook(_record)  # cannot be removed, so it is switched by `_recorded`
+sys.addaudithook(_record)  # The hook cannot be removed; `_recorded` switches it.
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def watched():
         _recorded = None
 
 
-# The interpreter's and the libraries' own files, which lazy imports read.
+# The files of the interpreter and of libraries, which lazy imports read.
 _PACKAGES = tuple(
     os.path.realpath(path) + os.sep
     for path in (sys.prefix, sys.base_prefix, Path(transformers.__file__).parents[1], Path(hf_rtl.__file__).parent)
@@ -92,7 +92,7 @@ _PACKAGES = tuple(
 
 
 def outside(events, *allowed: Path) -> list[tuple[str, str]]:
-    """The events that are neither about the libraries' own files nor about `allowed` ones."""
+    """The events on files other than those of libraries and the `allowed` ones."""
     allowed_paths = {os.path.realpath(path) for path in allowed}
 
     def harmless(event: str, path: str) -> bool:
@@ -136,7 +136,7 @@ def test_every_field_survives_a_file(tmp_path):
     )
     config = make(
         backbone_config,
-        route_names=["zebra", "aardvark", "10", "9"],  # no order but their own
+        route_names=["zebra", "aardvark", "10", "9"],  # in no sorted order
         norm_statistics="shared",
         prunable=[("b.weight", (3, 2)), ("a.weight", [4, 1, 2, 2])],
         prune_include=["b*"],
@@ -172,7 +172,7 @@ def test_every_field_survives_a_file(tmp_path):
     assert loaded.prunable == [("b.weight", [3, 2]), ("a.weight", [4, 1, 2, 2])]
     assert loaded.num_routes == 4 and loaded.num_labels == 7
     assert loaded.problem_type == "single_label_classification"
-    # And once more, unchanged, and through dictionaries and copies.
+    # Saving again, dictionaries and copies change nothing.
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
     for other in (
@@ -200,7 +200,7 @@ def test_choices_survive(tmp_path, router):
 
 @pytest.mark.parametrize("num_labels", [1, 2, 7])
 def test_the_number_of_labels_of_a_timm_backbone_survives(tmp_path, num_labels):
-    """transformers' own handling of nested configurations resets it to 2."""
+    """The nested configurations of transformers reset it to 2."""
     names = LABELS[:num_labels]
     config = make(TimmWrapperConfig(architecture="test_resnet", id2label=dict(enumerate(names))))
     config.save_pretrained(tmp_path)
@@ -228,7 +228,7 @@ def test_a_file_holds_no_name_of_a_repo(tmp_path):
 
 
 def test_a_file_holds_the_whole_backbone(tmp_path):
-    """Values that are defaults today too: another version of transformers may have others."""
+    """Default values are saved too, since other versions of transformers may have other defaults."""
     config = make(BertConfig(hidden_size=16))
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["backbone_config"]
@@ -238,7 +238,7 @@ def test_a_file_holds_the_whole_backbone(tmp_path):
 
 
 def test_a_configuration_does_not_change_the_backbones():
-    """The attention implementation above all: reset, attention is computed in another way without a word."""
+    """If the attention implementation were reset, attention would silently be computed differently."""
     for implementation in ("sdpa", "eager", None):
         backbone_config = ViTConfig(attn_implementation=implementation)
         before = backbone_config.to_dict()
@@ -348,13 +348,13 @@ def test_loading_with_another_number_of_labels(tmp_path, tiny_labels_model, tiny
         assert RTLModel.from_pretrained(tmp_path, num_labels=own).config.num_labels == own
 
 
-# Names of things outside the file
+# Names of files, repositories and code outside the file
 
 AUTO_MAP = {"AutoModel": "someone/repo--modeling.Evil"}
 
 
 def at(path: str, value):
-    """A change that sets the entry at a dotted path to `value`, making dictionaries on its way."""
+    """A change that sets the entry at a dotted path to `value`, and makes missing dictionaries."""
 
     def change(config: dict, folder: Path) -> None:
         *parents, last = path.split(".")
@@ -367,7 +367,7 @@ def at(path: str, value):
 
 
 OUTSIDE_NAMES = [
-    # (a change of a configuration with a timm backbone, what the error names)
+    # (a change of a configuration with a timm backbone, the name in the error)
     *(
         (at("backbone_config.architecture", name), "backbone_config.architecture")
         for name in (
@@ -431,7 +431,7 @@ OUTSIDE_NAMES = [
         "vision_config.model_args.checkpoint_path",
     ),
     (at("backbone_config.vision_config.architecture", "someone/repo"), "vision_config.architecture"),
-    # The file's own entries.
+    # Entries of the file itself.
     (at("auto_map", AUTO_MAP), "config.auto_map"),
     (at("extra.auto_map", AUTO_MAP), "config.extra.auto_map"),
     (at("backbone", "resnet18"), "config.backbone"),
@@ -460,7 +460,7 @@ def test_names_of_things_outside_the_file_are_refused_unopened(tmp_path, saved_c
     config = copy.deepcopy(saved_configuration)
     change(config, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    # What a careless loader would open.
+    # Files that a careless loader would open.
     for name in ("model.safetensors", "weights.pt", "modeling.py", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"never read")
     with watched() as events, pytest.raises(ValueError, match=message):
@@ -504,7 +504,7 @@ def test_configurations_made_in_python_are_checked_as_well():
 
 
 def test_harmless_names_pass():
-    """A nested configuration with parts of known types, and keys that are set to nothing."""
+    """A nested configuration with parts of known types, and keys without a value."""
     nested = {"model_type": "llava", "vision_config": timm_dict(), "text_config": bert_dict(), "backbone": None}
     config = make({**nested, "use_pretrained_backbone": False, "auto_map": {}, "attn_implementation": "eager"})
     assert config.backbone_config.vision_config.architecture == "test_resnet"
@@ -533,7 +533,7 @@ def test_files_of_a_newer_format_are_refused_before_anything_else(tmp_path):
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
     assert saved["format_version"] == 1
-    # Whatever else it says may have another meaning.
+    # Other entries may have another meaning in a newer format.
     newer = {**saved, "format_version": 99, "hf_rtl_version": "7.0", "ticket_task": "something new"}
     for version in (99, "2", None, 1.5):
         file.write_text(json.dumps({**newer, "format_version": version}))
@@ -541,7 +541,7 @@ def test_files_of_a_newer_format_are_refused_before_anything_else(tmp_path):
             ValueError, match=f"saved by hf_rtl 7.0 in format {version!r}; .* reads formats up to 1. Upd"
         ):
             RTLConfig.from_pretrained(tmp_path)
-    # Files from before there were versions.
+    # Files without a format version.
     saved.pop("format_version")
     file.write_text(json.dumps(saved))
     assert RTLConfig.from_pretrained(tmp_path).format_version == 1
@@ -572,6 +572,6 @@ def test_other_routes_bring_other_labels():
         ({"base": {"repo": "org/name"}}, "`base` must be None or have a dict `fingerprint`"),
     ],
 )
-def test_what_is_said_of_the_base_fits(fields_, message):
+def test_bad_entries_of_the_base_are_refused(fields_, message):
     with pytest.raises(ValueError, match=message):
         make(bert_dict(), **fields_)

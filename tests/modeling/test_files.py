@@ -103,7 +103,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch, kind
 
 
 def test_tensors_are_written_beside_and_renamed(tmp_path, monkeypatch):
-    """At no time is there a part of a file under its name."""
+    """A partly written file never has the final name."""
     seen = []
 
     def watched(tensors, path, **kwargs):
@@ -114,7 +114,7 @@ def test_tensors_are_written_beside_and_renamed(tmp_path, monkeypatch):
     write_tensors(tmp_path / "x.safetensors", TENSORS)
     assert len(seen) == 1
     assert os.path.basename(seen[0]) != "x.safetensors"
-    assert os.path.dirname(seen[0]) == str(tmp_path)  # of one file system, where renaming is atomic
+    assert os.path.dirname(seen[0]) == str(tmp_path)  # Both names are in one folder, so renaming is atomic.
 
 
 @pytest.mark.parametrize(

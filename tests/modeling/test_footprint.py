@@ -19,7 +19,7 @@ def bytes_in(folder):
 
 
 def deflated(bits):
-    """Size of a mask by deflate, as numpy and zlib have it, or as bits where that is less."""
+    """The size in bytes of a mask by deflate of numpy and zlib, or of its bits if that is less."""
     data = np.packbits(bits, bitorder="little").tobytes()
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
     return min(len(data), len(deflater.compress(data) + deflater.flush()))
@@ -30,7 +30,7 @@ def test_every_form_against_brute_force(fill_masks, norm_statistics):
     model = RTLModelForImageClassification.from_backbone("test_resnet", norm_statistics=norm_statistics, **ROUTES)
     masks = fill_masks(model, keep=0.1)
     shapes = model.mask_bank.shapes
-    assert all(math.prod(shape) % 8 == 0 for shape in shapes)  # else the rows of layers are padded apart
+    assert all(math.prod(shape) % 8 == 0 for shape in shapes)  # Otherwise, padding between layers would count.
     flat = [np.concatenate([mask.numpy().ravel() for mask in route]) for route in masks]
     mask_bytes = 2 * len(flat[0]) // 8
     rest = 4 * sum(p.numel() for p in model.backbone.parameters()) - 4 * len(flat[0])

@@ -1,4 +1,4 @@
-"""`generate` of routed language models, against plain transformers: each sample through its own ticket, alone."""
+"""`generate` of routed language models, against each sample's ticket, a plain model, on the sample alone."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ ROUTES = [
 
 @pytest.fixture
 def build(request, fill_masks):
-    """`build(kind, **changes)` gives a model with random masks, and five prompts of 5 tokens with padding."""
+    """`build(kind, **changes)` returns a model with random masks, and five prompts of 5 tokens with padding."""
 
     def make(kind, **changes):
         cls = RTLModelForSeq2SeqLM if kind == "t5" else RTLModelForCausalLM
@@ -45,7 +45,7 @@ def build(request, fill_masks):
             config = LlamaConfig(vocab_size=40, **sizes)
         else:
             config = copy.deepcopy(request.getfixturevalue(f"tiny_{kind}_config"))
-        # Untied, since a GPT-2 whose head is its random embedding says the same token again and again.
+        # Untied, since a GPT-2 whose head is its random embedding repeats a single token.
         tokens = {"bos_token_id": START, "eos_token_id": ENDS, "pad_token_id": PAD}
         for name, value in {**tokens, "tie_word_embeddings": kind == "t5", **changes}.items():
             setattr(config, name, value)
@@ -53,7 +53,7 @@ def build(request, fill_masks):
         model = cls.from_backbone(
             config, route_names=["x", "y", "z"], ticket_task="labels", prune_include=include, seed=0
         )
-        # Large, so that tickets differ in what they say, and rounding does not change it.
+        # Large weights, so that tickets generate different tokens, which rounding does not change.
         generator = torch.Generator().manual_seed(2)
         for parameter in model.parameters():
             parameter.data.normal_(0, 0.5, generator=generator)
@@ -68,15 +68,15 @@ def build(request, fill_masks):
     return make
 
 
-def tickets_of(model):
+def extract_tickets(model):
     routes = {UNION: UNION, **dict(enumerate(model.route_names))}
     tickets = {index: model.extract_ticket(index).eval() for index in routes}
     return tickets | {name: tickets[index] for index, name in routes.items()}
 
 
 def alone(model, inputs, routes, **options):
-    """What each sample's ticket generates for the sample alone, `[rows, length]`."""
-    tickets = tickets_of(model)
+    """The tokens that each sample's ticket generates for the sample alone, `[rows, length]`."""
+    tickets = extract_tickets(model)
     return [
         tickets[route].generate(**{name: value[[index]] for name, value in inputs.items()}, **options)
         for index, route in enumerate(routes)
@@ -99,7 +99,7 @@ def told(rows, kind):
     return answers
 
 
-# One sample after the other
+# Against one sample after the other
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +118,7 @@ def test_a_mixed_batch_is_each_sample_alone(build, kind):
             assert torch.equal(model.generate(**inputs, route_ids=tensor, max_new_tokens=NUM_NEW), together)
         lengths |= {rows.shape[1] for rows in expected}
     assert len(lengths) > 1
-    # The tickets say different things, or the above would show little.
+    # The tickets generate different tokens, so that the comparison above means something.
     assert len({str(told(model.generate(**inputs, route_ids=r, max_new_tokens=NUM_NEW), kind)) for r in range(3)}) == 3
 
 
@@ -126,7 +126,7 @@ def test_a_mixed_batch_is_each_sample_alone(build, kind):
 @pytest.mark.parametrize("route", [0, "y", UNION, torch.tensor(2)])
 def test_one_route_is_its_ticket(build, kind, route):
     model, inputs = build(kind)
-    ticket = tickets_of(model)[route if isinstance(route, str) else int(route)]
+    ticket = extract_tickets(model)[route if isinstance(route, str) else int(route)]
     options = {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True, "output_scores": True}
     expected = ticket.generate(**inputs, **options)
     for route_ids in (route, [route if isinstance(route, str) else int(route)] * 5):
@@ -152,7 +152,7 @@ def test_beams_and_several_sequences_of_a_sample(build, kind, num_beams, num_seq
     assert len({len(answer) for answer in expected}) > 1
 
 
-def test_what_is_no_prompt_but_has_a_row_per_sample_goes_with_it(build):
+def test_arguments_with_a_row_per_sample_are_split_with_the_prompts(build):
     model, inputs = build("gpt2")
     negative = {
         "negative_prompt_ids": inputs["input_ids"].flip(1),
@@ -263,7 +263,7 @@ def test_a_router_decides_once_on_the_prompts_whatever_their_padding(build, kind
     router.bias.copy_(-evidence.mean(0))
     routes = [int(model.infer_routes(input_ids=ids).route_ids) for ids in without_padding]
     assert len(set(routes)) > 1
-    if kind == "gpt2":  # where positions are absolute, padding on the left would shift them
+    if kind == "gpt2":  # Padding on the left would shift absolute positions.
         assert model.infer_routes(**inputs).route_ids.tolist() != routes
     expected = model.generate(**inputs, route_ids=routes, max_new_tokens=NUM_NEW)
     decisions = []
@@ -277,7 +277,7 @@ def test_a_router_decides_once_on_the_prompts_whatever_their_padding(build, kind
     monkeypatch.setattr(model, "infer_routes", noted)
     ids = inputs.pop("input_ids")
     assert torch.equal(model.generate(input_ids=ids, **inputs, max_new_tokens=NUM_NEW), expected)
-    # Without `guidance_scale` a negative prompt is of no use.
+    # Without `guidance_scale`, a negative prompt changes nothing.
     assert torch.equal(model.generate(ids, **inputs, negative_prompt_ids=ids, max_new_tokens=NUM_NEW), expected)
     assert [decision.route_ids.tolist() for decision in decisions] == [routes] * 2
     with model.route_context(0):
@@ -288,7 +288,7 @@ def test_a_router_decides_once_on_the_prompts_whatever_their_padding(build, kind
         model.train().generate(ids, **inputs)
 
 
-# What is of one batch
+# Options for the whole batch
 
 
 class Shift(LogitsProcessor):
@@ -313,13 +313,13 @@ def test_what_cannot_be_split_by_route_is_refused(build, options, name):
     model.backbone.register_forward_pre_hook(lambda *_: pytest.fail("it was refused too late"))
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, route_ids=ROUTES[0], **options)
-    # Where a router decides it is refused whatever would be decided.
+    # With a router, these are refused whatever it would decide.
     model.set_router(CentroidRouter(3, 16))
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, **options)
 
 
-def test_what_is_of_one_batch_goes_with_one_route_or_one_sample(build):
+def test_options_for_the_whole_batch_need_one_route_or_one_sample(build):
     model, inputs = build("gpt2")
     model.generation_config.return_dict_in_generate = True
     with pytest.raises(ValueError, match="`return_dict_in_generate`"):
@@ -368,7 +368,7 @@ def test_the_end_token_pads_where_there_is_no_pad_token(build):
     assert torch.equal(other[:, 5:], torch.where(expected[:, 5:] == PAD, 39, expected[:, 5:]))
 
     class TwoForTwo(MaxTimeCriteria):
-        """Ends the generation of two samples after two tokens."""
+        """Ends the generation for a batch of two samples after two tokens."""
 
         def __init__(self):
             pass
@@ -384,7 +384,7 @@ def test_the_end_token_pads_where_there_is_no_pad_token(build):
     assert (rows[[1, 4], 7:] == PAD).all() and (rows[[0, 2, 3], 7:] != PAD).any()
 
 
-# Chance and training
+# Sampling and training
 
 
 def test_sampling_draws_for_one_route_after_the_other(build):
@@ -397,7 +397,7 @@ def test_sampling_draws_for_one_route_after_the_other(build):
     assert not torch.equal(model.generate(**inputs, route_ids=routes, num_return_sequences=2, **options), sampled)
 
     torch.manual_seed(3)
-    tickets, rows = tickets_of(model), {}
+    tickets, rows = extract_tickets(model), {}
     for route in (UNION, 0, 2):
         positions = [index for index, own in enumerate(routes) if own == route]
         own = {name: value[positions] for name, value in inputs.items()}
@@ -418,13 +418,13 @@ def test_training_mode_is_that_of_transformers(build):
             expected = output
     assert torch.equal(output, expected) and not torch.equal(output, quiet)
     assert model.training and model.backbone.training and not model.routes_since_update
-    # No graph is made, and what was masked without one does not spoil a training.
+    # Generation makes no graph, and weights that were masked without a graph do not spoil a training.
     model.eval().generate(**inputs, route_ids="y", max_new_tokens=1)
     model(**inputs, labels=inputs["input_ids"], route_ids="y").loss.backward()
     assert model.routes_since_update == {1}
 
 
-# Its configuration, and who can
+# Its configuration, and the models that can generate
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -472,13 +472,13 @@ def test_a_model_that_was_saved_without_a_generation_config(build, tmp_path):
     assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
-def test_who_can_generate(tiny_bert_config, tiny_attention_config, tmp_path):
+def test_models_can_generate_if_their_backbones_can(tiny_bert_config, tiny_attention_config, tmp_path):
     generating = [cls for cls in hf_rtl.modeling.modeling_rtl.TASK_CLASSES if cls.can_generate()]
     assert generating == [RTLModelForCausalLM, RTLModelForSeq2SeqLM]
     routes = {"route_names": ["x", "y"], "ticket_task": "labels", "seed": 0}
     other = hf_rtl.RTLModelForMaskedLM.from_backbone(tiny_bert_config, **routes)
     assert not other.can_generate() and not hasattr(other, "generate") and not hasattr(other, "generation_config")
-    # A backbone that knows no more than its forward.
+    # A backbone without `generate`.
     backbone = hf_rtl.RTLModelForSequenceClassification.from_backbone(tiny_attention_config, **routes).backbone
     assert isinstance(backbone, PreTrainedModel) and not backbone.can_generate()
     model = RTLModelForCausalLM.from_backbone(backbone, **routes)

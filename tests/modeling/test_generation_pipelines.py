@@ -1,4 +1,4 @@
-"""The stock pipeline for text generation, through tickets; and that neither it nor loading complains."""
+"""The stock pipeline for text generation with tickets; neither it nor loading may warn."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from hf_rtl import RTLModel, RTLModelForCausalLM
 from hf_rtl.model_card import write_card
 from hf_rtl.modeling.routers import CentroidRouter
-from tests.model_card.cards import page_of, python_blocks
+from tests.model_card.cards import python_blocks, read_page
 
 
 TASK = "text-generation"
@@ -43,7 +43,7 @@ def tokenizer():
 
 @pytest.fixture
 def said(caplog):
-    """What transformers warns of."""
+    """The warnings of transformers."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_warning()
@@ -55,7 +55,7 @@ def said(caplog):
 
 @pytest.fixture
 def answers(model, tokenizer, said):
-    """Route -> what a pipeline on its ticket, a plain model, says. Warnings that it has too are not ours."""
+    """Route -> the answers of a pipeline on its ticket, a plain model. Its warnings do not count as ours."""
     names = dict(enumerate(model.route_names)) | {-1: "union"}
     tickets = {route: pipeline(TASK, model=model.extract_ticket(route).eval(), tokenizer=tokenizer) for route in names}
     answers = {route: ticket(TEXTS, **OPTIONS) for route, ticket in tickets.items()}
@@ -125,7 +125,7 @@ def test_saving_and_loading_say_nothing(model, tokenizer, answers, said, tmp_pat
             assert loaded.generate(torch.tensor([[9, 8]]), route_ids=0).shape == (1, 7)
     loaded.save_pretrained(tmp_path / "again")
     assert not said.records
-    ask = pipeline(TASK, model=str(tmp_path))  # which generates as the model's configuration says
+    ask = pipeline(TASK, model=str(tmp_path))  # This pipeline follows the model's configuration.
     assert ask(TEXTS, batch_size=4, route_ids="z") == answers[2]
 
 
@@ -134,7 +134,7 @@ def test_the_code_on_the_page_of_a_language_model_runs(model, tokenizer, tmp_pat
     model.generation_config.max_new_tokens = 5
     model.generation_config.do_sample = False
     model.save_pretrained("org/name", processing_class=tokenizer)
-    blocks = python_blocks(page_of(write_card("org/name", model_id="org/name")))
+    blocks = python_blocks(read_page(write_card("org/name", model_id="org/name")))
     names = {"inputs": dict(tokenizer(TEXTS[:1], return_tensors="pt", return_token_type_ids=False))}
     for block in blocks:
         exec(block, names)

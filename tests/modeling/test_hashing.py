@@ -1,4 +1,4 @@
-"""Weights are known again after a cast, and not after a change."""
+"""Fingerprints of weights: they match after a cast, and do not match after a change."""
 
 import hashlib
 
@@ -34,7 +34,7 @@ def test_copies_in_smaller_types_are_known(tensors, stored, copy):
     known = hashes(original)
     both_halves = {stored, copy} == {torch.bfloat16, torch.float16}
     assert matches_fingerprint(cast(original, copy), known) is not both_halves
-    # Cast back: the rounded values in the larger type.
+    # Cast back: the larger type holds the rounded values.
     if copy.itemsize < stored.itemsize:
         assert matches_fingerprint(cast(cast(original, copy), stored), known)
         assert not torch.equal(cast(cast(original, copy), stored)["weight"], original["weight"])
@@ -52,14 +52,14 @@ def test_changes_are_seen(tensors, dtype):
         assert not matches_fingerprint(changed, known)
     assert not matches_fingerprint({"weight": copy["weight"], "bias": copy["bias"]}, known)
     assert not matches_fingerprint({**copy, "bias": copy["weight"].view(-1)[:11]}, known)
-    # The least change that a float32 can have does not show in the rounded values, but is one.
+    # The smallest change of a float32 does not show in the rounded values, but must be seen.
     if dtype == torch.float32:
         nudged = {**copy, "bias": torch.nextafter(copy["bias"], torch.tensor(9.0))}
         assert hashes(nudged)["bfloat16"] == known["bfloat16"]
         assert not matches_fingerprint(nudged, known)
 
 
-def test_shapes_and_strides_are_of_no_concern(tensors):
+def test_shapes_and_memory_layouts_do_not_matter(tensors):
     known = hashes(tensors)
     assert matches_fingerprint({**tensors, "weight": tensors["weight"].view(11, 7)}, known)
     assert matches_fingerprint({**tensors, "weight": tensors["weight"].t().contiguous().t()}, known)

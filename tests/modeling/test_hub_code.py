@@ -1,4 +1,4 @@
-"""The code that a saved model carries: which files, what they import, and for which backbones."""
+"""The code that is saved with a model: its files, their imports, and the backbones for which it is saved."""
 
 import ast
 import json
@@ -19,15 +19,15 @@ PACKAGE = Path(hf_rtl.modeling.__file__).parent
 ALLOWED = {"huggingface_hub", "numpy", "safetensors", "timm", "torch", "transformers"}
 
 
-def imports_of(file):
-    """Modules of the package, and packages outside the standard library, but for those that may be missing."""
+def read_imports(file):
+    """Imported modules of the package, and required packages outside the standard library."""
     own, others = set(), set()
 
     def visit(node):
         if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers if h.type):
             return
         if isinstance(node, ast.ImportFrom) and node.level:
-            # Neither `from . import x` nor sub-packages: transformers copies the files it finds by `from .x import`.
+            # transformers copies only files that it finds by `from .x import`.
             assert node.level == 1 and node.module and "." not in node.module, f"{file.name}: {ast.unparse(node)}"
             own.add(node.module)
         elif isinstance(node, ast.ImportFrom):
@@ -42,21 +42,21 @@ def imports_of(file):
 
 
 def carried_modules():
-    """Name -> packages that it imports, of all modules that `modeling_rtl` imports, and they, and so on."""
+    """Name -> imported packages, of every module that `modeling_rtl` imports directly or indirectly."""
     found, to_do = {}, ["modeling_rtl"]
     while to_do:
         name = to_do.pop()
         if name not in found:
-            own, found[name] = imports_of(PACKAGE / f"{name}.py")
+            own, found[name] = read_imports(PACKAGE / f"{name}.py")
             to_do += own
     return found
 
 
-def test_what_the_model_imports_lies_flat_beside_it_and_needs_no_other_package():
+def test_modules_that_the_model_imports_lie_beside_it_and_need_no_other_package():
     modules = carried_modules()
     assert {"modeling_rtl", "routed_model", "mask_bank", "configuration_rtl", "hub"} <= modules.keys()
     assert {name: imported - ALLOWED for name, imported in modules.items() if imported - ALLOWED} == {}
-    # What transformers finds, which looks at the text alone.
+    # transformers finds these files from the text alone.
     files = {Path(file) for file in get_relative_import_files(PACKAGE / "modeling_rtl.py")}
     assert files == {PACKAGE / f"{name}.py" for name in modules.keys() - {"modeling_rtl"}}
     for name in modules:

@@ -1,4 +1,4 @@
-"""Image processors in place of timm's, against timm's own transforms."""
+"""Image processors that replace timm's, against timm's transforms."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ CONFIG = {
     "crop_mode": "center",
 }
 GRAY = {"input_size": (1, 28, 28), "mean": (0.1,), "std": (0.3,)}
-# Changes to CONFIG, size of the image, size that it is scaled to (width, height), pixels before timm's crop (x, y)
+# Changes to CONFIG, size of the image, scaled size (width, height), pixels before timm's crop (x, y)
 CASES = [
     ({}, (40, 40), (36, 36), (0, 0)),
     ({"interpolation": "bilinear"}, (90, 72), (45, 36), (0, 0)),
@@ -80,10 +80,10 @@ def test_what_is_loaded_again_differs_in_the_rounding_of_pixels(tmp_path, interp
         assert levels.max() < most + 0.01 and levels.mean() < 0.02
 
 
-def test_of_a_timm_model_without_a_repository(tiny_membership_model):
+def test_the_processor_of_a_timm_model_without_a_repository(tiny_membership_model):
     config = resolve_model_data_config(tiny_membership_model.backbone.timm_model)
     assert config["input_size"] == (3, 160, 160) and config["mean"] == (0.5, 0.5, 0.5)
-    image = noise((200, 168))  # which crop_pct = 0.95 leaves as it is
+    image = noise((200, 168))  # crop_pct = 0.95 keeps this size
     assert torch.allclose(pixel_values(image_processor_from_timm(config), image), create_transform(**config)(image))
 
 

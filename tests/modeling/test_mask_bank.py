@@ -228,8 +228,8 @@ def test_blocks_cover_every_byte_once(num_bytes, num_routes):
 
 
 def expectation_by_enumeration(kept, sizes):
-    """The expected similarity of two random masks with `kept` [(a, b), …] weights in layers of `sizes`, summed up."""
-    chances = {0: 1.0}  # number of weights that both keep, over the layers so far -> its probability
+    """The expected similarity of two random masks with `kept` [(a, b), …] weights in layers of `sizes`, as a sum."""
+    chances = {0: 1.0}  # number of weights that both keep in the layers so far -> probability
     for (a, b), size in zip(kept, sizes, strict=True):
         longer = collections.Counter()
         for both in range(max(0, a + b - size), min(a, b) + 1):
@@ -255,13 +255,13 @@ def test_chance_similarity_is_that_of_masks_with_the_same_densities_in_every_lay
     for layer, tolerance in enumerate((1e-5, 2e-4, 2e-3)):
         expected = expectation_by_enumeration(counts[layer : layer + 1], sizes[layer : layer + 1])
         assert per_layer[layer, 0, 1].item() == pytest.approx(expected, abs=tolerance)
-    # One density over all layers together would give another figure.
+    # A single density over all layers would give another value.
     p, q = (sum(count[k] for count in counts) / sum(sizes) for k in (0, 1))
     assert abs(p * q / (p + q - p * q) - chance[0, 1].item()) > 0.2
 
 
 def test_chance_similarity_is_what_random_masks_have():
-    """Two layers, nine tenths and one tenth kept: far more alike than masks of one density over both."""
+    """Two layers that keep nine tenths and one tenth: far more similar than masks with one density over both."""
     torch.manual_seed(1)
     drawn = {name: [torch.rand(200, 200) < density for density in (0.9, 0.1)] for name in "ab"}
     bank = MaskBank.from_masks(["x", "y"], drawn)
@@ -287,7 +287,7 @@ def test_setting_a_route_leaves_the_others():
     assert_masks_equal(bank[0], masks[0])
     assert_masks_equal(bank[1], new)
     assert_masks_equal(bank[2], masks[2])
-    bank.validate()  # with every bit of the last byte flipped, the padding is still zero
+    bank.validate()  # All bits of the last byte are flipped, but its padding is still zero.
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_add_drop_reorder_and_rename():
 
 
 def test_every_change_is_counted():
-    """A tensor's version counter alone misses writes in inference mode; who caches masks looks at this count too."""
+    """A tensor's version counter misses writes in inference mode, so caches of masks compare this count too."""
     bank, masks = random_bank(2)
     counts = [bank.num_changes]
     for change in (
@@ -371,7 +371,7 @@ def test_fingerprint_depends_on_bits_names_shapes_order_and_number_of_routes():
     assert fingerprint(routes=("other", "names")) == same
     renamed = [("another.weight", SHAPES[0]), *weights[1:]]
     reshaped = [(NAMES[0], (5, 3)), *weights[1:]]
-    # Two layers of one size, exchanged together with their masks.
+    # Two layers of equal size that swap places, with their masks.
     exchanged, exchanged_masks = [weights[1], weights[0], *weights[2:]], [[m[1], m[0], *m[2:]] for m in masks]
     all_of_them = [
         same,

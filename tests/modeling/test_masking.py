@@ -1,4 +1,4 @@
-"""A batch of one route: numbers, infinities, and putting everything back."""
+"""A batch of one route: its numbers, infinities, and the restoring of weights."""
 
 import copy
 from collections import Counter
@@ -16,10 +16,10 @@ from tests.modeling.naive import (
     assert_gradients_close,
     assert_nothing_is_left,
     close,
-    gradients_of,
     naive_gradients,
     naive_ticket,
-    union_of,
+    read_gradients,
+    unite,
 )
 
 
@@ -30,7 +30,7 @@ from tests.modeling.naive import (
 @pytest.mark.parametrize("route", [1, UNION])
 def test_forward_and_gradients_of_a_route(zoo, kind, route):
     model, masks, inputs = zoo(kind)
-    mask = union_of(masks) if route == UNION else masks[route]
+    mask = unite(masks) if route == UNION else masks[route]
     expected, gradients = naive_gradients(model, mask, inputs, route)
     for way in ("context", "fresh context", "argument", "view"):
         model.zero_grad()
@@ -54,7 +54,7 @@ def test_forward_and_gradients_of_a_route(zoo, kind, route):
 
 
 def test_routes_differ(zoo):
-    """What the other tests compare with is not all the same."""
+    """Routes give different results, so that the other tests compare something."""
     for kind in KINDS:
         model, masks, inputs = zoo(kind)
         outputs = [model.eval()(**inputs, route_ids=route).logits for route in (0, 1, 2, UNION)]
@@ -83,11 +83,11 @@ def test_gradients_are_the_same_with_gradient_checkpointing(zoo, kind):
                 loss.backward()
             assert (calls != once) == (checkpointing is not None)  # layers ran again in backward
             statistics = {} if other.norm_statistics is None else other.norm_statistics.state_dict()
-            results.append((loss, gradients_of(other), statistics))
+            results.append((loss, read_gradients(other), statistics))
             model.gradient_checkpointing_disable()
         assert not is_checkpointing(model.backbone)
         for loss, gradients, statistics in results[1:]:
-            # A plain T5 goes another way under checkpointing, without a cache, and differs in the last bit as well.
+            # A plain T5 runs without a cache under checkpointing, and differs in the last bit too.
             equal = partial(torch.allclose, rtol=1e-4, atol=1e-7) if kind == "t5" else torch.equal
             assert equal(loss, results[0][0])
             for name, gradient in results[0][1].items():
@@ -136,7 +136,7 @@ def test_an_infinite_pruned_weight_counts_as_zero(zoo):
         close(output.logits, expected.logits)
         assert_gradients_close(model, gradients, [masks[1]])
         for position, (parameter, mask) in enumerate(zip(model.masker.weights, masks[1], strict=True)):
-            assert not torch.isfinite(parameter[~mask]).any(), position  # and stays what it was
+            assert not torch.isfinite(parameter[~mask]).any(), position  # the weight itself is unchanged
         model.eval()
         assert torch.equal(model.extract_ticket(1)(**inputs).logits, model(**inputs, route_ids=1).logits)
 
@@ -168,7 +168,7 @@ def test_masking_is_where_to_the_bit(dtype):
 
 
 def test_gradients_that_share_memory():
-    """The gradients of a sum of weights are one tensor, which each mask must not cut for the other."""
+    """The weights of a sum share one gradient tensor; a mask must not change it for the other weight."""
     masks = [torch.rand(5, 3) < 0.5 for _ in range(3)]
     bits = [unpack_as_integers(pack(mask), mask.shape, torch.float32) for mask in masks]
     leaves = [torch.randn(5, 3, requires_grad=True) for _ in range(3)]
@@ -210,7 +210,7 @@ def test_everything_is_back_after_an_exception(zoo, tiny_membership_model, monke
             assert model.backbone.timm_model.conv1[0].weight is not parameters[0]
             raise Stop
         assert_nothing_is_left(model, parameters, buffers)
-    bad = {"pixel_values": torch.randn(BATCH, 2, 32, 32, dtype=torch.float64)}  # two channels, not three
+    bad = {"pixel_values": torch.randn(BATCH, 2, 32, 32, dtype=torch.float64)}  # wrong: two channels instead of three
     for routes in (1, [0, 1, 1, 0], UNION):
         with pytest.raises(RuntimeError):
             model(**bad, route_ids=routes)

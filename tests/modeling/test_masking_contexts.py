@@ -1,4 +1,4 @@
-"""What lasts longer than a call: graphs, cached masks, threads and contexts."""
+"""Graphs, cached masks, threads and contexts, which last longer than a call."""
 
 import copy
 import threading
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_rtl import RTLModelForImageClassification
 from hf_rtl.modeling.masking import UNION
-from tests.modeling.naive import assert_gradients_close, close, naive_gradients, naive_ticket, only, union_of
+from tests.modeling.naive import assert_gradients_close, close, naive_gradients, naive_ticket, only, unite
 
 
 # Graphs
@@ -96,7 +96,7 @@ def test_changed_masks_are_seen(zoo):
     model.mask_bank.load_state_dict({name: rows.flip(0) for name, rows in model.mask_bank.state_dict().items()})
     assert_fresh(1, masks[1])
     assert_fresh(2, masks[2])
-    # Twice: the second new buffer may get the memory of the first old one.
+    # Twice, since the second new buffer may get the memory of the first old one.
     before = [model.mask_bank[route] for route in range(3)]
     model.mask_bank.reorder([1, 2, 0])
     model.mask_bank.reorder([1, 2, 0])
@@ -115,13 +115,13 @@ def test_the_cache_keeps_to_its_bound(zoo, cache_bytes):
         held = model.status()["mask_cache"]["bytes"]
         assert held == one if cache_bytes < one else one <= held <= 4 * one
         cached = model.masker.masks([route])
-        expected = union_of(masks) if route == UNION else masks[route]
+        expected = unite(masks) if route == UNION else masks[route]
         assert all(torch.equal(mask != 0, kept) for mask, kept in zip(cached, expected, strict=True))
     assert held == (one if cache_bytes < one else 4 * one)
     model.masker.cache_bytes = 2 * one
     model.masker.forget()
     assert model.masker.cached_bytes() == 0
-    for route in (0, 1, 0, 2):  # the least recently used goes: 1
+    for route in (0, 1, 0, 2):  # 1 is the least recently used, and goes
         model.masker.masks([route])
     assert model.masker.cached_bytes() == 2 * one
     kept = model.masker.masks([0])
@@ -139,7 +139,7 @@ def test_update_masks_are_the_union_of_the_routes_since_the_last_step(zoo):
             with model.route_context(route):
                 model(**inputs).loss.backward()
         assert model.routes_since_update == set(routes)
-        expected = union_of(masks if UNION in routes else [masks[route] for route in routes])
+        expected = unite(masks if UNION in routes else [masks[route] for route in routes])
         for found, kept in zip(model.update_masks(), expected, strict=True):
             assert torch.equal(found, -kept.to(torch.int64))
         model.zero_grad()
@@ -153,7 +153,7 @@ def test_update_masks_are_the_union_of_the_routes_since_the_last_step(zoo):
 
 
 def in_thread(function):
-    """Runs `function` in a thread; gives the thread, and a list that will hold its result or exception."""
+    """Runs `function` in a thread; returns the thread, and a list for its result or exception."""
     results = []
 
     def run():
@@ -214,7 +214,7 @@ def test_many_threads_get_their_own_tickets(zoo):
         assert all(torch.equal(logits, expected[index % 3]) for logits in results[0])
 
 
-# What cannot be done inside a context
+# Actions that are refused inside a context
 
 
 def test_actions_inside_a_context_raise(zoo, tmp_path):
@@ -256,7 +256,7 @@ def test_a_copy_is_independent(zoo):
 
 
 def test_wrapping_a_model_of_the_caller(fill_masks, tiny_vit_config):
-    """The caller's model is taken as it is, and outside contexts it still is."""
+    """The caller's model is used without a copy, and is unchanged outside contexts."""
     backbone = AutoModelForImageClassification.from_config(tiny_vit_config).eval()
     x = torch.randn(2, 3, 8, 8)
     before = backbone(x).logits

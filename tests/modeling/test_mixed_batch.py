@@ -17,7 +17,7 @@ from tests.modeling.naive import (
     naive_gradients,
     naive_ticket,
     only,
-    union_of,
+    unite,
     without_labels,
 )
 
@@ -45,7 +45,7 @@ def test_a_mixed_batch_is_each_sample_alone(zoo, kind):
             assert torch.equal(model(**inputs, route_ids=torch.tensor(routes)).logits, together)
             assert torch.equal(model(**inputs, route_ids=torch.tensor(routes, dtype=torch.int16)).logits, together)
         tickets = {route: naive_ticket(model, masks[route], route) for route in range(3)}
-        tickets[UNION] = naive_ticket(model, union_of(masks), UNION)
+        tickets[UNION] = naive_ticket(model, unite(masks), UNION)
         for index, route in enumerate(routes):
             expected = tickets[model.route_index(route)](**without_labels(only(inputs, [index])))
             close(together[index : index + 1], expected.logits)
@@ -118,7 +118,7 @@ def number_of_terms(kind, labels):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_a_mixed_batch_is_the_mean_over_all_its_samples_or_tokens(zoo, kind):
-    """The loss of the whole batch's logits, computed at once."""
+    """It equals the loss of the whole batch's logits."""
     model, _, inputs = zoo(kind)
     output = model.eval()(**inputs, route_ids=[2, 0, 2, 1])
     logits, labels = output.logits, inputs["labels"]
@@ -194,7 +194,7 @@ def test_outputs_that_are_not_batch_first_are_refused(zoo):
     model, _, inputs = zoo("gpt2")
     inputs = without_labels(inputs)
     mixed = model.eval()(**inputs, route_ids=[0, 1, 0, 1])
-    assert set(mixed.keys()) == {"logits"}  # the cache, on by default, is left out
+    assert set(mixed.keys()) == {"logits"}  # the cache, which is on by default, is left out
     with pytest.raises(ValueError, match="`(past_key_values|cache)` is not batch-first.*use_cache=False"):
         model(**inputs, route_ids=[0, 1, 0, 1], use_cache=True)
     assert "past_key_values" in model(**inputs, route_ids=1)

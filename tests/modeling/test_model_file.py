@@ -1,4 +1,4 @@
-"""Compact files: smaller, and the same tickets to the bit."""
+"""Compact files: they are smaller, and hold the same tickets to the bit."""
 
 import json
 import math
@@ -27,7 +27,7 @@ SHAPES = [("a", (3, 5)), ("b", (2, 2, 3, 3)), ("c", (7,)), ("d", (64,))]
 def make_bank(num_routes, density=0.3):
     bank = MaskBank(SHAPES, [f"route {k}" for k in range(num_routes)])
     for k in range(num_routes):
-        # One tensor is of no ticket.
+        # No ticket keeps a weight of one tensor.
         bank[k] = [torch.rand(shape) < (0 if name == "c" else density) for name, shape in SHAPES]
     return bank
 
@@ -55,7 +55,7 @@ def test_a_state_comes_back_without_what_no_ticket_keeps(num_routes, density):
     assert sum(tensor.nbytes for tensor in masks) <= raw
 
 
-def test_alike_tickets_are_coded_in_fewer_bits_than_each_alone():
+def test_similar_tickets_are_coded_in_fewer_bits_than_each_alone():
     bank = MaskBank([("a", (100, 1000))], [f"route {k}" for k in range(10)])
     common = torch.rand(100, 1000)
     for k in range(10):
@@ -66,7 +66,7 @@ def test_alike_tickets_are_coded_in_fewer_bits_than_each_alone():
     def entropy(p):
         return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
 
-    # The union, and in it a biased coin for every ticket; each alone has the entropy of its density.
+    # The code holds the union, and in it a biased coin per ticket; a ticket alone has the entropy of its density.
     # Deflate spends a whole number of bits on a byte.
     assert coded_bits < 1.25 * (entropy(0.2) + 0.2 * 10 * entropy(0.95)) < 10 * entropy(0.19) / 4
 
@@ -139,7 +139,7 @@ def test_a_compact_file_gives_the_same_tickets(kind, model, dtype, tmp_path):
             assert torch.equal(tensor, whole[name]), name
     for weight, other, union in zip(loaded.masker.weights, model.masker.weights, model.mask_bank.union(), strict=True):
         assert torch.equal(weight, torch.where(union, other, torch.zeros_like(other)))
-    # As any other model: saved in full, and compact again, in the same bytes.
+    # The model can be saved in full, and compact again with the same bytes.
     loaded.save_pretrained(tmp_path / "full-again")
     loaded.save_pretrained(tmp_path / "compact-again", compact=True)
     again = RTLModel.from_pretrained(tmp_path / "full-again")
@@ -168,7 +168,7 @@ def test_a_full_save_replaces_a_compact_one(tmp_path):
 
 
 def test_a_single_route_and_an_empty_layer(fill_masks, tmp_path):
-    """K = 1 is plain pruning: the masks within the union say nothing."""
+    """K = 1 is plain pruning: the only mask is the union."""
     config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     model = RTLModelForImageClassification.from_backbone(config, route_names=["all"], ticket_task="labels", seed=0)
     masks = fill_masks(model, keep=0.3)[0]
@@ -184,7 +184,7 @@ class HeadFirstConfig(PreTrainedConfig):
 
 
 class HeadFirst(PreTrainedModel):
-    """A tied weight whose first name is not the one that it is saved under."""
+    """A tied weight that is not saved under its first name."""
 
     config_class = HeadFirstConfig
     main_input_name = "input_ids"
@@ -227,7 +227,7 @@ def test_tied_weights_are_saved_under_the_name_that_loading_looks_for(fill_masks
         assert torch.equal(loaded(tokens, route_ids=route).logits, model(tokens, route_ids=route).logits)
 
 
-# What is damaged
+# Damaged files
 
 
 def damage_tensors(folder, change):
@@ -287,7 +287,7 @@ def test_another_bit_in_the_masks_is_seen(fill_masks, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
 
     def swap(tensors):
-        """Two columns of a code that is as long."""
+        """Swaps two columns, which keeps the length of the code."""
         masks = tensors["compact.masks"]
         assert config["compact"]["compact.masks"] == "deflate"
         bits = torch.full((sum(int(union.sum()) for union in model.mask_bank.union()),), 7, dtype=torch.uint8)

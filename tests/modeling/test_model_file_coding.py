@@ -1,4 +1,4 @@
-"""Masks in files: lossless, smaller, and never more than was announced."""
+"""Masks in files: the code is lossless, small, and never unpacks to more than its announced size."""
 
 import math
 import zlib
@@ -12,7 +12,7 @@ from hf_rtl.modeling.model_file import DEFLATE_CODING, RAW_CODING, decode, encod
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])
 @pytest.mark.parametrize("num_bits", [1, 8, 1001, 80_000])
-def test_what_is_coded_comes_back(density, num_bits):
+def test_coded_masks_come_back(density, num_bits):
     packed = pack(torch.rand(num_bits) < density)
     coding, coded = encode(packed)
     assert torch.equal(decode(coding, coded, len(packed)), packed)
@@ -21,22 +21,22 @@ def test_what_is_coded_comes_back(density, num_bits):
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
-def test_it_is_near_the_least_that_is_possible(density):
-    """The entropy of independent bits."""
+def test_the_code_is_near_the_entropy(density):
+    """The entropy of independent bits is the smallest possible size."""
     packed = pack(torch.rand(800_000) < density)
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
     assert entropy * 0.99 < len(encode(packed)[1]) / len(packed) < entropy * 1.05
 
 
 def test_nothing_is_unpacked_beyond_what_was_announced():
-    """A few kilobytes that would fill the memory."""
+    """The code has a few kilobytes, but would fill the memory."""
     deflater = zlib.compressobj(wbits=-15)
     bomb = deflater.compress(bytes(2**26)) + deflater.flush()
     with pytest.raises(ValueError, match="damaged: it has 101 bytes or more, expected 100"):
         decode(DEFLATE_CODING, torch.frombuffer(bytearray(bomb), dtype=torch.uint8), 100)
 
 
-def test_what_is_damaged_is_refused():
+def test_damaged_codes_are_refused():
     packed = pack(torch.rand(8000) < 0.1)
     coding, coded = encode(packed)
     assert coding == DEFLATE_CODING

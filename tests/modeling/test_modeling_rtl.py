@@ -37,7 +37,7 @@ KINDS = ("timm", "vit", "bert", "t5")
 
 @pytest.fixture
 def build(request, fill_masks):
-    """`build(kind)` gives a model with random masks and statistics, and inputs without labels."""
+    """`build(kind)` returns a model with random masks and statistics, and inputs without labels."""
 
     def make(kind, dtype=torch.float32):
         ids = torch.randint(2, 40, (3, 6))
@@ -59,7 +59,7 @@ def build(request, fill_masks):
             rows.copy_(torch.rand(rows.shape) + 0.5 if rows.is_floating_point() else torch.arange(3))
         inputs = {n: torch.randn(v, dtype=dtype) if isinstance(v, tuple) else v for n, v in inputs.items()}
         model.to(dtype)
-        if kind == "t5" and dtype == torch.float16:  # transformers keeps these in float32, whenever it loads a T5
+        if kind == "t5" and dtype == torch.float16:  # transformers keeps these in float32 when it loads a T5
             for name, module in model.backbone.named_modules():
                 if name.endswith(".wo"):
                     module.float()
@@ -210,7 +210,7 @@ def test_an_interrupted_save_leaves_the_folder_whole(build, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(target)
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]  # nor does anything lie beside it
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]  # no temporary file is left beside it
 
 
 def test_what_contradicts_the_configuration_is_not_saved(build, tmp_path):
@@ -297,7 +297,7 @@ def test_a_view_with_a_fixed_route(tiny_membership_model):
         view(x, route_ids=1)
     with pytest.raises(ValueError, match="unknown route 'cow'"):
         model.with_route("cow")
-    # Routes that move up do not take its place.
+    # Another route that moves up does not replace the view's route.
     model.append_ticket("cow", model.mask_bank["owl"], statistics=[rows[2] for rows in model.norm_statistics.rows])
     views, expected = [view, model.with_route("cat")], model(x, route_ids="dog").logits
     model.drop_route("cat")
@@ -306,7 +306,7 @@ def test_a_view_with_a_fixed_route(tiny_membership_model):
         views[1](x)
 
 
-# What is here
+# Status
 
 
 def test_status_and_report(build):

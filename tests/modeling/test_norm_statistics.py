@@ -1,4 +1,4 @@
-"""Statistics of normalisation layers, a row for every route."""
+"""Statistics of normalisation layers, with a row for every route."""
 
 import copy
 
@@ -8,10 +8,10 @@ import torch
 
 from hf_rtl.modeling.masking import UNION
 from hf_rtl.modeling.norm_statistics import NormStatistics, tracked_buffers
-from tests.modeling.naive import close, naive_ticket, union_of
+from tests.modeling.naive import close, naive_ticket, unite
 
 
-def statistics_of(model):
+def copy_statistics(model):
     return {name: rows.clone() for name, rows in model.norm_statistics.state_dict().items()}
 
 
@@ -21,8 +21,8 @@ def test_training_a_route_moves_its_row_once(zoo):
     own = {name: buffer.clone() for name, buffer in model.backbone.named_buffers()}
     names = [name for name, _ in model.norm_statistics.named_buffers()]
     for route in (1, 0, UNION):
-        before = statistics_of(model)
-        ticket = naive_ticket(model, union_of(masks) if route == UNION else masks[route], route)
+        before = copy_statistics(model)
+        ticket = naive_ticket(model, unite(masks) if route == UNION else masks[route], route)
         with torch.no_grad() if route == UNION else torch.enable_grad():
             with model.route_context(route):
                 model(**inputs)
@@ -35,13 +35,13 @@ def test_training_a_route_moves_its_row_once(zoo):
             if getattr(norm, "running_mean", None) is not None
             for name in ("running_mean", "running_var", "num_batches_tracked")
         ]
-        after = statistics_of(model)
+        after = copy_statistics(model)
         for name, buffer in zip(names, expected, strict=True):
             torch.testing.assert_close(after[name][route], buffer, rtol=1e-6, atol=1e-7)
             assert not torch.equal(after[name][route], before[name][route])
             others = [row for row in range(4) if row != route % 4]
             assert torch.equal(after[name][others], before[name][others])
-    counts = [rows for rows in statistics_of(model).values() if not rows.is_floating_point()]
+    counts = [rows for rows in copy_statistics(model).values() if not rows.is_floating_point()]
     assert counts and all(rows.tolist() == [2, 2, 0, 2] for rows in counts)
     assert all(torch.equal(buffer, own[name]) for name, buffer in model.backbone.named_buffers())
 
@@ -49,11 +49,11 @@ def test_training_a_route_moves_its_row_once(zoo):
 def test_evaluation_moves_no_statistics(zoo):
     model, _, inputs = zoo("resnet")
     model.eval()
-    before = statistics_of(model)
+    before = copy_statistics(model)
     model(**inputs, route_ids=[0, 1, UNION, 1]).loss.backward()
     with model.route_context(2):
         model(**inputs)
-    assert all(torch.equal(rows, before[name]) for name, rows in statistics_of(model).items())
+    assert all(torch.equal(rows, before[name]) for name, rows in copy_statistics(model).items())
 
 
 def test_evaluation_uses_the_row_of_its_route(zoo):
@@ -62,7 +62,7 @@ def test_evaluation_uses_the_row_of_its_route(zoo):
     for rows in model.norm_statistics.buffers():
         if rows.is_floating_point():
             rows.copy_(torch.rand_like(rows) + 0.5)
-    for route, mask in ((0, masks[0]), (2, masks[2]), (UNION, union_of(masks))):
+    for route, mask in ((0, masks[0]), (2, masks[2]), (UNION, unite(masks))):
         close(model(**inputs, route_ids=route).logits, naive_ticket(model, mask, route)(**inputs).logits)
 
 
@@ -126,16 +126,16 @@ def test_statistics_are_never_cast(zoo, dtype):
     for rows in model.norm_statistics.buffers():
         if rows.is_floating_point():
             rows.copy_(torch.rand_like(rows) + 0.5)  # none of these values is exact in half precision
-    before = statistics_of(model)
+    before = copy_statistics(model)
     for cast in (lambda m: m.to(dtype), lambda m: {2: m.half, 8: m.double}[dtype.itemsize]()):
         other = cast(copy.deepcopy(model))
-        rows = statistics_of(other)
+        rows = copy_statistics(other)
         assert all(torch.equal(rows[name], old) and rows[name].dtype == old.dtype for name, old in before.items())
         assert {str(rows.dtype) for rows in rows.values()} == {"torch.float32", "torch.int64"}
         assert all(buffer.dtype == other.dtype for _, buffer in other.backbone.named_buffers() if buffer.ndim)
-        # Evaluation reads them, and leaves them to the bit.
+        # Evaluation reads the statistics without changing a bit.
         other.eval()(pixel_values=inputs["pixel_values"].to(other.dtype), route_ids=[0, 1, 2, UNION])
-        assert all(torch.equal(rows, before[name]) for name, rows in statistics_of(other).items())
+        assert all(torch.equal(rows, before[name]) for name, rows in copy_statistics(other).items())
 
 
 def test_a_model_in_half_precision_updates_its_statistics(zoo):

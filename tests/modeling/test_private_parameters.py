@@ -1,4 +1,4 @@
-"""RowSubset of private parameters: what a step moves, what files hold, and what follows when routes come and go."""
+"""Rows of private parameters: in steps, in files, and when routes are added and dropped."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def backward(model, route, seed, scale=lambda loss: loss):
 
 
 def snapshot(model, optimizer):
-    """Bits of every private parameter and of its state; state that does not exist yet is zero."""
+    """The bits of every private parameter and of its optimizer state; missing state counts as zero."""
     return [
         {name: bits(value).clone() for name, value in {"rows": rows, **per_element(optimizer, rows)}.items()}
         for rows in model.private_parameters.rows
@@ -70,7 +70,7 @@ def assert_only_moved(model, optimizer, before, routes):
     for rows, old in zip(model.private_parameters.rows, before, strict=True):
         for name, value in {"rows": rows, **per_element(optimizer, rows)}.items():
             assert torch.equal(bits(value)[others], old.get(name, torch.zeros_like(bits(value)))[others]), name
-    # The bias of attention's keys makes no difference, and clipped updates are small.
+    # The bias of attention's keys has no effect, and clipped updates are small.
     moved = [
         (bits(rows) != old["rows"])[routes].any()
         for rows, old in zip(model.private_parameters.rows, before, strict=True)
@@ -85,7 +85,7 @@ def assert_only_moved(model, optimizer, before, routes):
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_a_step_moves_the_row_of_its_route_and_no_other(fill_masks, name, clip):
     model = small_model(fill_masks)
-    with torch.no_grad():  # of a route that is never trained: values that arithmetic would not leave as they are
+    with torch.no_grad():  # values of an untrained route that any arithmetic would change
         for rows in model.private_parameters.rows:
             rows[2] = ODD.repeat(rows[2].numel())[: rows[2].numel()].view_as(rows[2])
     optimizer = OPTIMIZERS[name](model)
@@ -93,7 +93,7 @@ def test_a_step_moves_the_row_of_its_route_and_no_other(fill_masks, name, clip):
         route = step % 2
         before = snapshot(model, optimizer)
         optimizer.zero_grad()
-        for part in range(1 + step // 6):  # in the end two batches are accumulated
+        for part in range(1 + step // 6):  # The last steps accumulate two batches.
             backward(model, route, seed=10 * step + part)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -117,7 +117,7 @@ def test_a_step_after_several_routes_moves_their_rows(fill_masks, name):
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused", "RMSprop"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(fill_masks, name, precision):
-    """fp16: a step that the scaler skips changes nothing, and is forgotten."""
+    """In fp16, a step that the scaler skips changes nothing and is forgotten."""
     model = small_model(fill_masks)
     optimizer = OPTIMIZERS[name](model)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
@@ -151,8 +151,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_row_is_trained_as_by_torch_in_a_ticket_of_its_own(fill_masks, setting):
-    """With all that is shared frozen, joint training is one training per route, bias corrections included."""
+def test_every_row_is_trained_as_torch_trains_the_extracted_ticket(fill_masks, setting):
+    """If everything shared is frozen, joint training is one training per route, bias corrections included."""
     masked, plain, arguments = SETTINGS[setting]
     model = small_model(fill_masks).double()
     for name, parameter in model.named_parameters():
@@ -201,7 +201,7 @@ def models(kind, fill_masks):
         private = ["*LayerNorm*", "classifier.*"]
         config = BertConfig(**small, vocab_size=40)
         model = RTLModelForSequenceClassification.from_backbone(config, private_parameters=private, **options)
-    else:  # with a convolution among the private ones
+    else:  # A convolution is private too.
         model = RTLModelForImageClassification.from_backbone(
             "test_resnet",
             prune_exclude=["*layer1.0.conv1*"],
@@ -239,7 +239,7 @@ def test_save_and_load_is_bit_exact(fill_masks, tmp_path, kind, how, dtype):
     assert loaded.config.private_parameters == model.config.private_parameters != []
     for route in (0, 1, 2, UNION):
         assert torch.equal(outputs(loaded, route), outputs(model, route))
-    # What a training sees is the same as well.
+    # The same parameters are trained.
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == names
 
@@ -284,8 +284,8 @@ def test_an_extracted_ticket_is_bit_equal_and_shares_nothing(fill_masks, kind, l
         assert torch.equal(outputs(model, route), before)
 
 
-def test_layers_see_rows_as_a_ticket_of_its_own_would_have_them(fill_masks):
-    """Kernels round by memory layout and alignment, which a row within its parameter may lack."""
+def test_layers_see_rows_with_the_memory_layout_of_an_extracted_ticket(fill_masks):
+    """Kernels round by memory layout and alignment, which a row inside its parameter may lack."""
     model = models("timm", fill_masks).to(memory_format=torch.channels_last)
     for rows in model.private_parameters.rows:
         rows.data = rows.data.contiguous()
@@ -329,7 +329,7 @@ def test_bytes(fill_masks, tmp_path, kind, keep):
     assert {name: bytes_in(tmp_path / name) for name in ("full", "compact", "tickets")} == {
         name: footprint[f"{name}_bytes"] for name in ("full", "compact", "tickets")
     }
-    # What tickets need: K rows in place of what was shared.
+    # Tickets need K rows in place of each shared parameter.
     aliases = parameter_aliases(model.backbone)
     sizes = {name: 4 * model.backbone.get_parameter(name).numel() for name in aliases}
     private = sum(sizes[name] for name in model.private_parameters.names)
@@ -341,7 +341,7 @@ def test_bytes(fill_masks, tmp_path, kind, keep):
     assert footprint["independent_full_bytes"] == 3 * plain
 
 
-# Routes of a model
+# Adding and dropping routes
 
 
 def new_ticket(model, seed=3):
@@ -425,7 +425,7 @@ def test_parameters_become_private_one_after_the_other(fill_masks, tmp_path):
 @pytest.mark.parametrize("copy_of_base", ["full", "compact", "bfloat16"])
 @pytest.mark.parametrize("base_shares", [True, False])
 def test_a_ticket_file_brings_private_parameters(fill_masks, tmp_path, base_shares, copy_of_base):
-    """To a copy that has such, and to one that shares all: it is the same base."""
+    """The copy of the base may have private parameters or share all: it is the same base."""
     base = shared_model(fill_masks) if base_shares else models("timm", fill_masks)
     base.save_pretrained(tmp_path / "base", compact=copy_of_base == "compact")
     author = RTLModel.from_pretrained(tmp_path / "base")
@@ -442,13 +442,13 @@ def test_a_ticket_file_brings_private_parameters(fill_masks, tmp_path, base_shar
     assert_same_rows(user, reference)
     assert torch.equal(outputs(user, "dog"), outputs(reference, "dog"))
     assert all(torch.equal(outputs(user, route), before[route]) for route in ROUTES)
-    # Once more, to a model that has those by now.
+    # Again, since the model has these private parameters now.
     user.load_tickets(tmp_path / "tickets", rename={"dog": "wolf"})
     assert torch.equal(outputs(user, "wolf"), outputs(reference, "dog"))
 
 
 def test_tickets_of_a_model_that_shares_go_to_one_that_does_not(fill_masks, tmp_path):
-    """Their rows are what the base shares."""
+    """Their rows are the shared parameters of the base."""
     base = shared_model(fill_masks)
     base.save_pretrained(tmp_path / "base")
     base.save_tickets(tmp_path / "tickets")

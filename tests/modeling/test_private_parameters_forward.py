@@ -1,4 +1,4 @@
-"""Parameters that every route has for itself: against a copy of the backbone that holds the route's row."""
+"""Private parameters, against a copy of the backbone with the route's row."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from hf_rtl.modeling.masking import UNION
 from hf_rtl.modeling.private_parameters import select_private
-from tests.modeling.naive import close, naive_gradients, naive_ticket, only, union_of, without_labels
+from tests.modeling.naive import close, naive_gradients, naive_ticket, only, unite, without_labels
 
 
 PATTERNS = {
@@ -22,7 +22,7 @@ PATTERNS = {
 
 @pytest.fixture
 def private_zoo(zoo):
-    """As `zoo`, with rows that differ."""
+    """As `zoo`, with a different row for each route."""
 
     def build(kind, dtype=torch.float64, **kwargs):
         model, masks, inputs = zoo(kind, dtype, private_parameters=PATTERNS[kind], **kwargs)
@@ -35,7 +35,7 @@ def private_zoo(zoo):
 
 
 def with_row(model, route):
-    """A copy that shares all, and whose backbone has what `route` has."""
+    """A copy without private parameters, whose backbone has the row of `route`."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, rows in zip(model.private_parameters.names, model.private_parameters.rows, strict=True):
@@ -49,7 +49,7 @@ def with_row(model, route):
 def test_forward_and_gradients_of_a_route(private_zoo, kind, route):
     model, masks, inputs = private_zoo(kind)
     model.train()
-    mask = union_of(masks) if route == UNION else masks[route]
+    mask = unite(masks) if route == UNION else masks[route]
     expected, gradients = naive_gradients(with_row(model, route), mask, inputs, route)
     own = [parameter.detach().clone() for parameter in model.private_parameters.own(model.backbone)]
     with model.route_context(route):
@@ -85,7 +85,7 @@ def test_mixed_batches(private_zoo, kind, training):
     expected = [torch.zeros_like(rows) for rows in model.private_parameters.rows]
     for route in (0, 2, UNION):
         positions = [index for index, other in enumerate(route_ids) if other == route]
-        mask = union_of(masks) if route == UNION else masks[route]
+        mask = unite(masks) if route == UNION else masks[route]
         reference = with_row(model, route).train(training)
         ticket = naive_ticket(reference, mask, route)
         alone = ticket(**only(inputs, positions))
@@ -126,7 +126,7 @@ def test_a_context_leaves_nothing_behind(private_zoo):
         assert "weight" in model.backbone.classifier.__dict__
         1 / 0  # noqa: B018
     assert not any(set(module.__dict__) & set(module._parameters) for module in model.backbone.modules())
-    assert torch.equal(model.backbone(**inputs).logits, before)  # the dense network has the backbone's own
+    assert torch.equal(model.backbone(**inputs).logits, before)  # the dense network uses the backbone's rows
 
 
 def test_a_first_use_in_inference_mode_does_not_spoil_training(private_zoo):
@@ -140,12 +140,12 @@ def test_a_first_use_in_inference_mode_does_not_spoil_training(private_zoo):
 
 
 def test_equal_rows_have_themselves_as_their_mean(zoo):
-    """At θ0 the union of full tickets is the backbone, to the bit."""
+    """So at θ0 the union of full tickets equals the backbone to the bit."""
     model, masks, inputs = zoo("vit", torch.float32, private_parameters=PATTERNS["vit"], route_names=list("abcdefg"))
     rows, own = model.private_parameters.row(UNION), model.private_parameters.own(model.backbone)
     assert all(torch.equal(*pair) for pair in zip(rows, own, strict=True))
     naive = [rows.mean(0) for rows in model.private_parameters.rows]
-    assert not all(torch.equal(*pair) for pair in zip(naive, own, strict=True))  # why it is not simply the mean
+    assert not all(torch.equal(*pair) for pair in zip(naive, own, strict=True))  # The plain mean would round.
 
 
 def test_two_routes_before_one_backward(private_zoo):
@@ -164,7 +164,7 @@ def test_two_routes_before_one_backward(private_zoo):
     assert model.routes_since_update == {0, 2}
 
 
-# Which
+# The choice of private parameters
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_two_routes_before_one_backward(private_zoo):
         ("vit", [3], "must be a list of patterns"),
     ],
 )
-def test_what_cannot_be_private(zoo, kind, patterns, message):
+def test_parameters_that_cannot_be_private_are_refused(zoo, kind, patterns, message):
     with pytest.raises(ValueError, match="`private_parameters`.*" + message):
         zoo(kind, private_parameters=patterns)
 

@@ -1,4 +1,4 @@
-"""Which weights the default choice covers, against lists written by hand and against the modules' types."""
+"""The default choice of prunable weights, against lists by hand and against the types of modules."""
 
 import pytest
 import timm
@@ -53,7 +53,7 @@ def test_bert_masked_lm_with_tied_embeddings(tiny_bert_config):
     embedding = backbone.bert.embeddings.word_embeddings
     assert backbone.cls.predictions.decoder.weight is embedding.weight
     assert names(backbone) == BERT_ENCODER
-    # Named by either of its names, the tied tensor is taken, once, under its first name.
+    # Either of its names selects the tied tensor, once, under its first name.
     tied = "bert.embeddings.word_embeddings.weight"
     for pattern in ("*word_embeddings.weight", "cls.predictions.decoder.weight"):
         assert names(backbone, include=[pattern]) == [tied, *BERT_ENCODER]
@@ -100,7 +100,7 @@ def test_vit(tiny_vit_config):
     types = {f"{name}.weight": type(module) for name, module in backbone.named_modules()}
     assert chosen == [n for n, t in types.items() if t in (nn.Linear, nn.Conv2d) and n != "classifier.weight"]
     assert "vit.embeddings.patch_embeddings.projection.weight" in chosen and len(chosen) == 1 + 2 * 6
-    # Without a head, the base model is all there is, the pooler included.
+    # A model without a head is the base model, including the pooler.
     base = AutoModel.from_config(tiny_vit_config)
     assert names(base) == [name.removeprefix("vit.") for name in chosen] + ["pooler.dense.weight"]
 
@@ -155,7 +155,7 @@ def test_multihead_attention_with_separate_projections_and_biases():
     model = nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True)])
     projections = ["0.q_proj_weight", "0.k_proj_weight", "0.v_proj_weight", "0.out_proj.weight"]
     assert names(model) == projections
-    assert model[0].bias_k.ndim == 3  # large enough, but a parameter of no layer
+    assert model[0].bias_k.ndim == 3  # large enough, but not the weight of a layer
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_ghostnet_leaves_out_squeeze_excitation(in_chans, expected):
     assert not any(".se." in name for name in model.mask_bank.weight_names)
     assert "timm_model.conv_head.weight" in model.mask_bank.weight_names
     assert model.config.prune_exclude == list(timm.create_model("ghostnet_rtl").rtl_prune_exclude)
-    # Patterns of one's own take the place of the backbone's.
+    # Given patterns replace those of the backbone.
     all_of_them = RTLModelForImageClassification.from_backbone(
         "ghostnet_rtl", route_names=["a", "b"], ticket_task="membership", in_chans=in_chans, prune_exclude=()
     )

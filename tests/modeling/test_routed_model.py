@@ -1,4 +1,4 @@
-"""Which routes a call is for, and what membership tickets do without any."""
+"""The routes of a call, and membership tickets without given routes."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_without_routes_all_membership_tickets_score(tiny_membership_model):
 
 
 def test_gradients_when_all_tickets_score(tiny_membership_model):
-    model = tiny_membership_model.double().eval()  # with running statistics, so that only weights have gradients
+    model = tiny_membership_model.double().eval()  # uses running statistics, so that only weights have gradients
     x, homes = torch.randn(4, 3, 32, 32).double(), torch.tensor([2, 0, 0, 1])
     model(x, labels=homes).loss.backward()
     masks = [model.mask_bank[route] for route in range(3)]
@@ -102,7 +102,7 @@ def test_bad_membership_labels(tiny_membership_model, labels):
         tiny_membership_model.eval()(torch.randn(2, 3, 32, 32), labels=labels, route_ids=0)
 
 
-# Naming routes
+# The argument `route_ids`
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_route_ids_against_the_active_context(zoo):
             with pytest.raises(RuntimeError, match=rf"route_context\({nested}\) inside the active route_context\(1\)"):
                 with model.route_context(nested):
                     pass
-        assert torch.equal(model(**inputs).logits, expected)  # and nothing has changed
+        assert torch.equal(model(**inputs).logits, expected)  # nothing has changed
     with pytest.raises(ValueError, match="unknown route"), model.route_context("nobody"):
         pass
 

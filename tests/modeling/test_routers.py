@@ -1,4 +1,4 @@
-"""Routers against naive references: what they see, what they decide, and how a model uses and keeps them."""
+"""Routers against naive references: their evidence, their decisions, and their use in a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def members(tiny_membership_model) -> RTLModel:
     return with_statistics(tiny_membership_model)
 
 
-# What they see
+# Evidence
 
 
 def test_score_evidence_is_each_tickets_own(model: RTLModel, members: RTLModel) -> None:
@@ -94,8 +94,8 @@ def test_features_of_tokens_are_averaged_without_padding(tiny_bert_config) -> No
     assert not torch.allclose(router.evidence(model, {"input_ids": padded}), alone, rtol=1e-2)
 
 
-@pytest.mark.parametrize("num_positions", [8, 9])  # as many as the decoder's, and others
-def test_features_of_what_is_generated_are_those_of_the_encoder(tiny_t5_config, num_positions: int) -> None:
+@pytest.mark.parametrize("num_positions", [8, 9])  # the decoder's number of positions, and another one
+def test_features_of_encoder_decoder_models_are_those_of_the_encoder(tiny_t5_config, num_positions: int) -> None:
     model = RTLModelForSeq2SeqLM.from_backbone(
         tiny_t5_config, route_names=["a", "b"], ticket_task="labels", seed=0
     ).eval()
@@ -108,13 +108,13 @@ def test_features_of_what_is_generated_are_those_of_the_encoder(tiny_t5_config, 
     inputs = {"input_ids": padded, "attention_mask": mask, "decoder_input_ids": answers}
     assert router.evidence(model, inputs).tolist() == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in expected]
     model.set_router(router)
-    # Where nothing but the answer is known to the decoder, which is not for the router's eyes.
+    # The decoder sees only the answer, which the router must not use.
     output = model(input_ids=padded, attention_mask=mask, labels=answers)
     assert torch.equal(output.route_ids, router.decide(torch.tensor(expected)).route_ids)
 
 
 def test_features_of_audio_are_those_that_the_head_has_averaged() -> None:
-    """It alone knows which positions are padding, since the mask has an entry for every number of the waveform."""
+    """Only the head knows which positions are padding: the mask has an entry per sample of the waveform."""
     config = Wav2Vec2Config(
         hidden_size=16,
         num_hidden_layers=1,
@@ -187,7 +187,7 @@ def test_entropy_evidence_is_the_derivative_by_the_coefficients(tiny_attention_c
     assert torch.equal(model(input_ids=ids, route_ids=1).logits, model.extract_ticket(1).eval()(ids).logits)
 
 
-# What they decide
+# Decisions
 
 
 def test_decisions_are_the_largest_of_scaled_evidence() -> None:
@@ -220,7 +220,7 @@ def test_doubtful_samples_take_the_fallback(model: RTLModel) -> None:
         assert torch.allclose(output.logits, expected, rtol=1e-5)
 
 
-# How a model uses them
+# Use in a model
 
 
 @pytest.mark.parametrize("kind", ["score", "centroid", "entropy"])
@@ -235,10 +235,10 @@ def test_a_call_without_route_ids_takes_the_routers_routes(model: RTLModel, kind
     assert torch.equal(output.route_ids, decision.route_ids)
     assert torch.equal(output.route_scores, decision.route_scores)
     assert torch.allclose(output.logits, expected.logits) and torch.allclose(output.loss, expected.loss)
-    # Labels are not for routers' eyes.
+    # Routers must not use labels.
     other = model(pixel_values=IMAGES, labels=labels.flip(0))
     assert torch.equal(other.route_scores, output.route_scores)
-    # Who says the route is not told another.
+    # A call with given routes returns no other routes.
     assert "route_ids" not in expected
 
 
@@ -328,7 +328,7 @@ def test_a_new_ticket_takes_the_router_out(model: RTLModel, caplog) -> None:
         model(pixel_values=IMAGES)
 
 
-# What is refused
+# Refused arguments
 
 
 def test_bad_routers_are_refused(model: RTLModel, members: RTLModel, tiny_bert_config) -> None:

@@ -1,4 +1,4 @@
-"""An extracted ticket is a plain model: saved, loaded, exported and quantised by what knows nothing of us."""
+"""An extracted ticket is a plain model: other software can save, load, export and quantise it."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ ROUTES = (0, "dog", UNION)
 
 @pytest.fixture
 def build(request, fill_masks):
-    """`build(kind)` gives a model of two routes with random masks and statistics, and inputs for it."""
+    """`build(kind)` returns a model of two routes with random masks and statistics, and inputs for it."""
 
     def make(kind):
         cls, _, task, size = KINDS[kind]
@@ -70,11 +70,11 @@ def logits(model, inputs):
 
 
 def ours(kind):
-    """Modules of the architecture that only we have."""
+    """Modules of hf_rtl in the architecture."""
     return {"hf_rtl.backbones.ghostnet"} if kind == "ghostnet" else set()
 
 
-# What it is
+# The extracted model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,8 +164,8 @@ def test_a_ticket_of_a_loaded_model_is_saved_with_its_label(build, tmp_path):
 @pytest.mark.slow
 def test_a_process_without_us_loads_tickets(build, tmp_path):
     """
-    Through the library's Auto class, to the bit. It leaves tensors where they lie in the file, and kernels may round
-    differently on memory that is not aligned, so outputs are compared from tensors of their own.
+    Tensors from the library's Auto class are equal to the bit. They stay where they lie in the file, and kernels may
+    round differently on unaligned memory, so outputs are compared after copying them.
     """
     cases = {}
     for kind, (_, auto, _, _) in KINDS.items():
@@ -219,10 +219,10 @@ def test_with_us_a_ticket_of_our_architecture_loads(build, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_export(build, kind, tmp_path):
-    """The exported program gives the route's outputs to the bit; one from a file, otherwise aligned, to rounding."""
+    """Exported programs have the route's outputs to the bit; from a file, with another alignment, to rounding."""
     model, inputs = build(kind)
     ticket = model.extract_ticket("dog")
-    given = {**inputs, "use_cache": False} if kind == "t5" else inputs  # a cache is no output that torch.export takes
+    given = {**inputs, "use_cache": False} if kind == "t5" else inputs  # torch.export cannot return a cache
     program = torch.export.export(ticket, (), given)
     expected = logits(model, {**inputs, "route_ids": "dog"})
     assert torch.equal(logits(program.module(), given), expected)

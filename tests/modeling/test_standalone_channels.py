@@ -1,4 +1,4 @@
-"""Tickets of whole models without the channels that never matter: outputs stay what they were."""
+"""Tickets of whole models without the channels that never matter: outputs stay equal."""
 
 import copy
 import logging
@@ -26,12 +26,12 @@ from tests.modeling.channels import assert_outputs, assert_same_tensors, randomi
 
 
 def plan_resnet(_):
-    """Never read; zero after batch norm and ReLU; zero after two layers; and one that looks dead but is not."""
+    """Channels that nothing reads, that are zero after ReLU or after two layers, and one that only looks dead."""
     zeroed = {
         "timm_model.layer1.0.conv2.weight": {1: [1, 3]},
         "timm_model.layer2.0.conv1.weight": {0: [0, 5]},
-        # The residual stream of layer 3, which its shortcut and its last convolution make, is read by layer 4 alone:
-        # it goes where nothing reads it, 7, and not where only one of its two readers does not, 8.
+        # Only layer 4, by two readers, reads the residual stream of layer 3, which a shortcut and a convolution make.
+        # Channel 7 goes, since neither reads it; channel 8 stays, since one reads it.
         "timm_model.layer4.0.conv1.weight": {1: [7, 8]},
         "timm_model.layer4.0.downsample.1.weight": {1: [7]},
     }
@@ -57,9 +57,9 @@ def plan_resnet(_):
 def plan_ghostnet(_):
     """Ghost modules concatenate channels and cheap copies of them; squeeze-excitation reads and scales them."""
     zeroed = {
-        # Both halves unread: 2 and its copy. One half unread: 3 stays.
+        # Nothing reads channel 2 and its copy, which go. The copy of channel 3 is read, so 3 stays.
         "timm_model.blocks.0.0.ghost2.primary_conv.0.weight": {1: [2, 8 + 2, 3]},
-        # Zero before squeeze-excitation, which is not pruned and reads everything: 4, 36 + 4. Shifted from zero: 5.
+        # Channels 4 and 36 + 4 are zero before squeeze-excitation, which reads everything. Channel 5 is not zero.
         "timm_model.blocks.3.0.conv_dw.weight": {0: [4, 36 + 4, 5, 36 + 5]},
     }
     norm = "timm_model.blocks.3.0.bn_dw"
@@ -80,7 +80,7 @@ def plan_ghostnet(_):
 
 
 def plan_vit(request):
-    """Hidden neurons go, by zero columns, or by zero rows if GELU of the bias is zero; residual streams never do."""
+    """Hidden neurons go for zero columns, or zero rows if GELU of the bias is zero; residual streams never go."""
     block = "vit.layers.1"
     zeroed = {
         f"{block}.mlp.fc1.weight": {0: [5, 6]},
@@ -128,7 +128,7 @@ def plan_t5(request):
 
 
 def plan_gpt2(request):
-    """Its layers hold their weights transposed, and its activation is made of several ops."""
+    """GPT-2 holds its weights transposed, and its activation consists of several operations."""
     block = "transformer.h.0.mlp"
     zeroed = {f"{block}.c_fc.weight": {1: [2]}, f"{block}.c_proj.weight": {0: [5]}}
     removed = {f"{block}.c_fc.weight": {1: [2, 5]}, f"{block}.c_fc.bias": {0: [2, 5]}}
@@ -182,7 +182,7 @@ def test_random_masks_on_a_residual_network(tiny_labels_model, fill_masks, keep)
                 nn.init.normal_(module.bias)
     model.norm_statistics.reset(model.backbone)
     for mask in (masks := fill_masks(model, keep=keep)):
-        for weight in mask:  # leaves a tenth of the channels nothing
+        for weight in mask:  # a tenth of the channels loses all weights
             weight[torch.rand(len(weight)) < 0.1] = False
     for route, mask in enumerate(masks):
         model.mask_bank[route] = mask
@@ -205,12 +205,12 @@ def test_nothing_to_remove_changes_nothing(tiny_labels_model, tmp_path):
     assert_same_tensors(AutoModelForImageClassification.from_pretrained(tmp_path).state_dict(), ticket.state_dict())
 
 
-# The ticket that comes out
+# The smaller ticket
 
 
 @pytest.fixture
 def pruned(tiny_membership_model, caplog):
-    """A model; the ticket of its second route, without a channel of the first block's first layer; what was logged."""
+    """A model, the ticket of its second route without a channel of the first layer of the first block, and the log."""
     model = tiny_membership_model.eval()
     mask = model.mask_bank["dog"]
     mask[model.mask_bank.weight_names.index("timm_model.layer1.0.conv2.weight")][:, 17] = False

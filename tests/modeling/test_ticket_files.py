@@ -1,4 +1,4 @@
-"""Tickets in files of their own: into any copy of their base, and into nothing else."""
+"""Tickets in files of their own, which any copy of their base can load, and no other model."""
 
 import json
 import math
@@ -18,7 +18,7 @@ ROUTES = ["ant", "bee", "cat"]
 
 
 def make_model(kind="timm", *, seed=0, keep=0.3, routes=ROUTES, **options):
-    """With random masks and, as after training, statistics of their own."""
+    """A model with random masks and, as after training, different statistics for each route."""
     generator = torch.Generator().manual_seed(seed)
     options = {"route_names": routes, "ticket_task": "labels", "seed": seed, "num_labels": 4, **options}
     if kind == "timm":
@@ -41,7 +41,7 @@ def make_model(kind="timm", *, seed=0, keep=0.3, routes=ROUTES, **options):
 
 
 def add_ticket(model, name, *, seed=1, keep=0.2):
-    """A ticket that keeps weights of its own beside those of the base, as one that was found later."""
+    """Adds a ticket that also keeps weights outside the base, as a ticket found later does."""
     generator = torch.Generator().manual_seed(seed)
     masks = [torch.rand(shape, generator=generator) < keep for shape in model.mask_bank.shapes]
     old = model.mask_bank.union()
@@ -65,18 +65,18 @@ def outputs(model, route, kind="timm"):
     return model(**inputs, route_ids=route).logits
 
 
-def state_of(model):
+def copy_state(model):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return state, model.config.to_dict(), list(model.route_names)
 
 
 def assert_unchanged(model, before):
-    state, config, route_names = state_of(model)
+    state, config, route_names = copy_state(model)
     assert config == before[1] and route_names == before[2] and state.keys() == before[0].keys()
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in state.items())
 
 
-# Into copies of the base
+# Loading into copies of the base
 
 
 @pytest.mark.parametrize("copy", ["full", "compact", "bfloat16", "float16", "bfloat16 and back"])
@@ -100,7 +100,7 @@ def test_tickets_added_to_a_copy_answer_as_where_they_were_made(kind, copy, tmp_
     assert user.load_tickets(tmp_path / "tickets") == ["dog"]
     assert user.route_names == [*ROUTES, "dog"] and user.config.added_routes == ["dog"]
     if copy == "bfloat16 and back":
-        # What the ticket brings has not been rounded.
+        # The weights that the ticket brings are not rounded.
         assert torch.isclose(outputs(user, "dog", kind), outputs(reference, "dog", kind), atol=0.05).all()
     else:
         assert torch.equal(outputs(user, "dog", kind), outputs(reference, "dog", kind))
@@ -108,7 +108,7 @@ def test_tickets_added_to_a_copy_answer_as_where_they_were_made(kind, copy, tmp_
         assert torch.equal(outputs(user, route, kind), before[route])
     for rows, own in zip(user.norm_statistics.rows, reference.norm_statistics.rows, strict=True):
         assert torch.equal(rows, own)
-    # And it is a model as any other.
+    # The model can be saved and loaded as any other.
     user.save_pretrained(tmp_path / "user", compact=True)
     again = RTLModel.from_pretrained(tmp_path / "user")
     assert all(torch.equal(outputs(again, route, kind), outputs(user, route, kind)) for route in (0, 1, 2, 3, -1))
@@ -168,7 +168,7 @@ def test_tickets_of_several_authors_meet_in_one_model(tmp_path):
     for name in ("dog", "eel"):
         author = RTLModel.from_pretrained(tmp_path / f"{name}-model")
         assert torch.equal(outputs(user, name), outputs(author, name))
-    # Those in the files of both are of the base, whatever was added to it.
+    # The files of both tickets name the same base, whatever was added to it.
     index = read_index(tmp_path / "eel")
     assert index["base"]["fingerprint"] == read_index(tmp_path / "dog")["base"]["fingerprint"]
     user.save_tickets(tmp_path / "both", ["dog", "eel"])
@@ -176,7 +176,7 @@ def test_tickets_of_several_authors_meet_in_one_model(tmp_path):
 
 
 def test_a_base_may_have_fewer_routes_than_its_author(tmp_path):
-    """Most tickets are kept apart from a small base: their weights come along."""
+    """Tickets outside a small base bring their weights along."""
     whole = make_model()
     whole.save_tickets(tmp_path / "tickets", ["bee", "cat"], base_routes=["ant"])
     small = make_model()
@@ -211,7 +211,7 @@ def test_what_is_in_the_files(tmp_path):
         rows = torch.cat([rows[route] for rows in model.mask_bank.packed])
         assert torch.equal(decode(ticket["coding"]["mask"], tensors["mask"], len(rows)), rows)
         assert ticket["kept"] == int(model.mask_bank.count()[route]) and ticket["added"] == 0
-    # A later save leaves nothing of this one.
+    # A later save removes these files.
     model.save_tickets(folder, [1])
     assert {file.name for file in folder.iterdir()} == {"tickets.json", "ticket-000.safetensors"}
     assert [ticket["name"] for ticket in read_index(folder)["tickets"]] == ["bee"]
@@ -221,7 +221,7 @@ def test_a_page_of_tickets_follows_them_and_keeps_what_a_user_wrote(tmp_path):
     model = make_model()
     index = model.save_tickets(tmp_path)
     file = tmp_path / "README.md"
-    assert not file.exists()  # only a push makes a page
+    assert not file.exists()  # only a push makes a card
 
     page = tickets_page(index, b"---\nlicense: mit # yes\n---\n# Mine\n", repo_id="ann/more").decode()
     assert page.startswith("---\nlicense: mit # yes\n") and "\n---\n# Mine\n\n<!-- hf_rtl: begin" in page
@@ -275,7 +275,7 @@ def test_a_ticket_takes_about_a_bit_per_weight_and_less_where_it_is_sparse(keep,
         assert bits < 1.05 and bits < 1.1 * entropy
 
 
-# What is refused: nothing changes
+# Refused tickets, which change nothing
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_another_base_is_refused_naming_what_differs(change, tensor, dtype, tmp_
         changed = change(user)
         position = int(make_model().mask_bank["bee"][3].view(-1).nonzero()[0]) if tensor is None else 0
         changed.view(-1)[position] += 1
-    before = state_of(user)
+    before = copy_state(user)
     with pytest.raises(ValueError, match=rf"from another base than this model: .* 1 tensor\(s\) differ \({name}\)"):
         user.load_tickets(tmp_path)
     assert_unchanged(user, before)
 
 
-def test_weights_that_the_ticket_does_not_read_may_differ(tmp_path):
+def test_weights_that_the_ticket_prunes_may_differ(tmp_path):
     make_model().save_tickets(tmp_path, ["bee"])
     user = make_model(routes=["ant", "wasp", "cat"])
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_tickets_that_want_other_values_in_the_same_place_are_refused(tmp_path):
         author.save_tickets(tmp_path / name, [name])
     user = RTLModel.from_pretrained(tmp_path / "base")
     user.load_tickets(tmp_path / "dog")
-    before = state_of(user)
+    before = copy_state(user)
     with pytest.raises(
         ValueError, match="'eel' brings .* weights of .* another ticket of this model keeps with other"
     ):
@@ -341,7 +341,7 @@ def test_tickets_that_want_other_values_in_the_same_place_are_refused(tmp_path):
     assert torch.equal(outputs(user, "eel"), outputs(user, "eel-2"))
 
 
-def test_so_are_those_that_contradict_each_other_within_a_folder(tmp_path):
+def test_tickets_of_one_folder_that_contradict_each_other_are_refused(tmp_path):
     make_model(keep=0.1).save_pretrained(tmp_path / "base")
     for seed, name in enumerate(["dog", "eel"]):
         author = RTLModel.from_pretrained(tmp_path / "base")
@@ -351,7 +351,7 @@ def test_so_are_those_that_contradict_each_other_within_a_folder(tmp_path):
     eel = {**read_index(tmp_path / "eel")["tickets"][0], "file": "ticket-001.safetensors"}
     damaged_index(tmp_path / "dog", lambda index: index["tickets"].append(eel))
     user = RTLModel.from_pretrained(tmp_path / "base")
-    before = state_of(user)
+    before = copy_state(user)
     with pytest.raises(ValueError, match="'eel' brings .* weights"):
         user.load_tickets(tmp_path / "dog")
     assert_unchanged(user, before)
@@ -374,7 +374,7 @@ def test_other_kinds_of_models_are_refused(tmp_path):
 def test_names_in_conflict_are_an_error_that_shows_the_call(tmp_path):
     model = make_model()
     model.save_tickets(tmp_path)
-    before = state_of(model)
+    before = copy_state(model)
     with pytest.raises(ValueError, match=r"has a route 'ant' already.*`rename=\{'ant': 'ant-2'\}`"):
         model.load_tickets(tmp_path)
     with pytest.raises(ValueError, match=r"has a route 'bee' already"):
@@ -422,7 +422,7 @@ def test_a_damaged_or_newer_index_is_refused(change, message, tmp_path):
     make_model().save_tickets(tmp_path)
     damaged_index(tmp_path, change)
     user = make_model(routes=["x", "y", "z"])
-    before = state_of(user)
+    before = copy_state(user)
     with pytest.raises(ValueError, match=message):
         user.load_tickets(tmp_path, ["ant"])
     assert_unchanged(user, before)
@@ -471,7 +471,7 @@ def test_damaged_files_are_refused(tmp_path):
     file = tmp_path / "tickets" / "ticket-001.safetensors"
     whole = file.read_bytes()
     user = make_model(routes=["x", "y", "z"])
-    before = state_of(user)
+    before = copy_state(user)
     flipped = bytearray(whole)
     flipped[-1] ^= 1
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -479,7 +479,7 @@ def test_damaged_files_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="ticket-001.safetensors of .* is damaged"):
             user.load_tickets(tmp_path / "tickets")
-    save_file(tensors, file)  # whole, but without the hash that we write
+    save_file(tensors, file)  # whole, but without the hash that hf_rtl writes
     with pytest.raises(ValueError, match="ticket-001.safetensors of .* is damaged"):
         user.load_tickets(tmp_path / "tickets")
     assert_unchanged(user, before)
@@ -508,7 +508,7 @@ def test_bad_arguments_of_saving_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Routes of a model
+# Adding and dropping routes
 
 
 def test_routes_come_and_go(tmp_path):
@@ -529,7 +529,7 @@ def test_routes_come_and_go(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = RTLModel.from_pretrained(tmp_path)
     assert loaded.route_names == ["ant", "cat", "new"] and torch.equal(outputs(loaded, "new"), before["cat"])
-    unchanged = state_of(model)
+    unchanged = copy_state(model)
     with pytest.raises(ValueError, match="'ant' more than once"):
         model.append_ticket("ant", model.mask_bank["cat"], statistics=[row[2] for row in rows])
     with pytest.raises(ValueError, match="`masks` has 1 tensors, expected"):
@@ -550,7 +550,7 @@ def test_the_last_route_stays():
     assert model.route_names == ["only"]
 
 
-# Which base a model is
+# The base of a model
 
 
 def test_the_base_is_known_after_casts_and_compaction_and_not_after_training(tmp_path):
@@ -565,7 +565,7 @@ def test_the_base_is_known_after_casts_and_compaction_and_not_after_training(tmp
     back.save_pretrained(tmp_path / "back")
     for copy in (cast, back, RTLModel.from_pretrained(tmp_path / "back")):
         assert copy.config.base == base
-    # A weight of no ticket is no part of it; one that a ticket keeps is, and so is one that no mask covers.
+    # The base has the weights that a ticket keeps or that no mask covers, but not those that all tickets prune.
     outside, inside, dense = (make_model(keep=0.1) for _ in range(3))
     union = model.mask_bank.union()[0]
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Tests of `recipes/`: functions by themselves, and the commands in processes of their own (`commands.py`)."""
+"""Tests of `recipes/`: single functions, and the commands in child processes (`commands.py`)."""

@@ -1,4 +1,4 @@
-"""The commands of recipes/ in processes of their own."""
+"""The commands of recipes/ in child processes."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ RECIPES = ROOT / "recipes"
 
 
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    """A command of recipes/, finished. `check`: that it succeeded."""
+    """Runs a command of recipes/ to its end. `check`: whether it must succeed."""
     return run_script(RECIPES / script, *arguments, check=check, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")

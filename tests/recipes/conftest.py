@@ -1,4 +1,4 @@
-"""What several tests of recipes use."""
+"""Fixtures of several tests of recipes."""
 
 from __future__ import annotations
 

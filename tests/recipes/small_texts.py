@@ -1,4 +1,4 @@
-"""Texts of a few words with their domain and sentiment, and an encoder that knows these words."""
+"""Texts of two words with their domain and sentiment, and a tiny encoder for these words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOMAINS = {"film": ["film", "plot"], "gear": ["phone", "cable"]}
 
 
 def sentences(number: int, seed: int, **columns: list) -> datasets.Dataset:
-    """Sentences of two words with a sentiment from -2.5 to 2.5; two of three are of films."""
+    """Sentences of two words with a sentiment from -2.5 to 2.5; two of three have the domain film."""
     generator = np.random.default_rng(seed)
     rows: dict[str, list] = {"text": [], "domain": [], "sentiment": []}
     for index in range(number):

@@ -31,7 +31,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """`call(*arguments)` is what is printed."""
+    """`call(*arguments)` returns the output."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
@@ -81,9 +81,9 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
             assert point["depths"][depth] == pytest.approx(sum(pairs) / 3)
         assert f"{expected.similarity.mean():.3f}" in printed and f"{expected.excess.mean():.3f}" in printed
         assert f"{np.mean(list(point['metric'].values())):.3f}" in printed
-    assert found["points"][0]["metric"] == dict.fromkeys(ROUTES)  # an event is not evaluated
+    assert found["points"][0]["metric"] == dict.fromkeys(ROUTES)  # events without a round are not evaluated
     assert found["class_similarity"] == matrix.tolist()
-    assert found["order"] in (["bee", "ant", "cat"], ["cat", "ant", "bee"])  # neighbours are alike
+    assert found["order"] in (["bee", "ant", "cat"], ["cat", "ant", "bee"])  # similar routes are neighbours
     order = [ROUTES.index(name) for name in found["order"]]
     masks = torch.tensor(expected.jaccard[np.ix_(order, order)])
     for name, values, label in (
@@ -122,7 +122,7 @@ def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call
     assert [point["masks"] for point in json.loads(file.read_text())["points"]] == ROUNDS
     call(tmp_path / "run", "--extraction_dir", tmp_path / "elsewhere")
     assert len(json.loads(file.read_text())["points"]) == 5
-    # A run that is still going on: the fourth event lacks a route.
+    # The run has not finished the fourth event, which lacks a route.
     next((tmp_path / "elsewhere" / "event-003").iterdir()).unlink()
     call(tmp_path / "run", "--extraction_dir", tmp_path / "elsewhere")
     assert len(json.loads(file.read_text())["points"]) == 3
@@ -158,7 +158,7 @@ def test_what_cannot_be_analysed_is_refused(finished_run, tmp_path, refused):
     assert not (tmp_path / "run" / "analysis").exists()
 
 
-def test_routes_that_are_alike_are_neighbours():
+def test_similar_routes_are_neighbours():
     similarity = np.full((6, 6), 0.1)
     for group in ((0, 3), (1, 4), (2, 5)):
         similarity[np.ix_(group, group)] = 0.9

@@ -1,4 +1,4 @@
-"""`recipes/baselines.py`: all methods on a small run, how a plain network is scored, and the tables."""
+"""`recipes/baselines.py`: all methods on a small run, the scores of a plain network, and the tables."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_tickets_are_compared_over_seeds(
     assert all(line["bal. acc."] in printed for line in results["decisions"])
     assert results["costs"][-1]["bytes"] == of["competing"]["footprint"]["total_bytes"]
 
-    # Nothing is trained twice, and the same comes out.
+    # Repeated, the command trains nothing and gives the same results.
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/round-*/model.safetensors")}
     files |= {file: file.stat().st_mtime_ns for file in tmp_path.glob("run/seed-0/*/sparsity-*.json")}
     baselines.main()

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, on small cases; what they measure is not tested."""
+"""The arithmetic of the benchmarks, on small cases; the measured times are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`recipes/claims.py`: the page of claims is made of the results of the cards."""
+"""`recipes/pages/claims.py`: docs/claims.md is made of the results of the cards."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from pages import claims
 
 
-def test_the_page_is_what_the_results_say():
+def test_the_page_of_claims_follows_from_the_results():
     assert claims.CLAIMS.read_text() == claims.render()
 
 
-def test_cells_are_found_by_what_their_line_is_called(tmp_path, monkeypatch):
+def test_cells_are_found_by_the_name_of_their_line(tmp_path, monkeypatch):
     results = {
         "num_test": 4000,
         "figures": [
@@ -32,7 +32,7 @@ def test_cells_are_found_by_what_their_line_is_called(tmp_path, monkeypatch):
     template.write_text("{some[figures][a, b 90%][bytes]}")
     with pytest.raises(KeyError, match="a, b 90%"):
         claims.render()
-    # What two lines share is not the name of one.
+    # A name that two lines share stands for neither.
     (tmp_path / "some-results.json").write_text(json.dumps({"figures": [{"method": "a", "bytes": n} for n in (1, 2)]}))
     template.write_text("{some[figures][a][bytes]}")
     with pytest.raises(KeyError, match="'a'"):

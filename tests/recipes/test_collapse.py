@@ -1,4 +1,4 @@
-"""`recipes/collapse.py`: what it counts, on trajectories that are known, and as a whole on a small run."""
+"""`recipes/collapse.py`: its counts on known trajectories, and the whole command on a small run."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ SHAPES = [(40, 30), (1000,), (60, 40)]
 
 
 def magnitude_run(alike=0.8):
-    """Magnitude pruning of weights that share a part of their values: nothing collapses."""
+    """Magnitude pruning of weights that share a part of their values, without a collapse."""
     generator = torch.Generator().manual_seed(0)
     shared = [torch.randn(shape, generator=generator) for shape in SHAPES]
     weights = [
@@ -36,29 +36,29 @@ def magnitude_run(alike=0.8):
         masks = {name: prune(own, full, num_kept=num_kept) for name, own in zip(ROUTES, weights, strict=True)}
         bank = MaskBank.from_masks(["a.weight", "b.weight", "c.weight"], masks)
         points.append(Point(f"{sparsity}", bank, ticket_similarity(bank), {"metrics": {"eval_constant_tickets": 2.0}}))
-    figures = np.tile(np.linspace(0.9, 0.8, len(points))[:, None], len(ROUTES))
-    figures = figures - 0.01 * np.arange(len(ROUTES))
-    return Run("global", 0, points, figures, detect_collapse([point.similarity for point in points]))
+    values = np.tile(np.linspace(0.9, 0.8, len(points))[:, None], len(ROUTES))
+    values = values - 0.01 * np.arange(len(ROUTES))
+    return Run("global", 0, points, values, detect_collapse([point.similarity for point in points]))
 
 
 @pytest.mark.parametrize(
-    ("figures", "expected"),
+    ("values", "expected"),
     [
         ([0.8] * 10, None),
         ([0.8] * 8 + [0.7, 0.7], 0.9),
-        ([0.8] * 8 + [0.76, 0.74], 0.95),  # a little lower is no fall
-        ([0.8] * 5 + [0.7, 0.8, 0.8, 0.7, 0.6], 0.9),  # what recovers was none
+        ([0.8] * 8 + [0.76, 0.74], 0.95),  # The first of these is too small for a fall.
+        ([0.8] * 5 + [0.7, 0.8, 0.8, 0.7, 0.6], 0.9),  # A drop that recovers is no fall.
         ([0.8] * 5 + [0.7] * 4 + [0.8], None),
-        ([0.9, 0.7, 0.8, 0.8, 0.8] + [0.7] * 5, 0.6),  # below the mean, not the best, of mild sparsities
-        ([0.8, np.nan] * 4 + [np.nan, 0.7], 0.95),  # not all masks are retrained
+        ([0.9, 0.7, 0.8, 0.8, 0.8] + [0.7] * 5, 0.6),  # relative to the mean of mild sparsities, not to the best
+        ([0.8, np.nan] * 4 + [np.nan, 0.7], 0.95),  # NaN: masks that were not retrained
     ],
 )
-def test_a_fall_is_one_that_stays(figures, expected):
-    assert fall(SPARSITIES, np.array(figures)) == expected
+def test_a_fall_is_one_that_stays(values, expected):
+    assert fall(SPARSITIES, np.array(values)) == expected
 
 
 def test_alarms_and_falls_are_counted_together():
-    """Alarm before, at and after the fall, and each without the other; two seeds."""
+    """Alarms before, at and after the fall, and each without the other, for two seeds."""
     run = magnitude_run()
     change = Change(point=7, sparsity=SPARSITIES[7], direction="up", before=0.0, expected=0.0, found=0.1)
     fallen = [0.8] * 8 + [0.6] * 2
@@ -94,16 +94,16 @@ def test_points_are_shown_with_their_reports():
     run = magnitude_run()
     rows = points_rows(run)
     assert [row["sparsity"] for row in rows] == pytest.approx(SPARSITIES, abs=1e-3)
-    for row, point, figures in zip(rows, run.points, run.figures, strict=True):
+    for row, point, values in zip(rows, run.points, run.values, strict=True):
         assert row["similarity"] == pytest.approx(point.similarity.jaccard[np.triu_indices(4, 1)].mean())
         assert row["excess"] == pytest.approx(row["similarity"] - row["chance"])
-        assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(figures.mean())
-        assert row["worst"] == figures[3] < figures[:3].min()
+        assert row["constant tickets"] == 2 and row["bal. acc."] == pytest.approx(values.mean())
+        assert row["worst"] == values[3] < values[:3].min()
     run.points[3].report = None
     assert points_rows(run) == rows[:3] + rows[4:]
 
 
-def test_masks_that_tell_nothing_raise_no_alarm_and_those_of_a_collapse_do(monkeypatch):
+def test_alarms_on_meaningless_masks_are_counted(monkeypatch):
     run = magnitude_run()
     assert run.changes == {}
     rows = list(false_alarms(run, 3))
@@ -111,12 +111,12 @@ def test_masks_that_tell_nothing_raise_no_alarm_and_those_of_a_collapse_do(monke
         ("random", 0, 12),
         ("layer-shuffled", 0, 12),
     ]
-    # Alarms of two tickets in each run would be counted.
+    # Alarms of two tickets in each run are counted.
     seen = []
     monkeypatch.setattr(collapse, "detect_collapse", lambda points: seen.append(points) or {"cat": 1, "owl": 1})
     rows = list(false_alarms(run, 3))
     assert [(row["runs with an alarm"], row["tickets with an alarm"]) for row in rows] == [(3, 6), (3, 6)]
-    # Neither the tickets of a run nor the runs have the same masks.
+    # Masks differ between the tickets of a run and between runs.
     similarities = [points[4].jaccard[np.triu_indices(4, 1)] for points in seen]
     assert all(values.max() < 0.5 for values in similarities)
     assert len({tuple(values) for values in similarities}) == 6
@@ -127,19 +127,19 @@ def test_planted_collapses_are_found_if_they_are_large(direction):
     run = magnitude_run()
     assert planted(run, direction, 1.0) == ["at once"] * 4
     assert planted(run, direction, 0.0) == [None] * 4
-    short = replace(run, points=run.points[:5], figures=run.figures[:5])  # it does not come to 70 %
+    short = replace(run, points=run.points[:5], values=run.values[:5])  # it does not reach 70 %
     expected = {"planted": direction, "of all positions": "100%", "tickets": 8, "found at once": 8}
     assert {**expected, "found later": 0, "alarm before": 0} in planted_rows([run, short, run])
 
 
 def test_alarms_before_the_collapse_and_the_wrong_way_are_not_hits(monkeypatch):
-    at = {"cat": (6, "up"), "dog": (6, "down"), "owl": (5, "up")}  # it is planted in the seventh point
+    at = {"cat": (6, "up"), "dog": (6, "down"), "owl": (5, "up")}  # the collapse is planted at point 6
     changes = {name: Change(point, 0.7, way, before=0.0, expected=0.0, found=0.1) for name, (point, way) in at.items()}
     monkeypatch.setattr(collapse, "detect_collapse", lambda points: changes)
     assert planted(magnitude_run(), "up", 0.5) == ["at once", "later", "before", None]
 
 
-def test_what_would_end_the_command_after_training_ends_it_before(tmp_path, monkeypatch):
+def test_bad_arguments_end_the_command_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(RTLTrainer, "train", lambda self: pytest.fail("trained"))
     folder = str(tmp_path / "out")
     for arguments, said in (

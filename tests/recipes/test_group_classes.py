@@ -22,7 +22,7 @@ def test_a_name_is_the_mean_of_its_own_tokens(encoder: str) -> None:
     found = group_classes.embed(names, encoder)
     tokenizer, model = make_tokenizer(), BertModel.from_pretrained(encoder).eval()
     for name, embedding in zip(["good film", "plot", "so fine phone"], found, strict=True):
-        tokens = tokenizer(name, return_tensors="pt")  # alone, so that nothing is padded
+        tokens = tokenizer(name, return_tensors="pt")  # alone, without padding
         assert tokens["input_ids"].shape[1] == len(name.split()) + 2
         with torch.no_grad():
             expected = model(input_ids=tokens["input_ids"]).last_hidden_state[0].double().mean(dim=0)

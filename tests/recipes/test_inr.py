@@ -58,11 +58,11 @@ def test_psnr_of_known_answers() -> None:
     assert psnr(target + 0.1, target) == pytest.approx(20, abs=1e-4)
     assert psnr(target - 0.01, target) == pytest.approx(40, abs=1e-3)
     assert psnr(target, target) == math.inf
-    # One pixel of 50 is wrong by all there is, in one channel: the mean is over pixels and channels.
+    # One channel of one of 50 pixels is wrong by 1: the mean is over pixels and channels.
     black, spot = np.zeros((50, 3), dtype=np.float32), np.zeros((50, 3), dtype=np.float32)
     spot[7, 1] = 1
     assert psnr(spot, black) == pytest.approx(10 * math.log10(150))
-    # What nobody can show is no error.
+    # Values outside [0, 1] are clamped, and so are no error.
     assert psnr(spot - 3 * (1 - spot), spot) == math.inf
 
 
@@ -88,7 +88,7 @@ def test_stray_and_unlabelled_pixels_get_the_nearest_region() -> None:
         expected[y, x] = cleaned[y, x]
     assert np.array_equal(cleaned, expected)
     assert cleaned[1, 1] == 1 and cleaned[3, 7] == 2
-    # 0 is a region like others where nothing says that it is not; what is large enough stays.
+    # 0 is a region like the others unless it means unlabelled; regions that are large enough stay.
     assert np.array_equal(clean_regions(planted, unlabelled=None, smallest=0.0), planted)
     assert set(np.unique(clean_regions(planted, unlabelled=None, smallest=2 / 32))) == {0, 1, 2}
     with pytest.raises(ValueError, match=r"no region has 90.0% of the image, the least that --smallest_region keeps"):
@@ -113,7 +113,7 @@ def test_folders_of_images_and_of_parquet_files_are_read_alike(folder: Path, tmp
             assert np.array_equal(scene.image, image)
             assert [int(name.split()[1]) for name in scene.region_names] == sorted(set(regions.flatten().tolist()))
             assert np.array_equal(np.unique(regions)[scene.regions], regions)
-    # In this source 0 is no region.
+    # In this source, 0 means unlabelled.
     (halves, _) = load_scenes(SceneArguments(dataset=str(folder), unlabelled_in=[folder.name]))
     assert halves.region_names == ["region 4"] and not halves.regions.any()
     (small,) = load_scenes(SceneArguments(dataset=str(folder), names=["halves"], image_size=4))
@@ -146,7 +146,7 @@ def test_pixels_are_points_with_colours() -> None:
     assert batch["class_ids"].tolist() == [2, 0] and batch["route_ids"].tolist() == [6, 0]
     assert set(Pixels(scene).collate([pixels[0]])) == {"coordinates", "labels"}
     assert [pixels[index]["region"] for index in range(len(pixels))] == [0, 0, 1, 1, 0, 2, 2, 1]
-    # Every region has as many; those of the smallest come again.
+    # Every region has equally many samples; pixels of the smallest repeat.
     balanced = pixels.balanced()
     assert sorted(balanced[index]["pixel"] for index in range(len(balanced))) == [0, 1, 2, 3, 4, 5, 5, 6, 7]
     assert all(balanced[index] == pixels[balanced[index]["pixel"]] for index in range(9)) and len(pixels) == 8
@@ -188,7 +188,7 @@ def models(output_dir: Path, report: dict[str, Any]) -> Path:
     return output_dir / "rate-0.01-seed-0" / report["image"] / name
 
 
-def test_every_figure_is_that_of_the_saved_model(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
+def test_reported_metrics_are_those_of_the_saved_models(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
     output_dir, found = results
     assert len(found["reports"]) == 2 * (2 + 2 + 2 + 2 + 1)
     scenes = {scene.name: scene for scene in load_scenes(SceneArguments(dataset=str(folder)))}
@@ -214,7 +214,7 @@ def test_every_figure_is_that_of_the_saved_model(results: tuple[Path, dict[str, 
         squared = [error for of_region in errors.values() for error in of_region]
         assert report["psnr"] == pytest.approx(-10 * math.log10(sum(squared) / len(squared)), abs=2e-3)
         assert report["pixels_of_regions"] == [len(errors[region]) // 3 for region in sorted(errors)]
-        # Bytes, counted anew.
+        # The bytes are counted here again.
         assert report["union"] == sum(
             int(
                 np.logical_or.reduce(
@@ -233,7 +233,7 @@ def png_optimised(regions: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_methods_differ_in_their_masks_and_spend_as_much(results: tuple[Path, dict[str, Any]]) -> None:
+def test_methods_differ_in_their_masks_and_spend_equally_much(results: tuple[Path, dict[str, Any]]) -> None:
     output_dir, found = results
     for image, num_regions in (("halves", 2), ("thirds", 3)):
         of_image = {(r["method"], r["at"]): r for r in found["reports"] if r["image"] == image}
@@ -246,7 +246,7 @@ def test_methods_differ_in_their_masks_and_spend_as_much(results: tuple[Path, di
             assert arguments["extraction_steps"] == (2 if method == "RTL" else 2 * num_regions)
         for name, tensor in weights["RTL"].items():
             assert torch.equal(tensor, weights["IMP single"][name])
-        # What was trained on, as many samples as there are: regions of one size are balanced already.
+        # The samples trained on are the same only if regions have one size, as these are balanced already.
         samples = [
             json.loads((models(output_dir, of_image[method, 0.5]) / "run.json").read_text())["configuration"][
                 "route_ids"
@@ -306,7 +306,7 @@ def test_tables_are_of_the_reports(results: tuple[Path, dict[str, Any]]) -> None
 
 
 def spearman(one: list[float], other: list[float]) -> float:
-    """The correlation of ranks; equal values have the mean of their ranks."""
+    """Spearman's correlation; equal values have the mean of their ranks."""
     ranks = [
         [sum(x < y for x in values) + (sum(x == y for x in values) - 1) / 2 for y in values] for values in (one, other)
     ]

@@ -1,4 +1,4 @@
-"""The runs of several methods with one seed: which are trained, when, and what is said of them."""
+"""The runs of several methods with one seed: which are trained, when, and their reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.methods import DENSE, SINGLE, SINGLE_UNION, SeedRuns, file_name
 
 
 class CountedTrainer:
-    """Stands for a trainer of two events a round: its tickets keep 60 of 100 weights together, then 40."""
+    """Stands for a trainer with two events per round; the union of its tickets has 60 of 100 weights, then 40."""
 
     def __init__(self, args: RTLTrainingArguments, log: list[str]) -> None:
         self.args, self._log, self.rounds = args, log, []
@@ -40,11 +40,11 @@ class CountedRuns(SeedRuns):
         return CountedTrainer(self.arguments(method, target_sparsity=self.sparsities(method)), self.log)
 
 
-def test_a_method_is_trained_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_method_is_trained_once_at_its_first_use(tmp_path: Path) -> None:
     runs = CountedRuns(tmp_path)
     assert runs.num_weights == 100 and runs.log == []
     assert [runs.trained(SINGLE) is runs.trained(SINGLE), runs.log] == [True, ["IMP-single"]]
-    # The union of tickets takes their run first.
+    # The union of the tickets needs their run first.
     reports = list(runs.reports(SINGLE_UNION))
     assert runs.log == ["IMP-single", "RTL-own", "IMP-single-union"]
     assert runs.trained(SINGLE_UNION).args.target_sparsity == pytest.approx([0.4, 0.6])
@@ -66,7 +66,7 @@ def test_reports_say_what_was_spent_until_then(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
+def test_measurements_are_read_back(tmp_path: Path) -> None:
     runs = CountedRuns(tmp_path)
     assert runs.measured("IMP multiple", 0.5, lambda: {"accuracy": 0.25}) == {"accuracy": 0.25}
     assert runs.measured("IMP multiple", 0.5, lambda: pytest.fail("measured again")) == {"accuracy": 0.25}

@@ -1,4 +1,4 @@
-"""`recipes/pages/card.py`: the cards of the repository are made of the results that are kept beside them."""
+"""`recipes/pages/card.py`: the cards of the repository are made of the results beside them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pages.card import MODEL_CARDS, render
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (MODEL_CARDS / "templates").glob("*.md")))
-def test_cards_are_what_their_results_say(name: str) -> None:
+def test_cards_follow_from_their_results(name: str) -> None:
     assert (MODEL_CARDS / f"{name}.md").read_text() == render(name)
 
 
 def runs_of_cards() -> list[tuple[str, str]]:
-    """The names of the cards that show runs, each with those of its runs; benchmarks have `figures` instead."""
+    """(name of a card, name of its run) for all runs of cards; benchmarks have `figures` instead of runs."""
     files = sorted(MODEL_CARDS.glob("*-results.json"))
     results = {file.name.removesuffix("-results.json"): json.loads(file.read_text()) for file in files}
     return [(name, run) for name, runs in results.items() if "figures" not in runs for run in runs]
 
 
 @pytest.mark.parametrize(("name", "run_name"), runs_of_cards())
-def test_the_kept_model_cards_are_of_the_kept_results(name: str, run_name: str) -> None:
+def test_the_kept_model_cards_follow_from_the_kept_results(name: str, run_name: str) -> None:
     kept = "-".join([name, *run_name.split()])
     model_card = ModelCard.load(MODEL_CARDS / f"{kept}-model-card.md")
     last = json.loads((MODEL_CARDS / f"{name}-results.json").read_text())[run_name]["rounds"][-1]

@@ -1,4 +1,4 @@
-"""The networks that tickets are compared with: they share what they should, and nothing else."""
+"""The baselines of tickets: networks that share what they should, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKBONE = "test_resnet"
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> RTLTrainer:
-    """After a short run on a part of the digits, in two groups."""
+    """A trainer after a short run on a part of the digits, in two groups."""
     folder = tmp_path_factory.mktemp("controls")
     groups = folder / "groups.yaml"
     groups.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
@@ -45,7 +45,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> RTLTrainer:
     return made
 
 
-def tickets_of(trainer: RTLTrainer) -> list[list[torch.Tensor]]:
+def read_tickets(trainer: RTLTrainer) -> list[list[torch.Tensor]]:
     return [trainer.model.mask_bank[route] for route in range(2)]
 
 
@@ -54,13 +54,13 @@ def auroc(metrics: dict[str, float]) -> tuple[float, float]:
 
 
 def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTrainer) -> None:
-    test, tickets = trainer.eval_dataset, tickets_of(trainer)
+    test, tickets = trainer.eval_dataset, read_tickets(trainer)
     odd, even = auroc(independent_metrics(trainer, test, tickets, round_index=0))
     full = [torch.ones_like(mask) for mask in tickets[1]]
     same_odd, other_even = auroc(independent_metrics(trainer, test, [tickets[0], full], round_index=0))
     assert same_odd == odd and other_even != even
 
-    # The first by a plain loop over the batches of its route, on a masked copy of θ0.
+    # A plain loop trains the first network on the batches of its route, from a masked copy of θ0.
     from hf_rtl.modeling.files import read_tensors
 
     network = copy.deepcopy(trainer.model.backbone)
@@ -95,12 +95,12 @@ def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTra
 
 
 def test_one_network_for_all_has_one_mask(trainer: RTLTrainer) -> None:
-    test, mask = trainer.eval_dataset, tickets_of(trainer)[0]
+    test, mask = trainer.eval_dataset, read_tickets(trainer)[0]
     dense = one_vs_rest(trainer, test, BACKBONE)
     full = one_vs_rest(trainer, test, BACKBONE, masks=[torch.ones_like(part) for part in mask])
     masked = one_vs_rest(trainer, test, BACKBONE, masks=mask)
     assert dense == full != masked
-    # Each logit has learned its own route.
+    # Each logit learns its own route.
     assert min(auroc(dense)) > 0.65
     nothing = one_vs_rest(trainer, test, BACKBONE, masks=[torch.zeros_like(part) for part in mask])
     assert auroc(nothing) == (0.5, 0.5)

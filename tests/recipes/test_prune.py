@@ -1,4 +1,4 @@
-"""`recipes/prune.py` on images, and what looks at its runs: `evaluate.py`, `verify.py` and the pages."""
+"""`recipes/prune.py` on images, and the modules that read its runs: `evaluate.py`, `verify.py` and the pages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.recipes.commands import RECIPES, run
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`run_here(script, *arguments)` is the exit status; a new process would import everything first."""
+    """`run_here(script, *arguments)` returns the exit status, in this process, which has imported everything."""
 
     def run_here(script: str, *arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -122,7 +122,7 @@ def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
         *("--target_sparsity", 0.3, "--num_train_epochs", 1, "--extraction_steps", 1),
         *("--max_train_samples", 300, "--max_test_samples", 60),
     ).stdout
-    # Without being asked to, since no table says much without a dense model.
+    # By default a dense model is trained too, since tickets must be compared with one.
     assert [control["method"] for control in json.loads((folder / "results.json").read_text())["controls"]] == [
         "dense one-vs-rest"
     ]

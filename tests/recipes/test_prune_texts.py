@@ -1,4 +1,4 @@
-"""`recipes/prune.py` on texts, and what looks at its runs: a tiny encoder and a few dozen sentences."""
+"""`recipes/prune.py` on texts, and the modules that read its runs: a tiny encoder and a few dozen sentences."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_texts_become_tokens_classes_and_routes(tmp_path: Path) -> None:
 
 def test_labels_without_bounds_are_classes(tmp_path: Path) -> None:
     train = sentences(6, 0, label=["yes", "no", "no"] * 2)
-    # The test data lack a class: the ids are those of the training data all the same.
+    # The test data lack a class, but still have the ids of the training data.
     folder = save_data(tmp_path / "data", train, sentences(3, 1, label=["yes"] * 3))
     loaded, test = load(arguments(folder, label_column="label", class_bounds=[], class_names=[]))
     assert loaded.features["label"].names == test.features["label"].names == ["no", "yes"]
     assert loaded["label"][:3] == [1, 0, 0] and test["label"][:] == [1, 1, 1]
 
 
-def test_a_part_of_the_data_is_as_much_of_each_route_in_training(tmp_path: Path) -> None:
+def test_a_part_of_the_training_data_has_equally_many_samples_of_each_route(tmp_path: Path) -> None:
     folder = save_data(tmp_path / "data", sentences(60, 0), sentences(60, 1))
     train, test = load(arguments(folder, max_train_samples=20, max_test_samples=30))
     assert np.bincount(train["domain"]).tolist() == [10, 10]
@@ -97,7 +97,7 @@ def test_bad_data_are_refused_by_name(tmp_path: Path, change: dict, message: str
 
 
 def prune_texts(encoder: str, folder: Path, *arguments: object) -> Path:
-    """The folder of a small run, as the configuration of the sentiment domains makes it."""
+    """The folder of a small run with the configuration of the sentiment domains."""
     data = save_data(folder / "data", sentences(120, 0), sentences(30, 1))
     config = Path(prune.__file__).parent / "configs" / "sentiment.yaml"
     command = ["prune.py", "--config", config, "--dataset", data, "--backbone", encoder]
@@ -117,7 +117,7 @@ def text_run(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("arguments", "others"), [((), ["dense"]), (("--no_dense",), [])])
-def test_a_text_run_has_a_dense_model_beside_it_unless_told_otherwise(
+def test_a_text_run_has_a_dense_model_unless_refused(
     encoder: str, tmp_path: Path, arguments: tuple[str, ...], others: list[str]
 ) -> None:
     run = prune_texts(encoder, tmp_path, "--sanity", False, "--target_sparsity", 0.5, *arguments)
@@ -141,7 +141,7 @@ def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_r
         ("single mask", 0.5),
         ("single mask", 0.75),
     ]
-    # 72 of 80 samples are trained on, 36 of each domain: 5 batches of 8 each.
+    # Training has 72 of 80 samples, 36 of each domain: 5 batches of 8 each.
     assert {report["steps"] for report in [*results["rounds"], *results["controls"]]} == {10}
     total = results["controls"][1]["union"]
     for line, report in zip(results["table"], [*results["rounds"], *results["controls"]], strict=True):
@@ -182,7 +182,7 @@ def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
     assert len(evaluated) == 3 and compare(evaluated, results) == []
 
 
-def test_verify_claims_nothing_of_wrong_routes(
+def test_verify_skips_the_check_of_wrong_routes(
     text_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["verify.py", str(text_run)])
@@ -212,7 +212,7 @@ def test_runs_of_several_seeds_become_a_card_of_means(
     lines = (tmp_path / "text.md").read_text().splitlines()
     assert lines[0] == "seeds 0, 1"
     overall, by_route = (line for line in lines if re.match(r"\| RTL +\| 50%", line))
-    # The sample standard deviation of two values is their distance over the root of two.
+    # The sample standard deviation of two values is their difference over √2.
     assert f"| {first + 0.125:.3f} ± {0.25 / 2**0.5:.3f} " in overall
     assert f"| {results['table'][0]['union'] - 1:,} " in overall
     assert f"| {route - 0.0625:.3f} ± {0.125 / 2**0.5:.3f} " in by_route

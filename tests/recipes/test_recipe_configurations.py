@@ -1,4 +1,4 @@
-"""What lies beside the commands: their configurations, and those of `accelerate launch`."""
+"""The configurations of the commands, and those of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.recipes.commands import RECIPES
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (RECIPES / "configs").glob("*.yaml")))
 def test_configurations_name_existing_arguments(config: str) -> None:
-    # The first line names the recipe, if it is another than prune.py.
+    # The first line names the recipe, unless it is prune.py.
     of_recipes = {
         "prune": (prune.ModelArguments, prune.DataArguments),
         "baselines": (baselines.ComparisonArguments, baselines.DataArguments),

@@ -1,4 +1,4 @@
-"""How recipes/ is laid out: who may import whom, which CONTRIBUTING.md promises."""
+"""The layout of recipes/ that CONTRIBUTING.md describes: which module may import which."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = sorted(RECIPES.rglob("*.py"))
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The names of the modules that a file imports, anywhere in it; a relative one has its dot."""
+    """The names of all modules that a file imports; a relative import keeps its dot."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -36,7 +36,7 @@ def test_imports_lead_to_the_shared_room_alone(file: Path) -> None:
     names = list(imported(file))
     roots = {name.partition(".")[0] for name in names if not name.startswith(".")}
     assert roots & (COMMANDS | ROOMS) <= ({"shared"} if room != "shared" else set())
-    # Inside a room a single dot, so that the same module has one name however it was started.
+    # Inside a room, a single dot gives a module the same name however it is started.
     assert room is not None or not any(name.startswith(".") for name in names)
     assert not any(name.startswith("..") for name in names)
     assert "sys.path" not in file.read_text()

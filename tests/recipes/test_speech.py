@@ -76,7 +76,7 @@ def test_mixtures_have_the_ratio_asked_for(snr):
     mixture = mix(voice.astype(np.float32), noise.astype(np.float32), snr)
     assert mixture.dtype == np.float32
     assert decibels(voice, mixture - voice) == pytest.approx(snr, abs=1e-4)
-    # What was added is that noise, louder or quieter.
+    # Only scaled noise is added.
     assert np.corrcoef(mixture - voice, noise)[0, 1] == pytest.approx(1, abs=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_all_mixtures_have_the_ratios_in_turn(folders):
 
 
 def test_no_clip_and_no_noise_is_in_both_parts(tmp_path, folders):
-    """Every sample of noise says where it is from: which recording, and when."""
+    """The value of a noise sample tells its recording and its time."""
     for index, scene in enumerate(SCENES):
         (tmp_path / scene).mkdir()
         ramp = np.linspace(0.1 + 0.3 * index, 0.3 + 0.3 * index, 4 * RATE)
@@ -100,10 +100,10 @@ def test_no_clip_and_no_noise_is_in_both_parts(tmp_path, folders):
     pitches, places = [], []
     for mixtures in (train, test):
         spectra = torch.fft.rfft(mixtures.clean).abs()
-        # A bin is 2 Hz: half a second at 2000 Hz.
+        # A bin has 2 Hz, since half a second is transformed.
         pitches.append({round(float(bin_) * 2 / 50) * 50 for bin_ in spectra.argmax(dim=1)})
         noise = (mixtures.noisy - mixtures.clean).double()
-        # The ramp's value over its slope tells the time, whatever the gain.
+        # The ramp's value over its slope tells the time at any gain.
         slope = (noise[:, -1] - noise[:, 0]) / (noise.shape[1] - 1)
         starts = noise[:, 0] / slope - torch.tensor([0.1, 0.4])[mixtures.scenes] / (0.2 / (4 * RATE - 1))
         places.append(starts)
@@ -118,7 +118,7 @@ def test_seeds_change_training_data_alone(folders):
     first, again, other = (load_mixtures(arguments, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first[0].noisy, again[0].noisy) and not torch.equal(first[0].noisy, other[0].noisy)
     assert torch.equal(first[1].noisy, other[1].noisy)
-    # Scenes are tested with the same speech, and not with the same noise.
+    # Test mixtures of all scenes have the same speech, but different noise.
     test, half = first[1], len(first[1]) // 2
     assert torch.equal(test.clean[:half], test.clean[half:]) and not torch.equal(test.noisy[:half], test.noisy[half:])
 
@@ -186,7 +186,7 @@ def naive_si_snr(estimate: np.ndarray, target: np.ndarray) -> float:
 
 
 def known_mixtures() -> tuple[Mixtures, torch.Tensor]:
-    """A cosine with an orthogonal sine of half its amplitude, 6.02 dB below; the noise itself."""
+    """Mixtures of a cosine and an orthogonal sine of half its amplitude (6.02 dB below), and the sine, the noise."""
     time = torch.arange(200) / 200
     clean = torch.cos(2 * torch.pi * 5 * time).expand(4, -1)
     noise = 0.5 * torch.sin(2 * torch.pi * 5 * time).expand(4, -1)
@@ -197,7 +197,7 @@ def test_improvement_of_known_answers():
     test, noise = known_mixtures()
     six = 20 * np.log10(2)
     assert speech_report.input_ratios(test) == {name: pytest.approx(six, abs=1e-3) for name in SCENES}
-    # A tenth of the noise is left: 20 dB gained; in the second scene nothing is, or the noise is twice as loud.
+    # In the first scene a tenth of the noise is left: 20 dB. In the second it stays equal, or becomes twice as loud.
     factors = torch.tensor([0.1, 1.0, 2.0, 0.1])
     metrics = speech_report.enhancement_metrics(test.clean + factors[:, None] * noise, test)
     assert metrics["hall/si_snr_improvement"] == pytest.approx(20, abs=1e-2)
@@ -267,7 +267,7 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
         patch.setattr(sys, "argv", tiny(folders, output_dir))
         speech.main()
         first = (output_dir / "results.json").read_bytes()
-        # Given again, it reads everything back.
+        # Repeated, the command reads everything back.
         speech.main()
     again = json.loads((output_dir / "results.json").read_bytes())
     assert {**json.loads(first), "minutes": again["minutes"]} == again
@@ -303,7 +303,7 @@ def test_all_methods_are_compared_at_the_same_cost(speech_run):
     assert len(results["differences"]) == 8
 
 
-def test_figures_are_those_of_the_models_that_it_saved(speech_run, folders):
+def test_metrics_are_those_of_the_saved_models(speech_run, folders):
     results = json.loads((speech_run / "results.json").read_text())
     _, test = load_mixtures(arguments_for(folders), seed=0)
     noisy, clean = test.noisy.numpy(), test.clean.numpy()
@@ -331,7 +331,7 @@ def test_figures_are_those_of_the_models_that_it_saved(speech_run, folders):
 
 
 def test_independent_networks_share_nothing(speech_run, folders):
-    """Each has its own mask and the batches of its scene: what the other has does not matter to it."""
+    """Each has its own mask and the batches of its scene; the mask of the other does not matter to it."""
     from transformers import HfArgumentParser
 
     from hf_rtl import RTLTrainer, RTLTrainingArguments

@@ -14,6 +14,6 @@ def test_tables_are_summarised_over_seeds() -> None:
     summary = {"method": "shared", "sparsity": 0.5, "K-way acc.": "0.600 ± 0.141", "union": 16, "cal. b.a.": None}
     assert over_seeds(tables) == [summary]
     assert over_seeds(tables[:1])[0]["K-way acc."] == "0.500"
-    # As a correlation over tickets that are all the same.
+    # For example, a correlation over equal tickets is NaN.
     tables[1][0]["K-way acc."] = float("nan")
     assert over_seeds(tables) == [{**summary, "K-way acc.": None}]

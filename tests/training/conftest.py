@@ -1,4 +1,4 @@
-"""A run that nothing interrupted."""
+"""A run without interruptions, which tests share."""
 
 import gc
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from tests.training.small_runs import Recorder, run
 
 @pytest.fixture(scope="module", autouse=True)
 def imported_modules_are_not_collected():
-    """accelerate collects garbage before every training, which takes half a second with all that is imported."""
+    """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
     gc.collect()
     gc.freeze()
     yield
@@ -19,7 +19,7 @@ def imported_modules_are_not_collected():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A membership run of two rounds that nothing interrupted; not to be changed."""
+    """A membership run of two rounds without interruptions. Tests must not change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     recorded = Recorder()
     made = run(folder, callbacks=[recorded])

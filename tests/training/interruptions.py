@@ -36,7 +36,7 @@ class StopAtEvaluation(TrainerCallback):
 
 
 def stop_in(monkeypatch, name, number):
-    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function that extraction or a round uses."""
+    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function of extraction or of a round."""
     owner = next(owner for owner in (RTLTrainer, extraction, rounds) if hasattr(owner, name))
     original, calls = getattr(owner, name), Counter()
 
@@ -50,7 +50,7 @@ def stop_in(monkeypatch, name, number):
 
 
 def interrupt(monkeypatch, folder, place, **values):
-    """A run that breaks off at `place`, (what, which of them)."""
+    """The trainer of a run that breaks off at `place`: (a kind of event, the number of the event)."""
     kind, number = place
     callbacks = {"step": StopAtStep, "evaluation": StopAtEvaluation}
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Optimizers whose updates are masked, of every kind, and the bits of what they move."""
+"""All kinds of masked optimizers, and the bits of the tensors that they move."""
 
 import torch
 from transformers.optimization import Adafactor

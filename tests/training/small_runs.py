@@ -1,4 +1,4 @@
-"""Whole runs on a few images, and what of two runs is to be equal."""
+"""Whole runs on a few images, and the parts of two runs that must be equal."""
 
 from collections import Counter
 from pathlib import Path
@@ -23,7 +23,7 @@ ROUNDS = ["round-01-sparsity-0.3", "round-02-sparsity-0.6"]
 
 
 class Images(Dataset):
-    """Noise, brighter in the channel of the route. Fetched samples have more of it, as from random transforms."""
+    """Noise, brighter in the channel of the route. Every fetch adds noise, as random transforms do."""
 
     def __init__(self, number, seed=0, columns=("pixel_values", "label"), num_routes=3, size=16, noise=0.0):
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +128,7 @@ def run(folder, *positional, **values):
 
 
 class Recorder(TrainerCallback):
-    """Counts the calls, and keeps what the model was when a joint retraining began."""
+    """Counts the calls, and keeps the model's state at the start of every joint retraining."""
 
     def __init__(self):
         self.calls, self.starts, self.logs = Counter(), [], []
@@ -174,7 +174,7 @@ def masks_on_disk(folder, model):
 
 
 def contents(folder):
-    """What must be equal for runs to be equal: the tensors of every round and of the end, θ0, and all masks."""
+    """The parts of equal runs that must be equal: the tensors of every round and of the final model, θ0, all masks."""
     paths = [*Path(folder).glob("round-*/model.safetensors"), *Path(folder).glob("final/model.safetensors")]
     paths += [*Path(folder).glob("extraction/event-*/*.safetensors"), *Path(folder).glob("theta0.safetensors")]
     found = {}
@@ -189,8 +189,8 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def figures(metrics):
-    """Without what depends on the time of day, or on the training around."""
+def timeless(metrics):
+    """The metrics that do not depend on the time or on the position in the training."""
     return {key: value for key, value in metrics.items() if not key.endswith(("_second", "time", "round", "epoch"))}
 
 

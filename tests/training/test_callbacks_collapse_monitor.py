@@ -1,4 +1,4 @@
-"""A callback that watches masks: what it reports, when it warns, and where it ends a run."""
+"""A callback that watches masks: its reports, its warnings, and the round at which it ends a run."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.training.interruptions import StopAtStep, StopError
 from tests.training.small_runs import ROUNDS, ROUTES, Recorder, contents, files, make_trainer, run, same
 
 
-# Fourteen prune events in three rounds, the last of five.
+# Fourteen prune events in three rounds; the last round has five.
 GRADUAL = {
     "target_sparsity": [0.3, 0.6, 0.8],
     "prune_amount": 0.12,
@@ -30,7 +30,7 @@ COLLAPSE_AT = 0.65
 
 @pytest.fixture
 def collapsing(monkeypatch):
-    """From a sparsity on, every ticket loses weights at random, each its own, and similarity falls."""
+    """From `COLLAPSE_AT` on, every ticket loses different random weights, so that similarity falls."""
 
     def planted(weights, masks, *, num_kept, **options):
         total = sum(mask.numel() for mask in masks)
@@ -43,16 +43,16 @@ def collapsing(monkeypatch):
     monkeypatch.setattr(extraction, "prune", planted)
 
 
-def warnings_of(caplog):
+def read_warnings(caplog):
     return [record.message for record in caplog.records if record.name == "hf_rtl.training.callbacks"]
 
 
-def test_a_run_that_is_watched_is_the_same_and_says_more(finished, tmp_path, caplog):
+def test_a_monitored_run_is_the_same_with_more_in_its_reports(finished, tmp_path, caplog):
     monitor, recorded = CollapseMonitor(), Recorder()
     made = run(tmp_path / "run", callbacks=[monitor, recorded])
     assert contents(tmp_path / "run") == contents(finished.folder)
     assert [point.sparsity for point in monitor.points] == pytest.approx([0.3, 0.51, 0.6], abs=1e-3)
-    assert monitor.changes == {} and warnings_of(caplog) == []
+    assert monitor.changes == {} and read_warnings(caplog) == []
     for name, report in zip(ROUNDS, made.rounds, strict=True):
         point = ticket_similarity(RTLModel.from_pretrained(tmp_path / "run" / name).mask_bank)
         expected = {
@@ -83,7 +83,7 @@ def test_masks_of_all_prune_events_are_seen_once(tmp_path):
             self.calls.append((round.name, [bank.fingerprint() for bank in banks], [b.route_names for b in banks]))
 
     run(tmp_path / "run")
-    for _ in range(2):  # also where all is on disk, and was made without being watched
+    for _ in range(2):  # also if all masks are on disk from an unwatched run
         Seen.calls.clear()
         made = run(tmp_path / "run", callbacks=[Seen()])
         assert [report["seen"] for report in made.rounds] == [1, 2]
@@ -100,7 +100,7 @@ def test_a_collapse_is_warned_of_once(tmp_path, collapsing, caplog):
     monitor = CollapseMonitor()
     made = run(tmp_path / "run", callbacks=[monitor], **{**GRADUAL, "target_sparsity": [0.3, 0.6, 0.8, 0.85]})
     assert [report["folder"] for report in made.rounds] == [*FOLDERS, "round-04-sparsity-0.85"]
-    (warning,) = warnings_of(caplog)
+    (warning,) = read_warnings(caplog)
     assert set(monitor.changes) == set(ROUTES)
     for name, change in monitor.changes.items():
         assert change.direction == "down" and change.sparsity > COLLAPSE_AT
@@ -112,14 +112,14 @@ def test_a_collapse_is_warned_of_once(tmp_path, collapsing, caplog):
 
 def test_without_a_collapse_nothing_stops(tmp_path, caplog):
     made = run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)
-    assert len(made.rounds) == 3 and warnings_of(caplog) == []
+    assert len(made.rounds) == 3 and read_warnings(caplog) == []
 
 
 @pytest.mark.parametrize("every_round", [True, False])
 def test_a_run_that_collapses_ends_with_the_round_before(tmp_path, collapsing, caplog, every_round):
     options = {**GRADUAL, "retrain_every_round": every_round}
     made = run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **options)
-    # As a run that was to go no further.
+    # It equals a run without the last round.
     run(tmp_path / "short", **{**options, "target_sparsity": [0.3, 0.6]})
     stopped, short = contents(tmp_path / "run"), contents(tmp_path / "short")
     assert {name for name in stopped if "extraction" not in name} == {
@@ -131,11 +131,11 @@ def test_a_run_that_collapses_ends_with_the_round_before(tmp_path, collapsing, c
     final = RTLModel.from_pretrained(tmp_path / "run" / "final")
     assert final.mask_bank.fingerprint() == made.model.mask_bank.fingerprint() == made.rounds[-1]["mask_fingerprint"]
     assert all(same(made.model.state_dict()[name], tensor) for name, tensor in final.state_dict().items())
-    (warning,) = warnings_of(caplog)
+    (warning,) = read_warnings(caplog)
     assert "The run ends here: 'round-02-sparsity-0.6' is the last round, 'round-03-sparsity-0.8' is not" in warning
 
 
-def test_a_stopped_run_stays_stopped_until_nobody_watches(tmp_path, collapsing):
+def test_a_stopped_run_goes_on_only_without_a_monitor(tmp_path, collapsing):
     run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)
     before = files(tmp_path / "run")
     recorded = Recorder()
@@ -158,7 +158,7 @@ def test_an_interrupted_run_stops_at_the_same_place(tmp_path, collapsing, step):
     made.train()
     run(tmp_path / "whole", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
-    # The same monitor has begun anew, and has no point twice.
+    # The monitor has started again, and has no point twice.
     assert len(monitor.points) == len(made.plan().rounds[-1].events) + made.plan().rounds[-1].first_event
 
 
@@ -166,7 +166,7 @@ def test_in_the_first_round_there_is_nothing_to_keep(tmp_path, collapsing, caplo
     options = {**GRADUAL, "target_sparsity": [0.8]}
     made = run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **options)
     assert [report["folder"] for report in made.rounds] == ["round-01-sparsity-0.8"]
-    (warning,) = warnings_of(caplog)
+    (warning,) = read_warnings(caplog)
     assert "so there is no earlier round to keep; to get one, add a lower value to `target_sparsity`" in warning
 
 
@@ -187,4 +187,4 @@ def test_a_model_with_one_ticket_has_no_similarity(caplog):
         round_ = Round(index, f"round-{index}", 0.1 + index / 10, [18 - 2 * index], index, retrained=True)
         monitor.on_tickets_found(None, None, None, round=round_, banks=[bank], figures=figures)
     assert figures == {} and monitor.changes == {} and len(monitor.points) == 6
-    assert logging.getLogger("hf_rtl.training.callbacks") and warnings_of(caplog) == []
+    assert logging.getLogger("hf_rtl.training.callbacks") and read_warnings(caplog) == []

@@ -12,11 +12,11 @@ from tests.training.small_runs import (
     ROUTES,
     Images,
     contents,
-    figures,
     image_model,
     make_trainer,
     run,
     same,
+    timeless,
 )
 
 
@@ -34,7 +34,7 @@ def labels_run(folder, router, **values):
 
 @pytest.fixture(scope="module", params=["score", "centroid", "entropy"])
 def routed(request, tmp_path_factory):
-    """A run of tickets for labels with a router, for each of them; not to be changed."""
+    """A run of labels tickets, for every kind of router. Tests must not change it."""
     return labels_run(tmp_path_factory.mktemp(request.param) / "run", request.param)
 
 
@@ -64,7 +64,7 @@ def test_evaluation_shows_given_and_inferred_routes_and_the_union(routed) -> Non
 
 
 def test_routers_are_fitted_on_training_data_alone(routed, tmp_path) -> None:
-    """On the samples held out of training, by their routes; with whatever evaluation data and task's labels."""
+    """Samples held out of training and their routes decide; evaluation data and the task's labels do not."""
     model = RTLModel.from_pretrained(routed.run_directory.final_folder)
     dataset = routed.run_data.calibration_dataset
     held_out = [dataset[index] for index in range(len(dataset))]
@@ -109,11 +109,11 @@ def test_a_run_with_a_router_goes_on_as_if_not_interrupted(tmp_path, monkeypatch
         broken.train()
     continued = run(tmp_path / "broken", calibration_fraction=0.25, train=Images(48), **values)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
-    assert [figures(r["metrics"]) for r in continued.rounds] == [figures(r["metrics"]) for r in whole.rounds]
+    assert [timeless(r["metrics"]) for r in continued.rounds] == [timeless(r["metrics"]) for r in whole.rounds]
     assert {"eval_route_accuracy", "eval_routed_precision_at_recall_80"} <= whole.rounds[0]["metrics"].keys()
     first = RTLModel.from_pretrained(tmp_path / "broken" / ROUNDS[0])
     assert first.config.router_threshold == 0.4 and first.config.router_fallback == "cat"
-    # Once more, from its files alone.
+    # Repeated, the run reads its files.
     assert run(tmp_path / "broken", calibration_fraction=0.25, train=Images(48), **values).rounds == continued.rounds
 
 

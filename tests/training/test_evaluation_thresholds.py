@@ -1,4 +1,4 @@
-"""Thresholds of decision, found on samples that are held out of training."""
+"""Thresholds of decisions, calibrated on samples that are held out of training."""
 
 from itertools import chain
 
@@ -67,7 +67,7 @@ def test_a_calibration_set_of_its_own(tmp_path):
 
 
 def test_held_out_samples_keep_their_route_where_classes_are_ordered_otherwise(tmp_path):
-    """Classes are matched to routes by name, so a class's number need not be its route's."""
+    """Classes match routes by name, so that the number of a class may differ from its route's."""
     classes = ["cat", "ant", "bee"]
     source = Images(36)
     data = datasets.Dataset.from_dict(

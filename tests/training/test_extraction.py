@@ -1,4 +1,4 @@
-"""How the search for tickets is assigned out over processes. Whole searches: `test_trainer_*.py`."""
+"""The assignment of routes to processes in extraction. Whole searches are in `test_trainer_*.py`."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def test_a_large_route_is_alone():
 
 
 def test_no_process_has_much_more_to_do_than_the_best_possible():
-    """Against every way to deal them out: within 4/3, what dealing out the dearest first guarantees."""
+    """Against every assignment: the largest load is within 4/3, the bound of assigning the longest first."""
     generator = np.random.default_rng(0)
     for _ in range(30):
         costs = generator.integers(1, 20, size=7).tolist()

@@ -1,4 +1,4 @@
-"""Failures of the machine are said in words; all others pass as they are."""
+"""Failures of the machine are explained in words; all other errors pass unchanged."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_names_the_folder_the_reason_and_the_way_out(tmp_
 
 @pytest.mark.parametrize("writer", ["safetensors", "torch", "python"])
 def test_a_full_disk_is_recognised_whoever_writes(tmp_path, writer):
-    """Files may not grow beyond a size for a while: a limit of the operating system."""
+    """A limit of the operating system keeps files from growing beyond a size."""
     file = tmp_path / "file"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -73,7 +73,7 @@ def test_memory_that_runs_out_names_the_batch_size(tmp_path):
         ValueError("`x` is wrong"),
         RuntimeError("shapes do not match"),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "data.csv"),
-        PermissionError(errno.EACCES, "Permission denied", "data.csv"),  # not where the run writes
+        PermissionError(errno.EACCES, "Permission denied", "data.csv"),  # not a folder of the run
         RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."),
         KeyboardInterrupt(),
     ],

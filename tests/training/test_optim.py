@@ -1,4 +1,4 @@
-"""The masked optimizer step: outside the trained tickets not a bit moves, inside it is torch's update."""
+"""The masked optimizer step: no bit moves outside the trained tickets; inside, the update is torch's."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from tests.training.optimizers import OPTIMIZERS, batch, bits, per_element
 
 
 def small_model(num_routes=3, density=0.5, **config):
-    """A tiny ViT with random masks; a tenth of every weight is in no mask."""
+    """A tiny ViT with random masks; a tenth of the elements of every weight are in no mask."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
     image = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 2}
     backbone = ViTConfig(**{**sizes, **image, "hidden_dropout_prob": 0.0, **config})
@@ -36,7 +36,7 @@ def backward(model, route, seed, scale=lambda loss: loss):
 
 
 def snapshot(model, optimizer):
-    """Bits of every prunable weight and of its state; state that does not exist yet is zero."""
+    """The bits of every prunable weight and of its optimizer state; missing state counts as zero."""
     return [
         {name: bits(value).clone() for name, value in {"weight": weight, **per_element(optimizer, weight)}.items()}
         for weight in model.masker.weights
@@ -44,7 +44,7 @@ def snapshot(model, optimizer):
 
 
 def assert_moved_only_inside(model, optimizer, before, masks):
-    """No bit of prunable weights and state changed outside `masks`, and most weights changed inside."""
+    """Checks that no bit of weights and state changed outside `masks`, and most weights changed inside."""
     num_moved = num_inside = 0
     for weight, old, mask in zip(model.masker.weights, before, masks, strict=True):
         for name, value in {"weight": weight, **per_element(optimizer, weight)}.items():
@@ -52,10 +52,10 @@ def assert_moved_only_inside(model, optimizer, before, masks):
             assert not (changed & ~mask).any(), f"{name} of a weight outside the mask has changed"
         num_moved += int((bits(weight) != old["weight"])[mask].sum())
         num_inside += int(mask.sum())
-    assert num_moved > 0.6 * num_inside  # some have no gradient, others are moved by less than they are exact to
+    assert num_moved > 0.6 * num_inside  # Some have no gradient, and some updates round to zero.
 
 
-def masks_of(model, *routes):
+def unite_masks(model, *routes):
     chosen = [model.mask_bank[route] for route in routes]
     return [torch.stack(masks).any(0) for masks in zip(*chosen, strict=True)]
 
@@ -64,10 +64,10 @@ def masks_of(model, *routes):
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_a_step_moves_the_ticket_and_nothing_else(name, clip):
     model = small_model()
-    unused = [~mask for mask in masks_of(model, 0, 1, 2)]
+    unused = [~mask for mask in unite_masks(model, 0, 1, 2)]
     with torch.no_grad():
         for weight, mask in zip(model.masker.weights, unused, strict=True):
-            # In no ticket: values that arithmetic would not leave as they are.
+            # Values that any arithmetic would change, in no ticket.
             odd = torch.tensor([-0.0, float("inf"), float("nan"), -1e-42])
             weight[mask] = odd.repeat(int(mask.sum()) // 4 + 1)[: int(mask.sum())]
             weight[model.mask_bank[0][0][0, 0, 0, 0] & mask] = -0.0
@@ -81,7 +81,7 @@ def test_a_step_moves_the_ticket_and_nothing_else(name, clip):
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, route))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, route))
         if clip is None:
             assert all(not torch.equal(p, old) for p, old in zip(dense, dense_before, strict=True))
 
@@ -89,7 +89,7 @@ def test_a_step_moves_the_ticket_and_nothing_else(name, clip):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_negative_zeros_of_other_tickets_keep_their_sign(name):
     model = small_model()
-    outside = [~mask for mask in masks_of(model, 0)]
+    outside = [~mask for mask in unite_masks(model, 0)]
     with torch.no_grad():
         for weight, mask in zip(model.masker.weights, outside, strict=True):
             weight[mask] = -0.0
@@ -120,7 +120,7 @@ def test_accumulated_gradients_of_one_route(name):
                     first = model(**batch(2 * step)).loss
                     (first + model(**batch(2 * step + 1)).loss).backward()
             optimizer.step()
-            assert_moved_only_inside(model, optimizer, before, masks_of(model, step % 2))
+            assert_moved_only_inside(model, optimizer, before, unite_masks(model, step % 2))
         results.append([weight.detach().clone() for weight in model.masker.weights])
     for one, other in zip(*results, strict=True):
         # Adam's first steps are lr · sign: where a gradient is rounding noise its sign is not determined.
@@ -137,7 +137,7 @@ def test_a_step_after_two_routes_moves_their_union(name):
         for route in routes:
             backward(model, route, seed=route)
         optimizer.step()
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, *routes))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, *routes))
 
 
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused", "RMSprop"])
@@ -150,7 +150,7 @@ def test_under_bfloat16_autocast(name):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             backward(model, step % 3, seed=step)
         optimizer.step()
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, step % 3))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, step % 3))
 
 
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused", "RMSprop"])
@@ -175,8 +175,8 @@ def test_a_step_that_the_scaler_skips_changes_nothing_and_is_forgotten(name, for
                 for state, value in new.items():
                     assert torch.equal(value, old.get(state, torch.zeros_like(value)))
         else:
-            # Not the union with the route of the skipped step.
-            assert_moved_only_inside(model, optimizer, before, masks_of(model, route))
+            # Only the new route may move, not that of the skipped step.
+            assert_moved_only_inside(model, optimizer, before, unite_masks(model, route))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing_and_is_forgotten(name, for
     ],
 )
 def test_one_full_ticket_is_torch(masked, plain, arguments):
-    """From the same gradients: a step within units in the last place, and 20 as close to the exact ones as torch's."""
+    """A step agrees to units in the last place; 20 steps are as close to the exact ones as torch's."""
     model, reference, exact = (small_model(1, density=1) for _ in range(3))
     exact.double()
     ours = masked(model.parameters(), model, **arguments)
@@ -217,7 +217,7 @@ def test_one_full_ticket_is_torch(masked, plain, arguments):
                 continue
             assert (difference <= 1e-6 * (1 + other.abs())).all()
             if step == 0:
-                # Of the larger of the weight and its movement: a sum that cancels has few digits.
+                # Units of the larger of weight and movement, since a sum that cancels has few digits.
                 unit = torch.from_numpy(np.spacing(torch.maximum(old.abs(), (other - old).detach().abs()).numpy()))
                 assert (difference <= 4 * unit).all()
             errors.append((own - truth).detach().abs().max())
@@ -226,7 +226,7 @@ def test_one_full_ticket_is_torch(masked, plain, arguments):
 
 
 def test_adam_counts_the_updates_of_every_element():
-    """Against one element after another in float64, each with its own count."""
+    """Against a loop over elements in float64, each with its own count."""
     lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.99, 1e-8, 0.1
     model = small_model(hidden_size=4, intermediate_size=6).double()
     optimizer = MaskedAdamW(model.parameters(), model, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
@@ -253,7 +253,7 @@ def test_adam_counts_the_updates_of_every_element():
                 element["w"] -= lr * (decay * element["w"] + m_hat / (math.sqrt(v_hat) + eps))
         optimizer.step()
     counts = {element["t"] for layer in elements for element in layer}
-    assert {0, 3, 6, 15, 24} <= counts  # in no ticket, only the rarest, …, all
+    assert {0, 3, 6, 15, 24} <= counts  # from elements in no ticket to those in all
     for weight, layer in zip(model.masker.weights, elements, strict=True):
         expected = torch.tensor([element["w"] for element in layer], dtype=torch.float64).view(weight.shape)
         assert torch.allclose(weight.detach(), expected, rtol=1e-9, atol=1e-12)
@@ -314,7 +314,7 @@ def test_a_step_needs_a_trained_route(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_forward_alone_lets_no_weight_move(name):
-    """A look at another route between backward and step, without `no_grad`, does not widen the step's mask."""
+    """A forward of another route between backward and step, without `no_grad`, does not widen the step's mask."""
     model = small_model()
     optimizer = OPTIMIZERS[name](model)
     before = snapshot(model, optimizer)
@@ -322,7 +322,7 @@ def test_a_forward_alone_lets_no_weight_move(name):
     with model.route_context(1):
         model(**batch(seed=1))
     optimizer.step()
-    assert_moved_only_inside(model, optimizer, before, masks_of(model, 0))
+    assert_moved_only_inside(model, optimizer, before, unite_masks(model, 0))
 
 
 def test_the_route_of_a_step_is_forgotten_after_it():
@@ -334,7 +334,7 @@ def test_the_route_of_a_step_is_forgotten_after_it():
             backward(model, step, seed=step)
             optimizer.step()
             changed = [bits(w) != old["weight"] for w, old in zip(model.masker.weights, before, strict=True)]
-            outside = zip(changed, masks_of(model, step), strict=True)
+            outside = zip(changed, unite_masks(model, step), strict=True)
             assert not any((moved & ~mask).any() for moved, mask in outside)
 
 
@@ -351,7 +351,7 @@ def test_closures_are_called_with_gradients_on():
             return loss
 
         assert optimizer.step(closure) > 0
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, 1))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, 1))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 2**62])
@@ -381,7 +381,7 @@ def test_a_weight_beyond_the_real_chunk_size():
         optimizer.zero_grad()
         backward(model, step, seed=step)
         optimizer.step()
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, step))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, step))
 
 
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused"])
@@ -396,7 +396,7 @@ def test_the_memory_layout_of_weights_does_not_matter(monkeypatch, name):
             with model.route_context(step % 3):
                 model.routes_since_update.add(step % 3)
                 for weight, mask in zip(model.masker.weights, model.mask_bank[step % 3], strict=True):
-                    # Like autograd's, of the weight's own layout.
+                    # Gradients have the weight's layout, as autograd's do.
                     weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator) * mask)
             optimizer.step()
         results.append([weight.detach().contiguous() for weight in model.masker.weights])
@@ -406,7 +406,7 @@ def test_the_memory_layout_of_weights_does_not_matter(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["MaskedSGD-all", "MaskedAdamW-decay", "AdamW-fused"])
 def test_weights_of_several_types(name):
-    """As in a T5 in bfloat16, which keeps one kind of layer in float32."""
+    """As in a T5 in bfloat16, one kind of layer stays in float32."""
     model = small_model()
     for weight in model.masker.weights[::2]:
         weight.data = weight.data.bfloat16()
@@ -422,7 +422,7 @@ def test_weights_of_several_types(name):
                     weight.grad = (torch.randn(weight.shape, generator=generator) * mask).to(weight.dtype)
         optimizer.step()
         reference.step()
-        assert_moved_only_inside(model, optimizer, before, masks_of(model, step))
+        assert_moved_only_inside(model, optimizer, before, unite_masks(model, step))
     for weight, other in zip(model.masker.weights, alone.masker.weights, strict=True):
         assert torch.allclose(weight.float(), other, atol=0.03 if weight.dtype == torch.bfloat16 else 0)
 
@@ -458,7 +458,7 @@ def test_saved_state_continues_exactly(name):
 
 
 def test_counts_of_steps_are_loaded_onto_the_device_of_their_parameter():
-    """torch leaves them where they are unless a group says that it is fused, and its fused update refuses that."""
+    """torch moves counts only for groups marked as fused, but its fused update needs them on the device."""
     model = small_model()
     optimizer = MaskedAdamW(model.parameters(), model)
     backward(model, 0, seed=0)
@@ -466,7 +466,7 @@ def test_counts_of_steps_are_loaded_onto_the_device_of_their_parameter():
     saved = optimizer.state_dict()
     for state in saved["state"].values():
         if "step" in state:
-            state["step"] = state["step"].double()  # stands in for another device
+            state["step"] = state["step"].double()  # stands for another device
     optimizer.load_state_dict(saved)
     assert {state["step"].dtype for state in optimizer.state.values() if "step" in state} == {torch.float32}
 
@@ -487,7 +487,7 @@ def test_on_an_accelerator(name):
         with model.route_context(step % 3):
             model(**{key: value.cuda() for key, value in batch(step).items()}).loss.backward()
         optimizer.step()
-        assert_moved_only_inside(model, optimizer, before, [mask.cuda() for mask in masks_of(model, step % 3)])
+        assert_moved_only_inside(model, optimizer, before, [mask.cuda() for mask in unite_masks(model, step % 3)])
 
 
 def _saved(state):

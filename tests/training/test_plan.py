@@ -1,4 +1,4 @@
-"""What a run is going to do: rounds, numbers of events, steps."""
+"""The plan of a run: rounds, numbers of events, steps."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What decides random numbers and rounding is set, and put back."""
+"""Settings of random numbers and rounding are set, and restored."""
 
 import os
 import random

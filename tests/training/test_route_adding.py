@@ -1,4 +1,4 @@
-"""`add_route`: a ticket for new data, and nothing else changed."""
+"""`add_route` adds a ticket for new data, and changes nothing else."""
 
 import copy
 
@@ -17,7 +17,7 @@ LABELS = {"route_column": "domain", "target_sparsity": [0.6]}
 
 
 def trained_model(kind, seed=0):
-    """As after a training: masks that leave weights free, and statistics of their own."""
+    """A model as after a training: masks that leave weights unused, and different statistics for each route."""
     options = {"route_names": ROUTES, "seed": seed}
     if kind == "vit":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -49,7 +49,7 @@ def adding_trainer(folder, kind, model=None, **values):
     return make_trainer(folder, model, **{**data, **LABELS, **values})
 
 
-def columns_of(kind):
+def read_columns(kind):
     return ("pixel_values", "label") if kind == "membership" else DOMAINS
 
 
@@ -83,7 +83,7 @@ def test_other_tickets_stay_as_they_are(tmp_path, kind, options):
     before = {route: outputs(model, route) for route in ROUTES}
     old, union = copy.deepcopy(model), model.mask_bank.union()
     made = adding_trainer(tmp_path / "run", kind, model, **options)
-    report = made.add_route("dog", new_data(24, columns_of(kind)))
+    report = made.add_route("dog", new_data(24, read_columns(kind)))
 
     assert model.route_names == model.config.route_names == [*ROUTES, "dog"] and model.config.added_routes == ["dog"]
     assert all(torch.equal(bits(outputs(model, route)), bits(before[route])) for route in ROUTES)
@@ -94,9 +94,9 @@ def test_other_tickets_stay_as_they_are(tmp_path, kind, options):
     kept = model.mask_bank.num_weights - round(0.6 * model.mask_bank.num_weights)
     num_added = sum(int(mask.sum()) for mask in added)
     assert report == {"route": "dog", "kept": kept, "added": num_added, "changed_decisions": None}
-    assert kept == int(model.mask_bank.count()[3]) and 0 < num_added < kept  # it reads old ones too
+    assert kept == int(model.mask_bank.count()[3]) and 0 < num_added < kept  # it keeps weights of other tickets too
 
-    # Of its own are biases, norms and head; the rest is as it was.
+    # Biases, norms and head are private; all other tensors stay equal.
     own = [name for name, parameter in old.backbone.named_parameters() if parameter.ndim < 2]
     head = {"vit": "classifier.weight"}.get(kind, "timm_model.fc.weight")
     assert set(model.private_parameters.names) == {*own, head}
@@ -111,19 +111,19 @@ def test_other_tickets_stay_as_they_are(tmp_path, kind, options):
         assert name in model.mask_bank.weight_names or same(tensor, initial[name]), name
     for rows, other in zip(model.norm_statistics.rows, old.norm_statistics.rows, strict=True):
         assert torch.equal(rows[[0, 1, 2, 4]], other) and not torch.equal(rows[3], other[3])
-    # Another one after it.
+    # A second added route changes nothing either.
     before["dog"] = outputs(model, "dog")
-    made.add_route("owl", new_data(24, columns_of(kind), seed=5))
+    made.add_route("owl", new_data(24, read_columns(kind), seed=5))
     assert model.config.added_routes == ["dog", "owl"]
     assert all(torch.equal(bits(outputs(model, route)), bits(before[route])) for route in before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_others_add_its_file_to_their_copy(tmp_path, kind):
+def test_the_added_tickets_file_fits_copies_of_the_base(tmp_path, kind):
     base = trained_model(kind)
     base.save_pretrained(tmp_path / "base")
     author = RTLModel.from_pretrained(tmp_path / "base")
-    adding_trainer(tmp_path / "run", kind, author).add_route("dog", new_data(24, columns_of(kind)))
+    adding_trainer(tmp_path / "run", kind, author).add_route("dog", new_data(24, read_columns(kind)))
     author.save_pretrained(tmp_path / "author")
     assert author.config.base == base.config.base
     author.save_tickets(tmp_path / "tickets", ["dog"])
@@ -145,7 +145,7 @@ def test_the_model_answers_as_the_network_that_was_trained(tmp_path, monkeypatch
         TicketTrainer, "begin", lambda self, masks: (networks.append(self.network), begin(self, masks))
     )
     made = adding_trainer(tmp_path, kind)
-    made.add_route("dog", new_data(24, columns_of(kind)))
+    made.add_route("dog", new_data(24, read_columns(kind)))
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(networks[-1].eval()(pixel_values=images).logits, outputs(made.model, "dog"))
@@ -162,7 +162,7 @@ def test_every_training_starts_from_the_current_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(TicketTrainer, "begin", watched)
     old = copy.deepcopy(model)
     adding_trainer(tmp_path, "private", model, prune_amount=0.3).add_route("dog", new_data())
-    assert len(starts) == 3 + 1  # 0.7, 0.49, 0.4 are kept after the events; then it is retrained
+    assert len(starts) == 3 + 1  # three events keep 0.7, 0.49, 0.4; then the ticket is retrained
     expected = dict(old.backbone.state_dict())
     union = old.extract_ticket(UNION).state_dict()
     for masks, state in starts:
@@ -176,7 +176,7 @@ def test_every_training_starts_from_the_current_weights(tmp_path, monkeypatch):
     assert counts == [2376, 1663, 1164, 950]
 
 
-def test_its_ticket_learns_and_is_the_same_again(tmp_path):
+def test_the_added_ticket_learns_and_is_reproducible(tmp_path):
     found = []
     for number in range(2):
         made = adding_trainer(tmp_path / str(number), "labels", num_train_epochs=30, learning_rate=0.01)
@@ -210,7 +210,7 @@ def test_a_router_is_fitted_again(tmp_path):
     assert report["changed_decisions"] == {n: float(changed[domains == k].mean()) for k, n in enumerate(ROUTES)}
     data = made.run_data
     for dataset, counts in ((data.training.dataset, [12, 12, 12, 18]), (data.calibration_dataset, [4, 4, 4, 6])):
-        # Whatever the new samples' column says, which was not to be looked at.
+        # The route column of the new samples is not read.
         assert made.eval_partition(dataset).counts.tolist() == counts
     assert model.router.num_routes == 4 and len(made.run_data.calibration_dataset) == len(held_out) + 6
     assert (model.config.router, model.config.router_threshold, model.config.router_fallback) == ("score", 0.1, "bee")
@@ -224,7 +224,7 @@ def test_a_router_without_data_to_fit_it_is_taken_out(tmp_path, caplog):
     assert "the router 'score' does not know the new route 'dog' and is removed" in caplog.text
 
 
-def test_its_threshold_is_calibrated_and_the_others_stay(tmp_path):
+def test_the_threshold_of_the_added_ticket_is_calibrated_and_the_others_stay(tmp_path):
     for number, options in enumerate([{}, {"calibration_fraction": 0.25}]):
         model = trained_model("membership")
         model.config.thresholds = [1.0, -2.0, 3.0]

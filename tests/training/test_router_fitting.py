@@ -45,7 +45,7 @@ def test_no_other_scale_or_offset_is_likelier() -> None:
             moved = offset.copy()
             moved[route] += step
             assert penalised(evidence, route_ids, scale, moved) > best
-    # And it is of use: nearly as likely as with the scales and offsets that the data were made with.
+    # The fit is more likely than no scaling, and than the scales and offsets that made the data.
     truth = log_loss(evidence, route_ids, 1.5 / np.array([0.2, 1.0, 5.0]), [-7.5 + math.log(0.5), 4.5 - 0.2, -0.6])
     assert log_loss(evidence, route_ids, scale, offset) < min(log_loss(evidence, route_ids, [1] * 3, [0] * 3), truth)
 
@@ -65,7 +65,7 @@ def test_the_units_of_the_evidence_do_not_matter() -> None:
 
 
 def grouped_features(seed=1, num_samples=60, num_features=4):
-    """Features whose routes differ little in the first and whose samples differ much in the last."""
+    """Features of which the first differ a little between routes, and the last much between samples."""
     generator = np.random.default_rng(seed)
     route_ids = generator.integers(0, 3, num_samples)
     features = generator.normal(size=(num_samples, num_features)) * [0.1, *[1.0] * (num_features - 2), 30.0] + 7.0
@@ -89,8 +89,8 @@ def test_the_nearest_mean_is_that_of_mahalanobis() -> None:
             assert evidence[route] - evidence[0] == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize("num_features", [4, 200])  # fewer than samples, and more
-def test_what_differs_within_the_routes_does_not_drown_what_differs_between(num_features: int) -> None:
+@pytest.mark.parametrize("num_features", [4, 200])  # fewer and more than samples
+def test_differences_within_routes_do_not_hide_those_between(num_features: int) -> None:
     features, route_ids = grouped_features(num_features=num_features, num_samples=90)
     directions, bias = nearest_mean(features, route_ids, num_routes=3)
     others, expected = grouped_features(seed=2, num_features=num_features, num_samples=300)
@@ -102,7 +102,7 @@ def test_what_differs_within_the_routes_does_not_drown_what_differs_between(num_
         assert found.mean() > 0.95
 
 
-def test_routes_without_any_spread_are_told_apart() -> None:
+def test_routes_without_variance_are_told_apart() -> None:
     features = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
     directions, bias = nearest_mean(features, np.array([0, 1, 0, 1]), num_routes=2)
     assert (features @ directions.T + bias).argmax(axis=1).tolist() == [0, 1, 0, 1]
@@ -125,9 +125,9 @@ def test_bad_evidence_is_refused(change, message) -> None:
 
 @pytest.mark.parametrize("value", [0.1, 0.5])
 def test_evidence_of_dead_tickets_tells_how_common_routes_are(value, caplog) -> None:
-    """If that is allowed, as in a run that goes on with tickets that are cut through: the router is no help."""
+    """Constant evidence can be allowed, as in a run with tickets that are cut through; it tells nothing else."""
     ids = np.array([0, 1, 1, 2, 2, 2])
-    # The mean of equal numbers is not always that number: it must be no spread all the same.
+    # The mean of equal numbers may differ from them by rounding, which must not count as variance.
     scale, offset = fit_scale_and_offset(np.full((6, 3), value), ids, allow_constant=True)
     parts = np.exp(value * scale + offset)
     assert parts / parts.sum() == pytest.approx([1 / 6, 2 / 6, 3 / 6], abs=0.01) and scale.max() < 10

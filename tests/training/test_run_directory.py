@@ -1,4 +1,4 @@
-"""Files of a run: whole or not there, and only continued by the run that they belong to."""
+"""Files of a run: they are whole or missing, and only the run that they belong to continues them."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path, chang
     assert files(tmp_path) == before
 
 
-def test_a_value_that_is_gone_is_named(tmp_path):
+def test_a_missing_value_is_named(tmp_path):
     RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, VERSIONS)
     with pytest.raises(ValueError, match="seed: 1 there, null now"):
         RunDirectory(tmp_path).open({k: v for k, v in CONFIGURATION.items() if k != "seed"}, EXTRACTION, VERSIONS)
@@ -101,7 +101,7 @@ def test_extracted_masks_are_shared_by_runs_that_agree_on_them(tmp_path):
     third = RunDirectory(tmp_path / "third", shared)
     with pytest.raises(ValueError, match="seed: 1 there, 2 now.*`extraction_dir`"):
         third.open({**CONFIGURATION, "seed": 2}, {"seed": 2}, VERSIONS)
-    assert files(tmp_path) == before  # not even a run.json of the third
+    assert files(tmp_path) == before  # the third run has not even a run.json
 
 
 REPORT_OF_A_ROUND = {"round": 1, "kept": {"ant": 3}}
@@ -164,7 +164,7 @@ def test_other_surroundings_are_warned_of(tmp_path, caplog):
     RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, {"torch": "2", "device": "cpu"})
     assert not caplog.records
     RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, {"torch": "3", "device": "cpu"})
-    assert len(caplog.records) == 2  # of the run, and of its masks
+    assert len(caplog.records) == 2  # one for the run, one for its masks
     assert all('torch: "2" there, "3" now' in record.message for record in caplog.records)
     assert all("device" not in record.message for record in caplog.records)
 

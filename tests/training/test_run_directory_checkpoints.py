@@ -1,4 +1,4 @@
-"""A checkpoint is used only if it is what was sealed."""
+"""Checkpoints: only unchanged sealed ones are used."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_not_whole(checkpoint, damage):
     assert not is_whole(checkpoint)
 
 
-def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(checkpoint, caplog):
+def test_the_last_whole_checkpoint_is_found_by_number_and_later_ones_are_removed(checkpoint, caplog):
     folder = checkpoint.parent
     for number, sealed in ((3, True), (100, False), (9, True)):
         other = folder / f"checkpoint-{number}"
@@ -81,7 +81,7 @@ def test_the_last_whole_one_is_found_by_its_number_and_what_follows_is_removed(c
     assert last_usable_checkpoint(folder, world_size=2) == folder / "checkpoint-9"
 
 
-def test_without_any_there_is_none(tmp_path):
+def test_a_folder_without_checkpoints_has_no_last_one(tmp_path):
     assert last_usable_checkpoint(tmp_path, world_size=1) is None
     assert last_usable_checkpoint(tmp_path / "missing", world_size=1) is None
 
@@ -93,14 +93,14 @@ def test_another_number_of_processes_is_warned_of(checkpoint, caplog):
     assert ["made by 2 process(es) and is continued by 3" in record.message for record in caplog.records] == [True]
 
 
-def test_one_whose_best_is_damaged_is_not_used(checkpoint):
-    """Training loads the best one at its end."""
+def test_a_checkpoint_whose_best_checkpoint_is_damaged_is_not_used(checkpoint):
+    """At its end, training loads the best checkpoint."""
     best = checkpoint.parent / "checkpoint-10"
     best.mkdir()
     (best / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
     (best / "model.safetensors").write_bytes(b"best")
     mark_complete(best, world_size=1)
-    # Where it was when the run was made: the run has been moved since.
+    # A path from before the folder of the run was moved.
     (checkpoint / "trainer_state.json").write_text('{"best_model_checkpoint": "runs/elsewhere/checkpoint-10"}')
     mark_complete(checkpoint, world_size=1)
     assert best_checkpoint(checkpoint) == best

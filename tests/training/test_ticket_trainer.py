@@ -1,4 +1,4 @@
-"""Training one ticket: what it starts from, what pruning leaves, and what it does not depend on."""
+"""Training one ticket: its start, its pruning, and its independence of other trainings and of generators."""
 
 import contextlib
 import random
@@ -14,7 +14,7 @@ from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 
 class Toy(nn.Module):
-    """2 inputs, then 2 and 3 units: the prunable weights are 0 to 9, so that figures can be checked by hand."""
+    """2 inputs, then 2 and 3 units. The prunable weights have the values 0 to 9, to check results by hand."""
 
     def __init__(self, dropout=0.0, norm=True):
         super().__init__()
@@ -193,7 +193,7 @@ def test_a_full_mask_is_plain_training(optimizer):
 
 @pytest.mark.parametrize("fp16", [False, True])
 def test_gradients_are_clipped_after_masking(fp16):
-    """The norm that clipping divides by is that of the masked gradients, without the scaler's factor."""
+    """Clipping divides by the norm of the masked gradients, without the scaler's factor."""
     trainer = ticket_trainer(max_grad_norm=1e-3, fp16=fp16)
     trainer.make_optimizer = lambda network: torch.optim.SGD(network.parameters(), lr=1.0)
     trainer.train(MASKS, batches(1), seed=(0,))
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_raises(value):
     with pytest.raises(FloatingPointError, match=f"loss became ({value}|nan).*learning_rate"):
         trainer.train(MASKS, batches(3), seed=(0,))
     scales = iter([1.0, 1.0, 1.0])
-    again = trainer.train(MASKS, batches(3), seed=(0,))  # it can go on after that
+    again = trainer.train(MASKS, batches(3), seed=(0,))  # a later training works
     expected = ticket_trainer().train(MASKS, batches(3), seed=(0,))
     assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
 
@@ -299,7 +299,7 @@ def test_losses_are_computed_under_autocast_and_scaled():
 
 
 def test_a_step_with_infinite_gradients_is_skipped_when_scaling():
-    """An infinity where nothing is kept is masked away; one elsewhere skips the step."""
+    """An infinity at a pruned weight is masked away; one at a kept weight skips the step."""
 
     def train(*where):
         trainer = ticket_trainer(Toy(norm=False), fp16=True, max_grad_norm=1.0)
@@ -333,11 +333,11 @@ def test_a_ticket_without_a_path_from_input_to_output_is_disconnected():
     assert not disconnected([1, 1, 1, 1], [1] * 6)
     assert not disconnected([0, 1, 0, 0], [0, 0, 1, 0, 0, 0])  # a single path, through weights of value 1 and 6
     assert disconnected([0, 1, 1, 1], [0] * 6)  # the second layer is empty
-    assert disconnected([0, 0, 0, 0], [1] * 6)  # the first is
-    assert disconnected([0, 0, 1, 1], [1, 0, 1, 0, 1, 0])  # neither is, but no path goes through both
+    assert disconnected([0, 0, 0, 0], [1] * 6)  # the first layer is empty
+    assert disconnected([0, 0, 1, 1], [1, 0, 1, 0, 1, 0])  # neither layer is empty, but no path goes through both
 
 
-def test_of_a_single_sample_nobody_can_tell():
+def test_a_single_sample_does_not_show_disconnection():
     cut = [0] * 4, [1] * 6
     assert disconnected(*cut, Toy(norm=False), batch=next(batches(1, size=2)))
     assert not disconnected(*cut, Toy(norm=False), batch=next(batches(1, size=1)))
@@ -346,7 +346,7 @@ def test_of_a_single_sample_nobody_can_tell():
 def test_disconnection_is_told_by_batch_statistics_in_evaluation_mode():
     network = Toy(dropout=0.5)
     network.norm.running_var.fill_(1e30)  # would shrink all differences to nothing
-    nn.init.constant_(network.norm.bias, 0.5)  # else what dropout sets to zero is zero already
+    nn.init.constant_(network.norm.bias, 0.5)  # otherwise, dropout would set only zeros to zero
     assert not disconnected([1, 1, 1, 1], [1] * 6, network)
     assert disconnected([0, 0, 1, 1], [1, 0, 1, 0, 1, 0], network)  # dropout would make them differ
 

@@ -1,4 +1,4 @@
-"""How many of our frames lie between the step loop of extraction and transformers, for those who debug a step."""
+"""Few frames of hf_rtl lie between the step loop of extraction and transformers, which helps to debug a step."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ PACKAGE = Path(hf_rtl.__file__).parent
 
 
 def frames_below_the_step_loop():
-    """Functions of ours from where this is called up to the loop over steps, without the loop itself."""
+    """The functions of hf_rtl on the stack below the loop over steps."""
     frame, found = sys._getframe(2), []
     while frame is not None and frame.f_code is not TicketTrainer.train.__code__:
         if PACKAGE in Path(frame.f_code.co_filename).parents:

@@ -1,4 +1,4 @@
-"""What trainings start from, and what a run leaves."""
+"""The start of trainings, and the results of a run."""
 
 import json
 from collections import Counter
@@ -25,13 +25,13 @@ from tests.training.small_runs import (
     Recorder,
     bits,
     contents,
-    figures,
     files,
     image_model,
     make_trainer,
     masks_on_disk,
     run,
     same,
+    timeless,
 )
 
 
@@ -120,9 +120,9 @@ def test_every_round_is_a_whole_model_that_repeats_its_metrics(finished, tmp_pat
     for name, report in zip(ROUNDS, finished.rounds, strict=True):
         model = RTLModelForImageClassification.from_pretrained(finished.folder / name)
         again = make_trainer(tmp_path / "unused", model).evaluate()
-        expected = figures(report["metrics"])
+        expected = timeless(report["metrics"])
         assert {"eval_loss", "eval_balanced_accuracy", "eval_ant/auroc", "eval_constant_tickets"} <= expected.keys()
-        assert figures(again) == expected
+        assert timeless(again) == expected
 
 
 def test_the_statistics_of_the_union_are_averages_over_all_samples(tmp_path):
@@ -146,7 +146,7 @@ def test_the_statistics_of_the_union_are_averages_over_all_samples(tmp_path):
             assert count == 1
             assert not torch.allclose(mean, x.mean((0, 2, 3)), atol=1e-5)
         rows = [row for name, row in statistics.items() if row.dtype == torch.int64]
-        assert all(row.tolist() == [102, 102, 102, int(count)] for row in rows)  # batches that each route trained on
+        assert all(row.tolist() == [102, 102, 102, int(count)] for row in rows)  # 2 batches of each route were added
 
 
 def test_the_end_is_the_last_round(finished):
@@ -268,7 +268,7 @@ def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
 
 def test_extraction_takes_the_options_of_training(tmp_path):
     made = make_trainer(tmp_path, max_grad_norm=0.5, learning_rate=0.25, adam_beta1=0.5, weight_decay=0.125)
-    made.args.mixed_precision = "fp16"  # refused on a processor, so not given
+    made.args.mixed_precision = "fp16"  # refused on a CPU, so not given
     ticket = made.ticket_trainer(dict(named_state(made.model.backbone)))
     assert (ticket.max_grad_norm, ticket.fp16) == (0.5, True)
     assert ticket.network is not made.model.backbone
@@ -277,7 +277,7 @@ def test_extraction_takes_the_options_of_training(tmp_path):
     groups = optimizer.param_groups
     assert {(group["lr"], group["betas"][0], group["fused"]) for group in groups} == {(0.25, 0.5, True)}
     assert [group["weight_decay"] for group in groups] == [0.125, 0.0]
-    assert [len(group["params"]) for group in groups] == [7, 4]  # as Trainer splits them: batch norm's weights decay
+    assert [len(group["params"]) for group in groups] == [7, 4]  # Trainer's groups: batch norm's weights decay
 
 
 def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):

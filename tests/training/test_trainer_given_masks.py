@@ -21,20 +21,20 @@ def test_retraining_given_masks(finished, tmp_path):
     made.train()
     tickets = [made.model.mask_bank[route] for route in ROUTES]
     before = files(folder)
-    # The tickets' own masks give the round once more.
+    # The masks of the tickets give the same round.
     report = made.retrain(tickets, like=ROUNDS[1], name="copy")
     copied = load_file(folder / "copy" / "model.safetensors")
     expected = load_file(folder / ROUNDS[1] / "model.safetensors")
     assert all(same(copied[name], tensor) for name, tensor in expected.items())
     assert report["mask_fingerprint"] == made.rounds[1]["mask_fingerprint"]
     assert len(made.rounds) == 2
-    # Others give another model.
+    # Other masks give another model.
     shifted = tickets[1:] + tickets[:1]
     report = made.retrain(shifted, like=ROUNDS[1], name="shifted")
     assert report["mask_fingerprint"] == made.model.mask_bank.fingerprint() != made.rounds[1]["mask_fingerprint"]
     assert report["folder"] == "shifted"
     assert json.loads((folder / "shifted" / "round.json").read_text()) == report
-    # Read back, and not confused with a model of other masks.
+    # The result is read back, and not confused with that of other masks.
     assert made.retrain(shifted, like=ROUNDS[1], name="shifted") == report
     for name in ("copy", ROUNDS[1]):
         with pytest.raises(ValueError, match="other masks"):
@@ -45,7 +45,7 @@ def test_retraining_given_masks(finished, tmp_path):
     assert {path: after[path] for path in before} == before
 
 
-def test_the_batches_of_a_round_can_be_had_again(tmp_path, monkeypatch):
+def test_the_batches_of_a_round_can_be_repeated(tmp_path, monkeypatch):
     trained = []
     training_step = RTLTrainer.training_step
 

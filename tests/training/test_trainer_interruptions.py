@@ -1,4 +1,4 @@
-"""What an interruption changes: nothing."""
+"""Interrupted runs: the continued run ends as an uninterrupted one."""
 
 import functools
 import json
@@ -20,12 +20,12 @@ from tests.training.small_runs import (
     Images,
     Recorder,
     contents,
-    figures,
     files,
     image_model,
     make_trainer,
     run,
     same,
+    timeless,
 )
 
 
@@ -33,9 +33,9 @@ from tests.training.small_runs import (
 PLACES = {
     ("prune", 5): (6, 6),  # in the middle of the second round's extraction
     ("step", 4): (12, 9),  # in the middle of the first joint retraining
-    ("step", 9): (6, 4),  # and of the second
+    ("step", 9): (6, 4),  # in the middle of the second joint retraining
     ("evaluation", 2): (6, 0),
-    ("report_round", 1): (12, 6),  # the model is saved, but not yet the report
+    ("report_round", 1): (12, 6),  # the model is saved, but its report is not
 }
 
 
@@ -53,13 +53,13 @@ def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, mon
     for report, expected in zip(reports, finished.rounds, strict=True):
         for key in ("kept", "union", "mask_fingerprint", "steps", "started_from"):
             assert report[key] == expected[key]
-        assert figures(report["metrics"]) == figures(expected["metrics"])
+        assert timeless(report["metrics"]) == timeless(expected["metrics"])
     steps = [entry["step"] for entry in reports[1]["log_history"] if "loss" in entry]
     assert steps == list(range(1, 13))
 
 
-def test_the_same_trainer_continues_what_broke_off(finished, tmp_path, monkeypatch):
-    """Its model has been trained by then; θ0 is what it was."""
+def test_the_same_trainer_continues_an_interrupted_run(finished, tmp_path, monkeypatch):
+    """The trainer's model has been trained by then; θ0 must not have changed."""
     for place in (("step", 4), ("step", 9), ("recalibrate_union", 2)):
         made = interrupt(monkeypatch, tmp_path / place[0] / str(place[1]), place)
         if place[0] == "step":
@@ -162,7 +162,7 @@ def test_mixed_precision_from_the_launcher_is_part_of_the_configuration(finished
 
 @pytest.mark.parametrize("steps", [{"max_steps": 4}, {"num_train_epochs": 1.5}])
 def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monkeypatch, steps):
-    """The last step is not the last of an epoch, of which Trainer would train one more."""
+    """The last step is not the end of an epoch, so that Trainer would train one more step."""
     options = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 1, **steps}
     whole = run(tmp_path / "whole", **options)
     interrupt(monkeypatch, tmp_path / "run", ("recalibrate_union", 1), **options)
@@ -196,7 +196,7 @@ def test_a_damaged_model_of_a_round_is_retrained_again(finished, tmp_path, caplo
     file.write_bytes(content)
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded])
-    assert recorded.calls["step_end"] == 6  # of the first round alone
+    assert recorded.calls["step_end"] == 6  # only the first round is retrained
     assert contents(tmp_path / "run") == contents(finished.folder)
     assert "the joint retraining is done again" in caplog.text
 
@@ -243,7 +243,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished, tmp_p
 def test_runs_that_differ_in_statistics_share_one_extraction(tmp_path, monkeypatch):
     shared = str(tmp_path / "masks")
     first = run(tmp_path / "per_route", extraction_dir=shared)
-    monkeypatch.setattr(Extraction, "train_and_prune", None)  # not called: all masks are there
+    monkeypatch.setattr(Extraction, "train_and_prune", None)  # must not be called, since all masks exist
     second = run(tmp_path / "shared", image_model(norm_statistics="shared"), extraction_dir=shared)
     assert [r["mask_fingerprint"] for r in first.rounds] == [r["mask_fingerprint"] for r in second.rounds]
     assert not (tmp_path / "shared" / "extraction").exists()

@@ -1,4 +1,4 @@
-"""Runs whose tickets predict labels, and those that start from weights after dense steps."""
+"""Runs whose tickets predict labels, and runs that rewind to weights after dense steps."""
 
 import datasets
 import numpy as np
@@ -16,7 +16,7 @@ from hf_rtl import (
 from hf_rtl.modeling.files import read_tensors
 from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
-from tests.training.small_runs import DOMAINS, Images, Recorder, figures, image_model, make_trainer, run, same
+from tests.training.small_runs import DOMAINS, Images, Recorder, image_model, make_trainer, run, same, timeless
 
 
 def sentences(number, seed=0):
@@ -60,8 +60,8 @@ def test_a_labels_run_with_a_route_column(tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(weighted)
     model = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run" / "final")
     again = make_trainer(tmp_path / "unused", model, **values).evaluate()
-    assert figures(again) == figures(metrics)
-    # As any user would compute it.
+    assert timeless(again) == timeless(metrics)
+    # The accuracy is computed as a user would.
     data = sentences(12, seed=1)
     logits = model(input_ids=torch.tensor(data["input_ids"]), route_ids=list(data["domain"])).logits
     assert metrics["eval_accuracy"] == (logits.argmax(1) == torch.tensor(data["label"])).float().mean()
@@ -99,7 +99,7 @@ def test_a_run_of_token_classification(tmp_path, tiny_bert_config):
     )
     losses = [report["loss"] for report in made.rounds[-1]["log_history"] if "loss" in report]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[-40:-30])
-    # As the mean over all labelled tokens, each sentence through the ticket of its domain.
+    # The loss is the mean over all labelled tokens, each sentence through the ticket of its domain.
     batch = pad(values["evaluate"])
     logits = saved(input_ids=batch["input_ids"], route_ids=[sample["domain"] for sample in values["evaluate"]]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
@@ -110,7 +110,7 @@ def test_a_run_of_token_classification(tmp_path, tiny_bert_config):
 
 
 def test_a_run_of_audio_classification(tmp_path):
-    """Noise with a louder half; which half it is is the class."""
+    """Noise with a louder half; the class says which half."""
 
     def sounds(number, seed):
         generator = torch.Generator().manual_seed(seed)

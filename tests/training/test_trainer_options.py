@@ -1,4 +1,4 @@
-"""What options change in a run."""
+"""The effect of options on a run."""
 
 from itertools import chain
 
@@ -20,10 +20,10 @@ from tests.training.small_runs import (
     arguments,
     bits,
     contents,
-    figures,
     image_model,
     run,
     same,
+    timeless,
 )
 
 
@@ -56,12 +56,12 @@ def test_a_single_route_is_plain_iterative_pruning(tmp_path):
 
 
 def test_membership_of_a_column_that_is_no_label(tmp_path):
-    """The data's own labels play no part."""
+    """The labels of the data are not read."""
     made = []
     for columns in (DOMAINS, DOMAINS[::2]):
         data = {"train": Images(24, columns=columns), "evaluate": Images(12, 1, columns), "route_column": "domain"}
         made.append(run(tmp_path / str(len(columns)), **data))
-    assert figures(made[0].rounds[-1]["metrics"]) == figures(made[1].rounds[-1]["metrics"])
+    assert timeless(made[0].rounds[-1]["metrics"]) == timeless(made[1].rounds[-1]["metrics"])
     assert "eval_ant/auroc" in made[0].rounds[-1]["metrics"]
 
 
@@ -113,7 +113,7 @@ def test_updates_are_masked_whatever_the_optimizer(tmp_path, optim, optimizer_cl
         steps = 0
 
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            model.routes_since_update.update(range(3))  # as a step that a scaler skipped leaves behind
+            model.routes_since_update.update(range(3))  # the state after a step that a scaler skipped
 
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.weights = [bits(weight).clone() for weight in model.masker.weights]
@@ -156,7 +156,7 @@ def test_one_update_is_one_route_with_accumulation(tmp_path, monkeypatch):
 
 
 def test_accumulated_batches_weigh_as_one(tmp_path):
-    """Without batch norm, two batches of 4 are one of 8: the loss and its gradient are means over all of them."""
+    """Without batch norm, two batches of 4 equal one of 8: loss and gradient are means over all samples."""
     columns = DOMAINS
     config = transformers.ViTConfig(
         hidden_size=8,
@@ -217,7 +217,7 @@ def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_of_a_round_is_its_model(tmp_path):
-    """Scripted so that the best evaluations are the second of the first round and the first of the second."""
+    """A script makes the second evaluation the best in the first round, and the first one in the second."""
     scores = iter([0.2, 0.9, 0.1, 0.5, 0.8, 0.3, 0.1, 0.4])
 
     def compute_metrics(prediction):
@@ -251,7 +251,7 @@ def test_the_best_checkpoint_of_a_round_is_its_model(tmp_path):
         assert all(same(row[:3], old) for row, old in zip(model.norm_statistics.rows, rows, strict=True))
 
 
-def test_the_best_is_found_by_our_own_metrics(tmp_path):
+def test_the_best_checkpoint_is_found_by_metrics_of_hf_rtl(tmp_path):
     made = run(
         tmp_path / "run",
         num_train_epochs=2,

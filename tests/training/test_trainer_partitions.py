@@ -1,4 +1,4 @@
-"""Trainings whose routes a partition gives, and its rule beside every model that they leave."""
+"""Trainings whose routes come from a partition, and its rule beside every saved model."""
 
 import logging
 
@@ -29,14 +29,14 @@ from tests.training.small_runs import (
     Broken,
     Images,
     contents,
-    figures,
     image_model,
     make_trainer,
     run,
+    timeless,
 )
 
 
-# Of six classes two are a route, so that the routes are those of `Images`.
+# Two of six classes form a route, so that the routes are those of `Images`.
 GROUPS = {"ant": ["0", "3"], "bee": ["1", "4"], "cat": ["2", "5"]}
 FILES = ("partition.json", "partition.safetensors")
 
@@ -46,7 +46,7 @@ def with_classes(number, **values):
 
 
 def grouped(number=24, **values):
-    """Data, their partition, and data to evaluate on, as arguments of `make_trainer`."""
+    """Data, their partition and evaluation data, as arguments of `make_trainer`."""
     train = with_classes(number, noise=0.1)
     partition = partition_by_groups(train, GROUPS)
     return {"train": train, "evaluate": with_classes(12, seed=1), "options": {"partition": partition, **values}}
@@ -57,7 +57,7 @@ def rule_files(folder):
 
 
 def home_routes(trainer, dataset):
-    """What evaluation takes for the route of every sample."""
+    """The route of every sample in evaluation."""
     return torch.cat([batch["labels"] for batch in trainer.get_eval_dataloader(dataset)]).tolist()
 
 
@@ -66,7 +66,7 @@ def test_a_partition_trains_as_a_column_of_its_routes(finished, tmp_path):
     made = run(tmp_path / "run", **grouped(), **saving)
     assert contents(tmp_path / "run") == contents(finished.folder)
     for report, expected in zip(made.rounds, finished.rounds, strict=True):
-        assert figures(report["metrics"]) == figures(expected["metrics"])
+        assert timeless(report["metrics"]) == timeless(expected["metrics"])
     assert made.plan().route_sizes == dict.fromkeys(ROUTES, 8)
 
     models = [file.parent for file in (tmp_path / "run").rglob("config.json")]
@@ -75,7 +75,7 @@ def test_a_partition_trains_as_a_column_of_its_routes(finished, tmp_path):
         assert load_rule(folder) == ByGroups("label", GROUPS)
         assert load_rule(folder).assign(with_classes(18, seed=5)).route_ids.tolist() == [0, 1, 2] * 6
         assert rule_files(folder).keys() == {"partition.json"}
-    # The data of a route column go on with the same run.
+    # Data with a route column continue the same run.
     make_trainer(tmp_path / "run", **saving).train()
 
 
@@ -89,7 +89,7 @@ def test_a_single_route_has_all_samples_without_a_column(tmp_path):
     assert plain.plan().route_sizes == {"all": 24}
     for report, expected in zip(plain.rounds, by_column.rounds, strict=True):
         assert report["mask_fingerprint"] == expected["mask_fingerprint"]
-        assert figures(report["metrics"]) == figures(expected["metrics"])
+        assert timeless(report["metrics"]) == timeless(expected["metrics"])
     with pytest.raises(FileNotFoundError, match="partition.json"):
         load_rule(tmp_path / "plain/final")
 
@@ -125,7 +125,7 @@ def test_other_data_get_their_routes_by_the_rule(tmp_path):
     for size in (1, 5):
         made.args.per_device_eval_batch_size = size
         assert home_routes(made, data) == expected.tolist()
-    # Of classes with names, their numbers say nothing: here 5 is 0, and so on.
+    # Classes go by name, not by number: here class 5 has number 0, and so on.
     columns = {"pixel_values": [sample["pixel_values"].numpy() for sample in data.samples]}
     renumbered = Dataset.from_dict({**columns, "label": [5 - index % 6 for index in range(12)]})
     renumbered = renumbered.cast_column("label", ClassLabel(names=list("543210"))).with_format("torch")
@@ -300,13 +300,13 @@ def test_a_rule_goes_along_with_a_model_until_its_routes_change(tmp_path, caplog
         copy_run(model, tmp_path / "pushed", token=None)
         assert rule_files(tmp_path / "pushed") == {}
         assert "for other routes, 'ant', 'bee', 'cat', than those of the model, 'ant', 'cat'" in caplog.text
-    # Saved in the same place, the rule of the model before is not taken for its own.
+    # A model with other routes in the same folder does not get the rule of the earlier model.
     model.save_pretrained(tmp_path / "run" / "final")
     with pytest.raises(ValueError, match="for other routes, 'ant', 'bee', 'cat', than those of the model, 'ant', "):
         load_rule(tmp_path / "run" / "final")
 
 
-def test_clusters_train_as_they_come(tmp_path):
+def test_a_partition_by_clusters_trains(tmp_path):
     train = Images(24)
     features = torch.stack([sample["pixel_values"].mean((1, 2)) for sample in train.samples])
     partition = partition_by_features(features, num_routes=2, seed=0)

@@ -1,4 +1,4 @@
-"""Runs whose tickets have parameters of their own."""
+"""Runs whose tickets have private parameters."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def private_run(tmp_path_factory):
     return folder, made, watch
 
 
-def test_a_run(private_run):
+def test_a_run_with_private_parameters(private_run):
     folder, made, watch = private_run
     assert made.model.private_parameters.names == NAMES
     assert len(watch.routes) == 12 and set(watch.routes) == {0, 1, 2}
@@ -65,8 +65,8 @@ def test_a_run(private_run):
         assert torch.equal(made.model.extract_ticket(route)(images).logits, answer)
 
 
-def test_extraction_trains_them_as_if_they_were_shared(finished, private_run):
-    """So runs that differ in it alone find the same masks, and can share them."""
+def test_extraction_trains_private_parameters_as_if_they_were_shared(finished, private_run):
+    """So runs that differ only in private parameters find the same masks, and can share them."""
     ours, theirs = (masks_on_disk(folder, finished.trainer.model) for folder in (private_run[0], finished.folder))
     assert ours.keys() == theirs.keys() and len(ours) > 5
     assert all(torch.equal(*pair) for key in ours for pair in zip(ours[key], theirs[key], strict=True))
@@ -74,7 +74,7 @@ def test_extraction_trains_them_as_if_they_were_shared(finished, private_run):
     assert states[0] != states[1]
 
 
-def test_frozen_ones_are_not_trained_in_either_phase(tmp_path):
+def test_frozen_private_parameters_are_not_trained_in_either_phase(tmp_path):
     backbone = image_model().backbone
     backbone.timm_model.fc.bias.requires_grad_(False)
     options = {"route_names": ["ant", "bee", "cat"], "ticket_task": "membership", "private_parameters": PRIVATE}
@@ -96,14 +96,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(private_run, tmp_path, monk
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused", "rmsprop"])
-def test_whatever_the_optimizer(tmp_path, optim):
+def test_private_rows_with_every_optimizer(tmp_path, optim):
     options = {"weight_decay": 0.1, "max_grad_norm": 1.0, "learning_rate": 0.01, "gradient_accumulation_steps": 2}
     watch = WatchRows()
     run(tmp_path, private_model(), callbacks=[watch], optim=optim, target_sparsity=[0.3], bf16=True, **options)
     assert len(watch.routes) == 3
 
 
-def test_rows_are_decayed_as_what_they_are_rows_of(tmp_path):
+def test_private_rows_have_the_weight_decay_of_their_parameter(tmp_path):
     made = make_trainer(tmp_path, private_model(), weight_decay=0.1)
     decayed, others = made.parameter_groups(made.model)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
@@ -118,7 +118,7 @@ def test_rows_are_decayed_as_what_they_are_rows_of(tmp_path):
 
 
 def test_the_union_is_recalibrated_with_the_mean_of_all_rows(private_run):
-    """What it has seen went through the mean of the rows."""
+    """Recalibration ran through the mean of the rows."""
     _, made, _ = private_run
     seen = []
     hook = made.model.backbone.timm_model.bn1.register_forward_pre_hook(

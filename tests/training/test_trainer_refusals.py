@@ -1,4 +1,4 @@
-"""Input that is refused before anything is written, and training that comes to nothing."""
+"""Input that is refused before anything is written, and trainings that fail."""
 
 import logging
 
@@ -130,7 +130,7 @@ def test_several_accelerators_in_one_process_are_refused(tmp_path, monkeypatch):
 
 
 def test_labels_that_are_no_classes_are_not_checked(tmp_path):
-    """Numbers to regress, of less than 1, and several labels a sample."""
+    """Labels may be numbers to regress, here below 1, or several per sample."""
     for label in (lambda i: i / 100, lambda i: torch.tensor([1.0, 0.0])):
         data = Broken(24, lambda i, sample, label=label: {**sample, "labels": label(i)}, columns=DOMAINS)
         model = image_model(ticket_task="labels", num_labels=2)

@@ -1,4 +1,4 @@
-"""Arguments of a run: defaults, what they refuse, and how they are recorded."""
+"""The arguments of a run: defaults, refused values, and their record."""
 
 import json
 

@@ -1,4 +1,4 @@
 """
-What the processes of the Hub's tests do, a module for each theme. All are imported once, by the process that the
-others are forked from: see `tests.hub.processes`.
+The functions that the processes of the Hub's tests run, a module for each theme. The process that forks the others
+imports all of them once: see `tests.hub.processes`.
 """

@@ -1,4 +1,4 @@
-"""Cards in repositories, which somebody edits there or here."""
+"""Cards that are pushed, and edited on the Hub or on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINAL_CARD = Path("run/final/README.md")
 
 
 def read_and_validate(name: str, **options: Any) -> dict[str, Any]:
-    """The card in a repository, as the client reads it. The Hub is asked whether its metadata are valid."""
+    """The card in a repository, as the client reads it. The Hub validates its metadata."""
     card = ModelCard(Path(hf_hub_download(name, "README.md", **options)).read_text())
     card.validate()
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
@@ -25,7 +25,7 @@ def read_and_validate(name: str, **options: Any) -> dict[str, Any]:
 
 
 def edit_card(name: str, old: str, new: str, **options: Any) -> None:
-    """As people do on the page of a model."""
+    """Edits a card as people do on the page of a model."""
     content = Path(hf_hub_download(name, "README.md", **options)).read_text()
     assert old in content
     HfApi().upload_file(
@@ -34,7 +34,7 @@ def edit_card(name: str, old: str, new: str, **options: Any) -> None:
 
 
 def create_with_card(name: str, content: str) -> None:
-    """As people do on the page for new models."""
+    """Creates a repository with a card as people do on the page for new models."""
     api = HfApi()
     api.create_repo(name)
     api.upload_file(path_or_fileobj=content.encode(), path_in_repo="README.md", repo_id=name)
@@ -52,7 +52,7 @@ def push_again_after_an_edit_there(name: str) -> None:
     for old, new in ((b"license: mit", b"license: apache-2.0"), (b"hf_rtl: end -->", b"hf_rtl: end -->\nOne.\n")):
         edit_card(name, old.decode(), new.decode())
         trainer.push_to_hub()
-    # Upon what the last push has brought here.
+    # The last push has brought "One." to this machine.
     edit_card(name, "One.", "Two.")
     trainer.push_to_hub(commit_message="Last")
 
@@ -65,7 +65,7 @@ def push_again_after_an_edit_here(name: str) -> None:
 
 
 def push_again_after_edits_on_both_sides(name: str) -> tuple[str, bool]:
-    """The error, and whether the card here is as it was."""
+    """The error of the push, and whether the local card is unchanged."""
     trainer = train_pushed(name)
     edit_card(name, "license: mit", "license: apache-2.0")
     mine = FINAL_CARD.read_text() + "Mine.\n"
@@ -77,8 +77,8 @@ def push_again_after_edits_on_both_sides(name: str) -> tuple[str, bool]:
     return "", False
 
 
-def push_in_vain_then_again(name: str) -> None:
-    """The first push of a text of ours is refused; somebody else then pushes a card; ours is not to be lost."""
+def push_again_after_a_refused_push(name: str) -> None:
+    """Pushes a local text, which is refused, and again without the condition that refused it."""
     trainer = train_pushed(name)
     FINAL_CARD.write_text(FINAL_CARD.read_text() + "Mine.\n")
     try:
@@ -94,7 +94,7 @@ def push_trained_model(name: str) -> None:
 
 
 def train_from_hub(backbone: str, name: str) -> None:
-    """Pushes a plain network, then trains tickets that start from it, and from folders with the same."""
+    """Pushes a plain network, then trains and pushes tickets that start from it, and from folders with its weights."""
     config = ViTConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -113,7 +113,7 @@ def train_from_hub(backbone: str, name: str) -> None:
         ("secret/backbone", f"{name}-folder"),
         (backbone, f"{name}-both"),
     ):
-        if target.endswith("-both"):  # a folder that is named as the repository is
+        if target.endswith("-both"):  # a folder with the name of the repository
             plain.save_pretrained(backbone)
         model = RTLModelForImageClassification.from_backbone(source, route_names=ROUTES, ticket_task="membership")
         made = make_trainer(hub_model_id=target, output_dir=str(Path(target).absolute()))

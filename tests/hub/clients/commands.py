@@ -17,7 +17,7 @@ def save(folder: str, *, seed: int = 0, **options: Any) -> dict[str, Any]:
 
 
 def command(*arguments: str) -> str:
-    """What `hf-rtl` prints. Raises `RuntimeError` with its error."""
+    """The output of `hf-rtl`. Raises `RuntimeError` with its error."""
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         status = main(list(arguments))

@@ -1,4 +1,4 @@
-"""The models that are pushed, what goes with them, and what of two models is to be equal."""
+"""The models that are pushed, their processors, and the parts of two models that must be equal."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def make_model(
 ) -> RTLModel:
     """
     A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`, `"gpt2"`), with random masks and
-    statistics.
-
-    Of `"odd"` the rows of masks do not end where a byte ends.
+    statistics. `"odd"` is a transformer whose rows of masks do not end at the end of a byte.
     """
     routes = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
@@ -64,7 +62,7 @@ def make_model(
     generator = torch.Generator().manual_seed(seed)
     for route in range(model.num_routes):
         model.mask_bank[route] = [torch.rand(shape, generator=generator) < 0.5 for shape in model.mask_bank.shapes]
-    # As trained, so that what is masked, and whose statistics are used, shows in the outputs.
+    # As after training, so that masks and statistics show in the outputs.
     for tensor in [*model.parameters(), *model.norm_statistics.rows]:
         tensor.data += (0.05 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
     return model.eval()
@@ -72,7 +70,7 @@ def make_model(
 
 @torch.no_grad()
 def describe(model: RTLModel) -> dict[str, Any]:
-    """All that is to be the same after a model has been pushed and loaded, to the bit."""
+    """All that must be equal to the bit after a model has been pushed and loaded."""
     if model.main_input_name == "input_ids":
         inputs = {"input_ids": torch.arange(8).view(2, 4)}
     else:
@@ -106,7 +104,7 @@ def image_processor() -> ViTImageProcessor:
 
 
 def timm_processor() -> TimmWrapperImageProcessor:
-    """As `AutoImageProcessor` gives for timm's repositories. It cuts as much of `images()` on both sides."""
+    """The class of `AutoImageProcessor` for timm's repositories. It crops `images()` equally on both sides."""
     config = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "crop_pct": 0.875}
     return TimmWrapperImageProcessor(pretrained_cfg={**config, "interpolation": "bicubic"})
 
@@ -118,7 +116,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def log_messages() -> list[str]:
-    """A list to which everything is added that hf_rtl logs in this process from now on."""
+    """A list that collects everything that hf_rtl logs in this process from now on."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""What the stock pipelines of transformers say of pushed models, and what the models do without them."""
+"""The answers of the stock pipelines of transformers with pushed models, and of the models without them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def ask(
     name: str, task: str, *, route: str | None = None, backend: str | None = None, timm: bool = False
 ) -> list[tuple[dict[str, float], dict[str, float]]]:
     """
-    For two inputs, what the stock pipeline says, label -> score, and what the model does without a pipeline.
+    For each of two inputs, the answers of the stock pipeline and of the model without one, both label -> score.
 
     Args:
-        timm: whether images are prepared by timm's transform then.
+        timm: whether timm's transform prepares the images for the model without a pipeline.
     """
     asked = pipeline(task, model=name, **_processor(name, backend))
     model = RTLModel.from_pretrained(name)
@@ -47,30 +47,30 @@ def ask(
 
 
 def _processor(name: str, backend: str | None) -> dict[str, Any]:
-    """An argument of `pipeline`, where its own choice is not to stand."""
+    """The arguments of `pipeline` that replace its own choice of processor."""
     return {} if backend is None else {"image_processor": AutoImageProcessor.from_pretrained(name, backend=backend)}
 
 
 @torch.no_grad()
-def answers_of(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[float]]:
-    """What a model says of each image, `[1, channels, height, width]`, alone."""
+def compute_answers(name: str, pixels: Tensor, routes: Sequence[str]) -> list[list[float]]:
+    """The logits of a model for each image alone, `[1, channels, height, width]`."""
     model = RTLModel.from_pretrained(name)
     return [model(image, route_ids=route).logits[0].tolist() for image, route in zip(pixels, routes, strict=True)]
 
 
 def pull_and_ask(name: str, image: str) -> tuple[str, list[dict[str, Any]]]:
-    """The masks' hash, and what the stock pipeline says of the image in a file."""
+    """The masks' hash, and the answer of the stock pipeline for the image in a file."""
     return RTLModel.from_pretrained(name).mask_bank.fingerprint(), pipeline("image-classification", model=name)(image)
 
 
 def ask_to_generate(name: str, **options: Any) -> str:
-    """What the stock pipeline makes of a text."""
+    """The text that the stock pipeline generates."""
     ask = pipeline("text-generation", model=name)
     return ask(TEXTS[1], max_new_tokens=4, do_sample=False, **options)[0]["generated_text"]
 
 
 def ask_one(name: str, task: str) -> dict[str, float]:
-    """What the stock pipeline says of one input, label -> score."""
+    """The answer of the stock pipeline for one input, label -> score."""
     answers = pipeline(task, model=name)(
         TEXTS[1] if task == "text-classification" else Image.new("RGB", (40, 50), "orange"), top_k=None
     )

@@ -62,7 +62,7 @@ def push_with_processor(
 
 
 def push_own_backbone(name: str) -> list[str]:
-    """What was said when a model of ours was pushed with its code."""
+    """The log messages of pushing, with its code, a model whose backbone is ours."""
     said = log_messages()
     model = RTLModelForImageClassification.from_backbone(
         "ghostnet_rtl", route_names=ROUTES, ticket_task="membership", seed=0
@@ -76,7 +76,7 @@ def push_view(name: str) -> None:
 
 
 def push_subfolder(name: str, folder: str) -> dict[str, Any]:
-    """What was pushed, as people do that keep several models in one repository."""
+    """Pushes a model into a folder of a repository, as for several models in one. Returns what was pushed."""
     model = make_model("vit")
     model.save_pretrained("model")
     api = HfApi()
@@ -86,13 +86,13 @@ def push_subfolder(name: str, folder: str) -> dict[str, Any]:
 
 
 def pull(name: str, loader: str = "RTLModel", **options: Any) -> dict[str, Any]:
-    """What came back, when loaded by a class of ours or of transformers."""
+    """What was loaded by a class of hf_rtl or of transformers."""
     loading = getattr(hf_rtl, loader, None) or getattr(transformers, loader)
     return describe(loading.from_pretrained(name, **options))
 
 
 def pull_executed(name: str, marker: str, **options: Any) -> tuple[list[dict[str, Any]], bool]:
-    """What came back by every way to load, and whether the marker was left by code of the repository."""
+    """What was loaded in every way, and whether code of the repository has left the marker."""
     loaders = ("RTLModel", "RTLModelForImageClassification", "AutoModel", "AutoModelForImageClassification")
     loaded = [pull(name, loader, **options) for loader in loaders]
     AutoConfig.from_pretrained(name, **options)
@@ -102,7 +102,7 @@ def pull_executed(name: str, marker: str, **options: Any) -> tuple[list[dict[str
 
 
 def pull_impatiently(name: str, **options: Any) -> dict[str, Any]:
-    """As `pull`, without waiting before another attempt, by a client that keeps what it gets in small pieces."""
+    """As `pull`, without waiting between attempts, by a client that stores what it receives in small pieces."""
     time.sleep = lambda seconds: None
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096
     return pull(name, **options)

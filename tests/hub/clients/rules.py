@@ -1,4 +1,4 @@
-"""Rules of partitions, pushed with a model and asked for by its name."""
+"""Rules of partitions, pushed with a model and loaded by its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULES = {
 
 
 def trained(kind: str, **arguments: Any) -> RTLTrainer:
-    """After a training whose partition has that rule."""
+    """A trainer after a training whose partition has a rule of `kind`."""
     trainer = make_trainer(partition=Partition(np.arange(24) % 3, ROUTES, rule=RULES[kind]), **arguments)
     trainer.train()
     return trainer
@@ -36,7 +36,7 @@ def train_then_push_model(kind: str, name: str) -> None:
 
 
 def assign(name: str, size: int = 24, **options: Any) -> list[int]:
-    """The routes of `FEATURES`, so many at a time, by the rule in a repository."""
+    """The routes of `FEATURES`, `size` samples at a time, by the rule in a repository."""
     rule = load_rule(name, **options)
     parts = [rule.assign(FEATURES[start : start + size]).route_ids for start in range(0, 24, size)]
     return np.concatenate(parts).tolist()
@@ -47,7 +47,7 @@ def describe_rule(name: str, **options: Any) -> str:
 
 
 def change_and_push(source: str, name: str, *, drop: str | None = None) -> list[str]:
-    """What was logged of rules when a copy of a model was pushed."""
+    """The log messages on rules while a copy of a model was pushed."""
     said = log_messages()
     model = RTLModel.from_pretrained(source)
     if drop is not None:

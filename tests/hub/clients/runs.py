@@ -1,4 +1,4 @@
-"""Small trainings, and what their trainers push."""
+"""Small trainings, whose trainers push. Models are returned as `describe` shows them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def make_trainer(*, partition: Partition | None = None, **arguments: Any) -> RTL
 
 
 def train(**arguments: Any) -> dict[str, Any]:
-    """What a training ended with."""
+    """The final model of a training."""
     trainer = make_trainer(**arguments)
     trainer.train()
     return describe(trainer.model.eval())
 
 
 def train_then_push(options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """What a training ended with."""
+    """The final model of a training, which is pushed with `options`."""
     trainer = make_trainer(**arguments)
     trainer.train()
     trained = describe(trainer.model.eval())
@@ -56,7 +56,7 @@ def train_then_push(options: dict[str, Any], **arguments: Any) -> dict[str, Any]
 
 
 def train_then_push_twice(**arguments: Any) -> tuple[str, dict[str, Any]]:
-    """What the first push failed with, and what a training ended with."""
+    """The error of the first push, and the final model; then a second push succeeds."""
     trainer = make_trainer(**arguments)
     trainer.train()
     try:
@@ -68,7 +68,7 @@ def train_then_push_twice(**arguments: Any) -> tuple[str, dict[str, Any]]:
 
 
 def retrain_then_push(**arguments: Any) -> dict[str, Any]:
-    """What a training ended with, before its trainer was used for a control."""
+    """The final model of a training, before its trainer was used for a control."""
     trainer = make_trainer(**arguments)
     trainer.train()
     trained = describe(trainer.model.eval())

@@ -11,7 +11,7 @@ from tests.hub.clients.models import describe, make_model
 
 
 def push_tickets(base: str, name: str, *, routes: list[str] | None = None, added: str | None = None, **options: Any):
-    """What the author's model is, who pulled `base` and found a ticket for a route `added`."""
+    """Pulls `base`, adds a ticket for a route `added` and pushes tickets. Returns the author's model."""
     model = RTLModel.from_pretrained(base)
     if added is not None:
         generator = torch.Generator().manual_seed(7)
@@ -27,7 +27,7 @@ def push_tickets(base: str, name: str, *, routes: list[str] | None = None, added
 def pull_with_tickets(
     base: str, name: str, *arguments: Any, drop: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What a user has, who adds tickets to a copy of `base`."""
+    """Adds tickets to a copy of `base`. Returns the user's model."""
     model = RTLModel.from_pretrained(base)
     if drop is not None:
         model.drop_route(drop)
@@ -42,7 +42,7 @@ def push_model_and_tickets(base: str, name: str) -> None:
 
 
 def push_compact(name: str, kind: str) -> dict[str, Any]:
-    """What is pulled of a compact push of it."""
+    """Pushes a model in the compact form. Returns what is pulled."""
     model = make_model(kind)
     commit = model.push_to_hub(name, compact=True)
     assert model.config.base["revision"] == commit.oid
