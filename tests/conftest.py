@@ -1,6 +1,8 @@
 """What all tests share: no network, no downloads, no progress bars, and small models made from configurations."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 
 # Read by the libraries when they are imported.
@@ -34,6 +36,14 @@ import hf_rtl  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_not_collected() -> Iterator[None]:
+    """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

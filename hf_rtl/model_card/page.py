@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,11 @@ def render_page(
         with_arguments (`bool`): whether a file beside the card holds all arguments of the run.
         rule (`str`, *optional*): description of the rule that assigns new data, if a file beside the card holds one.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
-    environment.filters.update(code=lambda name: json.dumps(name, ensure_ascii=False), fenced=markdown.fenced)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     bank = model.mask_bank
     is_membership = model.config.ticket_task == "membership"
     evaluations = run["evaluations"] if run else []
     last = [evaluation["rounds"][-1] for evaluation in evaluations]
-    return template.render(
+    return _template().render(
         given=given,
         title=title,
         model_id=given["model_id"] or "path/to/this/folder",
@@ -123,6 +120,14 @@ def render_page(
         arguments_table=_arguments_table(run) if run and run["arguments"] else None,
         surroundings=_environments(run["rounds"]) if run else [],
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(text=markdown.text, percent=markdown.percent, number=markdown.number)
+    environment.filters.update(code=lambda name: json.dumps(name, ensure_ascii=False), fenced=markdown.fenced)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def backbone_name(model: RTLModel) -> str:

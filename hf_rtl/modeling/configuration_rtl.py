@@ -342,7 +342,7 @@ def _check_model_type(model_type: Any, path: str) -> None:
 
 def _check_timm(config: Mapping[str, Any], path: str) -> None:
     architecture = config.get("architecture")
-    if not isinstance(architecture, str) or architecture not in timm.list_models():
+    if not isinstance(architecture, str) or not (architecture.isidentifier() and timm.is_model(architecture)):
         raise ValueError(
             f"`{path}.architecture` = {architecture!r} must be a plain name of the installed timm, as listed by "
             "`timm.list_models()`: no ':' and no '/'."

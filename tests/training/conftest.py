@@ -1,6 +1,5 @@
 """A run without interruptions, which tests share."""
 
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +8,11 @@ from tests.training.small_runs import Recorder, run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported_modules_are_not_collected():
-    """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def cards_have_no_picture():
+    """Cards are written as without matplotlib: drawing would take longer than all else that a small run does."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hf_rtl.model_card.card.find_spec", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="session")
