@@ -9,7 +9,6 @@ import torch
 
 from hf_rtl.data.partition_by import partition_by_column, partition_by_function, partition_by_label
 from hf_rtl.data.rules import ByColumn
-from tests.child_processes import run_program
 from tests.data.small_data import DictDataset, both_kinds, hf_dataset, make
 
 
@@ -244,13 +243,3 @@ def test_tiny_routes_are_warned_of(counts, tiny, caplog):
     caplog.clear()
     partition_by_column(dataset, "r", allow_empty=True)
     assert not caplog.records
-
-
-def test_datasets_need_not_be_installed():
-    code = """
-import sys
-sys.modules["datasets"] = None
-from hf_rtl.data.partition_by import partition_by_column
-assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
-"""
-    run_program(code)

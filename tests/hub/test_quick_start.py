@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.child_processes import ROOT
@@ -27,6 +28,7 @@ print(json.dumps([hf_rtl.__file__, namespace["logits"].tolist(), commands]))
 """
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_as_it_is_shown(hub, run, published_environment, tmp_path):
     section = re.search(r"^## Quick start\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
     (code,) = re.findall(r"^```python no-run\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
@@ -44,6 +46,7 @@ def test_the_quick_start_runs_as_it_is_shown(hub, run, published_environment, tm
     assert len({row[0] for row in expected}) == 3
 
 
+@pytest.mark.slow
 def test_the_published_package_is_whole(published_environment):
     def files(folder):
         return {

@@ -89,7 +89,9 @@ def test_tickets_are_compared_over_seeds(
     rendered = (tmp_path / "cifar10_methods.md").read_text()
     for name in ("figures", "decisions", "costs"):
         assert table(results[name], style="github") in rendered
-    pictures = [Image.open(file) for file in (tmp_path / "cifar10_methods-curves.png", tmp_path / "run" / "curves.png")]
+    pictures = [
+        Image.open(file) for file in (tmp_path / "cifar10_methods-curves.png", tmp_path / "run" / "curves.png")
+    ]
     assert pictures[0].size == pictures[1].size
     kept = json.loads((tmp_path / "cifar10_methods-results.json").read_text())["runs"]
     assert kept == {"0": list(map(card.kept_report, results["runs"]["0"]))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -12,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import mixed_batch, timing
+from benchmarks import mixed_batch, scaling, timing
 from hf_rtl import RTLModelForImageClassification
 from pages import card
-from tests.child_processes import environment
-from tests.recipes.commands import RECIPES, run_python
 
 
 def test_ratios_are_of_medians_and_quartiles_of_turns() -> None:
@@ -67,17 +64,33 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
 
 
-@pytest.mark.slow
-def test_scaling_compares_one_process_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_compares_one_process_with_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The measured runs are in this process here, where every clock goes half as fast for two processes."""
+
+    def start(command: list[str], env: dict[str, str], check: bool) -> None:
+        folder = Path(command[-1])
+        scaling.measure(*parsed, folder)
+        if "torch.distributed.run" in command:
+            assert command[command.index("--nproc_per_node") + 1] == "2"
+            measured = json.loads((folder / "measured.json").read_text())
+            seconds = measured["extraction_seconds"] / 2
+            (folder / "measured.json").write_text(
+                json.dumps({**measured, "processes": 2, "extraction_seconds": seconds})
+            )
+
     file = tmp_path / "scaling-results.json"
-    python_path = os.pathsep.join([str(RECIPES), environment()["PYTHONPATH"]])
-    printed = run_python(
-        *("-m", "benchmarks.scaling"),
+    arguments = (
         *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
-        *("--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
-        CUDA_VISIBLE_DEVICES="",
-        PYTHONPATH=python_path,
-    ).stdout
+        *("--max_train_samples", 400, "--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
+    )
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *map(str, arguments)])
+    parsed = scaling.parse((scaling.ScalingArguments, scaling.DataArguments), description="", defaults=scaling.CIFAR10)
+    monkeypatch.setattr(scaling.subprocess, "run", start)
+    monkeypatch.setattr(scaling.Extraction, "run", scaling.Extraction.run)  # The measured runs replace it.
+    scaling.main()
+    printed = capsys.readouterr().out
     results = json.loads(file.read_text())
     assert [entry["processes"] for entry in results["measured"]] == [1, 2]
     assert len({entry["masks"] for entry in results["measured"]}) == 1

@@ -64,7 +64,9 @@ def test_the_batches_of_a_round_can_be_repeated(tmp_path, monkeypatch):
             assert torch.equal(one["labels"], other["labels"])
 
 
+@pytest.mark.slow
 def test_plain_tensors_need_no_datasets(tmp_path):
+    """In a process of its own: here datasets is imported already."""
     program = """
         import sys
 
@@ -88,7 +90,9 @@ def test_plain_tensors_need_no_datasets(tmp_path):
         import torch
         import hf_rtl
         import hf_rtl.training.trainer
+        from hf_rtl.data.partition_by import partition_by_column
 
+        assert partition_by_column([{"r": 0}, {"r": 0}], "r").counts.tolist() == [2]
         torch.set_num_threads(1)
         samples = [{"pixel_values": torch.randn(3, 16, 16), "label": index % 2} for index in range(16)]
         model = hf_rtl.RTLModelForImageClassification.from_backbone(
