@@ -3,7 +3,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-kill quality style clean
+.PHONY: help venv demo test test-fast test-kill quality style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 test: quality  ## Run the checks, then the tests, those of several processes by themselves
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed
 	$(PYTHON) -m pytest tests/distributed
+
+test-fast: venv  ## Run the tests that are not slow, without the checks
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not kill"
 
 test-kill: venv  ## Kill runs at all moments that the kill test knows, and continue them; ordinary tests do it at a few
 	$(PYTHON) -m pytest tests/distributed/test_kill.py -m ""

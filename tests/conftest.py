@@ -38,6 +38,13 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests with a Hub or with several processes are slow."""
+    for item in items:
+        if {"hub", "distributed"} & set(item.path.parts):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _imported_modules_are_not_collected() -> Iterator[None]:
     """Without this, accelerate's garbage collection before every training visits all imports for half a second."""

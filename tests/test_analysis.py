@@ -170,6 +170,7 @@ def test_a_single_ticket_is_like_no_other():
     assert detect_collapse([found]) == {}
 
 
+@pytest.mark.slow
 def test_spread_is_that_of_random_masks():
     generator = torch.Generator().manual_seed(0)
     mask = [torch.arange(2000) < 400]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 import hf_rtl
 from tests.child_processes import ROOT, package_file, run_program
 
@@ -13,6 +15,7 @@ def test_this_process_is_of_this_checkout():
     assert Path(package_file()) == Path(hf_rtl.__file__) == ROOT / "hf_rtl" / "__init__.py"
 
 
+@pytest.mark.slow
 def test_a_child_process_finds_this_checkout_wherever_it_runs(tmp_path, monkeypatch):
     """It finds it even if another `hf_rtl` could be imported, such as an installed one."""
     other = tmp_path / "installed" / "hf_rtl"

@@ -12,6 +12,7 @@ def make_matrix(num_routes):
     return ((matrix + matrix.T) / 2).fill_diagonal_(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_routes", [1, 2, 12, 13, 100])
 def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
     names = [f"$route_{index}^$" for index in range(num_routes)]
@@ -82,6 +83,7 @@ def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
     assert min(height, width) > 400 and max(height, width) < 2500
 
 
+@pytest.mark.slow
 def test_curves_show_values_names_chance_and_marks(tmp_path):
     sparsity, values, names = torch.linspace(0.2, 0.9, 5), make_matrix(5)[:, :2], ["a", "b"]
     for name, (panel, routes, options) in {

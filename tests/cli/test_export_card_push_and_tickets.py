@@ -95,6 +95,7 @@ def test_an_exported_folder_is_a_plain_model(call, model, folder, tmp_path):
     assert "dog" in call("export", folder, "--route", "dog", tmp_path / "dog", "--force")
 
 
+@pytest.mark.slow
 def test_an_exported_graph_gives_the_same(call, model, folder, tmp_path):
     call(
         "export",
@@ -139,6 +140,7 @@ def test_what_export_refuses(fails, folder, tmp_path):
 # card
 
 
+@pytest.mark.slow
 def test_a_card_is_written_and_brought_up_to_date(call, folder, tmp_path):
     assert call("card", folder, "--json") == {"file": str(folder / "README.md")}
     file = folder / "README.md"
@@ -160,6 +162,7 @@ def test_a_card_needs_a_model(fails, tmp_path):
 # tickets
 
 
+@pytest.mark.slow
 def test_tickets_are_listed_saved_dropped_and_added(call, model, folder, tmp_path):
     listed = call("tickets", "list", folder, "--json")
     assert [ticket["name"] for ticket in listed["tickets"]] == ROUTES and listed["kind"] == "model"

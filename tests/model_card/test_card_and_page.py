@@ -37,6 +37,7 @@ from tests.model_card.cards import (
 # The form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
 @pytest.mark.parametrize("has_run", [True, False])
 @pytest.mark.parametrize("given", [{}, {"license": "mit", "language": ["en"], "datasets": "org/data", "tags": "x"}])
@@ -94,6 +95,7 @@ def test_a_card_comes_back_with_every_metric_as_it_was_measured(tmp_path, ticket
         assert {result.metric_type for result in results} == {"accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [HOSTILE, [f"route {index}" for index in range(100)]], ids=["hostile", "many"])
 def test_any_names_make_a_page_that_can_be_read(tmp_path, names):
     model = make_model(route_names=names)
@@ -214,6 +216,7 @@ def test_undefined_metrics_are_dashes_and_no_results(tmp_path):
     assert len(of_dog) == 9 and "roc_auc" not in of_dog
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_model(tmp_path):
     model = make_model()
     masks = [mask & (layer not in (3, 4)) for layer, mask in enumerate(model.mask_bank["dog"])]
@@ -275,6 +278,7 @@ def test_the_card_of_a_model_without_a_run_invents_nothing(tmp_path):
     assert "None" not in card.text and "Undefined" not in card.text
 
 
+@pytest.mark.slow
 def test_a_run_with_other_masks_or_weights_is_not_the_model_s(tmp_path, caplog):
     model = make_model()
     with_run(model, tmp_path)

@@ -51,6 +51,7 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch, ticket_task):
     assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(scores, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_code_that_is_saved_along_is_named(tmp_path):
     model = make_model()
     for with_code in (False, True):
@@ -66,6 +67,7 @@ def test_code_that_is_saved_along_is_named(tmp_path):
 # Arguments
 
 
+@pytest.mark.slow
 def test_a_rule_beside_the_model_is_named(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -79,6 +81,7 @@ def test_a_rule_beside_the_model_is_named(tmp_path):
     assert "load_rule" not in read_page(write_card(tmp_path))
 
 
+@pytest.mark.slow
 def test_given_card_data_are_shown_and_kept(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -153,6 +156,7 @@ def test_a_card_that_cannot_be_read_is_refused_and_stays(tmp_path):
 # What a user wrote
 
 
+@pytest.mark.slow
 def test_what_a_user_wrote_survives(tmp_path, caplog):
     file = tmp_path / "README.md"
     mine = "---\nlicense: apache-2.0  # as agreed\ntags: [zoo]\nextra: 1\n---\n# Mine\n\nText.\n"
@@ -186,6 +190,7 @@ def test_a_license_given_again_replaces_the_one_given_before(tmp_path, caplog):
 LOCAL, REMOTE = b"Written here.\n", b"---\nlicense: mit\n---\nWritten there.\n"
 
 
+@pytest.mark.slow
 def test_a_push_keeps_the_text_that_was_written_by_hand(tmp_path):
     model, file = make_model(), tmp_path / "README.md"
 
@@ -214,6 +219,7 @@ def test_a_push_keeps_the_text_that_was_written_by_hand(tmp_path):
     assert push(file.read_bytes()).endswith(b"Here.\n")
 
 
+@pytest.mark.slow
 def test_what_was_written_here_is_not_lost_to_a_card_of_the_hub(tmp_path):
     """Writing the local card in between is no push, and loses no text either."""
     (tmp_path / "README.md").write_bytes(LOCAL)
@@ -286,6 +292,7 @@ def trainer(tmp_path_factory):
     return trainer
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_a_card(trainer):
     folder = Path(trainer.args.output_dir) / "final"
     assert {"README.md", "similarity.png", "training_run.json"} <= {file.name for file in folder.iterdir()}
@@ -336,6 +343,7 @@ def test_a_trainer_takes_trainer_s_names_and_ours(trainer):
         trainer.create_model_card(autors=["Ada"])
 
 
+@pytest.mark.slow
 def test_the_model_of_a_trainer_knows_its_run_until_it_changes(trainer, tmp_path):
     page = write_card(trainer.model, tmp_path).read_text()
     assert "model-index" in page and "training_args.json" not in page  # a missing file must not be linked

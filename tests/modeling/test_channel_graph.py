@@ -108,6 +108,7 @@ def kept_by_brute_force(chain):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.1, 0.05])
 def test_a_chain_against_brute_force(keep):
     num_removed = 0
@@ -136,6 +137,7 @@ def test_a_chain_against_brute_force(keep):
 # What decides
 
 
+@pytest.mark.slow
 def test_residual_channels_go_only_when_all_readers_agree():
     def forward(self, x):
         x = self.stem(x).relu()
@@ -199,6 +201,7 @@ def test_a_product_with_zero_is_zero_and_with_another_constant_is_not():
         assert_removed(model, removed)
 
 
+@pytest.mark.slow
 def test_a_constant_beside_zero_padding_is_no_constant():
     """A convolution or a padded average sees less of the constant at the border, so its output is not constant."""
     for middle in (nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.AvgPool2d(3, padding=1), nn.ConstantPad2d(1, 0.7)):
@@ -231,6 +234,7 @@ def test_a_constant_is_another_one_after_a_sum_or_beside_padding(reduce, caplog)
     assert "depends on how many" not in caplog.text
 
 
+@pytest.mark.slow
 def test_depthwise_channels_go_with_their_inputs():
     def network():
         depthwise = nn.Conv2d(6, 12, 3, groups=6)

@@ -102,6 +102,7 @@ def told(rows, kind):
 # Against one sample after the other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_is_each_sample_alone(build, kind):
     model, inputs = build(kind)
@@ -140,6 +141,7 @@ def test_one_route_is_its_ticket(build, kind, route):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_beams, num_sequences", [(3, 2), (2, 1)])
 def test_beams_and_several_sequences_of_a_sample(build, kind, num_beams, num_sequences):
@@ -427,6 +429,7 @@ def test_training_mode_is_that_of_transformers(build):
 # Its configuration, and the models that can generate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_generation_config_is_the_backbones_and_is_saved(build, kind, tmp_path):
     model, inputs = build(kind)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -263,26 +261,6 @@ def test_an_extracted_ticket_in_channels_last(build):
     for name, mask in zip(model.mask_bank.weight_names, model.mask_bank[1], strict=True):
         assert not names[name][~mask].any() and names[name][mask].any(), name
     assert torch.equal(ticket(**inputs).logits, model(**inputs, route_ids=1).logits)
-
-
-@pytest.mark.slow
-def test_a_ticket_needs_transformers_alone(build, tmp_path):
-    model, inputs = build("vit")
-    model.extract_ticket(1).save_pretrained(tmp_path / "ticket")
-    expected = model(**inputs, route_ids=1).logits
-    save_file({"x": inputs["pixel_values"], "logits": expected.detach()}, tmp_path / "case.safetensors")
-    code = f"""
-import sys
-sys.modules["hf_rtl"] = None
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
-torch.set_num_threads(1)
-case = load_file({str(tmp_path / "case.safetensors")!r})
-model = AutoModelForImageClassification.from_pretrained({str(tmp_path / "ticket")!r}).eval()
-torch.testing.assert_close(model(case["x"]).logits, case["logits"], rtol=1e-6, atol=1e-6)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
 
 
 def test_a_view_with_a_fixed_route(tiny_membership_model):

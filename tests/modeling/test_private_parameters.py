@@ -422,6 +422,7 @@ def test_parameters_become_private_one_after_the_other(fill_masks, tmp_path):
         model.make_private(["*.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy_of_base", ["full", "compact", "bfloat16"])
 @pytest.mark.parametrize("base_shares", [True, False])
 def test_a_ticket_file_brings_private_parameters(fill_masks, tmp_path, base_shares, copy_of_base):

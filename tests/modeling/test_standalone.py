@@ -217,6 +217,7 @@ def test_with_us_a_ticket_of_our_architecture_loads(build, tmp_path):
 # Exported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_export(build, kind, tmp_path):
     """Exported programs have the route's outputs to the bit; from a file, with another alignment, to rounding."""
@@ -231,6 +232,7 @@ def test_torch_export(build, kind, tmp_path):
     torch.testing.assert_close(logits(loaded, given), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resnet", "ghostnet", "vit", "bert", "t5"])
 def test_onnx(build, kind, tmp_path):
     model, inputs = build(kind)

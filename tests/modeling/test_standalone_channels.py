@@ -148,6 +148,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANS)
 def test_planted_channels_go_and_no_others(request, kind):
     cls, source, arguments, zeroed, values, removed, batches = PLANS[kind](request)
@@ -172,6 +173,7 @@ def test_planted_channels_go_and_no_others(request, kind):
     assert_outputs(smaller, ticket, *batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.1, 0.05])
 def test_random_masks_on_a_residual_network(tiny_labels_model, fill_masks, keep):
     model = tiny_labels_model
@@ -195,6 +197,7 @@ def test_random_masks_on_a_residual_network(tiny_labels_model, fill_masks, keep)
     assert not again.changed
 
 
+@pytest.mark.slow
 def test_nothing_to_remove_changes_nothing(tiny_labels_model, tmp_path):
     model = tiny_labels_model.eval()
     x = torch.randn(2, 3, 32, 32)
@@ -220,6 +223,7 @@ def pruned(tiny_membership_model, caplog):
     return model, ticket, caplog.text
 
 
+@pytest.mark.slow
 def test_the_report_is_logged(pruned):
     _, ticket, text = pruned
     before, after = 372_785, 372_785 - 2 * 9 * 32 - 2
@@ -232,6 +236,7 @@ def test_the_report_is_logged(pruned):
     ]
 
 
+@pytest.mark.slow
 def test_a_smaller_ticket_is_exported_but_not_saved(pruned, tmp_path):
     model, ticket, _ = pruned
     x = torch.randn(2, 3, 32, 32)
@@ -247,6 +252,7 @@ def test_a_smaller_ticket_is_exported_but_not_saved(pruned, tmp_path):
     assert torch.equal(loaded(pixel_values=x).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_smaller_ticket_trains_on(pruned):
     model, ticket, _ = pruned
     ticket.train()(torch.randn(4, 3, 32, 32), labels=torch.ones(4, 1)).loss.backward()

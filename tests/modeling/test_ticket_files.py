@@ -79,6 +79,7 @@ def assert_unchanged(model, before):
 # Loading into copies of the base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", ["full", "compact", "bfloat16", "float16", "bfloat16 and back"])
 @pytest.mark.parametrize("kind", ["timm", "bert", "tied"])
 def test_tickets_added_to_a_copy_answer_as_where_they_were_made(kind, copy, tmp_path):
@@ -154,6 +155,7 @@ def test_statistics_that_are_shared_are_of_the_base(tmp_path):
         other.load_tickets(tmp_path)
 
 
+@pytest.mark.slow
 def test_tickets_of_several_authors_meet_in_one_model(tmp_path):
     make_model(keep=0.1).save_pretrained(tmp_path / "base")
     for seed, name in enumerate(["dog", "eel"]):
@@ -553,6 +555,7 @@ def test_the_last_route_stays():
 # The base of a model
 
 
+@pytest.mark.slow
 def test_the_base_is_known_after_casts_and_compaction_and_not_after_training(tmp_path):
     model = make_model(keep=0.1)
     model.save_pretrained(tmp_path / "base")

@@ -53,6 +53,7 @@ def refused(monkeypatch, capsys):
     return refused
 
 
+@pytest.mark.slow
 def test_a_run_is_analysed(finished_run, tmp_path, call):
     trainer, folder = finished_run
     classes = tmp_path / "classes.csv"
@@ -101,6 +102,7 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
         assert min(height, width) > 300
 
 
+@pytest.mark.slow
 def test_saved_models_are_analysed_by_sparsity(finished_run, tmp_path, call):
     _, folder = finished_run
     printed = call(folder / ROUNDS[1], folder / ROUNDS[0], "--output_dir", tmp_path / "out", "--metric", "auroc")
@@ -113,6 +115,7 @@ def test_saved_models_are_analysed_by_sparsity(finished_run, tmp_path, call):
     assert sorted(found["order"]) == ROUTES
 
 
+@pytest.mark.slow
 def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call):
     _, folder = finished_run
     shutil.copytree(folder, tmp_path / "run")
@@ -128,6 +131,7 @@ def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call
     assert len(json.loads(file.read_text())["points"]) == 3
 
 
+@pytest.mark.slow
 def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, call):
     _, folder = finished_run
     for name, sparsity in (("last", []), ("also", ["--at", 0.61]), ("first", ["--at", 0.1])):
@@ -136,6 +140,7 @@ def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, ca
     assert drawn["last"] == drawn["also"] != drawn["first"]
 
 
+@pytest.mark.slow
 def test_a_sharp_change_is_said(finished_run, tmp_path, call, monkeypatch):
     _, folder = finished_run
     change = analyze.Change(3, 0.552, "down", 0.4, 0.41, 0.1)
@@ -176,6 +181,7 @@ def test_help_teaches(refused, monkeypatch, capsys):
         assert words in printed
 
 
+@pytest.mark.slow
 def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, monkeypatch):
     _, folder = finished_run
     classes = tmp_path / "classes.csv"

@@ -20,6 +20,7 @@ from shared.report import table
 from tests.recipes.commands import RECIPES
 
 
+@pytest.mark.slow
 def test_tickets_are_compared_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,7 +28,7 @@ def test_tickets_are_compared_over_seeds(
     arguments = (
         *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0),
         *("--target_sparsity", 0.5, "--extraction_steps", 1, "--num_train_epochs", 1, "--competing_epochs", 1),
-        *("--route_batch_size", 40, "--max_train_samples", 400, "--max_test_samples", 200),
+        *("--route_batch_size", 24, "--max_train_samples", 250, "--max_test_samples", 100),
         *("--output_dir", tmp_path / "run"),
     )
     monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, arguments)])
@@ -39,8 +40,8 @@ def test_tickets_are_compared_over_seeds(
     assert len({report["costs"]["samples in retraining"] for report in of.values()}) == 1
     extraction = {method: report["costs"]["samples in extraction"] for method, report in of.items()}
     assert extraction["dense"] == extraction["random masks"] == extraction["layer-shuffled masks"] == 0
-    assert extraction["IMP single"] == extraction["IMP single, union"] == extraction["one-vs-rest"] == 2 * 40
-    assert extraction["shared"] == extraction["competing"] == extraction["IMP multiple"] == 10 * 2 * 40
+    assert extraction["IMP single"] == extraction["IMP single, union"] == extraction["one-vs-rest"] == 2 * 24
+    assert extraction["shared"] == extraction["competing"] == extraction["IMP multiple"] == 10 * 2 * 24
     trainings = {method: report["costs"]["trainings"] for method, report in of.items()}
     assert (trainings["IMP single"], trainings["per route"], trainings["IMP multiple"]) == (3, 21, 30)
     flops = {method: report["costs"]["kFLOPs an image"] for method, report in of.items()}

@@ -64,6 +64,7 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
 
 
+@pytest.mark.slow
 def test_scaling_compares_one_process_with_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +84,8 @@ def test_scaling_compares_one_process_with_two(
     file = tmp_path / "scaling-results.json"
     arguments = (
         *("--dataset", "digits", "--num_channels", 1, "--backbone", "test_resnet", "--route_batch_size", 40),
-        *("--max_train_samples", 400, "--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12, "--output", file),
+        *("--max_train_samples", 400, "--turns", 1, "--extraction_steps", 1, "--retraining_steps", 12),
+        *("--output", file),
     )
     monkeypatch.setattr(sys, "argv", ["scaling.py", *map(str, arguments)])
     parsed = scaling.parse((scaling.ScalingArguments, scaling.DataArguments), description="", defaults=scaling.CIFAR10)

@@ -152,6 +152,7 @@ def test_bad_arguments_end_the_command_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "groups.yaml").write_text("low: [0, 1, 2]\nmiddle: [3, 4, 5, 6]\nhigh: [7, 8, 9]\n")
     (tmp_path / "similarity.csv").write_text(",low,middle,high\nlow,1,.5,.1\nmiddle,.5,1,.5\nhigh,.1,.5,1\n")

@@ -188,6 +188,7 @@ def models(output_dir: Path, report: dict[str, Any]) -> Path:
     return output_dir / "rate-0.01-seed-0" / report["image"] / name
 
 
+@pytest.mark.slow
 def test_reported_metrics_are_those_of_the_saved_models(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
     output_dir, found = results
     assert len(found["reports"]) == 2 * (2 + 2 + 2 + 2 + 1)
@@ -313,6 +314,7 @@ def spearman(one: list[float], other: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_read_back(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
     output_dir, found = results
     files = {file: file.stat().st_mtime_ns for file in output_dir.glob("rate-*/*/*/round-*/model.safetensors")}

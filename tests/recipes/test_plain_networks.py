@@ -53,6 +53,7 @@ def auroc(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics["odd/auroc"], metrics["even/auroc"]
 
 
+@pytest.mark.slow
 def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTrainer) -> None:
     test, tickets = trainer.eval_dataset, read_tickets(trainer)
     odd, even = auroc(independent_metrics(trainer, test, tickets, round_index=0))
@@ -94,6 +95,7 @@ def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTra
     assert odd == pytest.approx(np.mean(pairs > 0) + np.mean(pairs == 0) / 2, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_one_network_for_all_has_one_mask(trainer: RTLTrainer) -> None:
     test, mask = trainer.eval_dataset, read_tickets(trainer)[0]
     dense = one_vs_rest(trainer, test, BACKBONE)

@@ -39,11 +39,12 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder),
         *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
-        *("--max_train_samples", 400, "--max_test_samples", 120),
+        *("--max_train_samples", 200, "--max_test_samples", 80),
     )
     return folder, result.stdout
 
 
+@pytest.mark.slow
 def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, str]) -> None:
     folder, printed = digits_run
     results = json.loads((folder / "results.json").read_text())
@@ -61,6 +62,7 @@ def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, 
     assert (folder / "curve.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_fresh_process_recomputes_every_number(
     digits_run: tuple[Path, str], tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
         assert routes == [0 if digit % 2 else 1 for digit in digits]
 
 
+@pytest.mark.slow
 def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
     file, folder = tmp_path / "groups.yaml", tmp_path / "run"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
@@ -142,6 +145,7 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
         assert name in printed
 
 
+@pytest.mark.slow
 def test_a_run_is_made_into_cards(
     digits_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

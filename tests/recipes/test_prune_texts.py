@@ -116,6 +116,7 @@ def text_run(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prune_texts(encoder, tmp_path_factory.mktemp("text"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "others"), [((), ["dense"]), (("--no_dense",), [])])
 def test_a_text_run_has_a_dense_model_unless_refused(
     encoder: str, tmp_path: Path, arguments: tuple[str, ...], others: list[str]
@@ -130,6 +131,7 @@ def test_a_text_run_has_a_dense_model_unless_refused(
     assert (line["union acc."], line["union worst"]) == (metrics["eval_union_accuracy"], min(by_route))
 
 
+@pytest.mark.slow
 def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_run: Path) -> None:
     results = json.loads((text_run / "results.json").read_text())
     methods = [(line["method"], line["sparsity"]) for line in results["table"]]

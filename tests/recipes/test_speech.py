@@ -274,6 +274,7 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     return output_dir
 
 
+@pytest.mark.slow
 def test_a_method_trains_no_other(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*tiny(folders, tmp_path), "--methods", "dense"])
     speech.main()
@@ -282,6 +283,7 @@ def test_a_method_trains_no_other(folders, tmp_path, monkeypatch):
     assert results["num_weights"] == 2 * 3 * 15 + 3 * 3 * 9 + 3 * 3 * 9 + 6 * 2 * 15
 
 
+@pytest.mark.slow
 def test_all_methods_are_compared_at_the_same_cost(speech_run):
     results = json.loads((speech_run / "results.json").read_text())
     assert results["num_weights"] == 2 * 3 * 15 + 3 * 3 * 9 + 3 * 3 * 9 + 6 * 2 * 15

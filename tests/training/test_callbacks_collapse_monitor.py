@@ -47,6 +47,7 @@ def read_warnings(caplog):
     return [record.message for record in caplog.records if record.name == "hf_rtl.training.callbacks"]
 
 
+@pytest.mark.slow
 def test_a_monitored_run_is_the_same_with_more_in_its_reports(finished, tmp_path, caplog):
     monitor, recorded = CollapseMonitor(), Recorder()
     made = run(tmp_path / "run", callbacks=[monitor, recorded])
@@ -74,6 +75,7 @@ def test_a_monitored_run_is_the_same_with_more_in_its_reports(finished, tmp_path
         assert any("similarity/mean" in entry for entry in report["log_history"])
 
 
+@pytest.mark.slow
 def test_masks_of_all_prune_events_are_seen_once(tmp_path):
     class Seen(RTLTrainerCallback):
         calls = []
@@ -96,6 +98,7 @@ def test_masks_of_all_prune_events_are_seen_once(tmp_path):
         assert all(names == ROUTES for _, _, of_banks in Seen.calls for names in of_banks)
 
 
+@pytest.mark.slow
 def test_a_collapse_is_warned_of_once(tmp_path, collapsing, caplog):
     monitor = CollapseMonitor()
     made = run(tmp_path / "run", callbacks=[monitor], **{**GRADUAL, "target_sparsity": [0.3, 0.6, 0.8, 0.85]})
@@ -115,6 +118,7 @@ def test_without_a_collapse_nothing_stops(tmp_path, caplog):
     assert len(made.rounds) == 3 and read_warnings(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_round", [True, False])
 def test_a_run_that_collapses_ends_with_the_round_before(tmp_path, collapsing, caplog, every_round):
     options = {**GRADUAL, "retrain_every_round": every_round}
@@ -135,6 +139,7 @@ def test_a_run_that_collapses_ends_with_the_round_before(tmp_path, collapsing, c
     assert "The run ends here: 'round-02-sparsity-0.6' is the last round, 'round-03-sparsity-0.8' is not" in warning
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_only_without_a_monitor(tmp_path, collapsing):
     run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)
     before = files(tmp_path / "run")
@@ -148,6 +153,7 @@ def test_a_stopped_run_goes_on_only_without_a_monitor(tmp_path, collapsing):
     assert contents(tmp_path / "run") == contents(tmp_path / "unwatched")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_an_interrupted_run_stops_at_the_same_place(tmp_path, collapsing, step):
     monitor = CollapseMonitor(stop_on_collapse=True)

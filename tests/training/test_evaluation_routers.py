@@ -92,6 +92,7 @@ def test_routers_are_fitted_on_training_data_alone(routed, tmp_path) -> None:
         assert same(buffer, buffers[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_with_a_router_goes_on_as_if_not_interrupted(tmp_path, monkeypatch) -> None:
     values = {"router": "centroid", "router_threshold": 0.4, "router_fallback": "cat", "target_sparsity": [0.3, 0.6]}
     whole = run(tmp_path / "whole", calibration_fraction=0.25, train=Images(48), **values)

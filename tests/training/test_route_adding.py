@@ -176,6 +176,7 @@ def test_every_training_starts_from_the_current_weights(tmp_path, monkeypatch):
     assert counts == [2376, 1663, 1164, 950]
 
 
+@pytest.mark.slow
 def test_the_added_ticket_learns_and_is_reproducible(tmp_path):
     found = []
     for number in range(2):

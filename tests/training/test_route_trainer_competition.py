@@ -71,6 +71,7 @@ def test_a_competing_step_is_that_of_one_softmax(tmp_path, monkeypatch):
     assert made.model.routes_since_update <= {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_competition_goes_on_as_if_not_interrupted(tmp_path):
     values = {**COMPETING, "route_batch_size": 12, "num_train_epochs": 3, "competing_epochs": 2}
     values |= {"save_strategy": "steps", "save_steps": 5}

@@ -39,6 +39,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, monkeypatch, place, checkpoints):
@@ -58,6 +59,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, mon
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_the_same_trainer_continues_an_interrupted_run(finished, tmp_path, monkeypatch):
     """The trainer's model has been trained by then; θ0 must not have changed."""
     for place in (("step", 4), ("step", 9), ("recalibrate_union", 2)):
@@ -122,6 +124,7 @@ def test_damaged_initial_weights_are_written_again(finished, tmp_path, monkeypat
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", ["no state", "half a state", "an altered optimizer", "no seal"])
 def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_path, monkeypatch, torn):
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
@@ -160,6 +163,7 @@ def test_mixed_precision_from_the_launcher_is_part_of_the_configuration(finished
         made.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [{"max_steps": 4}, {"num_train_epochs": 1.5}])
 def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monkeypatch, steps):
     """The last step is not the end of an epoch, so that Trainer would train one more step."""
@@ -240,6 +244,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished, tmp_p
     assert files(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_statistics_share_one_extraction(tmp_path, monkeypatch):
     shared = str(tmp_path / "masks")
     first = run(tmp_path / "per_route", extraction_dir=shared)

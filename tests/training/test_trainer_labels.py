@@ -69,6 +69,7 @@ def test_a_labels_run_with_a_route_column(tmp_path):
     assert predicted.metrics["test_accuracy"] == metrics["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_of_token_classification(tmp_path, tiny_bert_config):
     """Sentences of different lengths; the class of a token is whether it is high."""
 
@@ -109,6 +110,7 @@ def test_a_run_of_token_classification(tmp_path, tiny_bert_config):
     assert evaluated["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_audio_classification(tmp_path):
     """Noise with a louder half; the class says which half."""
 
@@ -160,6 +162,7 @@ def test_shared_statistics_of_a_labels_run(tmp_path):
     assert again["eval_loss"] == made.rounds[0]["metrics"]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_rewinding_to_weights_after_dense_steps(tmp_path):
     columns = DOMAINS
 

@@ -55,6 +55,7 @@ def test_a_single_route_is_plain_iterative_pruning(tmp_path):
     assert made.rounds[-1]["union"] == made.rounds[-1]["core"] == made.rounds[-1]["kept"]["all"]
 
 
+@pytest.mark.slow
 def test_membership_of_a_column_that_is_no_label(tmp_path):
     """The labels of the data are not read."""
     made = []
@@ -65,6 +66,7 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
     assert "eval_ant/auroc" in made[0].rounds[-1]["metrics"]
 
 
+@pytest.mark.slow
 def test_workers_that_fetch_data_change_nothing(finished, tmp_path):
     run(tmp_path / "run", dataloader_num_workers=1, target_sparsity=[0.3])
     ours, theirs = contents(tmp_path / "run"), contents(finished.folder)
@@ -216,6 +218,7 @@ def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
     assert made.model.mask_bank.count().tolist() == [total - round(0.3 * total)] * 3
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_round_is_its_model(tmp_path):
     """A script makes the second evaluation the best in the first round, and the first one in the second."""
     scores = iter([0.2, 0.9, 0.1, 0.5, 0.8, 0.3, 0.1, 0.4])
@@ -251,6 +254,7 @@ def test_the_best_checkpoint_of_a_round_is_its_model(tmp_path):
         assert all(same(row[:3], old) for row, old in zip(model.norm_statistics.rows, rows, strict=True))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_found_by_metrics_of_hf_rtl(tmp_path):
     made = run(
         tmp_path / "run",

@@ -148,6 +148,7 @@ def test_a_column_says_the_routes_of_other_data_where_it_is_named(tmp_path):
     assert home_routes(made, reversed_routes) == [2, 1, 0, 2, 1, 0]
 
 
+@pytest.mark.slow
 def test_samples_to_calibrate_on_are_held_out_of_every_route(tmp_path):
     partition = grouped(36)["options"]["partition"]
     made = make_trainer(tmp_path / "run", **grouped(36), calibration_fraction=0.25)
