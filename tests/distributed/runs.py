@@ -266,7 +266,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
         output_dir=folder,
         route_column="domain" if of_labels else None,
         calibration_fraction=0.25,
-        per_device_eval_batch_size=2,
+        per_device_eval_batch_size=4,
         route_batch_size=12,
         report_to=[],
         use_cpu=True,
@@ -299,7 +299,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
         return step(self, batch)
 
     with patch.object(Extraction, "search", watched_search), patch.object(TicketTrainer, "step", watched_step):
-        return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
+        return {**train(folder, "vit", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
 
 
 def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
         return step(self, batch)
 
     with patch.object(TicketTrainer, "step", altered):
-        return train(folder, "timm", options)
+        return train(folder, "vit", options)
 
 
 def receive_other_masks(folder: str) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def disagree(folder: str, change: str) -> dict[str, Any]:
     return train(folder, "timm", options)
 
 
-def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+def fail(folder: str, kind: str, place: str, rank: int, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, but process `rank` raises in the middle of extraction or of joint retraining."""
     calls = []
 
@@ -366,7 +366,7 @@ def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[st
 
     owner, name = {"extraction": (TicketTrainer, "step"), "retraining": (RTLTrainer, "training_step")}[place]
     with patch.object(owner, name, counting(getattr(owner, name))):
-        return train(folder, "timm", options)
+        return train(folder, kind, options)
 
 
 def train_for_long(folder: str, place: str) -> None:

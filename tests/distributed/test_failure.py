@@ -46,7 +46,7 @@ def uninterrupted(tmp_path_factory):
 )
 def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_path, place, rank):
     begin = time.monotonic()
-    team = Team(runs.fail, (str(tmp_path / "run"), place, rank, {}), world_size=2, logs=tmp_path / "logs")
+    team = Team(runs.fail, (str(tmp_path / "run"), "timm", place, rank, {}), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
     say(f"{place}, process {rank} of 2: all have ended after {time.monotonic() - begin:.1f} s")
     assert team.output().count("ValueError: something is wrong with sample 17") == 1
@@ -56,7 +56,7 @@ def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_
 
 def test_what_was_finished_before_a_failure_is_not_lost(tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    team = Team(runs.fail, (str(folder), "retraining", 1, OPTIONS), world_size=2, logs=tmp_path / "logs")
+    team = Team(runs.fail, (str(folder), "timm", "retraining", 1, OPTIONS), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
     masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
     assert len(masks) == 3

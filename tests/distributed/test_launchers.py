@@ -63,7 +63,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> str:
     script = folder / "fails.py"
     script.write_text(
         "from tests.child_processes import package_file; print(package_file())\n"
-        f"from tests.distributed import runs; runs.fail({str(folder / 'run')!r}, 'extraction', 0, {{}})\n"
+        f"from tests.distributed import runs; runs.fail({str(folder / 'run')!r}, 'vit', 'extraction', 0, {{}})\n"
     )
     code, printed = run_launcher([*TORCH, "--standalone", "--nproc_per_node", "2", str(script)], folder)
     assert code != 0, printed

@@ -80,21 +80,21 @@ def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say,
 
 
 def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
-    whole = launch(runs.train, str(tmp_path / "whole"), "timm", SHORT, world_size=1, logs=tmp_path / "logs")
+    whole = launch(runs.train, str(tmp_path / "whole"), "vit", SHORT, world_size=1, logs=tmp_path / "logs")
     for first, then in ((2, 1), (1, 2)):
         folder, logs = str(tmp_path / f"{first}-{then}"), tmp_path / f"logs-{first}-{then}"
-        broken = Team(runs.fail, (folder, "extraction", 0, SHORT), world_size=first, logs=logs)
+        broken = Team(runs.fail, (folder, "vit", "extraction", 0, SHORT), world_size=first, logs=logs)
         assert any(broken.wait(60))
         done = len(list((tmp_path / f"{first}-{then}").glob("extraction/event-*/*")))
         assert 0 < done < 9
-        results = launch(runs.train, folder, "timm", SHORT, world_size=then, logs=logs)
+        results = launch(runs.train, folder, "vit", SHORT, world_size=then, logs=logs)
         assert [result["world_size"] for result in results] == [then] * then
         assert {result["fingerprint"] for result in results} == {whole[0]["fingerprint"]}
 
 
 def test_a_ticket_can_be_checked_on_another_process(say, tmp_path):
     options = {"debug_determinism": True, **ONE_ROUND, **SHORT}
-    made = run_in_worlds(say, runs.train, tmp_path, [1, 2], "timm", options)
+    made = run_in_worlds(say, runs.train, tmp_path, [1, 2], "vit", options)
     assert made[1][0]["fingerprint"] == made[2][0]["fingerprint"]
     team = Team(runs.compute_differently, (str(tmp_path / "other"), options), world_size=2, logs=tmp_path / "logs")
     assert any(team.wait(60))
@@ -158,16 +158,15 @@ def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path)
     ids=["plain", "accumulation", "competition"],
 )
 def test_joint_weights_agree_to_rounding_in_double_precision(say, tmp_path, options):
-    worlds = WORLDS if not options else [1, 2]
+    worlds = [1, 2] if options else [1, 3]
     made = run_in_worlds(say, runs.train_in, tmp_path, worlds, "vit", "float64", {**options, **ONE_ROUND})
     start = initial_weights("vit")
     ends = {world: results[0]["state"] for world, results in made.items()}
     assert all(str(end["backbone.classifier.weight"].dtype) == "float64" for end in ends.values())
-    for world in worlds[1:]:
-        apart = distance(ends[1], ends[world], start)
-        say(f"vit, float64, {options}: worlds 1 and {world} end {apart:.1e} of the movement apart")
-        assert apart < 1e-9
-        assert made[world][0]["fingerprint"] == made[1][0]["fingerprint"]
+    apart = distance(ends[1], ends[worlds[1]], start)
+    say(f"vit, float64, {options}: worlds 1 and {worlds[1]} end {apart:.1e} of the movement apart")
+    assert apart < 1e-9
+    assert made[worlds[1]][0]["fingerprint"] == made[1][0]["fingerprint"]
 
 
 def test_joint_weights_agree_unless_there_is_batch_norm(say, whole_runs):
@@ -180,16 +179,15 @@ def test_joint_weights_agree_unless_there_is_batch_norm(say, whole_runs):
 
 
 def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
-    made = run_in_worlds(say, runs.train_watched, tmp_path, WORLDS, "vit", ONE_ROUND)
+    made = run_in_worlds(say, runs.train_watched, tmp_path, [1, 3], "vit", ONE_ROUND)
     alone = made[1][0]["batches"]
     assert [batch["route"] for batch in alone] == [0, 1, 2] * 2
-    for world in (2, 3):
-        for number, whole in enumerate(alone):
-            parts = [result["batches"][number] for result in made[world]]
-            assert {part["route"] for part in parts} == {whole["route"]}
-            assert {len(part["sums"]) for part in parts} == {12 // world}
-            assert all(sum(part["labels"]) * 2 == len(part["labels"]) for part in parts)
-            assert sorted(value for part in parts for value in part["sums"]) == sorted(whole["sums"])
+    for number, whole in enumerate(alone):
+        parts = [result["batches"][number] for result in made[3]]
+        assert {part["route"] for part in parts} == {whole["route"]}
+        assert {len(part["sums"]) for part in parts} == {4}
+        assert all(sum(part["labels"]) * 2 == len(part["labels"]) for part in parts)
+        assert sorted(value for part in parts for value in part["sums"]) == sorted(whole["sums"])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +203,11 @@ def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
 def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(
     say, tmp_path, norm_statistics, private, options
 ):
-    options = {"model_options": {"norm_statistics": norm_statistics, "private_parameters": private}, **options, **ONE_ROUND}
+    options = {
+        "model_options": {"norm_statistics": norm_statistics, "private_parameters": private},
+        **options,
+        **ONE_ROUND,
+    }
     made = run_in_worlds(say, runs.train_watched, tmp_path, [2], "timm", options)[2]
     assert made[0]["moved_outside"] and not any(any(result["moved_outside"]) for result in made)
     for name, tensor in made[0]["state"].items():
@@ -255,7 +257,7 @@ def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticke
 
 
 def test_an_added_route_is_the_same_for_any_number_of_processes(say, tmp_path):
-    made = run_in_worlds(say, runs.add_route, tmp_path, [1, 2], "timm", {"target_sparsity": [0.6]})
+    made = run_in_worlds(say, runs.add_route, tmp_path, [1, 2], "timm", {"max_steps": 2, **ONE_ROUND})
     alone = made[1][0]
     assert alone["report"]["added"] > 0 and list(alone["report"]["changed_decisions"]) == runs.ROUTES
     for result in made[2]:
