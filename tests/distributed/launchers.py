@@ -25,18 +25,33 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 OURS = ("ACCELERATE_", "TRANSFORMERS_")
 
 
-def run_launcher(command: list[str], folder: Path) -> tuple[int, str]:
-    """Runs a launcher in `folder`. Returns its exit code, and the output of it and its workers."""
-    variables = environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    variables = {name: value for name, value in variables.items() if not name.startswith(OURS)}
-    with (folder / "log").open("w") as log:
-        launcher = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT)
+class Command:
+    """
+    A launcher as a command.
+
+    Args:
+        command (`list[str]`): what to run.
+        folder (`Path`): the working directory, in which the file `log` gets all that is printed.
+    """
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self._log = folder / "log"
+        variables = environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        variables = {name: value for name, value in variables.items() if not name.startswith(OURS)}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and what it and its workers have printed."""
+        return self.process.wait(180), self._log.read_text()
+
+    def stop(self) -> None:
+        """Ends it and its workers, unless it has ended."""
+        self.process.terminate()
         try:
-            code = launcher.wait(120)
-        finally:
-            launcher.terminate()  # with its workers, unless it has ended
-            launcher.wait(60)
-    return code, (folder / "log").read_text()
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 class Launcher:

@@ -54,6 +54,7 @@ def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_
     assert f"process {1 - rank} ends: process {rank} has ended the run." in team.log_files[1 - rank].read_text()
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_a_failure_is_not_lost(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     team = Team(runs.fail, (str(folder), "timm", "retraining", 1, OPTIONS), world_size=2, logs=tmp_path / "logs")
@@ -89,6 +90,7 @@ def test_a_process_may_be_busy_for_long(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["extraction", "checkpoint", "model"])
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, uninterrupted, place):
     """The limit is a real one, of the operating system: files may not grow beyond a size."""
     folder = tmp_path / "run"

@@ -28,10 +28,10 @@ from tests.distributed.kill_points import (
     Point,
     StoppedRun,
 )
-from tests.distributed.processes import launch
+from tests.distributed.processes import Team
 
 
-PATIENCE = 5.0  # seconds that a process waits for one that has been killed
+PATIENCE = 3.0  # seconds that a process waits for one that has been killed
 ENDED_WITHIN = 30.0  # seconds after which it must have ended
 
 # The number of kills in each phase of a run, by network (batch norm, layer norm) and number of processes.
@@ -144,10 +144,12 @@ def reference(tmp_path_factory) -> Callable[[str, int], Reference]:
     @functools.cache
     def made(kind: str, world_size: int) -> Reference:
         folder = tmp_path_factory.mktemp(f"whole-{kind}-{world_size}")
-        launch(runs.train, str(folder / "plain"), kind, OPTIONS, world_size=world_size, logs=folder / "logs-plain")
+        arguments = (str(folder / "plain"), kind, OPTIONS)
+        plain = Team(runs.train, arguments, world_size=world_size, logs=folder / "logs-plain")
         run = StoppedRun(folder / "stopped", kind, world_size, folder / "logs-stopped")
         run.follow()
         assert run.team.results() == [world_size] * world_size
+        plain.results()
         assert len(set(run.points)) == len(run.points), "two points of one name"
         content = contents(folder / "plain")
         # Stopping at points must not change a run.
@@ -251,6 +253,7 @@ def _identity(file: Path) -> tuple[int, int]:
     "kill",
     [pytest.param(kill, id=str(kill), marks=[] if str(kill) in IN_SHORT_FORM else pytest.mark.kill) for kill in KILLS],
 )
+@pytest.mark.slow
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, reference, killed, kill):
     whole = reference(kill.kind, kill.world_size)
     targets = [whole.first_target(kill)] + ([whole.second_target(kill)] if kill.again else [])
@@ -279,6 +282,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, reference, killed
 
 
 @pytest.mark.parametrize("kind", ["timm", pytest.param("vit", marks=pytest.mark.kill)])
+@pytest.mark.slow
 def test_masks_to_compare_with_do_not_depend_on_the_number_of_processes(reference, kind):
     one, two = (reference(kind, world_size).content for world_size in (1, 2))
     masks = [path for path in one if path.startswith("extraction/")]

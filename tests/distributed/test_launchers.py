@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.child_processes import ROOT
-from tests.distributed.launchers import ACCELERATE, TORCH, Launcher, run_launcher
+from tests.distributed.launchers import ACCELERATE, TORCH, Command, Launcher
 from tests.distributed.processes import free_port
 
 
@@ -47,25 +47,43 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    """The output of `accelerate launch --cpu --num_processes 2`, and the results of its run."""
-    folder = tmp_path_factory.mktemp("alone")
-    command = [*ACCELERATE, "--cpu", "--num_processes", "2", str(RECIPES / "prune.py"), *SMALL]
-    code, printed = run_launcher([*command, "--output_dir", str(folder / "run")], folder)
-    assert code == 0, printed
-    return printed, json.loads((folder / "run/results.json").read_text())
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+    """
+    Two launchers that run at the same time: `"alone"`, the recipe by `accelerate launch --cpu --num_processes 2`; and
+    `"failing"`, `torchrun --nproc_per_node 2`, whose processes print which `hf_rtl` they have; then process 0
+    raises.
+    """
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("alone", "failing")}
+    script = folders["failing"] / "fails.py"
+    run = str(folders["failing"] / "run")
+    script.write_text(
+        "from tests.child_processes import package_file; print(package_file())\n"
+        f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n"
+    )
+    recipe = [str(RECIPES / "prune.py"), *SMALL, "--output_dir", str(folders["alone"] / "run")]
+    lines = {
+        "alone": [*ACCELERATE, "--cpu", "--num_processes", "2", *recipe],
+        "failing": [*TORCH, "--standalone", "--nproc_per_node", "2", str(script)],
+    }
+    started = {name: Command(line, folders[name]) for name, line in lines.items()}
+    yield started
+    for command in started.values():
+        command.stop()
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The output of `torchrun --nproc_per_node 2`, whose processes print the `hf_rtl` they have; then process 0 raises."""
-    folder = tmp_path_factory.mktemp("failed")
-    script = folder / "fails.py"
-    script.write_text(
-        "from tests.child_processes import package_file; print(package_file())\n"
-        f"from tests.distributed import runs; runs.fail({str(folder / 'run')!r}, 'vit', 'extraction', 0, {{}})\n"
-    )
-    code, printed = run_launcher([*TORCH, "--standalone", "--nproc_per_node", "2", str(script)], folder)
+def alone(commands: dict[str, Command]) -> tuple[str, dict]:
+    """What a run in one process prints, and its results."""
+    code, printed = commands["alone"].end()
+    assert code == 0, printed
+    folder = Path(commands["alone"].process.args[-1])
+    return printed, json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def failed(commands: dict[str, Command]) -> str:
+    """What is printed when process 0 of 2 raises."""
+    code, printed = commands["failing"].end()
     assert code != 0, printed
     return printed
 

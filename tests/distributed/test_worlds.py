@@ -7,19 +7,19 @@ from tests.distributed import runs
 from tests.distributed.processes import Team, launch
 
 
-WORLDS = [1, 2, 3]
 ONE_ROUND = {"target_sparsity": [0.3]}
 SHORT = {"max_steps": 1}  # joint retraining, where it does not matter
 
 
 def run_in_worlds(say, function, tmp_path, worlds, *arguments):
     """World size -> the results of each process. Asserts and shows the real number of processes."""
+    teams = {}
+    for world_size in worlds:  # all at the same time
+        folder, logs = tmp_path / f"world-{world_size}", tmp_path / f"logs-{world_size}"
+        teams[world_size] = Team(function, (str(folder), *arguments), world_size=world_size, logs=logs)
     made = {}
-    for world_size in worlds:
-        folder = tmp_path / f"world-{world_size}"
-        results = launch(
-            function, str(folder), *arguments, world_size=world_size, logs=tmp_path / f"logs-{world_size}"
-        )
+    for world_size, team in teams.items():
+        results = team.results()
         assert [result["world_size"] for result in results] == [world_size] * world_size
         assert [result["rank"] for result in results] == list(range(world_size))
         say(f"{function.__name__}{arguments}: {world_size} asked for, {results[0]['world_size']} at work")
@@ -47,26 +47,29 @@ def initial_weights(kind, **options):
 # Extraction
 
 
-@pytest.fixture(scope="module", params=["timm", "vit"])
+@pytest.fixture(scope="module", params=[("timm", [1, 2]), ("vit", [1, 2, 3])], ids=["timm", "vit"])
 def whole_runs(request, tmp_path_factory):
     """(kind of network, folder, lines for the summary, world size -> results) of uninterrupted runs."""
-    folder, said = tmp_path_factory.mktemp(request.param), []
-    made = run_in_worlds(said.append, runs.train, folder, WORLDS, request.param, {"max_steps": 3})
-    return request.param, folder, said, made
+    kind, worlds = request.param
+    folder, said = tmp_path_factory.mktemp(kind), []
+    made = run_in_worlds(said.append, runs.train, folder, worlds, kind, {"max_steps": 3})
+    return kind, folder, said, made
 
 
+@pytest.mark.slow
 def test_masks_are_the_same_for_any_number_of_processes(say, whole_runs):
     _, folder, said, made = whole_runs
     for line in said:
         say(line)
     assert len({result["fingerprint"] for results in made.values() for result in results}) == 1
-    files = [contents(folder / f"world-{world}" / "extraction") for world in WORLDS]
-    assert len(files[0]) == 1 + 3 * 3 and files[0] == files[1] == files[2]
+    files = [contents(folder / f"world-{world}" / "extraction") for world in made]
+    assert len(files[0]) == 1 + 3 * 3 and all(others == files[0] for others in files)
     for results in made.values():
         for name, tensor in results[0]["state"].items():
             assert all(np.array_equal(tensor, other["state"][name]) for other in results), name
 
 
+@pytest.mark.slow
 def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say, tmp_path):
     """With 4 processes for 3 routes one has nothing to do; with 2, the largest route is alone."""
     options = {"extraction_steps": None, "extraction_epochs": 1.0, "route_batch_size": 8, **ONE_ROUND, **SHORT}
@@ -79,6 +82,7 @@ def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say,
     }
 
 
+@pytest.mark.slow
 def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
     whole = launch(runs.train, str(tmp_path / "whole"), "vit", SHORT, world_size=1, logs=tmp_path / "logs")
     for first, then in ((2, 1), (1, 2)):
@@ -92,6 +96,7 @@ def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
         assert {result["fingerprint"] for result in results} == {whole[0]["fingerprint"]}
 
 
+@pytest.mark.slow
 def test_a_ticket_can_be_checked_on_another_process(say, tmp_path):
     options = {"debug_determinism": True, **ONE_ROUND, **SHORT}
     made = run_in_worlds(say, runs.train, tmp_path, [1, 2], "vit", options)
@@ -130,6 +135,7 @@ def test_processes_that_would_find_other_tickets_are_refused_before_the_work(tmp
     assert list((tmp_path / "run").iterdir()) == []  # `Trainer` makes the folder
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path):
     made = run_in_worlds(say, runs.stop_at_collapse, tmp_path, [1, 2], "vit", {"max_steps": 3})
     options = {"max_steps": 3, **ONE_ROUND}
@@ -157,6 +163,7 @@ def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path)
     ],
     ids=["plain", "accumulation", "competition"],
 )
+@pytest.mark.slow
 def test_joint_weights_agree_to_rounding_in_double_precision(say, tmp_path, options):
     worlds = [1, 2] if options else [1, 3]
     made = run_in_worlds(say, runs.train_in, tmp_path, worlds, "vit", "float64", {**options, **ONE_ROUND})
@@ -169,15 +176,17 @@ def test_joint_weights_agree_to_rounding_in_double_precision(say, tmp_path, opti
     assert made[worlds[1]][0]["fingerprint"] == made[1][0]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_joint_weights_agree_unless_there_is_batch_norm(say, whole_runs):
     """With batch norm, weights may differ: each process normalises its own part of a batch."""
     kind, _, _, made = whole_runs
-    for world in (2, 3):
+    for world in list(made)[1:]:
         apart = distance(made[1][0]["state"], made[world][0]["state"], initial_weights(kind))
         say(f"{kind}, float32: worlds 1 and {world} end {apart:.1e} of the movement apart")
         assert apart < 1e-3 if kind == "vit" else 1e-3 < apart < 2
 
 
+@pytest.mark.slow
 def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
     made = run_in_worlds(say, runs.train_watched, tmp_path, [1, 3], "vit", ONE_ROUND)
     alone = made[1][0]["batches"]
@@ -200,6 +209,7 @@ def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
     ],
     ids=["accumulation", "shared", "compiled", "private"],
 )
+@pytest.mark.slow
 def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(
     say, tmp_path, norm_statistics, private, options
 ):
@@ -227,6 +237,7 @@ def test_an_update_moves_its_ticket_alone_and_keeps_processes_in_step(
     assert differed  # else the mean shows nothing
 
 
+@pytest.mark.slow
 def test_mixed_precision_moves_its_ticket_alone(say, tmp_path):
     made = run_in_worlds(say, runs.train_watched, tmp_path, [2], "vit", {"bf16": True, **ONE_ROUND})[2]
     plain = launch(runs.train, str(tmp_path / "plain"), "vit", ONE_ROUND, world_size=1, logs=tmp_path / "logs")
@@ -240,6 +251,7 @@ def test_mixed_precision_moves_its_ticket_alone(say, tmp_path):
 
 
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
+@pytest.mark.slow
 def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticket_task):
     made = run_in_worlds(say, runs.fit_routers, tmp_path, [1, 2], ticket_task)
     (alone,) = made[1]
@@ -256,6 +268,7 @@ def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticke
 # A further route
 
 
+@pytest.mark.slow
 def test_an_added_route_is_the_same_for_any_number_of_processes(say, tmp_path):
     made = run_in_worlds(say, runs.add_route, tmp_path, [1, 2], "timm", {"max_steps": 2, **ONE_ROUND})
     alone = made[1][0]
