@@ -49,9 +49,9 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
     """
-    Two launchers that run at the same time: `"alone"`, the recipe by `accelerate launch --cpu --num_processes 2`; and
-    `"failing"`, `torchrun --nproc_per_node 2`, whose processes print which `hf_rtl` they have; then process 0
-    raises.
+    Two launchers, one after the other, since load delays the end of a process: `"failing"`,
+    `torchrun --nproc_per_node 2`, whose processes print which `hf_rtl` they have, before process 0 raises; and
+    `"alone"`, the recipe by `accelerate launch --cpu --num_processes 2`.
     """
     folders = {name: tmp_path_factory.mktemp(name) for name in ("alone", "failing")}
     script = folders["failing"] / "fails.py"
@@ -65,7 +65,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Com
         "alone": [*ACCELERATE, "--cpu", "--num_processes", "2", *recipe],
         "failing": [*TORCH, "--standalone", "--nproc_per_node", "2", str(script)],
     }
-    started = {name: Command(line, folders[name]) for name, line in lines.items()}
+    started: dict[str, Command] = {}
+    for name in ("failing", "alone"):
+        started[name] = Command(lines[name], folders[name])
+        if name == "failing":
+            started[name].process.wait(180)
     yield started
     for command in started.values():
         command.stop()
