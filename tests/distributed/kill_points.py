@@ -37,8 +37,8 @@ PHASES = EXTRACTION, WRITING, BETWEEN, RETRAINING, SAVING = (
     "joint retraining",
     "saving",
 )
-NUM_STEPS = 6  # steps of joint retraining, with a checkpoint after every second one
-OPTIONS = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 2}
+NUM_STEPS = 4  # steps of joint retraining, with a checkpoint after every second one
+OPTIONS = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 2, "card": True}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import hf_rtl.training.processes
 from tests.child_processes import fork
 
 
@@ -91,6 +92,9 @@ def free_port() -> int:
 
 
 def _send_result(connection: Connection, function: Callable, arguments: tuple) -> None:
+    # There is no launcher, which would have to see which process failed first.
+    hf_rtl.training.processes.Heartbeat._let_the_first_end_first = lambda heartbeat: None
+    hf_rtl.training.processes.INTERVAL = 0.25
     # As with `torchrun`, an exception ends the process with its traceback and status 1.
     try:
         connection.send(function(*arguments))

@@ -109,8 +109,10 @@ def make_trainer(
     data: Dataset | None = None,
     model: Any = None,
     model_options: dict[str, Any] | None = None,
+    card: bool = False,
     **options: Any,
 ) -> RTLTrainer:
+    """A trainer for small data. Without `card` its runs write no model card, which takes longer than a round."""
     settings = {
         "target_sparsity": [0.3, 0.6],
         "prune_amount": 0.3,
@@ -126,12 +128,15 @@ def make_trainer(
         "use_cpu": True,
     }
     args = RTLTrainingArguments(output_dir=str(folder), **{**settings, **options})
-    return RTLTrainer(
+    trainer = RTLTrainer(
         make_model(kind, **(model_options or {})) if model is None else model,
         args,
         train_dataset=Images() if data is None else data,
         eval_dataset=Images(12, noise=0.0),
     )
+    if not card:
+        trainer.create_model_card = lambda: None
+    return trainer
 
 
 def summary(trainer: RTLTrainer) -> dict[str, Any]:
@@ -261,7 +266,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
         output_dir=folder,
         route_column="domain" if of_labels else None,
         calibration_fraction=0.25,
-        per_device_eval_batch_size=2,
+        per_device_eval_batch_size=4,
         route_batch_size=12,
         report_to=[],
         use_cpu=True,
@@ -294,7 +299,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
         return step(self, batch)
 
     with patch.object(Extraction, "search", watched_search), patch.object(TicketTrainer, "step", watched_step):
-        return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
+        return {**train(folder, "vit", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
 
 
 def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +312,7 @@ def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
         return step(self, batch)
 
     with patch.object(TicketTrainer, "step", altered):
-        return train(folder, "timm", options)
+        return train(folder, "vit", options)
 
 
 def receive_other_masks(folder: str) -> dict[str, Any]:
@@ -346,7 +351,7 @@ def disagree(folder: str, change: str) -> dict[str, Any]:
     return train(folder, "timm", options)
 
 
-def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+def fail(folder: str, kind: str, place: str, rank: int, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, but process `rank` raises in the middle of extraction or of joint retraining."""
     calls = []
 
@@ -361,12 +366,12 @@ def fail(folder: str, place: str, rank: int, options: dict[str, Any]) -> dict[st
 
     owner, name = {"extraction": (TicketTrainer, "step"), "retraining": (RTLTrainer, "training_step")}[place]
     with patch.object(owner, name, counting(getattr(owner, name))):
-        return train(folder, "timm", options)
+        return train(folder, kind, options)
 
 
 def train_for_long(folder: str, place: str) -> None:
     """Trains until it is killed: in extraction once its first mask is there, or in joint retraining."""
-    hf_rtl.training.processes.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 2
     steps = 10**9
     if place == "retraining":
         train(folder, "timm", {"max_steps": steps, "save_strategy": "steps", "save_steps": 2})
@@ -433,12 +438,19 @@ def write_into_a_read_only_folder(folder: str) -> dict[str, Any]:
         return train(folder, "timm", {})
 
 
+def train_apart(folders: list[str]) -> dict[str, Any]:
+    """As `train`, each process in a working directory of its own, as on machines that share no disk."""
+    hf_rtl.training.processes.SHARED_FOLDER_PATIENCE = 1.0
+    os.chdir(folders[int(os.environ["RANK"])])
+    return train("run", "timm", {})
+
+
 def fail_to_begin(folder: str) -> dict[str, Any]:
     """As `train`, but process 0 fails before it makes its trainer."""
-    hf_rtl.training.processes.PATIENCE = 5
+    hf_rtl.training.processes.PATIENCE = 1
     trainer = make_trainer(folder)
     if dist.get_rank() == 0:
         raise ValueError("no such data")
-    time.sleep(2)
+    time.sleep(1)
     trainer.train()
     return summary(trainer)

@@ -1,11 +1,16 @@
 """After a failure of a process or of the machine, all processes end soon, and nothing finished is lost."""
 
+import functools
 import time
 
 import pytest
 
 from tests.distributed import runs
 from tests.distributed.processes import Team, launch
+
+
+# One round, with a checkpoint after every second step.
+OPTIONS = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 2}
 
 
 def started(folder, team, pattern, number=1):
@@ -15,12 +20,25 @@ def started(folder, team, pattern, number=1):
         time.sleep(0.01)
 
 
-def continues(tmp_path, folder, **options):
-    """Whether the run in `folder`, continued, ends as an uninterrupted one."""
-    whole = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=2, logs=tmp_path / "logs-whole")
-    again = launch(runs.train, str(folder), "timm", options, world_size=2, logs=tmp_path / "logs-again")
-    assert [result["world_size"] for result in again] == [2, 2]
-    return all((again[0]["state"][name] == value).all() for name, value in whole[0]["state"].items())
+def continues(folder, world_size, whole):
+    """Whether the run in `folder`, continued, ends as the uninterrupted one of the result `whole`."""
+    logs = folder.with_name("logs-again")
+    again = launch(runs.train, str(folder), "timm", OPTIONS, world_size=world_size, logs=logs)
+    assert [result["world_size"] for result in again] == [world_size] * world_size
+    return all((again[0]["state"][name] == value).all() for name, value in whole["state"].items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """World size -> the result of process 0 of a run with `OPTIONS`."""
+
+    @functools.cache
+    def made(world_size):
+        folder = tmp_path_factory.mktemp(f"whole-{world_size}")
+        arguments = (str(folder / "run"), "timm", OPTIONS)
+        return launch(runs.train, *arguments, world_size=world_size, logs=folder / "logs")[0]
+
+    return made
 
 
 @pytest.mark.parametrize(
@@ -28,7 +46,7 @@ def continues(tmp_path, folder, **options):
 )
 def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_path, place, rank):
     begin = time.monotonic()
-    team = Team(runs.fail, (str(tmp_path / "run"), place, rank, {}), world_size=2, logs=tmp_path / "logs")
+    team = Team(runs.fail, (str(tmp_path / "run"), "timm", place, rank, {}), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
     say(f"{place}, process {rank} of 2: all have ended after {time.monotonic() - begin:.1f} s")
     assert team.output().count("ValueError: something is wrong with sample 17") == 1
@@ -36,13 +54,14 @@ def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_
     assert f"process {1 - rank} ends: process {rank} has ended the run." in team.log_files[1 - rank].read_text()
 
 
-def test_what_was_finished_before_a_failure_is_not_lost(tmp_path):
+@pytest.mark.slow
+def test_what_was_finished_before_a_failure_is_not_lost(tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    team = Team(runs.fail, (str(folder), "retraining", 1, {"save_steps": 2}), world_size=2, logs=tmp_path / "logs")
+    team = Team(runs.fail, (str(folder), "timm", "retraining", 1, OPTIONS), world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
     masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
     assert len(masks) == 3
-    assert continues(tmp_path, folder)
+    assert continues(folder, 2, uninterrupted(2))
     assert all(path.read_bytes() == content for path, content in masks.items())
 
 
@@ -65,17 +84,17 @@ def test_a_process_that_is_killed_ends_all(say, tmp_path, place, rank):
 
 def test_a_process_may_be_busy_for_long(tmp_path):
     """The others wait for it: the extraction of one route may take hours more than that of another."""
-    options = {"target_sparsity": [0.3], "ddp_timeout": 5}
-    results = launch(runs.dawdle, str(tmp_path / "run"), 8.0, options, world_size=2, logs=tmp_path / "logs")
+    options = {"target_sparsity": [0.3], "max_steps": 1, "ddp_timeout": 3}
+    results = launch(runs.dawdle, str(tmp_path / "run"), 4.5, options, world_size=2, logs=tmp_path / "logs")
     assert [result["world_size"] for result in results] == [2, 2]
 
 
 @pytest.mark.parametrize("place", ["extraction", "checkpoint", "model"])
-def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, place):
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, uninterrupted, place):
     """The limit is a real one, of the operating system: files may not grow beyond a size."""
     folder = tmp_path / "run"
-    options = {"save_strategy": "steps", "save_steps": 2}
-    team = Team(runs.fill_the_disk, (str(folder), place, options), world_size=1, logs=tmp_path / "logs")
+    team = Team(runs.fill_the_disk, (str(folder), place, OPTIONS), world_size=1, logs=tmp_path / "logs")
     assert team.wait(60) == [1]
     error = team.output().strip().splitlines()[-1]
     assert error.startswith("OSError") and str(folder) in error and "MiB free" in error
@@ -83,9 +102,7 @@ def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, pla
     assert not list(folder.rglob(".*.tmp"))
     masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
     assert len(masks) == {"extraction": 0, "checkpoint": 3, "model": 3}[place]
-    expected = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=1, logs=tmp_path / "logs")[0]
-    again = launch(runs.train, str(folder), "timm", options, world_size=1, logs=tmp_path / "logs")[0]
-    assert all((again["state"][name] == value).all() for name, value in expected["state"].items())
+    assert continues(folder, 1, uninterrupted(1))
     assert all(path.read_bytes() == content for path, content in masks.items())
 
 
@@ -104,8 +121,18 @@ def test_a_folder_that_cannot_be_written_is_said_in_words(tmp_path, world_size):
     team = Team(runs.write_into_a_read_only_folder, arguments, world_size=world_size, logs=tmp_path / "logs")
     assert set(team.wait(60)) == {1}
     assert team.output().count("OSError: [Errno 30] Read-only file system (") == 1
-    assert "make room, or make the folder writable, and give the same command again" in team.output()
+    assert "free some space, or make the folder writable, and give the same command again" in team.output()
     assert str(tmp_path / "run") in team.output()
+
+
+def test_machines_that_share_no_folder_are_refused(tmp_path):
+    folders = [tmp_path / f"machine-{machine}" for machine in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    team = Team(runs.train_apart, ([str(folder) for folder in folders],), world_size=2, logs=tmp_path / "logs")
+    assert team.wait(60) == [1, 1]
+    assert team.output().count("must be on a disk that all of them share, under the same path.") == 1
+    assert "process 1 on" in team.output() and not (folders[0] / "run/run.json").exists()
 
 
 def test_weights_that_are_to_be_split_are_refused(tmp_path):
@@ -113,7 +140,7 @@ def test_weights_that_are_to_be_split_are_refused(tmp_path):
     arguments = (str(tmp_path / "run"), "timm", {"fsdp": "full_shard"})
     team = Team(runs.train, arguments, world_size=2, logs=tmp_path / "logs")
     assert team.wait(60) == [1, 1]
-    assert "FSDP is not supported: it splits weights over the devices" in team.output()
+    assert "FSDP is not supported: it splits weights over devices" in team.output()
     assert not (tmp_path / "run").exists()
 
 
