@@ -191,6 +191,7 @@ def test_class_names_are_grouped_by_their_meaning(tmp_path):
         partition.rule.assign(DictDataset(label=["yew", "gnu"]))
 
 
+@pytest.mark.slow
 def test_the_projection_depends_on_the_seed_alone():
     first, second, third = (clustering.reduce_dimensions(encode(NAMES), 5, 2, seed) for seed in (0, 0, 1))
     assert first.shape == (18, 2)

@@ -234,6 +234,7 @@ def png_optimised(regions: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_methods_differ_in_their_masks_and_spend_equally_much(results: tuple[Path, dict[str, Any]]) -> None:
     output_dir, found = results
     for image, num_regions in (("halves", 2), ("thirds", 3)):
@@ -268,6 +269,7 @@ def test_methods_differ_in_their_masks_and_spend_equally_much(results: tuple[Pat
         assert of_image["dense", None]["union"] == 55_936
 
 
+@pytest.mark.slow
 def test_tables_are_of_the_reports(results: tuple[Path, dict[str, Any]]) -> None:
     output_dir, found = results
 

@@ -80,6 +80,7 @@ def test_a_fresh_process_recomputes_every_number(
     assert "eval_recall" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_accepts_a_run_and_finds_a_lie(digits_run: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = digits_run
     # One epoch is too short for tickets that fail on the wrong route; the other four checks must hold.

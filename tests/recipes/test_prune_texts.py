@@ -161,6 +161,7 @@ def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_r
     ]
 
 
+@pytest.mark.slow
 def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(text_run: Path) -> None:
     first, second = (load_file(folder / "theta0.safetensors") for folder in (text_run, text_run / "single-mask"))
     assert first.keys() == second.keys()
@@ -178,12 +179,14 @@ def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(
         assert results["controls"][-1]["metrics"][f"eval_{name}/accuracy"] == pytest.approx(np.mean(correct[route]))
 
 
+@pytest.mark.slow
 def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
     results = json.loads((text_run / "results.json").read_text())
     evaluated = {folder.name: evaluate(folder, None) for folder in (*text_run.glob("round-*"), text_run / "final")}
     assert len(evaluated) == 3 and compare(evaluated, results) == []
 
 
+@pytest.mark.slow
 def test_verify_skips_the_check_of_wrong_routes(
     text_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +197,7 @@ def test_verify_skips_the_check_of_wrong_routes(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 4
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_become_a_card_of_means(
     text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

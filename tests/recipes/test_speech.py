@@ -305,6 +305,7 @@ def test_all_methods_are_compared_at_the_same_cost(speech_run):
     assert len(results["differences"]) == 8
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_saved_models(speech_run, folders):
     results = json.loads((speech_run / "results.json").read_text())
     _, test = load_mixtures(arguments_for(folders), seed=0)
@@ -332,6 +333,7 @@ def test_metrics_are_those_of_the_saved_models(speech_run, folders):
     assert 5_000 < (speech_run / "spectrograms.png").stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_independent_networks_share_nothing(speech_run, folders):
     """Each has its own mask and the batches of its scene; the mask of the other does not matter to it."""
     from transformers import HfArgumentParser
