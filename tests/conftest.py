@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# UMAP compiles for 20 seconds what takes one in Python on data as small as that of tests.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

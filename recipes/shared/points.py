@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
-from scipy.stats import spearmanr
 
 from hf_rtl import MaskBank, RTLModel
-from hf_rtl.analysis import TicketSimilarity, semantic_alignment, similarity_by_depth, ticket_similarity
+from hf_rtl.analysis import TicketSimilarity, semantic_alignment, similarity_by_depth, spearman, ticket_similarity
 from hf_rtl.training.run_directory import REPORT_FILE, RunDirectory
 
 
@@ -92,7 +91,7 @@ def point_line(point: Point, values: np.ndarray) -> dict[str, Any]:
     """The line of a point in tables. `values`: the metric of every route, `[K]`, NaN where it was not measured."""
     similarity = point.similarity
     measured = not np.isnan(values).all()
-    rho = math.nan if np.isnan(values).any() else float(spearmanr(values, similarity.similarity).statistic)
+    rho = math.nan if np.isnan(values).any() else float(spearman(values, similarity.similarity))
     return {
         "masks": point.name,
         "sparsity": similarity.sparsity,

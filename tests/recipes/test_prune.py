@@ -35,9 +35,11 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the printed output of a small run on the digits, with controls."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
+    groups = folder.with_name("groups.yaml")
+    groups.write_text("low: [0, 1, 2, 3]\nmiddle: [4, 5, 6]\nhigh: [7, 8, 9]\n")
     result = run(
         "prune.py",
-        *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder),
+        *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder, "--route_groups", groups),
         *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
         *("--max_train_samples", 200, "--max_test_samples", 80),
     )

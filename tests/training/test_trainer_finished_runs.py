@@ -152,9 +152,8 @@ def test_the_statistics_of_the_union_are_averages_over_all_samples(tmp_path):
 def test_the_end_is_the_last_round(finished):
     last, final = finished.folder / ROUNDS[-1], finished.folder / "final"
     names = {path.name for path in final.iterdir()}
-    card = {"README.md", "similarity.png", "training_run.json"}
-    assert {"config.json", "model.safetensors", "training_args.json", *card} <= names
-    for name in names - card:
+    assert {"config.json", "model.safetensors", "training_args.json", "training_run.json"} <= names
+    for name in names - {"training_run.json"}:
         assert (final / name).read_bytes() == (last / name).read_bytes()
     first = (finished.folder / ROUNDS[0] / "model.safetensors").read_bytes()
     assert first != (last / "model.safetensors").read_bytes()
@@ -166,12 +165,11 @@ def test_the_model_in_memory_is_the_saved_one(finished):
     assert all(same(live[name], tensor) for name, tensor in saved.items())
 
 
-def test_folders_hold_safetensors_json_and_a_card_alone(finished, tmp_path):
+def test_folders_hold_safetensors_and_json_alone(finished, tmp_path):
     run(tmp_path / "run", save_strategy="steps", save_steps=2)
     for folder in (finished.folder, tmp_path / "run"):
         for path in files(folder):
-            is_card = path in ("final/README.md", "final/similarity.png")
-            assert path.endswith((".json", ".safetensors")) or is_card or "/checkpoint-" in path, path
+            assert path.endswith((".json", ".safetensors")) or "/checkpoint-" in path, path
     assert list((tmp_path / "run" / ROUNDS[0]).glob("checkpoint-*"))
     assert not list((tmp_path / "run" / "final").glob("checkpoint-*"))
     assert not [path for path in files(tmp_path / "run") if path.endswith("training_args.bin")]
