@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+
+
+# In the order in which torch's norms register them. The first two are floats, the last counts batches.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def tracked_buffers(backbone: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every (module, buffer name) that holds running statistics, in the order of `backbone.modules()`."""
+    """
+    Every (module, buffer name) that holds running statistics, in the order of `backbone.modules()`.
+
+    A layer has them if it has a running mean or variance and a `momentum` to move it by, whatever its class: torch's
+    batch and instance norms, timm's EvoNorm and others. Frozen batch norms have no momentum.
+    """
     for module in backbone.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None:
-            yield from ((module, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+        names = [name for name in _STATISTICS if module._buffers.get(name) is not None]
+        if names and hasattr(module, "momentum"):
+            yield from ((module, name) for name in names)
+
+
+def tracking_layers(backbone: nn.Module) -> list[Any]:
+    """The layers that keep running statistics."""
+    return list(dict.fromkeys(module for module, _ in tracked_buffers(backbone)))
 
 
 class NormStatistics(nn.Module):

@@ -150,7 +150,8 @@ class Rounds:
             )
         # Training data may have random transforms; the seed makes them the same after any interruption.
         with seeded((args.seed, Stream.RECALIBRATION, round_.index), args.device):
-            trainer.recalibrate_union()
+            trainer.recalibrate()
+            trainer.warn_of_lagging_statistics()
             model.config.thresholds = trainer.calibrated_thresholds()
             if args.router != "given":
                 fallback = args.router_fallback or UNION

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
@@ -31,7 +30,7 @@ from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.norm_statistics import tracked_buffers
+from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, routed_outputs, ticket_metrics
 from .failures import explain_failures
@@ -43,12 +42,15 @@ from .router_fitting import Batches, fit_router
 from .run_data import RunData
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
-from .running_statistics import average_over_processes, recalibrate_union, running_statistics
+from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
 from .ticket_trainer import TicketTrainer, named_state
 from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+# Batches of a route on which training and evaluation are compared.
+_NUM_COMPARED = 2
 
 
 class RouteTrainer(Trainer):
@@ -171,20 +173,70 @@ class RouteTrainer(Trainer):
             raise RuntimeError("batches are made inside `train()` only.")
         return self.current_round
 
-    def recalibrate_union(self) -> None:
-        """Computes the running statistics of the union of all tickets again, from training samples of all routes."""
-        recalibrate_union(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
+    def recalibrate(self) -> None:
+        """
+        Takes the running statistics of every ticket, and of the union of all tickets, anew from training samples.
 
-    def _recalibration_batches(self) -> Iterator[dict[str, Any]]:
-        data = self.run_data.require_training()
-        generator = np.random.default_rng([data.seed, Stream.RECALIBRATION, self._require_round().index])
-        order = generator.permutation(len(data.dataset))[: self.args.recalibration_batches * data.batch_size]
+        During joint retraining the statistics of a ticket lag behind, because its weights move in the steps of other
+        routes too. After `competing_epochs` they stay as they are, because the weights were trained with them.
+        """
+        recalibrate(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
+
+    def _recalibration_batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        data, key = self.run_data.require_training(), (Stream.RECALIBRATION, self._require_round().index)
+        if not self.args.competing_epochs:
+            for route in range(self.model.num_routes):
+                sampler = data.sampler(key, routes=[route])
+                num_batches = min(self.args.recalibration_batches, sampler.num_updates_per_route)
+                for batch in islice(data.endless_batches(sampler, self.collate()), num_batches):
+                    yield route, self._without_labels(batch)
+        if self.model.norm_statistics is None:
+            return
+        # No step trains the union, so its statistics are taken in any case.
+        num_batches = self.args.recalibration_batches or type(self.args).recalibration_batches
+        order = np.random.default_rng([data.seed, *key]).permutation(len(data.dataset))
+        order = order[: num_batches * data.batch_size]
         samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
-        rows = RowSubset(samples, order.tolist())
         drop_last = len(order) > data.batch_size
+        rows = RowSubset(samples, order.tolist())
         for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=self.collate(), drop_last=drop_last):
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids")}
-            yield self._prepare_inputs(inputs)
+            yield UNION, self._without_labels(batch)
+
+    def warn_of_lagging_statistics(self) -> None:
+        """Logs a warning that names the tickets whose loss is much worse in evaluation than in training."""
+        if self.args.competing_epochs:
+            return  # These weights were trained with running statistics.
+        key = (Stream.RECALIBRATION, self._require_round().index)
+        data = self.run_data.require_training()
+        batches = (
+            (route, self._prepare_inputs({name: value for name, value in batch.items() if name != "route"}))
+            for route in range(self.model.num_routes)
+            for batch in islice(data.endless_batches(data.sampler(key, routes=[route]), self.collate()), _NUM_COMPARED)
+        )
+
+        def loss(inputs: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, inputs)
+
+        losses = evaluation_losses(self.model, batches, loss)
+        lagging = [
+            f"{self.model.route_names[route]!r} ({trained:.3g} against {evaluated:.3g})"
+            for route, (trained, evaluated) in losses.items()
+            if evaluated > 2 * trained + 0.1
+        ]
+        if lagging and self.processes.rank == 0:
+            logger.warning(
+                f"training and evaluation contradict each other on the same training data. The loss with the "
+                f"statistics of a batch, as in training, against that with running statistics, as in evaluation: "
+                f"{', '.join(lagging)}. The normalisation layers' running statistics do not fit the weights; raise "
+                f"`recalibration_batches` (now {self.args.recalibration_batches}) or `route_batch_size` (now "
+                f"{self.args.route_batch_size})."
+            )
+
+    def _without_labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a batch on the device, without labels and routes."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids", "route")}
+        return self._prepare_inputs(inputs)
 
     def calibrated_thresholds(self) -> list[float] | None:
         """Thresholds of membership tickets, from calibration data; `None` without calibration data or such tickets."""
@@ -392,9 +444,8 @@ class RouteTrainer(Trainer):
         """
         if not self._is_competing:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        for module in self.model.backbone.modules():
-            if isinstance(module, _NormBase):
-                module.eval()
+        for layer in tracking_layers(self.model.backbone):
+            layer.eval()
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         scores = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
         loss = nn.functional.cross_entropy(scores, inputs["labels"])

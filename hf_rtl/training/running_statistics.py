@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
-from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.norm_statistics import tracked_buffers
+from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 
 
 def running_statistics(model: RTLModel, route: int) -> list[Tensor]:
@@ -39,34 +38,86 @@ def average_over_processes(rows: list[Tensor], accelerator: Accelerator) -> None
 
 
 @torch.no_grad()
-def recalibrate_union(
-    model: RTLModel, batches: Iterable[dict[str, Any]], autocast: Callable[[], AbstractContextManager]
+def recalibrate(
+    model: RTLModel, batches: Iterable[tuple[int, dict[str, Any]]], autocast: Callable[[], AbstractContextManager]
 ) -> None:
     """
-    Recomputes the union's row of statistics, as the plain average over batches. Leaves the model in evaluation mode.
+    Replaces running statistics by their plain averages over batches. Only the layers that keep them compute as in
+    training. The model is in evaluation mode afterwards.
 
     Args:
-        model ([`RTLModel`]): a model with statistics per route; other models are not changed.
-        batches (`Iterable`): inputs of samples of all routes, without labels, on the device. Read only if needed.
-        autocast (`Callable`): makes the context in which the model computes.
+        model ([`RTLModel`]): statistics of a route without batches stay as they are; those that all routes share are
+            averaged over all batches.
+        batches: pairs of a route, -1 for the union, and the inputs of samples, without labels, on the device. They are
+            read only if a layer keeps running statistics.
+        autocast (`Callable`): the context in which the model computes.
     """
-    norms = [module for module in model.backbone.modules() if isinstance(module, _NormBase)]
-    if model.norm_statistics is None or not norms:
-        return
-    momenta = [module.momentum for module in norms]
-    model.eval()
-    try:
-        with model.route_context(UNION):
-            for module in norms:
-                module.reset_running_stats()
-                module.train()
-                module.momentum = None  # torch then computes a cumulative average
-            for inputs in batches:
+    tracked = list(tracked_buffers(model.backbone))
+    num_batches: Counter[int] = Counter()
+    with _norms_in_training(model) as layers:
+        for route, inputs in batches if layers else ():
+            row = 0 if model.norm_statistics is None else route
+            with model.route_context(route):
+                if row not in num_batches:
+                    for module, name in tracked:
+                        module.get_buffer(name).fill_(name == "running_var")
+                num_batches[row] += 1
+                for layer in layers:
+                    layer.momentum = 1 / num_batches[row]  # makes a moving average the average of all batches
                 with autocast():
                     model(**inputs)
+    for route in num_batches:
+        for statistics in running_statistics(model, route):
+            statistics.copy_(broadcast(statistics.clone()))  # devices may round differently
+
+
+@torch.no_grad()
+def evaluation_losses(
+    model: RTLModel, batches: Iterable[tuple[int, dict[str, Any]]], loss: Callable[[dict[str, Any]], Tensor]
+) -> dict[int, tuple[float, float]]:
+    """
+    Compares the statistics of batches with running statistics, on the same batches and weights.
+
+    Args:
+        model ([`RTLModel`]): stays as it is, in evaluation mode.
+        batches: pairs of a route and the inputs and labels of its samples, on the device. Read only if a layer keeps
+            running statistics.
+        loss (`Callable`): the loss of a batch.
+
+    Returns:
+        route -> its mean loss with the statistics of the batches, as in training, and with its running statistics.
+    """
+    sums: dict[int, Tensor] = {}
+    num_batches: Counter[int] = Counter()
+    with _norms_in_training(model) as layers:
+        tracked = list(tracked_buffers(model.backbone))
+        for route, inputs in batches if layers else ():
+            with model.route_context(route):
+                kept = [module.get_buffer(name).clone() for module, name in tracked]
+                trained = loss(inputs)
+                for (module, name), before in zip(tracked, kept, strict=True):
+                    module.get_buffer(name).copy_(before)
+                for layer in layers:
+                    layer.eval()
+                evaluated = loss(inputs)
+                for layer in layers:
+                    layer.train()
+            sums[route] = sums.get(route, 0) + torch.stack([trained.float(), evaluated.float()])
+            num_batches[route] += 1
+    return {route: tuple((both / num_batches[route]).tolist()) for route, both in sums.items()}
+
+
+@contextmanager
+def _norms_in_training(model: RTLModel) -> Iterator[list[Any]]:
+    """Evaluation mode, but for the layers that keep running statistics. Afterwards their momenta are as before."""
+    layers = tracking_layers(model.backbone)
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    try:
+        for layer in layers:
+            layer.train()
+        yield layers
     finally:
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.momentum = momentum
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
         model.eval()
-    for row in running_statistics(model, UNION):
-        row.copy_(broadcast(row.clone()))  # devices may round differently

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from ..modeling.hashing import hash_tensors
 from ..modeling.mask_bank import integer_dtype
 from ..modeling.masking import and_masks
+from ..modeling.norm_statistics import tracking_layers
 from ..modeling.prunable import parameter_aliases
 from .randomness import seeded
 
@@ -167,9 +167,8 @@ class TicketTrainer:
     def _is_constant(self, masks: Sequence[Tensor] | None, inputs: dict[str, Any]) -> bool:
         self.rewind(masks)
         self.network.eval()
-        for module in self.network.modules():
-            if isinstance(module, _NormBase):
-                module.train()
+        for layer in tracking_layers(self.network):
+            layer.train()
         with self.autocast():
             output = self.network(**inputs, return_dict=True)
         main = output.logits if "logits" in output else output[0]

@@ -62,7 +62,7 @@ _MINIMA = {
     "extraction_threads": 1,
     "route_batch_size": 1,
     "rewind_to": 0,
-    "recalibration_batches": 1,
+    "recalibration_batches": 0,
     "competing_epochs": 0,
 }
 _OPTIONAL = ("extraction_steps",)
@@ -189,7 +189,12 @@ class RTLTrainingArguments(TrainingArguments):
         metadata={"help": "Search for one ticket per round again on another process; stop if its mask differs."},
     )
     recalibration_batches: int = field(
-        default=50, metadata={"help": "Number of batches for the running statistics of the union of tickets."}
+        default=50,
+        metadata={
+            "help": "Number of training batches from which the running statistics of every ticket, and of the union "
+            "of all, are taken anew after joint retraining. 0: those of tickets stay as training left them, as in the "
+            "paper."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ class Stops:
         self._stop_before(RTLTrainer, "put_masks", BETWEEN)
         self._stop_before(RTLTrainer, "start_from", BETWEEN)
         self._stop_before(RTLTrainer, "retrain_jointly", BETWEEN)
-        self._stop_before(RTLTrainer, "recalibrate_union", BETWEEN)
+        self._stop_before(RTLTrainer, "recalibrate", BETWEEN)
         self._stop_before(RTLTrainer, "evaluate", BETWEEN)
         self._stop_before(RTLTrainer, "_save_checkpoint", SAVING)
         self._stop_before(RTLTrainer, "_save_optimizer_and_scheduler", SAVING)

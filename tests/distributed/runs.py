@@ -412,7 +412,7 @@ def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str,
     owner, name, size = {
         "extraction": (TicketTrainer, "train", 2**12),
         "checkpoint": (RTLTrainer, "_save_optimizer_and_scheduler", 2**16),
-        "model": (RTLTrainer, "recalibrate_union", 2**16),
+        "model": (RTLTrainer, "recalibrate", 2**16),
     }[place]
     with patch.object(owner, name, limited(getattr(owner, name), size)):
         return train(folder, "timm", options)

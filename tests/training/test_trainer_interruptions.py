@@ -62,7 +62,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, mon
 @pytest.mark.slow
 def test_the_same_trainer_continues_an_interrupted_run(finished, tmp_path, monkeypatch):
     """The trainer's model has been trained by then; θ0 must not have changed."""
-    for place in (("step", 4), ("step", 9), ("recalibrate_union", 2)):
+    for place in (("step", 4), ("step", 9), ("recalibrate", 2)):
         made = interrupt(monkeypatch, tmp_path / place[0] / str(place[1]), place)
         if place[0] == "step":
             made.remove_callback(StopAtStep)
@@ -169,7 +169,7 @@ def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monke
     """The last step is not the end of an epoch, so that Trainer would train one more step."""
     options = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 1, **steps}
     whole = run(tmp_path / "whole", **options)
-    interrupt(monkeypatch, tmp_path / "run", ("recalibrate_union", 1), **options)
+    interrupt(monkeypatch, tmp_path / "run", ("recalibrate", 1), **options)
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded], **options)
     assert whole.rounds[0]["steps"] == {"max_steps": 4, "num_train_epochs": 9}[next(iter(steps))]

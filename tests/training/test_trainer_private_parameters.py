@@ -126,8 +126,9 @@ def test_the_union_is_recalibrated_with_the_mean_of_all_rows(private_run):
         lambda module, _: seen.append((module.weight.detach().clone(), module.momentum))
     )
     with made.in_round(made.plan().rounds[-1], num_steps_before=0):
-        made.recalibrate_union()
+        made.recalibrate()
     hook.remove()
     rows = made.model.private_parameters.rows[NAMES.index("timm_model.bn1.weight")]
-    assert seen and all(momentum is None for _, momentum in seen)
-    assert all(torch.allclose(weight, rows.mean(0)) for weight, _ in seen)
+    union = seen[-3:]
+    assert [momentum for _, momentum in union] == [1, 1 / 2, 1 / 3]
+    assert all(torch.allclose(weight, rows.mean(0)) for weight, _ in union)

@@ -67,7 +67,7 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("rewind_to", None, TypeError, "`rewind_to`"),
         ("route_batch_size", 0, ValueError, "`route_batch_size` must be at least 1, got 0"),
         ("route_batch_size", 8.0, TypeError, "`route_batch_size`"),
-        ("recalibration_batches", 0, ValueError, "`recalibration_batches`"),
+        ("recalibration_batches", -1, ValueError, "`recalibration_batches`"),
         ("calibration_fraction", 1.0, ValueError, r"`calibration_fraction` must be in \[0, 1\), got 1.0"),
         ("calibration_fraction", -0.1, ValueError, "`calibration_fraction`"),
         ("calibration_fraction", "0.1", TypeError, "`calibration_fraction`"),

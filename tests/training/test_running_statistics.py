@@ -1,0 +1,151 @@
+"""Running statistics are taken anew after joint retraining, from a ticket's own training batches."""
+
+import logging
+
+import pytest
+import torch
+from timm.layers import EvoNorm2dB0, FrozenBatchNormAct2d
+from torch import nn
+
+from hf_rtl import RTLTrainer
+from hf_rtl.modeling.norm_statistics import NormStatistics, tracked_buffers
+from hf_rtl.training.randomness import Stream
+from hf_rtl.training.running_statistics import recalibrate
+from tests.training.small_runs import Images, arguments, image_model, run
+
+
+OPTIONS = {"target_sparsity": [0.3], "route_column": "domain"}
+
+
+class Shapes(Images):
+    """Discs and bars, whose brightness and contrast differ between routes as those of scanners do."""
+
+    def __init__(self, number, seed=0):
+        super().__init__(number, seed, columns=("pixel_values", "labels", "domain"))
+        for sample in self.samples:
+            image = 0.3 * sample["pixel_values"]
+            image[:, 4:12, 4:12] += 1.5
+            if sample["labels"]:
+                image[:, 6:10, 2:14] += 1.5
+            scale, offset = ((1, 0), (-1, 2), (3, -1))[sample["domain"]]
+            sample["pixel_values"] = scale * image + offset
+
+
+def labels_run(folder, train, *, norm_statistics="per_route", **options):
+    model = image_model(ticket_task="labels", num_labels=2, norm_statistics=norm_statistics, drop_rate=0.0)
+    return run(folder, model, train=train, evaluate=train, **{**OPTIONS, **options})
+
+
+def naive_statistics(made, route, num_batches):
+    """The mean and the variance of the first convolution's output, in float64, averaged over a route's batches."""
+    data = made.run_data.training
+    sampler = data.sampler((Stream.RECALIBRATION, 0), routes=[route])
+    model = made.model
+    weight = model.backbone.timm_model.conv1.weight.double() * model.mask_bank[route][0]
+    means, variances = [], []
+    for number, draws in enumerate(sampler):
+        if number == num_batches:
+            break
+        pixels = torch.stack([data.dataset[draw.index]["pixel_values"] for draw in draws]).double()
+        outputs = nn.functional.conv2d(pixels, weight, stride=2)
+        means.append(outputs.mean((0, 2, 3)))
+        variances.append(outputs.var((0, 2, 3)))
+    return sum(means) / len(means), sum(variances) / len(variances)
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_statistics_of_a_ticket_are_averages_over_its_own_batches(tmp_path, num_batches):
+    made = labels_run(tmp_path, Shapes(72), recalibration_batches=num_batches)
+    mean, variance, count = made.model.norm_statistics.rows[:3]
+    for route in range(3):
+        expected = naive_statistics(made, route, num_batches)
+        assert torch.allclose(mean[route].double(), expected[0], atol=1e-5)
+        assert torch.allclose(variance[route].double(), expected[1], rtol=1e-5)
+        assert count[route] == num_batches
+
+
+def test_shared_statistics_are_averages_over_the_batches_of_all_routes(tmp_path):
+    made = labels_run(tmp_path, Shapes(72), norm_statistics="shared", recalibration_batches=3)
+    layer = made.model.backbone.timm_model.bn1
+    expected = [naive_statistics(made, route, 3) for route in range(3)]
+    assert torch.allclose(layer.running_mean.double(), sum(mean for mean, _ in expected) / 3, atol=1e-5)
+    assert torch.allclose(layer.running_var.double(), sum(variance for _, variance in expected) / 3, rtol=1e-5)
+    assert layer.num_batches_tracked == 9
+
+
+def test_without_batches_statistics_stay_as_training_left_them(tmp_path):
+    states = {}
+    for number in (0, 2):
+        made = labels_run(tmp_path / str(number), Shapes(72), recalibration_batches=number)
+        states[number] = made.model.state_dict()
+    rows = {name for name in states[0] if name.startswith("norm_statistics.")}
+    assert all(torch.equal(states[0][name], states[2][name]) for name in states[0].keys() - rows)
+    mean, count = states[0]["norm_statistics.s0000"], states[0]["norm_statistics.s0002"]
+    assert count[:3].tolist() == [3, 3, 3] and count[3] == 9  # The union is taken anew in any case.
+    assert not torch.allclose(mean[:3], states[2]["norm_statistics.s0000"][:3], atol=1e-3)
+
+
+def test_statistics_that_lag_behind_are_warned_of_and_mended(tmp_path, caplog):
+    """With few steps at a constant learning rate, the moving averages are far from the weights that they belong to."""
+    options = {"max_steps": 18, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    losses = {}
+    for number in (0, 50):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_rtl"):
+            made = labels_run(tmp_path / str(number), Shapes(72), recalibration_batches=number, **options)
+        losses[number] = made.evaluate(Shapes(72))["eval_loss"]
+        warned = [record.getMessage() for record in caplog.records if "contradict each other" in record.getMessage()]
+        assert len(warned) == (number == 0)
+        if warned:
+            assert "raise `recalibration_batches` (now 0) or `route_batch_size` (now 8)" in warned[0]
+    assert losses[50] < 0.5 * losses[0]
+
+
+def test_after_competition_statistics_stay_as_they_were_trained_with(tmp_path):
+    made = run(tmp_path, target_sparsity=[0.3], num_train_epochs=2, competing_epochs=1)
+    counts = made.model.norm_statistics.rows[2]
+    assert len(set(counts[:3].tolist())) == 1 and counts[0] > 0
+    sampler = made.run_data.training.sampler((), routes=[0])
+    assert counts[0] == sampler.num_updates_per_route  # The first epoch alone.
+
+
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.batch = nn.BatchNorm2d(4)
+        self.untracked = nn.BatchNorm2d(4, track_running_stats=False)
+        self.frozen = FrozenBatchNormAct2d(4)
+        self.evo = EvoNorm2dB0(4)
+
+
+def test_layers_are_known_by_what_they_keep():
+    norms = Norms()
+    names = {module: name for name, module in norms.named_modules()}
+    assert [(names[module], name) for module, name in tracked_buffers(norms)] == [
+        ("batch", "running_mean"),
+        ("batch", "running_var"),
+        ("batch", "num_batches_tracked"),
+        ("evo", "running_var"),
+    ]
+    assert [tuple(rows.shape) for rows in NormStatistics(norms, 2).rows] == [(3, 4), (3, 4), (3,), (3, 4)]
+
+
+def test_moving_averages_of_any_layer_become_plain_averages(tmp_path):
+    model = image_model(ticket_task="labels", num_labels=2, drop_rate=0.0)
+    network = model.backbone.timm_model
+    network.bn1 = nn.Sequential(network.bn1, EvoNorm2dB0(network.bn1.num_features))
+    model.norm_statistics = NormStatistics(model.backbone, model.num_routes)
+    seen = []
+    network.bn1[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    batches = [(1, {"pixel_values": torch.randn(8, 3, 16, 16)}) for _ in range(3)]
+    trainer = RTLTrainer(model, arguments(tmp_path, **OPTIONS), train_dataset=Shapes(12))
+    recalibrate(model, batches, trainer.compute_loss_context_manager)
+    evo = next(
+        rows
+        for rows, (module, _) in zip(model.norm_statistics.rows, tracked_buffers(model.backbone), strict=True)
+        if isinstance(module, EvoNorm2dB0)
+    )
+    expected = sum(x.double().var((0, 2, 3)) for x in seen) / 3
+    assert torch.allclose(evo[1].double(), expected, rtol=1e-5)
+    assert torch.equal(evo[0], torch.ones_like(evo[0]))
+    assert network.bn1[0].momentum == network.bn1[1].momentum == 0.1
