@@ -148,9 +148,8 @@ class Rounds:
                 f"joint retraining of {round_.name}: the loss or a weight became NaN or infinite (mean loss "
                 f"{output.training_loss}); lower `learning_rate`, or check the data."
             )
-        # Training data may have random transforms; the seed makes them the same after any interruption.
+        trainer.recalibrate()
         with seeded((args.seed, Stream.RECALIBRATION, round_.index), args.device):
-            trainer.recalibrate()
             trainer.warn_of_lagging_statistics()
             model.config.thresholds = trainer.calibrated_thresholds()
             if args.router != "given":

@@ -37,7 +37,7 @@ from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
 from .processes import Processes
-from .randomness import Stream, derive_seed
+from .randomness import Stream, derive_seed, seeded
 from .router_fitting import Batches, fit_router
 from .run_data import RunData
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
@@ -180,7 +180,9 @@ class RouteTrainer(Trainer):
         During joint retraining the statistics of a ticket lag behind, because its weights move in the steps of other
         routes too. After `competing_epochs` they stay as they are, because the weights were trained with them.
         """
-        recalibrate(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
+        # Training data may have random transforms; the seed makes them the same after any interruption.
+        with seeded((self.args.seed, Stream.RECALIBRATION, self._require_round().index), self.args.device):
+            recalibrate(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
 
     def _recalibration_batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
         data, key = self.run_data.require_training(), (Stream.RECALIBRATION, self._require_round().index)
@@ -508,6 +510,11 @@ class RouteTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     # Evaluation
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates within a joint retraining, with the statistics that a model saved now should have."""
+        self.recalibrate()
+        return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._routed = []
