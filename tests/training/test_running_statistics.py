@@ -2,12 +2,13 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import EvoNorm2dB0, FrozenBatchNormAct2d
 from torch import nn
 
-from hf_rtl import RTLTrainer
+from hf_rtl import RTLModelForImageClassification, RTLTrainer
 from hf_rtl.modeling.norm_statistics import NormStatistics, tracked_buffers
 from hf_rtl.training.randomness import Stream
 from hf_rtl.training.running_statistics import recalibrate
@@ -149,3 +150,59 @@ def test_moving_averages_of_any_layer_become_plain_averages(tmp_path):
     assert torch.allclose(evo[1].double(), expected, rtol=1e-5)
     assert torch.equal(evo[0], torch.ones_like(evo[0]))
     assert network.bn1[0].momentum == network.bn1[1].momentum == 0.1
+
+
+def hospitals(number, seed):
+    """Discs, squares and triangles, from three scanners: plain, inverted at low contrast, and with stripes."""
+    generator = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:16, :16]
+    samples = []
+    for index in range(number):
+        label, hospital = index % 3, index // 3 % 3
+        y, x = generator.uniform(5, 11, 2)
+        radius = generator.uniform(2.5, 4.5)
+        down, right = rows - y, columns - x
+        inside = (
+            down**2 + right**2 < radius**2,
+            (abs(down) < 0.9 * radius) & (abs(right) < 0.9 * radius),
+            (abs(down) < radius) & (abs(right) < (down + radius) / 2),
+        )[label]
+        image = inside.astype(np.float32)
+        image = (image, 0.8 - 0.6 * image, 0.5 * image + 0.25 + 0.25 * np.sin(columns))[hospital]
+        pixels = (image[None] + generator.normal(0, 0.1, (3, 16, 16)) - 0.5) / 0.25
+        samples.append({"pixel_values": torch.tensor(pixels, dtype=torch.float32), "labels": label, "h": hospital})
+    return samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "seed"), [(60, 42), (60, 43), (60, 44)])
+def test_the_hospitals_evaluate_as_with_fresh_statistics(tmp_path, steps, seed):
+    """Three hospitals at a constant learning rate. Fresh statistics are many forwards in training mode."""
+    train, test = hospitals(360, 0), hospitals(180, 1)
+    names = ["north", "south", "west"]
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=names, ticket_task="labels", num_labels=3, seed=0
+    )
+    options = {"target_sparsity": 0.5, "extraction_steps": 5, "max_steps": steps, "route_batch_size": 32}
+    options |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant", "logging_strategy": "no", "seed": seed}
+    args = arguments(tmp_path, route_column="h", recalibration_batches=0, **options)
+    made = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)
+    made.train()
+    as_trained = made.rounds[-1]["metrics"]["eval_mean_route_accuracy"]
+    args.recalibration_batches = 50
+    with made.in_round(made.plan().rounds[-1], num_steps_before=0):
+        made.recalibrate()
+    ours = made.evaluate()["eval_mean_route_accuracy"]
+    generator = np.random.default_rng(seed)
+    model.train()
+    with torch.no_grad():
+        for route in range(3):
+            own = [sample["pixel_values"] for sample in train if sample["h"] == route]
+            with model.route_context(route):
+                for _ in range(60):
+                    model(pixel_values=torch.stack([own[i] for i in generator.choice(len(own), 32, replace=False)]))
+    fresh = made.evaluate()["eval_mean_route_accuracy"]
+    print(f"{steps} steps, seed {seed}: as trained {as_trained:.3f}, ours {ours:.3f}, fresh {fresh:.3f}")
+    assert abs(ours - fresh) <= 0.02
+    if steps == 60:
+        assert as_trained < ours - 0.05
