@@ -15,6 +15,10 @@ import yaml
 from transformers import HfArgumentParser
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and leaves the lines of the description as they are."""
+
+
 def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
     """
     Instances of `classes`: field defaults, overridden by `defaults`, by `--config FILE` and by the command line.
@@ -22,9 +26,7 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     Raises:
         SystemExit: an argument or a key of the file is unknown. The message names the closest known key.
     """
-    parser = HfArgumentParser(
-        list(classes), description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = HfArgumentParser(list(classes), description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the arguments below")
     known = {action.dest: action for action in parser._actions}
     for action in known.values():

@@ -146,6 +146,7 @@ def test_help_lists_what_can_be_set(run_here: Callable[..., int], capsys: pytest
     printed = capsys.readouterr().out
     for name in ("--target_sparsity", "--norm_statistics", "--dataset", "--sanity"):
         assert name in printed
+    assert "\n    python recipes/prune.py --config recipes/configs/digits.yaml" in printed
 
 
 @pytest.mark.slow
