@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
+from transformers import PreTrainedModel
 
 from ..modeling.hashing import hash_tensors
 from ..modeling.mask_bank import integer_dtype
@@ -162,6 +163,13 @@ class TicketTrainer:
         too, for example because the head starts at zero.
         """
         inputs = {name: value for name, value in self.prepare(batch).items() if name != "labels"}
+        network: Any = self.network
+        if isinstance(network, PreTrainedModel) and network.config.is_encoder_decoder and network.can_generate():
+            # The decoder gets its start token alone, so that its output depends on the encoder's input only.
+            inputs = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+            like = next(iter(inputs.values()))
+            start = torch.tensor(network.config.decoder_start_token_id, device=like.device)
+            inputs["decoder_input_ids"] = start.expand(len(like), 1)
         return self._is_constant(masks, inputs) and not self._is_constant(None, inputs)
 
     def _is_constant(self, masks: Sequence[Tensor] | None, inputs: dict[str, Any]) -> bool:

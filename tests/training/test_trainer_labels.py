@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import MarianConfig, PegasusConfig, T5Config
 
 from hf_rtl import (
     RTLModel,
     RTLModelForAudioClassification,
+    RTLModelForSeq2SeqLM,
     RTLModelForSequenceClassification,
     RTLModelForTokenClassification,
 )
@@ -216,3 +218,50 @@ def test_rewinding_uses_the_threads_of_extraction(tmp_path, monkeypatch):
     run(tmp_path / "run", model, target_sparsity=[0.3], rewind_to=1, extraction_threads=3, **data)
     assert used == [3] * (1 + 3 * 2)
     assert threads == 5
+
+
+SEQUENCES = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+LAYERS = {
+    **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 24))},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 12},
+}
+
+
+def sequence_run(folder, config, **options):
+    """A run of a model that reverses sequences, with routes of low and high tokens."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(2, 20, size=6) + index % 2 * 20 for index in range(24)]
+    data = [
+        {"input_ids": torch.tensor(row), "labels": torch.tensor(row[::-1].copy()), "domain": index % 2}
+        for index, row in enumerate(rows)
+    ]
+    model = RTLModelForSeq2SeqLM.from_backbone(config, route_names=["low", "high"], ticket_task="labels", seed=0)
+    return run(folder, model, train=data, evaluate=data, route_column="domain", target_sparsity=[0.3], **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(**SEQUENCES, d_kv=8, d_ff=24, num_layers=1, num_heads=2),
+        MarianConfig(**SEQUENCES, **LAYERS),
+        PegasusConfig(**SEQUENCES, **LAYERS),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_encoder_decoder_models_train(tmp_path, config):
+    made = sequence_run(tmp_path, config, num_train_epochs=6, learning_rate=0.01)
+    losses = [report["loss"] for report in made.rounds[-1]["log_history"] if "loss" in report]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert np.isfinite(made.rounds[-1]["metrics"]["eval_loss"])
+
+
+def test_a_decoder_that_reads_no_encoder_is_noticed(tmp_path):
+    """Without cross-attention the output depends on the decoder's own input alone."""
+    made = sequence_run(tmp_path, T5Config(**SEQUENCES, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+    trainer = made.ticket_trainer(dict(named_state(made.model.backbone)))
+    batch = next(iter(made.extraction_batches(0, 0)))
+    names = made.model.mask_bank.weight_names
+    masks = [torch.ones(shape, dtype=torch.bool) for shape in made.model.mask_bank.shapes]
+    assert not trainer.is_disconnected(masks, batch)
+    cut = [mask & ("EncDecAttention" not in name) for mask, name in zip(masks, names, strict=True)]
+    assert trainer.is_disconnected(cut, batch)
