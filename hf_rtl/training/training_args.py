@@ -66,11 +66,14 @@ _MINIMA = {
     "competing_epochs": 0,
 }
 _OPTIONAL = ("extraction_steps",)
+_FULL_EVAL = "evaluation would cast the model that training continues with; cast a saved model, and evaluate that"
 _UNSUPPORTED = {
     "label_smoothing_factor": "training uses the backbone's own loss",
     "auto_find_batch_size": "batch size and tickets would depend on the machine; set `route_batch_size`",
     "save_only_model": "an interrupted run could not continue; the model of every round is saved anyway",
     "save_on_each_node": "all machines share one folder and write into it",
+    "bf16_full_eval": _FULL_EVAL,
+    "fp16_full_eval": _FULL_EVAL,
     "ignore_data_skip": "a continued run would train on other batches than an uninterrupted one",
 }
 

@@ -72,6 +72,8 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("calibration_fraction", -0.1, ValueError, "`calibration_fraction`"),
         ("calibration_fraction", "0.1", TypeError, "`calibration_fraction`"),
         ("label_smoothing_factor", 0.1, ValueError, "`label_smoothing_factor`"),
+        ("bf16_full_eval", True, ValueError, "`bf16_full_eval` is not supported: .* cast a saved model"),
+        ("fp16_full_eval", True, ValueError, "`fp16_full_eval` is not supported: .* cast a saved model"),
         ("auto_find_batch_size", True, ValueError, "`auto_find_batch_size` is not supported.*`route_batch_size`"),
         ("save_only_model", True, ValueError, "`save_only_model` is not supported.*continue"),
         ("ignore_data_skip", True, ValueError, "`ignore_data_skip` is not supported"),
