@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 
 # Read by the libraries when they are imported.
@@ -42,8 +43,9 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests with a Hub or with several processes are slow."""
+    folders = [Path(__file__).with_name(name) for name in ("hub", "distributed")]
     for item in items:
-        if {"hub", "distributed"} & set(item.path.parts):
+        if any(item.path.is_relative_to(folder) for folder in folders):
             item.add_marker("slow")
 
 

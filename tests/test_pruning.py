@@ -125,7 +125,7 @@ def test_layer_scope_shares_by_original_size_with_largest_remainder():
     masks = prune(weights, full_masks(weights), num_kept=7, scope="layer")
     assert [int(mask.sum()) for mask in masks] == [4, 2, 1]
     assert masks[0].tolist() == [False] * 6 + [True] * 4
-    # Of equal remainders, .5, the earlier layer gets the weight.
+    # Where remainders are equal, .5, the earlier layer gets the weight.
     pair = [torch.arange(3.0), torch.arange(3.0)]
     assert [int(mask.sum()) for mask in prune(pair, full_masks(pair), num_kept=3, scope="layer")] == [2, 1]
 

@@ -217,8 +217,9 @@ class RouteTrainer(Trainer):
         )
 
         def loss(inputs: dict[str, Any]) -> Tensor:
+            num_items = self._get_num_items_in_batch([inputs], self.args.device)
             with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs)
+                return self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
 
         losses = evaluation_losses(self.model, batches, loss)
         lagging = [

@@ -93,15 +93,16 @@ def evaluation_losses(
         tracked = list(tracked_buffers(model.backbone))
         for route, inputs in batches if layers else ():
             with model.route_context(route):
-                kept = [module.get_buffer(name).clone() for module, name in tracked]
-                trained = loss(inputs)
-                for (module, name), before in zip(tracked, kept, strict=True):
-                    module.get_buffer(name).copy_(before)
-                for layer in layers:
-                    layer.eval()
-                evaluated = loss(inputs)
                 for layer in layers:
                     layer.train()
+                kept = [module.get_buffer(name).clone() for module, name in tracked]
+                trained = loss(dict(inputs))  # a copy, since many a loss takes the labels out
+                for (module, name), before in zip(tracked, kept, strict=True):
+                    module.get_buffer(name).copy_(before)
+                # In evaluation mode the statistics are not written back, so casts of them are lost.
+                for layer in layers:
+                    layer.eval()
+                evaluated = loss(dict(inputs))
             sums[route] = sums.get(route, 0) + torch.stack([trained.float(), evaluated.float()])
             num_batches[route] += 1
     return {route: tuple((both / num_batches[route]).tolist()) for route, both in sums.items()}

@@ -191,7 +191,7 @@ def test_a_push_that_fails_changes_nothing(hub, run, fail, request_):
     name = "org/" + request_.replace(" ", "-")
     pushed = run(push, name, seed=0)
     before = dict(hub.repos[name].refs)
-    # Of several uploads, the second fails, after the first has succeeded.
+    # The second of several uploads fails, after the first has succeeded.
     failed = fail(REQUESTS[request_], after=1 if request_ == "an upload" else 0)
     with pytest.raises(ClientError, match="the line was cut"):
         run(push, name, seed=len(name), max_shard_size="20KB")

@@ -11,7 +11,7 @@ from torch import nn
 from hf_rtl import RTLModelForImageClassification, RTLTrainer
 from hf_rtl.modeling.norm_statistics import NormStatistics, tracked_buffers
 from hf_rtl.training.randomness import Stream
-from hf_rtl.training.running_statistics import recalibrate
+from hf_rtl.training.running_statistics import evaluation_losses, recalibrate
 from tests.training.small_runs import Images, arguments, image_model, run
 
 
@@ -100,6 +100,38 @@ def test_statistics_that_lag_behind_are_warned_of_and_mended(tmp_path, caplog):
         if warned:
             assert "raise `recalibration_batches` (now 0) or `route_batch_size` (now 8)" in warned[0]
     assert losses[50] < 0.5 * losses[0]
+
+
+class OwnLoss(RTLTrainer):
+    """A loss as users write it: it takes the labels out of its inputs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_losses_that_take_the_labels_out_are_compared_too(tmp_path):
+    model = image_model(ticket_task="labels", num_labels=2, drop_rate=0.0)
+    made = OwnLoss(model, arguments(tmp_path, **OPTIONS), train_dataset=Shapes(72))
+    made.train()
+    assert made.rounds[-1]["kept"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_comparison_changes_nothing(dtype):
+    model = image_model(ticket_task="labels", num_labels=2, drop_rate=0.0)
+    for rows in model.norm_statistics.rows:
+        if rows.is_floating_point():
+            rows.add_(torch.rand_like(rows))
+    model.to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = {"pixel_values": torch.randn(8, 3, 16, 16, dtype=dtype), "labels": torch.arange(8) % 2}
+    losses = evaluation_losses(model, [(0, inputs), (0, inputs), (2, inputs)], lambda given: model(**given).loss)
+    assert losses.keys() == {0, 2} and all(trained != evaluated for trained, evaluated in losses.values())
+    assert not model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_after_competition_statistics_stay_as_they_were_trained_with(tmp_path):
