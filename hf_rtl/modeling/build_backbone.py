@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
+from .structure import check_structure
+
 
 _LABEL_ARGUMENTS = ("num_labels", "id2label", "label2id", "problem_type")
 
@@ -38,7 +40,7 @@ def build_backbone(
         seed (`int`, *optional*): seed of newly initialised weights; a timm model then has the weights that
             `timm.create_model` gives after `torch.manual_seed(seed)`. The global generator does not change.
         **kwargs: fields of the backbone's configuration. For timm names, all but label arguments go to
-            `timm.create_model`, such as `in_chans=1`.
+            `timm.create_model`, such as `in_chans=1`; `num_classes` is another name of `num_labels`.
 
     Raises:
         ValueError: an argument that the kind of `source` does not allow, or a model that contradicts the arguments or
@@ -48,6 +50,7 @@ def build_backbone(
     with _seeded(seed):
         if isinstance(source, PreTrainedModel):
             _refuse("an already built model", pretrained=pretrained, **kwargs)
+            _check_buildable(source, auto_class)
             return source
         if isinstance(source, nn.Module):
             _refuse("an already built model", pretrained=pretrained)
@@ -86,6 +89,24 @@ def _refuse(kind: str, **arguments: Any) -> None:
         raise ValueError(f"{names} cannot be set for {kind}: it decides that itself.")
 
 
+def _check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
+    """Raises `ValueError` unless loading, which has the configuration alone, would build this model."""
+    register = f"register a class of your own, with a configuration of its own, by `{auto_class.__name__}.register`."
+    if type(model.config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"`backbone` is a {type(model).__name__}, and {auto_class.__name__} builds no model from its "
+            f"configuration, a {type(model.config).__name__}, so that a saved copy could not be loaded: {register}"
+        )
+    with torch.device("meta"):
+        built = auto_class.from_config(copy.deepcopy(model.config))
+    if type(built) is not type(model):
+        raise ValueError(
+            f"`backbone` is a {type(model).__name__}, but its configuration builds a {type(built).__name__}, which a "
+            f"saved copy would be loaded as: wrap a {type(built).__name__}, or {register}"
+        )
+    check_structure(model, built, f"Change the configuration and build the model from it, or {register}")
+
+
 def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = copy.deepcopy(config)
     for name, value in kwargs.items():
@@ -109,10 +130,26 @@ def _from_repo(name: str, auto_class: Any, pretrained: bool, kwargs: dict[str, A
 
 
 def _from_timm(name: str, auto_class: Any, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    _read_timm_names(kwargs)
     labels = {key: kwargs[key] for key in _LABEL_ARGUMENTS if kwargs.get(key) is not None}
     model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
     config = TimmWrapperConfig(architecture=name.split(".")[0], model_args=model_args or None, **labels)
     return _created(name, config, auto_class, pretrained=bool(pretrained))
+
+
+def _read_timm_names(kwargs: dict[str, Any]) -> None:
+    """Changes timm's `num_classes` to `num_labels`. Raises `ValueError` for `features_only`."""
+    if kwargs.get("features_only"):
+        raise ValueError(
+            "`features_only` = True is not supported: tickets are found for an output, and such a model has none. "
+            "Leave it out."
+        )
+    if kwargs.get("num_classes") is not None:
+        num_classes = kwargs.pop("num_classes")
+        if kwargs.setdefault("num_labels", num_classes) != num_classes:
+            raise ValueError(
+                f"`num_classes` = {num_classes} contradicts `num_labels` = {kwargs['num_labels']}; give one."
+            )
 
 
 def _created(name: str, config: PreTrainedConfig, auto_class: Any, *, pretrained: bool) -> PreTrainedModel:
@@ -128,6 +165,7 @@ def _wrap_timm_model(model: nn.Module, auto_class: Any, kwargs: dict[str, Any]) 
             f"`backbone` is a {type(model).__name__}, neither a transformers model nor made by timm.create_model; "
             "register it with timm or transformers to wrap it."
         )
+    _read_timm_names(kwargs)
     labels = {key: kwargs.pop(key) for key in _LABEL_ARGUMENTS if key in kwargs}
     labels.setdefault("num_labels", model.num_classes)
     config = TimmWrapperConfig(architecture=architecture, model_args=kwargs or None, **labels)

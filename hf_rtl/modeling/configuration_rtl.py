@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 import timm
@@ -65,7 +66,9 @@ class RTLConfig(PreTrainedConfig):
             active route's are always kept.
         format_version (`int`, *optional*, defaults to 1): of the saved files.
 
-    `num_labels`, `id2label`, `label2id` follow from the rest: the route names for `membership`, else the backbone's.
+    Every other attribute is the backbone's, to read and to set: `config.pad_token_id` is that of `backbone_config`. So
+    a setting has the effect that it has on the plain backbone. For `membership` the labels (`num_labels`, `id2label`,
+    `label2id`) are the route names instead.
 
     Raises:
         ValueError: a field is missing, contradicts another, or names something outside this file: a repo, a path,
@@ -135,9 +138,6 @@ class RTLConfig(PreTrainedConfig):
         self.label2id = {name: index for index, name in self.id2label.items()}
         if self.ticket_task == "membership":
             self._check_membership()
-        self.problem_type = (
-            "multi_label_classification" if self.ticket_task == "membership" else self.backbone_config.problem_type
-        )
         # Hidden from the base class, which would reset the backbone's attention implementation if none is set here.
         backbone_config, self.backbone_config = self.backbone_config, None
         super().__post_init__(**kwargs)
@@ -145,7 +145,46 @@ class RTLConfig(PreTrainedConfig):
         for name in ("_attn_implementation", "_experts_implementation"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name))
+        self._pass_on()
         self.check()
+
+    # One configuration: the backbone's attributes are attributes of this one
+
+    def _is_own(self, name: str) -> bool:
+        if name.startswith("_") or name in _OWN or not isinstance(self.backbone_config, PreTrainedConfig):
+            return True
+        return name in _LABELS and self.ticket_task == "membership"
+
+    def _pass_on(self) -> None:
+        """Moves what the base class has set here, and is the backbone's, to the backbone. Defaults change nothing."""
+        defaults = {field.name: field.default for field in fields(PreTrainedConfig)}
+        if self.__dict__.pop("_output_attentions"):
+            self.backbone_config.output_attentions = True
+        for name in [name for name in self.__dict__ if not self._is_own(name)]:
+            value = self.__dict__.pop(name)
+            if name not in _LABELS and (name not in defaults or value != defaults[name]):
+                setattr(self.backbone_config, name, value)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _INHERITED and not self._is_own(name):
+            return getattr(self.backbone_config, name)
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for a name that this class lacks. `__dict__` is empty while a copy is made.
+        if name.startswith("_") or not isinstance(self.__dict__.get("backbone_config"), PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.backbone_config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.backbone_config, name, value)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The part of the backbone's configuration that is of text, as transformers asks for it."""
+        return self.backbone_config.get_text_config(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -174,9 +213,9 @@ class RTLConfig(PreTrainedConfig):
         changed = copy.copy(self)
         changed.route_names, changed.thresholds = check_route_names(route_names), thresholds
         changed.added_routes = [name for name in self.added_routes if name in changed.route_names]
-        changed.id2label = dict(enumerate(changed._label_names()))
-        changed.label2id = {name: index for index, name in changed.id2label.items()}
         if changed.ticket_task == "membership":
+            changed.id2label = dict(enumerate(changed.route_names))
+            changed.label2id = {name: index for index, name in changed.id2label.items()}
             changed._check_membership()
         changed.check()
         self.__dict__.update(changed.__dict__)
@@ -199,6 +238,9 @@ class RTLConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["backbone_config"] = self._backbone_dict()
+        # As in the file of any model, so that tools which know no routed models find the labels.
+        shared = ["output_attentions", *(field.name for field in fields(PreTrainedConfig))]
+        output |= {name: copy.copy(getattr(self, name)) for name in shared if name not in output}
         output["prunable"] = [[name, list(shape)] for name, shape in self.prunable]
         output["format_version"] = FORMAT_VERSION
         return output
@@ -369,3 +411,14 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+# What a base class gives to every configuration, and is the backbone's in a routed one.
+_LABELS = {"id2label", "label2id", "num_labels"}
+_OWN = {*RTLConfig.__annotations__, "architectures", "auto_map", "dtype", "name_or_path", "transformers_version"}
+_INHERITED = {
+    name
+    for name, value in inspect.getmembers(PreTrainedConfig)
+    if isinstance(value, property) or name in {field.name for field in fields(PreTrainedConfig)}
+    if not name.startswith("_") and name not in _OWN
+}

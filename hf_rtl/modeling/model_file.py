@@ -211,7 +211,8 @@ def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None
             listed = ", ".join(sorted(names)[:5])
             raise ValueError(
                 f"the checkpoint {str(name)!r} {problem} {len(names)} tensor(s) of this "
-                f"model ({listed}): it is cut short, or saved from another model."
+                f"model ({listed}): it is cut short, or saved from another model, or its `config.json` or an argument "
+                "has changed what the configuration builds."
             )
     if model.config.mask_fingerprint is None:
         raise ValueError(

@@ -686,6 +686,10 @@ class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
 
     backbone_class = AutoModelForSeq2SeqLM
 
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """As the backbone's: the labels moved by one position, for `DataCollatorForSeq2Seq(model=…)`."""
+        return self.backbone.prepare_decoder_input_ids_from_labels(labels)
+
 
 TASK_CLASSES = (
     RTLModel,

@@ -8,6 +8,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .mixed_batch import check_samples, group_by_route, merge_outputs, read_rout
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
+from .structure import check_structure, shared_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,9 @@ class RoutedModel(PreTrainedModel):
         self.active = ActiveRoute()
         self._fixed_route: int | str | None = None
         self.post_init()
+        # transformers saves and loads a tensor with several names only if it is declared to be tied.
+        self._tied_weights_keys = shared_tensors(self, chain.from_iterable(self.all_tied_weights_keys.items()))
+        self.all_tied_weights_keys |= self._tied_weights_keys
 
     # Routes
 
@@ -348,7 +353,8 @@ class RoutedModel(PreTrainedModel):
 
     def with_route(self, route: int | str) -> RoutedModel:
         """
-        A light view of this model that fixes the route of its calls, for pipelines and export. Nothing is copied.
+        A light view of this model that fixes the route of its calls, for pipelines. Nothing is copied. To export a
+        ticket, extract it: `extract_ticket(route)`.
 
         For `membership` the view's labels are the route's name alone.
         """
@@ -400,6 +406,11 @@ class RoutedModel(PreTrainedModel):
         return active is not None
 
     def _dispatch(self, inputs: dict[str, Any], labels: Tensor | None, route_ids: Any) -> ModelOutput:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "a routed model cannot be exported or traced, since masks are put in place around a call. Export the "
+                "plain model of a ticket, `model.extract_ticket(route)`."
+            )
         check_samples(inputs)
         if self._is_in_place(route_ids, inputs):
             return self._run(inputs, labels)
@@ -521,6 +532,40 @@ class RoutedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module | None:
         return self.backbone.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        As `PreTrainedModel.resize_token_embeddings`, for the vocabulary that all tickets share.
+
+        Raises:
+            ValueError: masks cover the embeddings, or every route has its own copy. Nothing is changed then.
+        """
+        self._refuse_in_context("resize_token_embeddings()")
+        self._refuse_on_view("resize_token_embeddings()")
+        with torch.device("meta"):
+            resized = self.backbone_class.from_config(copy.deepcopy(self.config.backbone_config))
+            resized.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
+        for name in [*self.mask_bank.weight_names, *self.private_parameters.names]:
+            before, after = self.backbone.get_parameter(name).shape, resized.get_parameter(name).shape
+            if before != after:
+                owner = "masks cover" if name in self.mask_bank.weight_names else "every route has its own copy of"
+                raise ValueError(
+                    f"`new_num_tokens` = {new_num_tokens} would change {name!r} from {tuple(before)} to "
+                    f"{tuple(after)}, and {owner} it. Resize the backbone before `from_backbone`, or leave {name!r} "
+                    "out of `prune_include` and `private_parameters`."
+                )
+        return self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients and the record of the routes that they came from."""
         super().zero_grad(set_to_none)
@@ -564,6 +609,10 @@ class RoutedModel(PreTrainedModel):
                 f"`config.router` is {self.config.router!r}, but the model's router is {router!r}; change it by "
                 "`set_router`."
             )
+        with torch.device("meta"):
+            built = type(self)(copy.deepcopy(self.config))
+        remedy = "Set the fields of `model.config` that describe the model, such as `num_labels`, or undo the change."
+        check_structure(self, built, remedy)
 
     def _refuse_on_view(self, action: str) -> None:
         if self._fixed_route is not None:

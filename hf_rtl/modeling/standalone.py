@@ -20,6 +20,7 @@ from .masking import and_masks
 from .norm_statistics import tracked_buffers
 from .prunable import parameter_aliases, parameter_at
 from .routed_model import RoutedModel
+from .structure import save_shared_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def extract_ticket(
         if isinstance(ticket.config, TimmWrapperConfig):
             # The field that it saves instead, which a configuration from a file already has.
             ticket.config.label_names = [name]
+    save_shared_tensors(ticket)
     if prune_structure:
         report = remove_dead_channels(ticket, example_inputs)
         logger.info("Channels of the ticket of route %s:\n%s", model.route_name(route), report)

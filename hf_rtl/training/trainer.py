@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import EvalPrediction, TrainOutput, align_special_tokens
 
 from ..data.partition import Partition
 from ..model_card.card import RTLCardData, write_card
@@ -155,6 +156,7 @@ class RTLTrainer(RouteTrainer):
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
+        self._align_tokens()
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
@@ -168,6 +170,11 @@ class RTLTrainer(RouteTrainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
+
+    def _align_tokens(self) -> None:
+        """Sets the tokenizer's special tokens in the model, as `Trainer` does before its first step."""
+        if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+            align_special_tokens(self.model, self.processing_class)
 
     def _save_final(self) -> None:
         """Saves the last round's model once more, with the record of the run and a card."""
@@ -252,6 +259,7 @@ class RTLTrainer(RouteTrainer):
             FloatingPointError: a loss became NaN or infinite, or pruning cut the ticket's output from its input.
             These errors leave the model unchanged. An error of the new router comes after the ticket has been added.
         """
+        self._align_tokens()
         return add_route(self, name, dataset, calibration_dataset=calibration_dataset)
 
     def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:

@@ -112,3 +112,12 @@ def test_membership_needs_one_logit(tiny_bert_config):
         RTLModelForTokenClassification.from_backbone(tiny_bert_config, **routes)
     with pytest.raises(ValueError, match="at least two routes"):
         RTLModelForImageClassification.from_backbone("test_resnet", route_names=["a"], ticket_task="membership")
+
+
+def test_names_that_users_of_timm_give():
+    for source in ("test_resnet", timm.create_model("test_resnet", num_classes=7)):
+        assert RTLModelForImageClassification.from_backbone(source, num_classes=7, **ROUTES).config.num_labels == 7
+    with pytest.raises(ValueError, match="`num_classes` = 7 contradicts `num_labels` = 3"):
+        RTLModelForImageClassification.from_backbone("test_resnet", num_classes=7, num_labels=3, **ROUTES)
+    with pytest.raises(ValueError, match="`features_only` = True is not supported"):
+        RTLModelForImageClassification.from_backbone("test_resnet", features_only=True, num_labels=3, **ROUTES)

@@ -24,7 +24,13 @@ from transformers import (
 )
 
 import hf_rtl
-from hf_rtl import RTLConfig, RTLModel, RTLModelForImageClassification, RTLModelForMaskedLM
+from hf_rtl import (
+    RTLConfig,
+    RTLModel,
+    RTLModelForImageClassification,
+    RTLModelForMaskedLM,
+    RTLModelForSequenceClassification,
+)
 
 
 LABELS = ["bus", "car", "cat", "cow", "dog", "owl", "pig"]
@@ -326,13 +332,13 @@ def test_labels_that_agree(labels):
 
 
 def test_labels_changed_afterwards():
-    config = make(timm_dict())
+    config = make(bert_dict(**ONE_LOGIT), "membership", ["a", "b", "c"])
     config.check()
     config.num_labels = 9
     with pytest.raises(ValueError, match="expected 3 .* got"):
         config.check()
     with pytest.raises(ValueError, match="expected 3 .* got"):
-        RTLModelForImageClassification(config)
+        RTLModelForSequenceClassification(config)
 
 
 def test_loading_with_another_number_of_labels(tmp_path, tiny_labels_model, tiny_membership_model):
@@ -341,7 +347,7 @@ def test_loading_with_another_number_of_labels(tmp_path, tiny_labels_model, tiny
         for load in (RTLModel, RTLModelForImageClassification, RTLConfig):
             with pytest.raises(ValueError, match=f"expected {own} .*got 9"):
                 load.from_pretrained(tmp_path, num_labels=9)
-        with pytest.raises(ValueError, match=f"expected {own} .*got"):
+        with pytest.raises(ValueError, match=f"expected {own} .*got|wrong sizes of 2 .*an argument has changed"):
             RTLModel.from_pretrained(tmp_path, id2label={0: "x"})
         with pytest.raises(ValueError, match=f"expected {own} .*got 9"):
             RTLModel.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LogitsProcessor,
@@ -475,7 +476,7 @@ def test_a_model_that_was_saved_without_a_generation_config(build, tmp_path):
     assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
-def test_models_can_generate_if_their_backbones_can(tiny_bert_config, tiny_attention_config, tmp_path):
+def test_models_can_generate_if_their_backbones_can(tiny_bert_config, tiny_attention_config, tmp_path, monkeypatch):
     generating = [cls for cls in hf_rtl.modeling.modeling_rtl.TASK_CLASSES if cls.can_generate()]
     assert generating == [RTLModelForCausalLM, RTLModelForSeq2SeqLM]
     routes = {"route_names": ["x", "y"], "ticket_task": "labels", "seed": 0}
@@ -484,6 +485,8 @@ def test_models_can_generate_if_their_backbones_can(tiny_bert_config, tiny_atten
     # A backbone without `generate`.
     backbone = hf_rtl.RTLModelForSequenceClassification.from_backbone(tiny_attention_config, **routes).backbone
     assert isinstance(backbone, PreTrainedModel) and not backbone.can_generate()
+    builds = AutoModelForCausalLM._model_mapping._extra_content
+    monkeypatch.setitem(builds, type(backbone.config), type(backbone))
     model = RTLModelForCausalLM.from_backbone(backbone, **routes)
     assert not model.can_generate() and not model.with_route("x").can_generate()
     model.save_pretrained(tmp_path)

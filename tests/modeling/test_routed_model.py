@@ -175,7 +175,18 @@ def test_positional_arguments(zoo):
     x = inputs["pixel_values"]
     assert torch.equal(model(x, route_ids=1).logits, model(pixel_values=x, route_ids=1).logits)
     assert torch.equal(model(x, inputs["labels"], 1).loss, model(**inputs, route_ids=1).loss)
-    base = RTLModel.from_backbone(model.extract_ticket(1).vit, route_names=["x"], ticket_task="labels")
+    base = RTLModel.from_backbone(model.backbone.config, route_names=["x"], ticket_task="labels").eval()
     assert torch.equal(base(x, route_ids=0)[0], base(pixel_values=x, route_ids=0).last_hidden_state)
     with pytest.raises(TypeError, match="one positional argument, `pixel_values`, got 2"):
         base(x, None, route_ids=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exporting_a_routed_model_names_the_ticket(zoo):
+    model, _, inputs = zoo("vit")
+    view, pixels = model.with_route(1), (inputs["pixel_values"],)
+    expected = view(*pixels).logits
+    for export in (lambda: torch.export.export(view, pixels, strict=False), lambda: torch.jit.trace(view, pixels)):
+        with pytest.raises(RuntimeError, match=r"cannot be exported .* `model\.extract_ticket\(route\)`"):
+            export()
+        assert torch.equal(view(*pixels).logits, expected)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Wav2Vec2Config
 
@@ -375,8 +376,9 @@ def test_no_router_decides_in_training_or_without_samples(model: RTLModel) -> No
 
 def test_a_router_of_other_routes_in_a_file_is_refused(model: RTLModel, tmp_path) -> None:
     model.set_router(ScoreRouter(3))
-    model.router = ScoreRouter(2)
     model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"router.scale": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="wrong sizes.*router"):
         RTLModel.from_pretrained(tmp_path)
 
