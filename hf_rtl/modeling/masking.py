@@ -71,8 +71,8 @@ class WeightMasker:
         key = tuple(sorted(set(routes)))
         if key not in self.cache:
             self._make_room()
-            # Never inference tensors, even if the first call is in inference mode: training uses them later.
-            with torch.inference_mode(False):
+            # Even if the first call is in inference mode: training uses them later.
+            with ordinary_tensors():
                 self.cache[key] = [
                     unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
                     for row, weight in zip(self._packed(key), weights, strict=True)
@@ -93,13 +93,10 @@ class WeightMasker:
         self.places = self._locate()
         weights = self.weights
         masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
-        if torch.is_inference_mode_enabled():
-            # After a write in inference mode, a backward that still needs the overwritten values would not raise.
-            with torch.inference_mode(False), torch.no_grad():
-                masked = MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
-        else:
+        # After a write in inference mode, a backward that still needs the overwritten values would not raise.
+        with ordinary_tensors():
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-            masked = MaskWeights.apply(masks, copies, on_backward, *weights)
+            masked = like_parameters(MaskWeights.apply(masks, copies, on_backward, *weights), weights)
         self._put(masked)
 
     @torch.no_grad()
@@ -177,8 +174,7 @@ class WeightMasker:
             for copy, weight in zip(self._copies, weights, strict=True)
         )
         if not fits:
-            with torch.inference_mode(False):
-                self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+            self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
         return self._copies
 
     def _make_room(self) -> None:
@@ -201,7 +197,10 @@ class MaskWeights(torch.autograd.Function):
             torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
         # The outputs share storage and version counter with the copies: a backward through a graph whose masked
         # weights have been overwritten meanwhile raises instead of giving wrong gradients.
-        return tuple(copy.detach() for copy in copies)
+        outputs = tuple(copy.detach() for copy in copies)
+        frozen = (output for output, weight in zip(outputs, weights, strict=True) if not weight.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -216,6 +215,25 @@ class MaskWeights(torch.autograd.Function):
             for gradient, mask in zip(gradients, ctx.masks, strict=True)
         )
         return None, None, None, *masked
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Makes no inference tensors, in inference mode either, and records a graph only where one is recorded outside."""
+    records = torch.is_grad_enabled()  # which leaving inference mode turns on
+    with torch.inference_mode(False), torch.set_grad_enabled(records):
+        yield
+
+
+def like_parameters(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """
+    `tensors`, which stand in for `parameters`, requiring a gradient where those do, also where none is recorded: by
+    that `torch.matmul` chooses its kernel, and so its rounding.
+    """
+    if not torch.is_grad_enabled():
+        for tensor, parameter in zip(tensors, parameters, strict=True):
+            tensor.requires_grad_(parameter.requires_grad)
+    return tensors
 
 
 def and_masks(values: Tensor, mask: Tensor) -> Tensor:

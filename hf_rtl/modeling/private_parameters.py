@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
-from .masking import UNION
+from .masking import UNION, like_parameters, ordinary_tensors
 from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
 
 
@@ -158,7 +158,8 @@ class PrivateParameters(nn.Module):
         """Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`."""
         if not self.names:
             return
-        bound = _TakeRows.apply(route, self.own(backbone), on_backward, *self.rows)
+        with ordinary_tensors():
+            bound = like_parameters(_TakeRows.apply(route, self.own(backbone), on_backward, *self.rows), self.rows)
         for (module, attribute), tensor in zip(self._places(backbone), bound, strict=True):
             # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
             module.__dict__[attribute] = tensor
