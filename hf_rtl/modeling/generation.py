@@ -126,7 +126,7 @@ class RoutedGenerationMixin(RoutedModel):
     def _generate_mixed(self, samples: dict[str, Tensor], arguments: dict[str, Any], routes: list[int]) -> Tensor:
         """Generates each route's samples separately, and returns all in the batch's order."""
         self._refuse_whole_batch_arguments(arguments)
-        groups = group_by_route(routes, self.device)
+        groups = group_by_route(routes)
         generated = []
         for route, positions in groups.items():
             selected = select_samples(samples, positions, len(routes))

@@ -36,6 +36,7 @@ from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
+from .offloading import refuse_offloaded
 from .prunable import coverage_table, select_prunable
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
@@ -148,9 +149,15 @@ class RTLModel(RoutedModel):
         As `PreTrainedModel.from_pretrained`, for a folder or a repo id, but stricter: missing masks are an error.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, or it was
-                saved as another class.
+            ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, it was
+                saved as another class, or `quantization_config` is given.
         """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "`quantization_config` is not for a routed model, whose masks cannot cover quantised weights. Load it "
+                "without, extract a ticket, `model.extract_ticket(route).save_pretrained(folder)`, and load that: "
+                "`AutoModel….from_pretrained(folder, quantization_config=…)`."
+            )
         if cls is RTLModel:
             saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
             if saved_class is not RTLModel:
@@ -170,6 +177,7 @@ class RTLModel(RoutedModel):
         check_loaded(model, pretrained_model_name_or_path, info)
         model.private_parameters.freeze(model.backbone)  # loading makes new parameters
         align(model)
+        model.masker.locate()  # loading ties weights
         return (model, info) if with_info else model
 
     @staticmethod
@@ -376,6 +384,7 @@ class RTLModel(RoutedModel):
         """
         self._refuse_in_context("load_tickets()")
         self._refuse_on_view("load_tickets()")
+        refuse_offloaded(self, "load_tickets()")
         hub_arguments = {
             "revision": revision,
             "token": token,
@@ -459,6 +468,7 @@ class RTLModel(RoutedModel):
             ValueError: an unknown route, or `prune_structure` needs `example_inputs`.
         """
         self._refuse_in_context("extract_ticket()")
+        refuse_offloaded(self, "extract_ticket()")
         index = self.route_index(route)
         return extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -65,8 +65,10 @@ def select_prunable(
         exclude (`Sequence[str]`): patterns of the same kind. Matches are left out, also those of `include`.
 
     Raises:
-        ValueError: a pattern that matches no weight, or nothing left to prune.
+        ValueError: a pattern that matches no weight, nothing left to prune, or weights that masks cannot cover: of a
+            quantised model, or recomputed from other tensors.
     """
+    _refuse_quantised(backbone)
     head = {id(module) for part in heads(backbone) for module in part.modules()}
     used: set[str] = set()
     chosen: list[tuple[str, tuple[int, ...]]] = []
@@ -89,9 +91,53 @@ def select_prunable(
                     f"names look like {', '.join(repr(name) for name, _ in chosen[:3]) or 'nothing here'}. "
                     f"Patterns are those of fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
                 )
+    for name, _ in chosen:
+        refuse_unmaskable(name, backbone.get_parameter(name))
     if not chosen:
         raise ValueError(f"{type(backbone).__name__} has no prunable weight; name some with `prune_include`.")
     return chosen
+
+
+def refuse_unmaskable(name: str, weight: Tensor) -> None:
+    """Raises `ValueError` if masks cannot cover the parameter called `name`: a float whose bits are 0 must be zero."""
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            f"{name} cannot be masked: it is a {type(weight).__name__} of {weight.dtype}, and masks cover ordinary "
+            "tensors of floats, neither quantised nor sharded nor traced. Do that to a ticket instead, "
+            "a plain model that `model.extract_ticket(route)` makes before."
+        )
+
+
+def _refuse_quantised(backbone: nn.Module) -> None:
+    """Raises `ValueError` for layers that compute with another tensor than the parameter that masks would cover."""
+    way_out = "Wrap the model without that, and do it to an extracted ticket, which is a plain model."
+    if getattr(backbone, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{type(backbone).__name__} is quantised (`quantization_config`), and masks cannot cover that. {way_out}"
+        )
+    for name, module in backbone.named_modules():
+        kind = f"{name or 'the backbone'} ({type(module).__module__}.{type(module).__name__})"
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise ValueError(f"{kind} is quantised, and masks cannot cover that. {way_out}")
+        computed = [attribute for attribute, value in vars(module).items() if isinstance(value, Tensor)]
+        if any(name.startswith(f"{attribute}_") for attribute in computed for name in module._parameters):
+            raise ValueError(
+                f"{kind} computes its weight by a hook before each forward, as those of torch.nn.utils.prune, "
+                f"weight_norm and spectral_norm, and such a layer can neither be masked nor copied. {way_out} "
+                "`torch.nn.utils.prune.remove(layer, 'weight')` makes it permanent; torch.nn.utils.parametrizations "
+                "has norms without hooks."
+            )
+        matrices = {
+            parameter.shape
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.ndim > 1
+        }
+        copies = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.shape in matrices]
+        if copies:
+            raise ValueError(
+                f"{kind} is quantised: beside its weight it has another of the same shape, `{copies[0]}`, and masks "
+                f"cannot cover both. {way_out}"
+            )
 
 
 def coverage_table(backbone: nn.Module, covered: Sequence[str]) -> str:

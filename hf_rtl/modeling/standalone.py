@@ -60,6 +60,7 @@ def extract_ticket(
     model: RoutedModel, route: int, *, prune_structure: bool, example_inputs: Mapping[str, Tensor] | None
 ) -> PreTrainedModel:
     """See [`RTLModel.extract_ticket`]; `route` is an index, or -1 for the union."""
+    model.masker.locate()
     # Inference tensors could not be trained, and other kernels compute with them.
     with ordinary_tensors():
         ticket = copy.deepcopy(model.backbone)

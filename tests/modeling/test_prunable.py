@@ -1,8 +1,11 @@
 """The default choice of prunable weights, against lists by hand and against the types of modules."""
 
+import copy
+
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers import (
     AutoModel,
@@ -14,7 +17,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from hf_rtl import RTLModelForImageClassification
+from hf_rtl import RTLModelForImageClassification, RTLModelForSequenceClassification
 from hf_rtl.modeling.build_backbone import build_backbone
 from hf_rtl.modeling.prunable import parameter_aliases, parameter_at, select_prunable
 
@@ -261,3 +264,76 @@ def test_ghostnet_leaves_out_squeeze_excitation(in_chans, expected):
     )
     convolutions = [m for m in all_of_them.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert all_of_them.mask_bank.num_weights == sum(layer.weight.numel() for layer in convolutions) > expected
+
+
+class Quantised(torch.Tensor):
+    """A tensor of another class than torch's, as those of torchao and bitsandbytes."""
+
+
+def quantised_tensor(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+
+
+def integers(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def dynamically(layer):
+    layer.quantised = torch.ao.nn.quantized.dynamic.Linear(2, 2)
+
+
+def copied(layer):  # as I-BERT's layers
+    layer.register_buffer("weight_integer", torch.zeros_like(layer.weight))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (quantised_tensor, "dense.weight cannot be masked: it is a Quantised of torch.float32"),
+        (integers, "dense.weight cannot be masked: it is a Parameter of torch.int8"),
+        (dynamically, r"dense.quantised \(torch.ao.nn.quantized.*Linear\) is quantised"),
+        (copied, "dense .* is quantised: .*another of the same shape, `weight_integer`"),
+        (lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5), "computes its weight by a hook"),
+        (nn.utils.weight_norm, "computes its weight by a hook"),
+        (nn.utils.spectral_norm, "computes its weight by a hook"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_layers_that_masks_cannot_cover(tiny_bert_config, change, message):
+    backbone = AutoModelForSequenceClassification.from_config(tiny_bert_config)
+    change(backbone.bert.pooler.dense)
+    with pytest.raises(ValueError, match=message):
+        RTLModelForSequenceClassification.from_backbone(backbone, route_names=["a"], ticket_task="labels")
+
+
+@pytest.mark.parametrize("change", [quantised_tensor, integers, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_layers_that_change_after_wrapping(tiny_bert_config, change, tmp_path):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, route_names=["a"], ticket_task="labels")
+    kept = model.backbone.bert.pooler.dense
+    model.backbone.bert.pooler.dense = changed = copy.deepcopy(kept)
+    change(changed)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for call in (
+        lambda: model(ids, route_ids=0),
+        lambda: model(ids, route_ids=[0, 0]),
+        lambda: model.extract_ticket(0),
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.save_tickets(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="cannot be masked.*quantised.*extract_ticket"):
+            call()
+        assert not model.active.held
+    model.backbone.bert.pooler.dense = kept
+    assert torch.equal(model.eval()(ids, route_ids=0).logits, model.backbone.eval()(ids).logits)
+
+
+def test_a_quantisation_when_loading(tiny_bert_config, tmp_path):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, route_names=["a"], ticket_task="labels")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`quantization_config` is not for a routed model.*extract_ticket"):
+        RTLModelForSequenceClassification.from_pretrained(tmp_path, quantization_config={"quant_method": "torchao"})
+    backbone = model.extract_ticket(0)
+    backbone.hf_quantizer = object()
+    with pytest.raises(ValueError, match="is quantised"):
+        select_prunable(backbone)
