@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils.hub import extract_commit_hash
 
 from .build_backbone import build_backbone
+from .computed_weights import changed_weights_report, warn_of_changed_weights
 from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
@@ -37,7 +38,7 @@ from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_mo
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded
-from .prunable import coverage_table, select_prunable
+from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
@@ -130,13 +131,16 @@ class RTLModel(RoutedModel):
         model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
         if prune_exclude is None:
             prune_exclude = _default_exclude(model)
+        prunable = select_prunable(model, include=prune_include, exclude=prune_exclude)
+        warn_of_low_coverage(model, prunable, exclude=prune_exclude)
+        warn_of_changed_weights(model, prunable)
         config = RTLConfig(
             backbone_config=model.config,
             route_names=list(route_names),
             ticket_task=ticket_task,
             norm_statistics=norm_statistics,
             private_parameters=private_parameters,
-            prunable=select_prunable(model, include=prune_include, exclude=prune_exclude),
+            prunable=prunable,
             prune_include=list(prune_include),
             prune_exclude=list(prune_exclude),
             dtype=model.dtype,
@@ -475,8 +479,12 @@ class RTLModel(RoutedModel):
     # What is here
 
     def prunable_report(self) -> str:
-        """A table of the weights that the masks cover, and how many parameters they do not."""
-        return coverage_table(self.backbone, self.mask_bank.weight_names)
+        """
+        A table of the weights that the masks cover, and how many parameters they do not. Where layers standardise
+        their weights, a line says what share of those is zero in the masks, and what share where the layers compute.
+        """
+        table = coverage_table(self.backbone, self.mask_bank.weight_names)
+        return table + changed_weights_report(self.backbone, self.mask_bank)
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
