@@ -82,16 +82,16 @@ class WeightMasker:
         self.cache.move_to_end(key)
         return self.cache[key]
 
-    def apply(self, route: int, arrivals: Arrivals, *, fresh: bool) -> None:
+    def apply(self, route: int, *, fresh: bool, arrivals: Arrivals) -> None:
         """
         Puts the masked weights of `route` in place, until `remove`. Weights that are offloaded are added to
         `arrivals`.
 
         Args:
             route (`int`): index of a route, or `UNION`.
-            arrivals (`dict`): see `offloading.on_arrival`.
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
+            arrivals (`dict`): see `offloading.on_arrival`.
         """
         # Located each time, since loading a model ties weights after this object is made.
         self.locate()

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
-from .mixed_batch import check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
+from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
 from .offloading import Arrivals, on_arrival, refuse_offloaded
 from .private_parameters import PrivateParameters, select_private
@@ -232,7 +232,8 @@ class RoutedModel(PreTrainedModel):
         changed.router_fallback = None if index == UNION else self.route_names[index]
         changed.check()
         self.config.__dict__.update(changed.__dict__)
-        self.router = None if router is None else router.to(self.device)
+        # Not `self.device`, which is "meta" where weights are offloaded.
+        self.router = None if router is None else router.to(self.mask_bank.packed[0].device)
 
     def load_router_from_config(self, config: RTLConfig) -> None:
         """Sets the router that another configuration of these routes names, whose buffers a file will fill."""
@@ -299,7 +300,7 @@ class RoutedModel(PreTrainedModel):
         index = self.route_index(route)
         if self.training and torch.is_grad_enabled():
             refuse_offloaded(self, "training")
-        with self._weights_in_place(index, lambda arrivals: self.masker.apply(index, arrivals, fresh=fresh)):
+        with self._weights_in_place(index, lambda arrivals: self.masker.apply(index, fresh=fresh, arrivals=arrivals)):
             yield self
 
     @contextlib.contextmanager
@@ -460,7 +461,7 @@ class RoutedModel(PreTrainedModel):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}
-        groups = group_by_route(routes)
+        groups = group_by_route(routes, device_of(inputs))
         if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
             raise ValueError(
                 "a route has a single sample in this training batch, and batch normalisation needs two: batch the "

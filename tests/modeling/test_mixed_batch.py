@@ -211,7 +211,7 @@ def test_inputs_that_are_not_batch_first_are_refused(zoo):
 
 
 def test_grouping_selecting_and_merging():
-    groups = group_by_route([2, 0, 2, 5, 0, 2])
+    groups = group_by_route([2, 0, 2, 5, 0, 2], torch.device("cpu"))
     assert {route: positions.tolist() for route, positions in groups.items()} == {0: [1, 4], 2: [0, 2, 5], 5: [3]}
     assert list(groups) == [0, 2, 5]
     inputs = {"x": torch.arange(12).view(6, 2), "one": torch.ones(1, 3), "scalar": torch.tensor(3.0), "flag": True}

@@ -6,6 +6,7 @@ import torch
 from transformers import ResNetConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification
+from hf_rtl.modeling.routers import CentroidRouter
 from tests.modeling.naive import BATCH, assert_nothing_is_left
 
 
@@ -72,6 +73,8 @@ def test_outputs_are_those_of_the_model_in_memory(saved, way):
             )
     assert_nothing_is_left(small, list(small.parameters()), dict(small.named_buffers()))
     assert [id(module) for module in small.modules()] == before
+    small.set_router(CentroidRouter(3, 4))
+    assert not any(buffer.is_meta for buffer in small.router.buffers())
 
 
 @pytest.mark.parametrize("saved", ["gpt2"], indirect=True)
