@@ -15,11 +15,6 @@ from .prunable import parameter_at
 Arrivals = dict[tuple[nn.Module, str], Callable[[Tensor], Tensor]]
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether a parameter of `model` has no memory, being on the meta device."""
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def refuse_offloaded(model: nn.Module, action: str) -> None:
     """Raises `RuntimeError` if parameters of `model` are on the meta device, which `action` needs."""
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
