@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .mask_bank import MaskBank, integer_dtype, unpack, unpack_as_integers
 from .norm_statistics import BoundStatistics
-from .prunable import parameter_aliases, parameter_at
+from .offloading import Arrivals
+from .prunable import parameter_aliases, parameter_at, refuse_unmaskable
 
 
 # The index of the union of all tickets, in place of a route's.
@@ -45,7 +46,8 @@ class WeightMasker:
         self.backbone = backbone
         self.bank = bank
         self.cache_bytes = cache_bytes
-        self.places = self._locate()
+        self.places: list[list[tuple[nn.Module, str]]] = []
+        self.locate()
         # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
         self.cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
@@ -71,8 +73,8 @@ class WeightMasker:
         key = tuple(sorted(set(routes)))
         if key not in self.cache:
             self._make_room()
-            # Never inference tensors, even if the first call is in inference mode: training uses them later.
-            with torch.inference_mode(False):
+            # Even if the first call is in inference mode: training uses them later.
+            with ordinary_tensors():
                 self.cache[key] = [
                     unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
                     for row, weight in zip(self._packed(key), weights, strict=True)
@@ -80,27 +82,29 @@ class WeightMasker:
         self.cache.move_to_end(key)
         return self.cache[key]
 
-    def apply(self, route: int, *, fresh: bool) -> None:
+    def apply(self, route: int, *, fresh: bool, arrivals: Arrivals) -> None:
         """
-        Puts the masked weights of `route` in place, until `remove`.
+        Puts the masked weights of `route` in place, until `remove`. Weights that are offloaded are added to
+        `arrivals`.
 
         Args:
             route (`int`): index of a route, or `UNION`.
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
+            arrivals (`dict`): see `offloading.on_arrival`.
         """
         # Located each time, since loading a model ties weights after this object is made.
-        self.places = self._locate()
+        self.locate()
         weights = self.weights
         masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
-        if torch.is_inference_mode_enabled():
-            # After a write in inference mode, a backward that still needs the overwritten values would not raise.
-            with torch.inference_mode(False), torch.no_grad():
-                masked = MaskWeights.apply(masks, self._persistent(weights), on_backward, *weights)
-        else:
+        # After a write in inference mode, a backward that still needs the overwritten values would not raise.
+        with ordinary_tensors():
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-            masked = MaskWeights.apply(masks, copies, on_backward, *weights)
+            masked = like_parameters(MaskWeights.apply(masks, copies, on_backward, *weights), weights)
         self._put(masked)
+        for places, weight, row in zip(self.places, weights, self._packed((route,)), strict=True):
+            if weight.is_meta:
+                arrivals |= dict.fromkeys(places, partial(_masked, row))
 
     @torch.no_grad()
     def apply_mean(self) -> list[Tensor]:
@@ -108,7 +112,7 @@ class WeightMasker:
         Multiplies every weight by the fraction of routes that keep it, and puts the products in place until `remove`.
         Returns them; they require gradients. Masks are unpacked one at a time.
         """
-        self.places = self._locate()
+        self.locate()
         means = []
         for rows, shape, weight in zip(self.bank.packed, self.bank.shapes, self.weights, strict=True):
             kept = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -135,7 +139,7 @@ class WeightMasker:
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         for places, weight in zip(self.places, weights, strict=True):
-            for module, attribute in places:
+            for module, attribute in () if weight.is_meta else places:
                 # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
                 module.__dict__[attribute] = weight
 
@@ -152,17 +156,32 @@ class WeightMasker:
         self.cache.clear()
         self._copies = []
 
-    def _locate(self) -> list[list[tuple[nn.Module, str]]]:
-        """Every (module, attribute) that holds a weight of the bank, in the bank's order."""
+    def locate(self) -> None:
+        """
+        Finds every (module, attribute) that holds a weight of the bank, in the bank's order.
+
+        Raises:
+            ValueError: a weight is missing, has another shape, or is no ordinary tensor.
+        """
         aliases = parameter_aliases(self.backbone)
         for name, shape in zip(self.bank.weight_names, self.bank.shapes, strict=True):
-            found = parameter_at(aliases[name][0]).shape if name in aliases else None
-            if found != shape:
+            if name not in aliases:
+                _refuse_replaced(self.backbone, name)
+            weight = None if name not in aliases else parameter_at(aliases[name][0])
+            if weight is not None:
+                refuse_unmaskable(name, weight)
+            if weight is None or weight.shape != shape:
+                there = "no such weight" if weight is None else tuple(weight.shape)
                 raise ValueError(
                     f"the masks are for another backbone: they cover {name} of shape {tuple(shape)}, but "
-                    f"{type(self.backbone).__name__} has {'no such weight' if found is None else tuple(found)}."
+                    f"{type(self.backbone).__name__} has {there}."
                 )
-        return [aliases[name] for name in self.bank.weight_names]
+        found = [aliases[name] for name in self.bank.weight_names]
+        # A tied weight that accelerate offloads becomes another tensor at each of its places.
+        self.places = [
+            max(new, old, key=len) if parameter_at(new[0]).is_meta else new
+            for new, old in zip(found, self.places or found, strict=True)
+        ]
 
     def _packed(self, routes: tuple[int, ...]) -> list[Tensor]:
         if UNION in routes:
@@ -177,14 +196,33 @@ class WeightMasker:
             for copy, weight in zip(self._copies, weights, strict=True)
         )
         if not fits:
-            with torch.inference_mode(False):
-                self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+            self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
         return self._copies
 
     def _make_room(self) -> None:
         one = sum(weight.nbytes for weight in self.weights)
         while self.cache and self.cached_bytes() + one > self.cache_bytes:
             self.cache.popitem(last=False)
+
+
+def _refuse_replaced(backbone: nn.Module, name: str) -> None:
+    """Raises `ValueError` if the layer that had the weight `name` is still there, without it."""
+    layer = dict(backbone.named_modules()).get(name.rpartition(".")[0])
+    if layer is not None:
+        raise ValueError(
+            f"{name} cannot be masked, as {type(layer).__module__}.{type(layer).__name__} has no such weight: the "
+            "layer was quantised, parametrised or replaced after wrapping. Do that to a ticket instead, a plain model "
+            "that `model.extract_ticket(route)` makes before."
+        )
+
+
+def _masked(row: Tensor, weight: Tensor) -> Tensor:
+    """`weight` with zeros where its packed mask `row` has none; no gradient flows into it."""
+    with ordinary_tensors(), torch.no_grad():
+        mask = unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
+        copy = torch.empty_like(weight, requires_grad=False)
+        torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
+        return copy.requires_grad_(weight.requires_grad)
 
 
 class MaskWeights(torch.autograd.Function):
@@ -201,7 +239,10 @@ class MaskWeights(torch.autograd.Function):
             torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
         # The outputs share storage and version counter with the copies: a backward through a graph whose masked
         # weights have been overwritten meanwhile raises instead of giving wrong gradients.
-        return tuple(copy.detach() for copy in copies)
+        outputs = tuple(copy.detach() for copy in copies)
+        frozen = (output for output, weight in zip(outputs, weights, strict=True) if not weight.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -216,6 +257,25 @@ class MaskWeights(torch.autograd.Function):
             for gradient, mask in zip(gradients, ctx.masks, strict=True)
         )
         return None, None, None, *masked
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Makes no inference tensors, in inference mode either, and records a graph only where one is recorded outside."""
+    records = torch.is_grad_enabled()  # which leaving inference mode turns on
+    with torch.inference_mode(False), torch.set_grad_enabled(records):
+        yield
+
+
+def like_parameters(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """
+    `tensors`, which stand in for `parameters`, requiring a gradient where those do, also where none is recorded: by
+    that `torch.matmul` chooses its kernel, and so its rounding.
+    """
+    if not torch.is_grad_enabled():
+        for tensor, parameter in zip(tensors, parameters, strict=True):
+            tensor.requires_grad_(parameter.requires_grad)
+    return tensors
 
 
 def and_masks(values: Tensor, mask: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils.hub import extract_commit_hash
 
 from .build_backbone import build_backbone
+from .computed_weights import changed_weights_report, warn_of_changed_weights
 from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
@@ -36,7 +37,8 @@ from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
-from .prunable import coverage_table, select_prunable
+from .offloading import refuse_offloaded
+from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
@@ -129,13 +131,16 @@ class RTLModel(RoutedModel):
         model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
         if prune_exclude is None:
             prune_exclude = _default_exclude(model)
+        prunable = select_prunable(model, include=prune_include, exclude=prune_exclude)
+        warn_of_low_coverage(model, prunable, exclude=prune_exclude)
+        warn_of_changed_weights(model, prunable)
         config = RTLConfig(
             backbone_config=model.config,
             route_names=list(route_names),
             ticket_task=ticket_task,
             norm_statistics=norm_statistics,
             private_parameters=private_parameters,
-            prunable=select_prunable(model, include=prune_include, exclude=prune_exclude),
+            prunable=prunable,
             prune_include=list(prune_include),
             prune_exclude=list(prune_exclude),
             dtype=model.dtype,
@@ -148,9 +153,15 @@ class RTLModel(RoutedModel):
         As `PreTrainedModel.from_pretrained`, for a folder or a repo id, but stricter: missing masks are an error.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, or it was
-                saved as another class.
+            ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, it was
+                saved as another class, or `quantization_config` is given.
         """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "`quantization_config` is not for a routed model, whose masks cannot cover quantised weights. Load it "
+                "without, extract a ticket, `model.extract_ticket(route).save_pretrained(folder)`, and load that: "
+                "`AutoModel….from_pretrained(folder, quantization_config=…)`."
+            )
         if cls is RTLModel:
             saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
             if saved_class is not RTLModel:
@@ -170,6 +181,7 @@ class RTLModel(RoutedModel):
         check_loaded(model, pretrained_model_name_or_path, info)
         model.private_parameters.freeze(model.backbone)  # loading makes new parameters
         align(model)
+        model.masker.locate()  # loading ties weights
         return (model, info) if with_info else model
 
     @staticmethod
@@ -376,6 +388,7 @@ class RTLModel(RoutedModel):
         """
         self._refuse_in_context("load_tickets()")
         self._refuse_on_view("load_tickets()")
+        refuse_offloaded(self, "load_tickets()")
         hub_arguments = {
             "revision": revision,
             "token": token,
@@ -459,14 +472,19 @@ class RTLModel(RoutedModel):
             ValueError: an unknown route, or `prune_structure` needs `example_inputs`.
         """
         self._refuse_in_context("extract_ticket()")
+        refuse_offloaded(self, "extract_ticket()")
         index = self.route_index(route)
         return extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
 
     # What is here
 
     def prunable_report(self) -> str:
-        """A table of the weights that the masks cover, and how many parameters they do not."""
-        return coverage_table(self.backbone, self.mask_bank.weight_names)
+        """
+        A table of the weights that the masks cover, and how many parameters they do not. Where layers standardise
+        their weights, a line says what share of those is zero in the masks, and what share where the layers compute.
+        """
+        table = coverage_table(self.backbone, self.mask_bank.weight_names)
+        return table + changed_weights_report(self.backbone, self.mask_bank)
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""

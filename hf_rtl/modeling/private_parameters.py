@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
-from .masking import UNION
+from .masking import UNION, like_parameters, ordinary_tensors
+from .offloading import Arrivals
 from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
 
 
@@ -154,14 +156,27 @@ class PrivateParameters(nn.Module):
         kept = ([*rows.detach()[:route], *rows.detach()[route + 1 :]] for rows in self.rows)
         self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
 
-    def bind(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> None:
-        """Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`."""
+    def bind(self, backbone: nn.Module, route: int, arrivals: Arrivals, on_backward: Callable[[], Any]) -> None:
+        """
+        Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`. Rows for
+        parameters that are offloaded are added to `arrivals`; see `offloading.on_arrival`.
+        """
         if not self.names:
             return
-        bound = _TakeRows.apply(route, self.own(backbone), on_backward, *self.rows)
-        for (module, attribute), tensor in zip(self._places(backbone), bound, strict=True):
-            # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
-            module.__dict__[attribute] = tensor
+        own = self.own(backbone)
+        # Called as a module, so that accelerate's hooks bring rows that are offloaded.
+        bound = self(partial(_TakeRows.apply, route, own, on_backward))
+        for (module, attribute), parameter, tensor in zip(self._places(backbone), own, bound, strict=True):
+            if parameter.is_meta:
+                arrivals[module, attribute] = partial(_on_device, tensor)
+            else:
+                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
+                module.__dict__[attribute] = tensor
+
+    def forward(self, take: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+        """What `take` makes of the rows: a tensor for each parameter."""
+        with ordinary_tensors():
+            return like_parameters(take(*self.rows), self.rows)
 
     def release(self, backbone: nn.Module) -> None:
         for module, attribute in self._places(backbone):
@@ -186,6 +201,10 @@ class PrivateParameters(nn.Module):
         return f"num_routes={self.num_routes}, names={self.names}"
 
 
+def _on_device(row: Tensor, own: Tensor) -> Tensor:
+    return row.to(own.device)
+
+
 def _as_rows(parts: Sequence[Tensor], requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(torch.stack(list(parts)), requires_grad=requires_grad)
 
@@ -198,7 +217,7 @@ def _route_row(rows: Tensor, route: int) -> Tensor:
 
 
 class _TakeRows(torch.autograd.Function):
-    """A route's row of each parameter, in memory laid out as the backbone's own; gradients go to that row."""
+    """A route's row of each parameter, in memory laid out as the backbone's `own`; gradients go to that row."""
 
     @staticmethod
     def forward(
@@ -206,9 +225,10 @@ class _TakeRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.route, ctx.num_routes, ctx.on_backward = route, len(parameters[0]), on_backward
         ctx.set_materialize_grads(False)
+        taken = [_route_row(rows, route) for rows in parameters]
         # Copies, since a single row may be unaligned, and kernels round differently on unaligned memory.
         return tuple(
-            torch.empty_like(like).copy_(_route_row(rows, route)) for rows, like in zip(parameters, own, strict=True)
+            torch.empty_like(row if like.is_meta else like).copy_(row) for row, like in zip(taken, own, strict=True)
         )
 
     @staticmethod

@@ -21,8 +21,9 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
-from .mixed_batch import check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
-from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
+from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
+from .offloading import Arrivals, on_arrival, refuse_offloaded
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
 from .structure import check_structure, shared_tensors
@@ -132,6 +133,7 @@ class RoutedModel(PreTrainedModel):
         """
         self._refuse_in_context("append_ticket()")
         self._refuse_on_view("append_ticket()")
+        refuse_offloaded(self, "append_ticket()")
         self.mask_bank.check_masks(masks)
         row = dict(private_parameters or {})
         self._check_private_row(row)
@@ -165,6 +167,7 @@ class RoutedModel(PreTrainedModel):
         """
         self._refuse_in_context("make_private()")
         self._refuse_on_view("make_private()")
+        refuse_offloaded(self, "make_private()")
         chosen = select_private(self.backbone, names, self.mask_bank.weight_names)
         if not set(chosen) <= set(self.private_parameters.names):
             self.config.private_parameters = [*self.config.private_parameters, *names]
@@ -234,7 +237,8 @@ class RoutedModel(PreTrainedModel):
         changed.router_fallback = None if index == UNION else self.route_names[index]
         changed.check()
         self.config.__dict__.update(changed.__dict__)
-        self.router = None if router is None else router.to(self.device)
+        # Not `self.device`, which is "meta" where weights are offloaded.
+        self.router = None if router is None else router.to(self.mask_bank.packed[0].device)
 
     def load_router_from_config(self, config: RTLConfig) -> None:
         """Sets the router that another configuration of these routes names, whose buffers a file will fill."""
@@ -295,10 +299,13 @@ class RoutedModel(PreTrainedModel):
 
         Raises:
             ValueError: an unknown route.
-            RuntimeError: a context is active already in this thread, or in another one while training.
+            RuntimeError: a context is active already in this thread, or in another one while training; or training
+                while weights are offloaded.
         """
         index = self.route_index(route)
-        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
+        if self.training and torch.is_grad_enabled():
+            refuse_offloaded(self, "training")
+        with self._weights_in_place(index, lambda arrivals: self.masker.apply(index, fresh=fresh, arrivals=arrivals)):
             yield self
 
     @contextlib.contextmanager
@@ -307,26 +314,42 @@ class RoutedModel(PreTrainedModel):
         As `route_context`, with the mean of all masks and the statistics of the union. Yields the weights in place,
         in the mask bank's order; they require gradients.
         """
-        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
+        refuse_offloaded(self, "the mean of all masks, which the router 'entropy' differentiates,")
+        with self._weights_in_place(UNION, lambda _: self.masker.apply_mean()) as weights:
             yield weights
 
     @contextlib.contextmanager
-    def _weights_in_place(self, index: int, put: Callable[[], Any]) -> Iterator[Any]:
+    def _weights_in_place(self, index: int, put: Callable[[Arrivals], Any]) -> Iterator[Any]:
+        self._refuse_offloaded_buffers()
         with self.active.hold(index, wait=not self.training):
             if self.norm_statistics is not None:
                 bound = self.norm_statistics.bind(self.backbone, index)
             else:
                 bound = BoundStatistics.own(self.backbone)
+            arrivals: Arrivals = {}
             try:
-                placed = put()
+                placed = put(arrivals)
                 on_backward = partial(self.routes_since_update.add, index)
-                self.private_parameters.bind(self.backbone, index, on_backward)
+                self.private_parameters.bind(self.backbone, index, arrivals, on_backward)
                 self.active.statistics = bound
-                yield placed
+                with on_arrival(self.backbone, arrivals):
+                    yield placed
             finally:
                 self.masker.remove()
                 self.private_parameters.release(self.backbone)
                 bound.release()
+
+    def _refuse_offloaded_buffers(self) -> None:
+        """Hooks of layers would put their own statistics back in place, and nothing brings masks."""
+        own = [
+            *self.mask_bank.buffers(),
+            *(module.get_buffer(name) for module, name in tracked_buffers(self.backbone)),
+        ]
+        if any(buffer.is_meta for buffer in own):
+            raise RuntimeError(
+                "masks or running statistics are offloaded, and a routed model needs them at hand: offload with "
+                "`offload_buffers=False`, the default. They take a bit per weight and route."
+            )
 
     @property
     def routes_since_update(self) -> set[int]:
@@ -449,7 +472,7 @@ class RoutedModel(PreTrainedModel):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}
-        groups = group_by_route(routes, self.device)
+        groups = group_by_route(routes, device_of(inputs))
         if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
             raise ValueError(
                 "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
@@ -597,6 +620,8 @@ class RoutedModel(PreTrainedModel):
     def _check_savable(self) -> None:
         self._refuse_in_context("save_pretrained()")
         self._refuse_on_view("save_pretrained()")
+        refuse_offloaded(self, "saving")
+        self.masker.locate()
         self.config.check()
         if self.config.route_names != self.route_names:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.pytorch_utils import Conv1D
 
 from .channel_graph import ChannelGraph
-from .masking import and_masks
+from .masking import and_masks, ordinary_tensors
 from .norm_statistics import tracked_buffers
 from .prunable import parameter_aliases, parameter_at
 from .routed_model import RoutedModel
@@ -61,7 +61,10 @@ def extract_ticket(
     model: RoutedModel, route: int, *, prune_structure: bool, example_inputs: Mapping[str, Tensor] | None
 ) -> PreTrainedModel:
     """See [`RTLModel.extract_ticket`]; `route` is an index, or -1 for the union."""
-    ticket = copy.deepcopy(model.backbone)
+    model.masker.locate()
+    # Inference tensors could not be trained, and other kernels compute with them.
+    with ordinary_tensors():
+        ticket = copy.deepcopy(model.backbone)
     aliases = parameter_aliases(ticket)
     for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True):
         weight = parameter_at(aliases[name][0])

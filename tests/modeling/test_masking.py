@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import LongformerConfig, WavLMConfig
 
+from hf_rtl import RTLModelForAudioClassification, RTLModelForMaskedLM
 from hf_rtl.modeling.mask_bank import pack, unpack_as_integers
 from hf_rtl.modeling.masking import UNION, MaskWeights
 from hf_rtl.modeling.norm_statistics import NormStatistics, is_checkpointing
@@ -51,6 +53,35 @@ def test_forward_and_gradients_of_a_route(zoo, kind, route):
         close(output.loss, expected.loss)
         close(output.logits, expected.logits)
         assert_gradients_close(model, gradients, [mask])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_ticket_computes_with_the_same_kernels(fill_masks, mode):
+    """
+    The products of both models with inputs that are not contiguous are computed by another kernel if the weight
+    requires a gradient; the first layer is frozen.
+    """
+    wavlm = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    longformer = LongformerConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50,
+        attention_window=4, max_position_embeddings=40,
+    )  # fmt: skip
+    routes = {"route_names": ["a", "b"], "ticket_task": "labels", "seed": 0, "private_parameters": ["*.q*.bias"]}
+    for model, inputs in (
+        (RTLModelForAudioClassification.from_backbone(wavlm, **routes), {"input_values": torch.randn(3, 400)}),
+        (RTLModelForMaskedLM.from_backbone(longformer, **routes), {"input_ids": torch.randint(5, 50, (2, 8))}),
+    ):
+        fill_masks(model)
+        for name, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_("layers.1" in name or "layer.1" in name)
+        with mode():
+            for route in (1, UNION):
+                ticket = model.eval().extract_ticket(route)
+                assert torch.equal(model(**inputs, route_ids=route).logits, ticket(**inputs).logits)
+        ticket(**inputs).logits.sum().backward()  # a ticket extracted in inference mode can be trained, too
 
 
 def test_routes_differ(zoo):

@@ -1,8 +1,12 @@
 """The default choice of prunable weights, against lists by hand and against the types of modules."""
 
+import copy
+
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
+from timm.layers import CondConv2d
 from torch import nn
 from transformers import (
     AutoModel,
@@ -11,12 +15,26 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    GptOssConfig,
+    GraniteMoeConfig,
+    JetMoeConfig,
+    LongcatFlashConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
     ResNetConfig,
+    SwitchTransformersConfig,
 )
 
-from hf_rtl import RTLModelForImageClassification
+from hf_rtl import RTLModelForImageClassification, RTLModelForSequenceClassification
 from hf_rtl.modeling.build_backbone import build_backbone
-from hf_rtl.modeling.prunable import parameter_aliases, parameter_at, select_prunable
+from hf_rtl.modeling.prunable import (
+    coverage_table,
+    parameter_aliases,
+    parameter_at,
+    select_prunable,
+    uncovered_matrices,
+    warn_of_low_coverage,
+)
 
 
 BERT_LAYER = (
@@ -261,3 +279,169 @@ def test_ghostnet_leaves_out_squeeze_excitation(in_chans, expected):
     )
     convolutions = [m for m in all_of_them.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert all_of_them.mask_bank.num_weights == sum(layer.weight.numel() for layer in convolutions) > expected
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 24, "moe_intermediate_size": 12, "vocab_size": 40, "pad_token_id": 0, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+LONGCAT = SMALL | {
+    "num_hidden_layers": 2, "num_layers": 1, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 12,
+    "n_routed_experts": 4, "zero_expert_num": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+SWITCH = {
+    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "num_experts": 4,
+    "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "vocab_size": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, experts, routers",
+    [
+        (MixtralConfig(**SMALL), ["gate_up_proj", "down_proj"], ["mlp.gate.weight"]),
+        (Qwen2MoeConfig(**SMALL), ["gate_up_proj", "down_proj"], ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]),
+        (GptOssConfig(**SMALL), ["gate_up_proj", "down_proj"], ["mlp.router.weight"]),
+        (GraniteMoeConfig(**SMALL), ["gate_up_proj", "down_proj"], ["block_sparse_moe.router.weight"]),
+        (
+            JetMoeConfig(**SMALL, kv_channels=8),
+            ["mlp.input_linear.weight", "mlp.output_linear.weight", "experts.input_linear.weight"],
+            ["mlp.router.layer.weight", "experts.router.layer.weight"],
+        ),
+        (LongcatFlashConfig(**LONGCAT), ["gate_up_proj", "down_proj"], ["mlp.router.classifier.weight"]),
+        (SwitchTransformersConfig(**SWITCH), ["expert_3.wi.weight"], ["mlp.router.classifier.weight"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_experts_are_prunable_and_routers_are_not(config, experts, routers):
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config)
+    chosen = names(backbone)
+    for part in experts:
+        assert any(name.endswith(part) for name in chosen), part
+    dense = [name for name, parameter in backbone.named_parameters() if parameter.ndim > 1 and name not in chosen]
+    left = [name for name in dense if not any(part in name for part in ("embed", "shared.weight", "bias"))]
+    assert left and all(any(name.endswith(router) for router in routers) for name in left)
+    assert all(any(name.endswith(router) for name in left) for router in routers)
+    assert not uncovered_matrices(backbone, chosen)
+
+
+def test_conditional_convolutions():
+    with torch.device("meta"):
+        backbone = nn.ModuleDict({"timm_model": timm.create_model("tf_efficientnet_cc_b0_4e")})
+    backbone.timm_model = backbone["timm_model"]
+    chosen = names(backbone)
+    layers = dict(backbone.named_modules())
+    assert {f"{name}.weight" for name, layer in layers.items() if isinstance(layer, CondConv2d)} < set(chosen)
+    assert any("routing_fn" in name for name in layers) and not any("routing_fn" in name for name in chosen)
+
+
+def test_a_parameter_that_only_looks_like_a_stack():
+    class Part(nn.Module):
+        def __init__(self, shape, name):
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+            self.dense = nn.Linear(4, 2)
+
+    assert names(Part((2, 3, 4), "kernel")) == ["kernel", "dense.weight"]
+    for shape, name in (
+        ((1, 3, 4), "queries"),
+        ((3, 1, 1), "temperature"),
+        ((2, 3, 4), "seg_embed"),
+        ((2, 3, 4), "up_bias"),
+        ((3, 4), "table"),
+    ):
+        assert names(Part(shape, name)) == ["dense.weight"]
+
+
+def test_low_coverage_warns(caplog):
+    backbone = nn.ModuleDict({"dense": nn.Linear(4, 4), "layers": nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4)])})
+    backbone["embedding"] = nn.Embedding(900, 4)
+    chosen = select_prunable(backbone)
+    warn_of_low_coverage(backbone, chosen, exclude=())
+    assert "cover 16 of the 272 weights in matrices" in caplog.text and "(6%)" in caplog.text
+    patterns = ["layers.*.weight_ih_l0", "layers.*.weight_hh_l0"]
+    assert f"`prune_include={patterns}` covers the rest" in caplog.text
+    everything = select_prunable(backbone, include=patterns)
+    assert not uncovered_matrices(backbone, [name for name, _ in everything])
+    assert "matrices that no mask covers                                                            256" in (
+        coverage_table(backbone, ["dense.weight"])
+    )
+    caplog.clear()
+    warn_of_low_coverage(backbone, everything, exclude=())
+    warn_of_low_coverage(backbone, chosen, exclude=["layers.*"])  # who leaves them out knows that
+    assert not caplog.text
+
+
+class Quantised(torch.Tensor):
+    """A tensor of another class than torch's, as those of torchao and bitsandbytes."""
+
+
+def quantised_tensor(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+
+
+def integers(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def dynamically(layer):
+    layer.quantised = torch.ao.nn.quantized.dynamic.Linear(2, 2)
+
+
+def copied(layer):  # as layers of I-BERT
+    layer.register_buffer("weight_integer", torch.zeros_like(layer.weight))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (quantised_tensor, "dense.weight cannot be masked: it is a Quantised of torch.float32"),
+        (integers, "dense.weight cannot be masked: it is a Parameter of torch.int8"),
+        (dynamically, r"dense.quantised \(torch.ao.nn.quantized.*Linear\) is quantised"),
+        (copied, "dense .* is quantised: .*another of the same shape, `weight_integer`"),
+        (lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5), "computes its weight by a hook"),
+        (nn.utils.weight_norm, "computes its weight by a hook"),
+        (nn.utils.spectral_norm, "computes its weight by a hook"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_layers_that_masks_cannot_cover(tiny_bert_config, change, message):
+    backbone = AutoModelForSequenceClassification.from_config(tiny_bert_config)
+    change(backbone.bert.pooler.dense)
+    with pytest.raises(ValueError, match=message):
+        RTLModelForSequenceClassification.from_backbone(backbone, route_names=["a"], ticket_task="labels")
+
+
+@pytest.mark.parametrize("change", [quantised_tensor, integers, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_layers_that_change_after_wrapping(tiny_bert_config, change, tmp_path):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, route_names=["a"], ticket_task="labels")
+    kept = model.backbone.bert.pooler.dense
+    model.backbone.bert.pooler.dense = changed = copy.deepcopy(kept)
+    change(changed)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for call in (
+        lambda: model(ids, route_ids=0),
+        lambda: model(ids, route_ids=[0, 0]),
+        lambda: model.extract_ticket(0),
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.save_tickets(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="cannot be masked.*quantised.*extract_ticket"):
+            call()
+        assert not model.active.held
+    model.backbone.bert.pooler.dense = kept
+    assert torch.equal(model.eval()(ids, route_ids=0).logits, model.backbone.eval()(ids).logits)
+
+
+def test_a_quantisation_when_loading(tiny_bert_config, tmp_path):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, route_names=["a"], ticket_task="labels")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`quantization_config` is not for a routed model.*extract_ticket"):
+        RTLModelForSequenceClassification.from_pretrained(tmp_path, quantization_config={"quant_method": "torchao"})
+    backbone = model.extract_ticket(0)
+    backbone.hf_quantizer = object()
+    with pytest.raises(ValueError, match="is quantised"):
+        select_prunable(backbone)

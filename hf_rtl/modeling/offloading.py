@@ -1,0 +1,74 @@
+"""Weights that accelerate's hooks bring only while a layer computes: masks are applied when they have arrived."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .prunable import parameter_at
+
+
+# (module, attribute) of a parameter -> makes what stands in for it, once it has arrived.
+Arrivals = dict[tuple[nn.Module, str], Callable[[Tensor], Tensor]]
+
+
+def refuse_offloaded(model: nn.Module, action: str) -> None:
+    """Raises `RuntimeError` if parameters of `model` are on the meta device, which `action` needs."""
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise RuntimeError(
+            f"{action} needs the weights, and {len(absent)} parameters are offloaded, such as {absent[0]!r}: they are "
+            "on the meta device. Load the model without offloading, as by `from_pretrained(path)`, for that. An "
+            "extracted ticket can be offloaded in turn."
+        )
+
+
+@contextlib.contextmanager
+def on_arrival(backbone: nn.Module, arrivals: Mapping[tuple[nn.Module, str], Callable[[Tensor], Tensor]]) -> Iterator:
+    """
+    Within the context, whenever a hook of accelerate has brought a parameter of `arrivals`, what the function makes of
+    it stands in for it while the hooked module computes.
+
+    Raises:
+        RuntimeError: no hook brings one of the parameters.
+    """
+    # A hooked module calls its hook, then `_old_forward`, then its hook again.
+    hooked: list[Any] = (
+        [module for module in backbone.modules() if "_old_forward" in module.__dict__] if arrivals else []
+    )
+    brought = {id(part) for module in hooked for part in module.modules()}
+    for module, attribute in arrivals:
+        if id(module) not in brought:
+            raise RuntimeError(
+                f"`{attribute}` of a {type(module).__name__} is on the meta device, and nothing brings it: load the "
+                "model by `from_pretrained`, or offload it by accelerate."
+            )
+    originals = [module._old_forward for module in hooked]
+    try:
+        for module, original in zip(hooked, originals, strict=True):
+            parts = set(module.modules())
+            inside = {place: make for place, make in arrivals.items() if place[0] in parts}
+            module._old_forward = _standing_in(original, inside)
+        yield
+    finally:
+        for module, original in zip(hooked, originals, strict=True):
+            module._old_forward = original
+
+
+def _standing_in(forward: Callable, arrivals: Arrivals) -> Callable:
+    """`forward`, with what `arrivals` make in place of the parameters that are there when it is called."""
+
+    def masked_forward(*args: Any, **kwargs: Any) -> Any:
+        here = [place for place in arrivals if not parameter_at(place).is_meta and place[1] not in place[0].__dict__]
+        try:
+            for module, attribute in here:
+                module.__dict__[attribute] = arrivals[module, attribute](parameter_at((module, attribute)))
+            return forward(*args, **kwargs)
+        finally:
+            for module, attribute in here:
+                module.__dict__.pop(attribute, None)
+
+    return masked_forward
