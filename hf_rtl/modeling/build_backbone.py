@@ -50,7 +50,6 @@ def build_backbone(
     with _seeded(seed):
         if isinstance(source, PreTrainedModel):
             _refuse("an already built model", pretrained=pretrained, **kwargs)
-            _check_buildable(source, auto_class)
             return source
         if isinstance(source, nn.Module):
             _refuse("an already built model", pretrained=pretrained)
@@ -89,7 +88,7 @@ def _refuse(kind: str, **arguments: Any) -> None:
         raise ValueError(f"{names} cannot be set for {kind}: it decides that itself.")
 
 
-def _check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
+def check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
     """Raises `ValueError` unless loading, which has the configuration alone, would build this model."""
     register = f"register a class of your own, with a configuration of its own, by `{auto_class.__name__}.register`."
     if type(model.config) not in auto_class._model_mapping:

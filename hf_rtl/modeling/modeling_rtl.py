@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from .build_backbone import build_backbone
+from .build_backbone import build_backbone, check_buildable
 from .computed_weights import changed_weights_report, warn_of_changed_weights
 from .configuration_rtl import RTLConfig
 from .files import move_files
@@ -132,6 +132,8 @@ class RTLModel(RoutedModel):
         if prune_exclude is None:
             prune_exclude = _default_exclude(model)
         prunable = select_prunable(model, include=prune_include, exclude=prune_exclude)
+        if built:
+            check_buildable(model, cls.backbone_class)
         warn_of_low_coverage(model, prunable, exclude=prune_exclude)
         warn_of_changed_weights(model, prunable)
         config = RTLConfig(

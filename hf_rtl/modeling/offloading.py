@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,15 @@ def refuse_offloaded(model: nn.Module, action: str) -> None:
             f"{action} needs the weights, and {len(absent)} parameters are offloaded, such as {absent[0]!r}: they are "
             "on the meta device. Load the model without offloading, as by `from_pretrained(path)`, for that. An "
             "extracted ticket can be offloaded in turn."
+        )
+
+
+def refuse_offloaded_buffers(buffers: Iterable[Tensor]) -> None:
+    """Raises `RuntimeError` if one has no memory. Hooks of layers would put their own back, and nothing brings masks."""
+    if any(buffer.is_meta for buffer in buffers):
+        raise RuntimeError(
+            "masks or running statistics are offloaded, and a routed model needs them at hand: offload with "
+            "`offload_buffers=False`, the default. They take a bit per weight and route."
         )
 
 

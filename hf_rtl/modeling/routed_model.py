@@ -23,10 +23,10 @@ from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
 from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
-from .offloading import Arrivals, on_arrival, refuse_offloaded
+from .offloading import Arrivals, on_arrival, refuse_offloaded, refuse_offloaded_buffers
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
-from .structure import check_structure, shared_tensors
+from .structure import check_resizing, check_structure, shared_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -320,7 +320,8 @@ class RoutedModel(PreTrainedModel):
 
     @contextlib.contextmanager
     def _weights_in_place(self, index: int, put: Callable[[Arrivals], Any]) -> Iterator[Any]:
-        self._refuse_offloaded_buffers()
+        statistics = [module.get_buffer(name) for module, name in tracked_buffers(self.backbone)]
+        refuse_offloaded_buffers([*self.mask_bank.buffers(), *statistics])
         with self.active.hold(index, wait=not self.training):
             if self.norm_statistics is not None:
                 bound = self.norm_statistics.bind(self.backbone, index)
@@ -338,18 +339,6 @@ class RoutedModel(PreTrainedModel):
                 self.masker.remove()
                 self.private_parameters.release(self.backbone)
                 bound.release()
-
-    def _refuse_offloaded_buffers(self) -> None:
-        """Hooks of layers would put their own statistics back in place, and nothing brings masks."""
-        own = [
-            *self.mask_bank.buffers(),
-            *(module.get_buffer(name) for module, name in tracked_buffers(self.backbone)),
-        ]
-        if any(buffer.is_meta for buffer in own):
-            raise RuntimeError(
-                "masks or running statistics are offloaded, and a routed model needs them at hand: offload with "
-                "`offload_buffers=False`, the default. They take a bit per weight and route."
-            )
 
     @property
     def routes_since_update(self) -> set[int]:
@@ -578,15 +567,7 @@ class RoutedModel(PreTrainedModel):
         with torch.device("meta"):
             resized = self.backbone_class.from_config(copy.deepcopy(self.config.backbone_config))
             resized.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
-        for name in [*self.mask_bank.weight_names, *self.private_parameters.names]:
-            before, after = self.backbone.get_parameter(name).shape, resized.get_parameter(name).shape
-            if before != after:
-                owner = "masks cover" if name in self.mask_bank.weight_names else "every route has its own copy of"
-                raise ValueError(
-                    f"`new_num_tokens` = {new_num_tokens} would change {name!r} from {tuple(before)} to "
-                    f"{tuple(after)}, and {owner} it. Resize the backbone before `from_backbone`, or leave {name!r} "
-                    "out of `prune_include` and `private_parameters`."
-                )
+        check_resizing(self.backbone, resized, self.mask_bank.weight_names, self.private_parameters.names)
         return self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,6 +29,19 @@ def check_structure(model: nn.Module, built: nn.Module, remedy: str) -> None:
             f"the model has other tensors than its configuration builds, so that a saved copy could not be loaded: "
             f"{listed}{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. {remedy}"
         )
+
+
+def check_resizing(backbone: nn.Module, resized: nn.Module, masked: Sequence[str], private: Sequence[str]) -> None:
+    """Raises `ValueError` if the vocabulary of `resized` changes the shape of a masked or private parameter."""
+    for owner, names in (("masks cover", masked), ("every route has its own copy of", private)):
+        for name in names:
+            before, after = backbone.get_parameter(name).shape, resized.get_parameter(name).shape
+            if before != after:
+                raise ValueError(
+                    f"`new_num_tokens` would change {name!r} from {tuple(before)} to {tuple(after)}, and {owner} it. "
+                    f"Resize the backbone before `from_backbone`, or leave {name!r} out of `prune_include` and "
+                    "`private_parameters`."
+                )
 
 
 def shared_tensors(model: nn.Module, known: Iterable[str] = ()) -> dict[str, str]:
@@ -60,4 +73,6 @@ def save_shared_tensors(model: nn.Module) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Quantised modules of torch keep other values than tensors in their state.
+    state = model.state_dict().items()
+    return {name: list(tensor.shape) for name, tensor in state if isinstance(tensor, Tensor)}
