@@ -27,7 +27,7 @@ def refuse_offloaded(model: nn.Module, action: str) -> None:
 
 
 def refuse_offloaded_buffers(buffers: Iterable[Tensor]) -> None:
-    """Raises `RuntimeError` if one has no memory. Hooks of layers would put their own back, and nothing brings masks."""
+    """Raises `RuntimeError` if one has no memory: hooks would put back their own statistics, and bring no masks."""
     if any(buffer.is_meta for buffer in buffers):
         raise RuntimeError(
             "masks or running statistics are offloaded, and a routed model needs them at hand: offload with "
