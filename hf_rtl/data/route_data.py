@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from .columns import label_column, list_columns
 from .partition import Partition, Rule
 from .partition_by import partition_by_column, partition_by_label
 from .rules import ByColumn, ByGroups
-from .sampling import RouteBatchSampler, RoutedDataset
+from .sampling import Passes, RouteBatchSampler, RoutedDataset
 
 
 def find_partition(
@@ -122,6 +123,8 @@ class RouteData:
         self.seed = seed
         self.batch_size = batch_size
         self.seed_transforms = seed_transforms
+        # Read once: it may fetch a sample, whose random transforms move the global generators on.
+        self._label_column = label_column(dataset) if membership else None
 
     def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
         """Batches keyed by `key`; for the other arguments see `RouteBatchSampler`."""
@@ -136,26 +139,28 @@ class RouteData:
         )
 
     def loader(self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any) -> DataLoader:
-        """A loader whose batches carry their route as a plain `int` under `route`. `kwargs` go to `DataLoader`."""
+        """
+        A loader whose batches carry their route as a plain `int` under `route`. `kwargs` go to `DataLoader`. With
+        `persistent_workers` its `batch_sampler` is a [`Passes`].
+        """
         dataset = RoutedDataset(
             self.dataset,
             route_ids=self.partition.route_ids,
             membership=self.membership,
             seed=self.seed,
-            label_column=label_column(self.dataset) if self.membership else None,
-            key=sampler.key,
+            label_column=self._label_column,
             seed_transforms=self.seed_transforms,
         )
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=RouteCollator(collate), **kwargs)
+        batches: Any = sampler
+        if kwargs.get("persistent_workers"):
+            batches, kwargs["generator"] = Passes(sampler), torch.Generator()
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=RouteCollator(collate), **kwargs)
 
     def endless_batches(
         self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
     ) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch after the other, without end."""
-        loader = self.loader(sampler, collate, **kwargs)
-        for epoch in itertools.count():
-            sampler.set_epoch(epoch)
-            yield from loader
+        """The batches of one epoch after the other, without end. Workers live on from epoch to epoch."""
+        return repeat(self.loader(sampler, collate, **kwargs, persistent_workers=kwargs.get("num_workers", 0) > 0))
 
     def as_one_route(self) -> RouteData:
         """The same samples, all of one route and with their own labels."""
@@ -189,6 +194,13 @@ class RouteData:
         route_ids = self.partition.route_ids[indices]
         part.partition = replace(self.partition, route_ids=route_ids, allow_empty=allow_empty)
         return part
+
+
+def repeat(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of one epoch of a loader after the other, without end."""
+    for epoch in itertools.count():
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        yield from loader
 
 
 class RowSubset(Subset):

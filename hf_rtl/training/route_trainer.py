@@ -18,14 +18,14 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, RowSubset
+from ..data.route_data import EvaluationData, RouteData, RowSubset, repeat
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
-from ..data.sampling import ALL_ROUTES, RouteBatchSampler
+from ..data.sampling import ALL_ROUTES, RouteBatchSampler, draw_worker_seed
 from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
 from ..modeling.masking import UNION
@@ -92,6 +92,9 @@ class RouteTrainer(Trainer):
         # The partition of the data set that is being evaluated, and the outputs without a given route.
         self._evaluated: Partition
         self._routed: list[dict[str, Tensor]] = []
+        # With persistent workers: the loader of the training data named first, and those of evaluation sets by name.
+        self._training_loader: tuple[RouteData, DataLoader] | None = None
+        self._eval_loaders: dict[str, DataLoader] = {}
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def explained_failures(self) -> AbstractContextManager:
@@ -337,7 +340,12 @@ class RouteTrainer(Trainer):
         return islice(self.endless_batches(data, sampler), self.extraction_steps(route, data))
 
     def endless_batches(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
-        """Endless batches, epoch after epoch, not yet on the device."""
+        """
+        Endless batches, epoch after epoch, not yet on the device. With persistent workers, those of the run's training
+        data end when other batches of it are asked for.
+        """
+        if self.args.dataloader_persistent_workers and data is self.run_data.training:
+            return repeat(self._prepare_training_loader(data, sampler).base_dataloader)
         return data.endless_batches(sampler, self.collate(), **self.loader_arguments())
 
     def ticket_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -362,11 +370,28 @@ class RouteTrainer(Trainer):
         sampler = self.retraining_sampler(
             self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
-        loader = data.loader(sampler, self.collate(), **self.loader_arguments())
+        return self._prepare_training_loader(data, sampler)
+
+    def _prepare_training_loader(self, data: RouteData, sampler: RouteBatchSampler) -> Any:
+        """A loader of training data. With persistent workers it is always the same one, with another sampler."""
+        persistent = self.args.dataloader_persistent_workers
+        if self._training_loader is not None and self._training_loader[0] is data:
+            loader = self._training_loader[1]
+            loader.batch_sampler.current = sampler  # type: ignore[union-attr]
+            return loader
+        loader = data.loader(sampler, self.collate(), **self.loader_arguments(), persistent_workers=persistent)
         # The sampler already gives every rank its part of each batch, so accelerate must only move tensors.
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        loader = prepare_data_loader(
+            loader,
+            device=self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
         )
+        if persistent:
+            self._training_loader = data, loader
+        return loader
 
     def retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
         """The batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
@@ -380,18 +405,27 @@ class RouteTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The same as in `Trainer`, with the route of each sample. Raises `ValueError` without a data set."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+        name = eval_dataset if isinstance(eval_dataset, str) else ""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[name] if name else dataset
         if dataset is None:
             raise ValueError("evaluation needs an `eval_dataset`.")
         self._evaluated = self.eval_partition(dataset)
-        membership = self.model.config.ticket_task == "membership"
-        samples = EvaluationData(dataset, self._evaluated, membership=membership)
-        loader = DataLoader(
-            samples, batch_size=self.args.eval_batch_size, collate_fn=self.collate(), **self.loader_arguments()
-        )
-        return self.accelerator.prepare(loader)
+        samples = EvaluationData(dataset, self._evaluated, membership=self.model.config.ticket_task == "membership")
+        # As in `Trainer`, only the evaluation sets of the trainer keep their workers.
+        if not self.args.dataloader_persistent_workers or not (name or dataset is self.eval_dataset):
+            return self._prepare_eval_loader(samples)
+        known = self._eval_loaders.get(name)
+        if known is None or known.dataset.dataset is not dataset:
+            self._eval_loaders[name] = self._prepare_eval_loader(samples, persistent_workers=True)
+        else:
+            draw_worker_seed()
+        return self._eval_loaders[name]
+
+    def _prepare_eval_loader(self, samples: Dataset, **kwargs: Any) -> DataLoader:
+        """A loader of samples in their order, divided among the processes."""
+        arguments = {"collate_fn": self.collate(), **self.loader_arguments(), **kwargs}
+        return self.accelerator.prepare(DataLoader(samples, batch_size=self.args.eval_batch_size, **arguments))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
@@ -417,6 +451,7 @@ class RouteTrainer(Trainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
         }
 
     # Steps

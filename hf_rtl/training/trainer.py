@@ -155,6 +155,7 @@ class RTLTrainer(RouteTrainer):
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
+        self._training_loader = None  # its workers may have died in an earlier call
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
@@ -260,7 +261,9 @@ class RTLTrainer(RouteTrainer):
         process of several gets whole batches.
         """
         sampler = self.retraining_sampler(round_index)
-        batches = self.endless_batches(self.run_data.require_training(), sampler)
+        data = self.run_data.require_training()
+        # A loader of their own: the caller may read them slowly, beside other batches.
+        batches = data.endless_batches(sampler, self.collate(), **self.loader_arguments())
         num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
         return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
 
