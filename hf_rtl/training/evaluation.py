@@ -93,7 +93,9 @@ def _membership_metrics(
     metrics = membership_metrics(scores, home_routes, model.route_names, thresholds=model.config.thresholds)
     if model.router is not None:
         metrics |= router_metrics(outputs["route_scores"], home_routes, model.route_names)
-    return {**metrics, "constant_tickets": float(len(constant_tickets(scores)))}
+    # A single sample cannot show whether a ticket's score is always the same.
+    num_constant = float(len(constant_tickets(scores))) if len(scores) > 1 else float("nan")
+    return {**metrics, "constant_tickets": num_constant}
 
 
 def check_router(name: str, model: RTLModel, calibration_dataset: Any) -> None:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import get_scheduler
 
-from ..data.columns import list_columns, single_labels
+from ..data.columns import check_labels, list_columns, single_labels
 from ..data.partition import Partition
 from ..data.route_data import ConcatRows, RouteData
 from ..modeling.hashing import hash_tensors
@@ -86,7 +86,10 @@ def _data_with(
         )
     alone = Partition(np.zeros(len(dataset), dtype=np.int64), [name])
     if not membership:
-        alone.check("labels", single_labels(dataset) if isinstance(model, SINGLE_PREDICTION_CLASSES) else None)
+        single = isinstance(model, SINGLE_PREDICTION_CLASSES)
+        if single:
+            check_labels(dataset, model.config.num_labels)
+        alone.check("labels", single_labels(dataset) if single else None)
     _check_calibration(run_data, calibration_dataset, args.calibration_fraction)
     own, held_out = route_data(model, args, dataset, alone), None
     if args.calibration_fraction:

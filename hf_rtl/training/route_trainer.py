@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, set_seed
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
@@ -32,14 +34,14 @@ from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
-from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, routed_outputs, ticket_metrics
+from .evaluation import check_router, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
 from .router_fitting import Batches, fit_router
-from .run_data import RunData
+from .run_data import RunData, has_default_metrics
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
 from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
@@ -72,8 +74,13 @@ class RouteTrainer(Trainer):
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
-        if kwargs.get("compute_metrics") is None and isinstance(model, SINGLE_PREDICTION_CLASSES):
+        if has_default_metrics(model, kwargs.get("compute_metrics")):
             kwargs["compute_metrics"] = self.compute_ticket_metrics
+        if args.competing_epochs and self._has_own_loss(kwargs.get("compute_loss_func")):
+            raise ValueError(
+                "`competing_epochs` has a loss of its own, the cross-entropy between the scores of all tickets; leave "
+                "it at 0, or leave out `compute_loss_func` and your `compute_loss`."
+            )
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # `Trainer` creates the folder
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.accelerator)
@@ -89,12 +96,14 @@ class RouteTrainer(Trainer):
         # Whether the joint retraining continues from a checkpoint, and the best checkpoint at that step.
         self._is_continued = False
         self._best_before: Path | None = None
-        # The partition of the data set that is being evaluated, and the outputs without a given route.
-        self._evaluated: Partition
+        # The partition of the data set that is being evaluated, if it has one, and the outputs without a given route.
+        self._evaluated: Partition | None = None
         self._routed: list[dict[str, Tensor]] = []
+        # Outputs that evaluation during `train()` leaves out.
+        self._ignored_keys: list[str] | None = None
         # With persistent workers: the loader of the training data named first, and those of evaluation sets by name.
         self._training_loader: tuple[RouteData, DataLoader] | None = None
-        self._eval_loaders: dict[str, DataLoader] = {}
+        self._eval_loaders: dict[str, Any] = {}
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def explained_failures(self) -> AbstractContextManager:
@@ -165,7 +174,7 @@ class RouteTrainer(Trainer):
         checkpoint = self.processes.from_rank_zero(checkpoint)
         self._is_continued = checkpoint is not None
         self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
-        with self._output_dir(folder):
+        with self._output_dir(folder), self._embedding_noise_removed():
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             # A training continued from its last checkpoint saves none, but a killed run may have left older ones.
             self._delete_old_checkpoints()
@@ -214,7 +223,7 @@ class RouteTrainer(Trainer):
         key = (Stream.RECALIBRATION, self._require_round().index)
         data = self.run_data.require_training()
         batches = (
-            (route, self._prepare_inputs({name: value for name, value in batch.items() if name != "route"}))
+            (route, self.ticket_inputs(batch))
             for route in range(self.model.num_routes)
             for batch in islice(data.endless_batches(data.sampler(key, routes=[route]), self.collate()), _NUM_COMPARED)
         )
@@ -248,9 +257,14 @@ class RouteTrainer(Trainer):
         """Thresholds of membership tickets, from calibration data; `None` without calibration data or such tickets."""
         if self.run_data.calibration_dataset is None or self.model.config.ticket_task != "membership":
             return None
-        loader = self.get_eval_dataloader(self.run_data.calibration_dataset)
-        output = self.evaluation_loop(loader, description="Calibration", prediction_loss_only=False)
-        return calibrate_thresholds(output.predictions, output.label_ids)
+        self.model.eval()
+        with torch.no_grad():
+            pairs = [
+                self.accelerator.gather_for_metrics((self.model(**inputs).logits, home_routes))
+                for inputs, home_routes in self.batches_with_routes(self.run_data.calibration_dataset)
+            ]
+        scores, home_routes = (torch.cat(tensors).cpu() for tensors in zip(*pairs, strict=True))
+        return calibrate_thresholds(scores.float().numpy(), home_routes.numpy())
 
     def fit_router(self, name: str, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
         """
@@ -312,12 +326,20 @@ class RouteTrainer(Trainer):
             private = self.model.private_parameters
             for own, rows in zip(private.own(network), private.rows, strict=True):
                 own.requires_grad_(rows.requires_grad)
+        if self.args.gradient_checkpointing:
+            kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
+            options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older versions lack
+                network.gradient_checkpointing_enable(kwargs or None, **options)  # type: ignore[operator]
+        if self.args.neftune_noise_alpha is not None:
+            activate_neftune(network, self.args.neftune_noise_alpha)
         return TicketTrainer(
             network=network,
             theta0=theta0,
             weight_names=self.model.mask_bank.weight_names,
             make_optimizer=self.plain_optimizer,
-            compute_loss=self.compute_loss,
+            compute_loss=self.ticket_loss,
             autocast=self.compute_loss_context_manager,
             prepare=self.ticket_inputs,
             frozen=frozen,
@@ -355,13 +377,25 @@ class RouteTrainer(Trainer):
             inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         return inputs
 
+    def ticket_loss(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The loss of the plain backbone in a training of a single ticket, of which other processes know nothing."""
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            num_items = self._get_num_items_in_batch([inputs], self.args.device)
+            return self.compute_loss(network, inputs, num_items_in_batch=num_items)
+        finally:
+            self.args.average_tokens_across_devices = average
+
     def plain_optimizer(self, network: nn.Module) -> Optimizer:
         """A fresh optimizer, chosen by the arguments, for a network without masks."""
-        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
-        kwargs = dict(kwargs)
+        optimizer_class, kwargs = self._optimizer_class_and_arguments()
         if optimizer_class in (torch.optim.AdamW, torch.optim.SGD):
-            kwargs["fused"] = True
+            kwargs.setdefault("fused", not kwargs.get("foreach"))
         return optimizer_class(self.parameter_groups(network), **kwargs)
+
+    def _optimizer_class_and_arguments(self) -> tuple[Any, dict[str, Any]]:
+        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+        return optimizer_class, dict(kwargs)
 
     # Loaders
 
@@ -428,7 +462,15 @@ class RouteTrainer(Trainer):
         return self.accelerator.prepare(DataLoader(samples, batch_size=self.args.eval_batch_size, **arguments))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
+        """
+        The same as `get_eval_dataloader`. A data set without routes is read as it is if the model needs none: all
+        membership tickets score every sample, and a router decides for tickets that predict labels.
+        """
+        membership = self.model.config.ticket_task == "membership"
+        if self.run_data.has_routes(self.model, self.args, test_dataset) or not (membership or self.model.router):
+            return self.get_eval_dataloader(test_dataset)
+        self._evaluated = None
+        return self._prepare_eval_loader(EvaluationData(test_dataset, None, membership=membership))
 
     def eval_partition(self, dataset: Any) -> Partition:
         """The routes of the samples of a data set to evaluate on."""
@@ -466,6 +508,9 @@ class RouteTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._is_competing = False
             return loss
+        if self.model.config.ticket_task == "membership":
+            # In the form that extraction has them in, which a loss of the user's then gets in both phases.
+            inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         with self.model.route_context(route):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -492,15 +537,14 @@ class RouteTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             groups = self.parameter_groups(self.model)
-            own = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            optimizer_class, kwargs = own[0], dict(own[1])
-            kwargs.pop("fused", None)
-            if optimizer_class is torch.optim.AdamW:
-                self.optimizer = MaskedAdamW(groups, self.model, **kwargs)
-            elif optimizer_class is torch.optim.SGD and not kwargs.pop("dampening", 0):
-                self.optimizer = MaskedSGD(groups, self.model, **kwargs)
+            optimizer_class, kwargs = self._optimizer_class_and_arguments()
+            masked: Any = {torch.optim.AdamW: MaskedAdamW, torch.optim.SGD: MaskedSGD}.get(optimizer_class)
+            without_effect = {"fused": kwargs.get("fused"), "dampening": 0}
+            own = {name: value for name, value in kwargs.items() if value != without_effect.get(name, ...)}
+            if masked is not None and own.keys() <= inspect.signature(masked).parameters.keys():
+                self.optimizer = masked(groups, self.model, **own)
             else:
-                self.optimizer = mask_updates(optimizer_class(groups, **own[1]), self.model)
+                self.optimizer = mask_updates(optimizer_class(groups, **kwargs), self.model)
         return self.optimizer
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
@@ -563,18 +607,52 @@ class RouteTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """The same as in `Trainer`; also keeps the outputs of all processes that router metrics need."""
-        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.compute_metrics == self.compute_ticket_metrics and not prediction_loss_only:
+        """
+        The same as in `Trainer`; also keeps the outputs of all processes that router metrics need. A loss of the user
+        is the mean over all membership tickets, each asked about every sample.
+        """
+        ignore_keys = self._ignored_keys if ignore_keys is None else ignore_keys
+        one_by_one = self.model.config.ticket_task == "membership" and self._has_own_loss(self.compute_loss_func)
+        if one_by_one and "labels" in inputs:
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            _, scores, _ = super().prediction_step(model, unlabelled, prediction_loss_only, ignore_keys)
+            labels = None if prediction_loss_only else inputs["labels"]
+            output = self._mean_ticket_loss(model, inputs), scores, labels
+        else:
+            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        has_metrics = self.compute_metrics == self.compute_ticket_metrics and self._evaluated is not None
+        if has_metrics and output[2] is not None:
             given = ("labels", "route_ids")
             inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in given}
             with torch.no_grad(), self.compute_loss_context_manager():
                 routed = routed_outputs(self.model, inputs, output[1])
-                self._routed.append(self.accelerator.gather_for_metrics(routed))
+                routed = self.accelerator.gather_for_metrics(routed)
+            keep_on_device = self.args.eval_accumulation_steps is None
+            self._routed.append(routed if keep_on_device else {name: rows.cpu() for name, rows in routed.items()})
         return output
+
+    @torch.no_grad()
+    def _mean_ticket_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The mean over all membership tickets of a loss that training takes of a single ticket."""
+        inputs = self._prepare_inputs(inputs)
+        num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        losses = []
+        for route in range(self.model.num_routes):
+            own = {**inputs, "labels": self.model.ticket_labels((inputs["labels"] == route).long())}
+            with self.model.route_context(route), self.compute_loss_context_manager():
+                losses.append(self.compute_loss(model, own, num_items_in_batch=num_items).float())
+        return torch.stack(losses).mean()
+
+    def _has_own_loss(self, compute_loss_func: Any) -> bool:
+        return compute_loss_func is not None or type(self).compute_loss is not RouteTrainer.compute_loss
 
     def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of `hf_rtl.metrics` for the model's task and, if it has a router, for the router's decisions."""
+        if self._evaluated is None:
+            return {}
+        if isinstance(prediction.predictions, list):  # of batches, without `eval_do_concat_batches`
+            joined = (np.concatenate(arrays) for arrays in (prediction.predictions, prediction.label_ids))
+            prediction = EvalPrediction(*joined)
         return ticket_metrics(self.model, prediction, self._routed, self._evaluated.route_ids)
 
     # Logs and files
@@ -635,6 +713,17 @@ class RouteTrainer(Trainer):
                 f"a checkpoint does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
                 f"{len(load_result.unexpected_keys)} unknown {load_result.unexpected_keys[:3]}."
             )
+
+    @contextmanager
+    def _embedding_noise_removed(self) -> Iterator[None]:
+        """A context that takes the noise of NEFTune out of the model if an error left it there."""
+        try:
+            yield
+        finally:
+            hook = self.__dict__.pop("neftune_hook_handle", None)
+            if self.is_in_train and hook is not None:
+                deactivate_neftune(self.model, hook)
+            self.is_in_train: bool = False
 
     @contextmanager
     def _output_dir(self, folder: Path) -> Iterator[None]:

@@ -26,7 +26,7 @@ from .processes import Heartbeat
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
 from .route_trainer import RouteTrainer
-from .run_data import RunData, check_arguments
+from .run_data import RunData, check_arguments, check_trainable
 from .run_directory import RunDirectory
 from .run_report import describe_run
 from .ticket_trainer import named_state
@@ -74,7 +74,9 @@ class RTLTrainer(RouteTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(model, args, kwargs)
+        check_arguments(model, args, {**kwargs, "compute_metrics": compute_metrics})
+        if train_dataset is not None:
+            check_trainable(model, args)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
         run_data = RunData(
@@ -84,7 +86,10 @@ class RTLTrainer(RouteTrainer):
             partition=partition,
             eval_dataset=eval_dataset,
             calibration_dataset=calibration_dataset,
-            has_collator=kwargs.get("data_collator") is not None,
+            # Collators of transformers take labels as they are.
+            has_collator=not getattr(kwargs.get("data_collator"), "__module__", "transformers.").startswith(
+                "transformers."
+            ),
         )
         super().__init__(
             model,
@@ -129,13 +134,17 @@ class RTLTrainer(RouteTrainer):
             retraining_steps=retraining_steps,
         )
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: bool | None = None, *, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
         """
         Runs all rounds, starting or continuing the run in `args.output_dir`.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*): `True` requires a run to continue. By default a run is
                 continued if there is one.
+            ignore_keys_for_eval (`list[str]`, *optional*): outputs of the model that evaluation leaves out of its
+                predictions.
 
         Returns:
             `TrainOutput`: steps of all rounds, the last round's training loss, and its metrics.
@@ -156,6 +165,7 @@ class RTLTrainer(RouteTrainer):
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
         self._training_loader = None  # its workers may have died in an earlier call
+        self._ignored_keys = ignore_keys_for_eval
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
