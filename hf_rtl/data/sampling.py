@@ -215,7 +215,7 @@ class Passes(Sampler[list[RouteSample]]):
         self.current = current
 
     def __iter__(self) -> Iterator[list[RouteSample]]:
-        draw_worker_seed()
+        torch.empty((), dtype=torch.int64).random_()
         yield from self.current
 
     def __len__(self) -> int:
@@ -223,11 +223,6 @@ class Passes(Sampler[list[RouteSample]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.current.set_epoch(epoch)
-
-
-def draw_worker_seed() -> None:
-    """Moves torch's global generator on as a new pass of a loader does."""
-    torch.empty((), dtype=torch.int64).random_()
 
 
 class RoutedDataset(Dataset[dict[str, Any]]):

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from ..data.partition import Partition
 from ..data.route_data import EvaluationData, RouteData, RowSubset, repeat
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
-from ..data.sampling import ALL_ROUTES, RouteBatchSampler, draw_worker_seed
+from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
 from ..modeling.masking import UNION
@@ -452,8 +452,6 @@ class RouteTrainer(Trainer):
         known = self._eval_loaders.get(name)
         if known is None or known.dataset.dataset is not dataset:
             self._eval_loaders[name] = self._prepare_eval_loader(samples, persistent_workers=True)
-        else:
-            draw_worker_seed()
         return self._eval_loaders[name]
 
     def _prepare_eval_loader(self, samples: Dataset, **kwargs: Any) -> DataLoader:
@@ -592,9 +590,13 @@ class RouteTrainer(Trainer):
     # Evaluation
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates within a joint retraining, with the statistics that a model saved now should have."""
+        """
+        Evaluates within a joint retraining, with the statistics that a model saved now should have. The generators are
+        left as they were, so when it is evaluated decides no weight.
+        """
         self.recalibrate()
-        return super()._evaluate(*args, **kwargs)
+        with seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device):
+            return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._routed = []
