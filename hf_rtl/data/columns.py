@@ -132,7 +132,8 @@ def check_labels(dataset: Any, num_labels: int) -> None:
         if integers:
             good = isinstance(value, int) and 0 <= value < num_labels
         elif several:
-            good = np.ndim(value) > 0 and np.asarray(value).dtype.kind in "biuf" and np.isfinite(value).all()
+            numbers = np.asarray(value)
+            good = numbers.ndim > 0 and numbers.dtype.kind in "biuf" and np.isfinite(numbers).all()
         else:
             # The first label of a batch would decide the type of all.
             good = is_number and isinstance(value, float) == isinstance(values[0], float)

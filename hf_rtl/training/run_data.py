@@ -283,9 +283,10 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
     if _predicts_single_labels(model):
         if not has_collator:
             check_label_column(list_columns(dataset))
-            check_labels(dataset, model.config.num_labels)
         labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
+    if _predicts_single_labels(model) and not has_collator:
+        check_labels(dataset, model.config.num_labels)
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
@@ -67,11 +68,28 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_fetch_data_change_nothing(finished, tmp_path):
-    run(tmp_path / "run", dataloader_num_workers=1, target_sparsity=[0.3])
-    ours, theirs = contents(tmp_path / "run"), contents(finished.folder)
-    name = f"{ROUNDS[0]}/model.safetensors"
-    assert ours[name] == theirs[name]
+@pytest.mark.parametrize(("num_workers", "persistent", "num_starts"), [(0, False, 0), (2, False, 9), (2, True, 2)])
+def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch, num_workers, persistent, num_starts):
+    """
+    Two epochs of each of six trainings, two epochs of joint retraining, an evaluation after each and at the end. With
+    persistent workers both phases share one set, and evaluation has one.
+    """
+    starts = []
+    original = _MultiProcessingDataLoaderIter.__init__
+
+    def start(self, *positional, **keywords):
+        starts.append(self)
+        original(self, *positional, **keywords)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", start)
+    several = {"extraction_steps": 4, "prune_amount": 0.17, "num_train_epochs": 2, "eval_strategy": "epoch"}
+    given = {"target_sparsity": [0.3], **several}
+    if num_workers:
+        given |= {"dataloader_num_workers": num_workers, "dataloader_persistent_workers": persistent}
+    run(tmp_path / "run", **given)
+    run(tmp_path / "plain", target_sparsity=[0.3], **several)
+    assert contents(tmp_path / "run") == contents(tmp_path / "plain")
+    assert len(starts) == num_starts
 
 
 def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):
