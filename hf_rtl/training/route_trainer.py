@@ -494,6 +494,17 @@ class RouteTrainer(Trainer):
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
         }
 
+    @contextmanager
+    def workers_ended(self) -> Iterator[None]:
+        """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""
+        try:
+            yield
+        finally:
+            self._training_loader = None
+            self._eval_loaders.clear()
+            self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
+            self.accelerator._dataloaders.clear()
+
     # Steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

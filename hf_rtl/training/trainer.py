@@ -164,12 +164,12 @@ class RTLTrainer(RouteTrainer):
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
-        self._training_loader = None  # its workers may have died in an earlier call
         self._ignored_keys = ignore_keys_for_eval
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
-        with Heartbeat(self.args.process_index, self.args.world_size) as heartbeat, self.explained_failures():
+        beating = Heartbeat(self.args.process_index, self.args.world_size)
+        with beating as heartbeat, self.explained_failures(), self.workers_ended():
             open_run(self, self.run_directory, plan, self._initial)
             theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
             rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)

@@ -68,28 +68,31 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_workers", "persistent", "num_starts"), [(0, False, 0), (2, False, 9), (2, True, 2)])
-def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch, num_workers, persistent, num_starts):
+def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
     """
-    Two epochs of each of six trainings, two epochs of joint retraining, an evaluation after each and at the end. With
-    persistent workers both phases share one set, and evaluation has one.
+    A first batch, two prune events of three routes, two epochs of joint retraining, and three evaluations each start
+    workers. With persistent workers both phases share one set, and evaluation has one.
     """
     starts = []
     original = _MultiProcessingDataLoaderIter.__init__
 
     def start(self, *positional, **keywords):
-        starts.append(self)
+        starts.append(1)
         original(self, *positional, **keywords)
 
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", start)
-    several = {"extraction_steps": 4, "prune_amount": 0.17, "num_train_epochs": 2, "eval_strategy": "epoch"}
-    given = {"target_sparsity": [0.3], **several}
-    if num_workers:
-        given |= {"dataloader_num_workers": num_workers, "dataloader_persistent_workers": persistent}
-    run(tmp_path / "run", **given)
-    run(tmp_path / "plain", target_sparsity=[0.3], **several)
-    assert contents(tmp_path / "run") == contents(tmp_path / "plain")
-    assert len(starts) == num_starts
+
+    def files_of_run(name, **values):
+        several = {"extraction_steps": 4, "prune_amount": 0.17, "num_train_epochs": 2, "eval_strategy": "epoch"}
+        starts.clear()
+        run(tmp_path / name, target_sparsity=[0.3], **several, **values)
+        return contents(tmp_path / name)
+
+    plain = files_of_run("plain")
+    assert files_of_run("workers", dataloader_num_workers=2) == plain
+    assert len(starts) == 1 + 2 * 3 + 2 + 3
+    assert files_of_run("persistent", dataloader_num_workers=2, dataloader_persistent_workers=True) == plain
+    assert len(starts) == 2
 
 
 def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):
