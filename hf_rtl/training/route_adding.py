@@ -53,8 +53,15 @@ def add_route(trainer: RouteTrainer, name: str, dataset: Any, *, calibration_dat
             "`add_route` needs `norm_statistics='per_route'`: with shared running statistics, the new route's data "
             "would change the outputs of all tickets."
         )
+    schedule = trainer.args.to_dict()["lr_scheduler_type"]
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"`lr_scheduler_type` = {schedule!r} follows evaluations, but a new route is retrained without any; "
+            "choose another, for example 'constant'."
+        )
     data, held_out = _data_with(trainer, name, dataset, calibration_dataset)
-    with trainer.explained_failures(), Heartbeat(trainer.args.process_index, trainer.args.world_size) as heartbeat:
+    beating = Heartbeat(trainer.args.process_index, trainer.args.world_size)
+    with trainer.explained_failures(), trainer.workers_ended(), beating as heartbeat:
         ticket = _find_ticket(trainer, bank, data, heartbeat)
     if run_data.training is not None:
         run_data.training = data

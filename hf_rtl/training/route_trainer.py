@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -14,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
-from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, RowSubset, repeat
+from ..data.route_data import EvaluationData, RouteData, RowSubset
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -36,7 +34,8 @@ from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
 from .evaluation import check_router, routed_outputs, ticket_metrics
 from .failures import explain_failures
-from .optim import MaskedAdamW, MaskedSGD, mask_updates
+from .loaders import Loaders
+from .optim import masked_optimizer
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
@@ -45,7 +44,7 @@ from .run_data import RunData, has_default_metrics
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
 from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
-from .ticket_trainer import TicketTrainer, named_state
+from .ticket_trainer import TicketTrainer, change_for_training, named_state
 from .training_args import RTLTrainingArguments
 
 
@@ -101,9 +100,7 @@ class RouteTrainer(Trainer):
         self._routed: list[dict[str, Tensor]] = []
         # Outputs that evaluation during `train()` leaves out.
         self._ignored_keys: list[str] | None = None
-        # With persistent workers: the loader of the training data named first, and those of evaluation sets by name.
-        self._training_loader: tuple[RouteData, DataLoader] | None = None
-        self._eval_loaders: dict[str, Any] = {}
+        self.loaders = Loaders(args, self.accelerator, self.collate)
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def explained_failures(self) -> AbstractContextManager:
@@ -326,14 +323,7 @@ class RouteTrainer(Trainer):
             private = self.model.private_parameters
             for own, rows in zip(private.own(network), private.rows, strict=True):
                 own.requires_grad_(rows.requires_grad)
-        if self.args.gradient_checkpointing:
-            kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
-            options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older versions lack
-                network.gradient_checkpointing_enable(kwargs or None, **options)  # type: ignore[operator]
-        if self.args.neftune_noise_alpha is not None:
-            activate_neftune(network, self.args.neftune_noise_alpha)
+        change_for_training(network, self.args)
         return TicketTrainer(
             network=network,
             theta0=theta0,
@@ -363,12 +353,10 @@ class RouteTrainer(Trainer):
 
     def endless_batches(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
         """
-        Endless batches, epoch after epoch, not yet on the device. With persistent workers, those of the run's training
-        data end when other batches of it are asked for.
+        Endless batches, epoch after epoch, not yet on the device. Those of the run's training data may end when others
+        are asked for.
         """
-        if self.args.dataloader_persistent_workers and data is self.run_data.training:
-            return repeat(self._prepare_training_loader(data, sampler).base_dataloader)
-        return data.endless_batches(sampler, self.collate(), **self.loader_arguments())
+        return self.loaders.endless_batches(data, sampler, shared=data is self.run_data.training)
 
     def ticket_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the plain backbone for a single-route batch, on the device."""
@@ -404,28 +392,7 @@ class RouteTrainer(Trainer):
         sampler = self.retraining_sampler(
             self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
-        return self._prepare_training_loader(data, sampler)
-
-    def _prepare_training_loader(self, data: RouteData, sampler: RouteBatchSampler) -> Any:
-        """A loader of training data. With persistent workers it is always the same one, with another sampler."""
-        persistent = self.args.dataloader_persistent_workers
-        if self._training_loader is not None and self._training_loader[0] is data:
-            loader = self._training_loader[1]
-            loader.batch_sampler.current = sampler  # type: ignore[union-attr]
-            return loader
-        loader = data.loader(sampler, self.collate(), **self.loader_arguments(), persistent_workers=persistent)
-        # The sampler already gives every rank its part of each batch, so accelerate must only move tensors.
-        loader = prepare_data_loader(
-            loader,
-            device=self.args.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            non_blocking=self.accelerator.non_blocking,
-        )
-        if persistent:
-            self._training_loader = data, loader
-        return loader
+        return self.loaders.training(data, sampler)
 
     def retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
         """The batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
@@ -447,17 +414,7 @@ class RouteTrainer(Trainer):
         self._evaluated = self.eval_partition(dataset)
         samples = EvaluationData(dataset, self._evaluated, membership=self.model.config.ticket_task == "membership")
         # As in `Trainer`, only the evaluation sets of the trainer keep their workers.
-        if not self.args.dataloader_persistent_workers or not (name or dataset is self.eval_dataset):
-            return self._prepare_eval_loader(samples)
-        known = self._eval_loaders.get(name)
-        if known is None or known.dataset.dataset is not dataset:
-            self._eval_loaders[name] = self._prepare_eval_loader(samples, persistent_workers=True)
-        return self._eval_loaders[name]
-
-    def _prepare_eval_loader(self, samples: Dataset, **kwargs: Any) -> DataLoader:
-        """A loader of samples in their order, divided among the processes."""
-        arguments = {"collate_fn": self.collate(), **self.loader_arguments(), **kwargs}
-        return self.accelerator.prepare(DataLoader(samples, batch_size=self.args.eval_batch_size, **arguments))
+        return self.loaders.evaluation(samples, name if name or dataset is self.eval_dataset else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """
@@ -468,7 +425,7 @@ class RouteTrainer(Trainer):
         if self.run_data.has_routes(self.model, self.args, test_dataset) or not (membership or self.model.router):
             return self.get_eval_dataloader(test_dataset)
         self._evaluated = None
-        return self._prepare_eval_loader(EvaluationData(test_dataset, None, membership=membership))
+        return self.loaders.evaluation(EvaluationData(test_dataset, None, membership=membership))
 
     def eval_partition(self, dataset: Any) -> Partition:
         """The routes of the samples of a data set to evaluate on."""
@@ -485,25 +442,14 @@ class RouteTrainer(Trainer):
         """The function that makes a batch of samples, without columns that the backbone does not take."""
         return self._get_collator_with_removed_columns(self.data_collator)
 
-    def loader_arguments(self) -> dict[str, Any]:
-        """Arguments that all data loaders of a run share."""
-        return {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
-        }
-
     @contextmanager
     def workers_ended(self) -> Iterator[None]:
         """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""
         try:
             yield
         finally:
-            self._training_loader = None
-            self._eval_loaders.clear()
+            self.loaders.forget()
             self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
-            self.accelerator._dataloaders.clear()
 
     # Steps
 
@@ -514,9 +460,10 @@ class RouteTrainer(Trainer):
         self.model.routes_since_update.clear()
         if route == ALL_ROUTES:
             self._is_competing = True
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self._is_competing = False
-            return loss
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                self._is_competing = False
         if self.model.config.ticket_task == "membership":
             # In the form that extraction has them in, which a loss of the user's then gets in both phases.
             inputs["labels"] = self.model.ticket_labels(inputs["labels"])
@@ -547,13 +494,7 @@ class RouteTrainer(Trainer):
         if self.optimizer is None:
             groups = self.parameter_groups(self.model)
             optimizer_class, kwargs = self._optimizer_class_and_arguments()
-            masked: Any = {torch.optim.AdamW: MaskedAdamW, torch.optim.SGD: MaskedSGD}.get(optimizer_class)
-            without_effect = {"fused": kwargs.get("fused"), "dampening": 0}
-            own = {name: value for name, value in kwargs.items() if value != without_effect.get(name, ...)}
-            if masked is not None and own.keys() <= inspect.signature(masked).parameters.keys():
-                self.optimizer = masked(groups, self.model, **own)
-            else:
-                self.optimizer = mask_updates(optimizer_class(groups, **kwargs), self.model)
+            self.optimizer = masked_optimizer(optimizer_class, groups, kwargs, self.model)
         return self.optimizer
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:

@@ -223,7 +223,8 @@ class RTLTrainer(RouteTrainer):
         self.progress.start(plan.retraining_steps)
         self.progress.begin_round(name)
         try:
-            with Heartbeat(self.args.process_index, self.args.world_size), self.explained_failures():
+            beating = Heartbeat(self.args.process_index, self.args.world_size)
+            with beating, self.explained_failures(), self.workers_ended():
                 packed = [self.model.mask_bank.pack(mask) for mask in masks]
                 rounds.finish(replace(original, name=name), packed, {})
         finally:
@@ -273,7 +274,7 @@ class RTLTrainer(RouteTrainer):
         sampler = self.retraining_sampler(round_index)
         data = self.run_data.require_training()
         # A loader of their own: the caller may read them slowly, beside other batches.
-        batches = data.endless_batches(sampler, self.collate(), **self.loader_arguments())
+        batches = self.loaders.endless_batches(data, sampler)
         num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
         return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
 

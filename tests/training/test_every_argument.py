@@ -205,7 +205,7 @@ def test_loaders_of_both_phases_and_of_evaluation(tmp_path):
         eval_dataset=DATA,
     )
     data = made.run_data.training
-    extraction = data.loader(data.sampler(()), made.collate(), **made.loader_arguments())
+    extraction = data.loader(data.sampler(()), made.collate(), **made.loaders.arguments())
     with made.in_round(made.plan().rounds[0], num_steps_before=0):
         retraining = made.get_train_dataloader()
     evaluation = made.get_eval_dataloader()
