@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, RowSubset
+from ..data.route_data import EvaluationData, RouteData
 from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -39,19 +38,17 @@ from .optim import masked_optimizer
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
+from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
 from .run_data import RunData, has_default_metrics
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
-from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
+from .running_statistics import average_over_processes, running_statistics
 from .ticket_trainer import TicketTrainer, change_for_training, named_state
 from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-# Batches of a route on which training and evaluation are compared.
-_NUM_COMPARED = 2
 
 
 class RouteTrainer(Trainer):
@@ -183,72 +180,12 @@ class RouteTrainer(Trainer):
         return self.current_round
 
     def recalibrate(self) -> None:
-        """
-        Takes the running statistics of every ticket, and of the union of all tickets, anew from training samples.
-
-        During joint retraining the statistics of a ticket lag behind, because its weights move in the steps of other
-        routes too. After `competing_epochs` they stay as they are, because the weights were trained with them.
-        """
-        # Training data may have random transforms; the seed makes them the same after any interruption.
-        with seeded((self.args.seed, Stream.RECALIBRATION, self._require_round().index), self.args.device):
-            recalibrate(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
-
-    def _recalibration_batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        data, key = self.run_data.require_training(), (Stream.RECALIBRATION, self._require_round().index)
-        if not self.args.competing_epochs:
-            for route in range(self.model.num_routes):
-                sampler = data.sampler(key, routes=[route])
-                num_batches = min(self.args.recalibration_batches, sampler.num_updates_per_route)
-                for batch in islice(data.endless_batches(sampler, self.collate()), num_batches):
-                    yield route, self._without_labels(batch)
-        if self.model.norm_statistics is None:
-            return
-        # No step trains the union, so its statistics are taken in any case.
-        num_batches = self.args.recalibration_batches or type(self.args).recalibration_batches
-        order = np.random.default_rng([data.seed, *key]).permutation(len(data.dataset))
-        order = order[: num_batches * data.batch_size]
-        samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
-        drop_last = len(order) > data.batch_size
-        rows = RowSubset(samples, order.tolist())
-        for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=self.collate(), drop_last=drop_last):
-            yield UNION, self._without_labels(batch)
+        """See [`recalibrate_tickets`]."""
+        recalibrate_tickets(self, self._require_round().index)
 
     def warn_of_lagging_statistics(self) -> None:
-        """Logs a warning that names the tickets whose loss is much worse in evaluation than in training."""
-        if self.args.competing_epochs:
-            return  # These weights were trained with running statistics.
-        key = (Stream.RECALIBRATION, self._require_round().index)
-        data = self.run_data.require_training()
-        batches = (
-            (route, self.ticket_inputs(batch))
-            for route in range(self.model.num_routes)
-            for batch in islice(data.endless_batches(data.sampler(key, routes=[route]), self.collate()), _NUM_COMPARED)
-        )
-
-        def loss(inputs: dict[str, Any]) -> Tensor:
-            num_items = self._get_num_items_in_batch([inputs], self.args.device)
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
-
-        losses = evaluation_losses(self.model, batches, loss)
-        lagging = [
-            f"{self.model.route_names[route]!r} ({trained:.3g} against {evaluated:.3g})"
-            for route, (trained, evaluated) in losses.items()
-            if evaluated > 2 * trained + 0.1
-        ]
-        if lagging and self.processes.rank == 0:
-            logger.warning(
-                f"training and evaluation contradict each other on the same training data. The loss with the "
-                f"statistics of a batch, as in training, against that with running statistics, as in evaluation: "
-                f"{', '.join(lagging)}. The normalisation layers' running statistics do not fit the weights; raise "
-                f"`recalibration_batches` (now {self.args.recalibration_batches}) or `route_batch_size` (now "
-                f"{self.args.route_batch_size})."
-            )
-
-    def _without_labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a batch on the device, without labels and routes."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids", "route")}
-        return self._prepare_inputs(inputs)
+        """See the function of that name."""
+        warn_of_lagging_statistics(self, self._require_round().index)
 
     def calibrated_thresholds(self) -> list[float] | None:
         """Thresholds of membership tickets, from calibration data; `None` without calibration data or such tickets."""
@@ -604,9 +541,6 @@ class RouteTrainer(Trainer):
         """The metrics of `hf_rtl.metrics` for the model's task and, if it has a router, for the router's decisions."""
         if self._evaluated is None:
             return {}
-        if isinstance(prediction.predictions, list):  # of batches, without `eval_do_concat_batches`
-            joined = (np.concatenate(arrays) for arrays in (prediction.predictions, prediction.label_ids))
-            prediction = EvalPrediction(*joined)
         return ticket_metrics(self.model, prediction, self._routed, self._evaluated.route_ids)
 
     # Logs and files
