@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import EvalPrediction
 
 from ..metrics import constant_tickets, label_metrics, membership_metrics, router_metrics
@@ -55,6 +55,26 @@ def routed_outputs(model: RTLModel, inputs: dict[str, Any], logits: Tensor) -> d
         if not membership:
             outputs["logits"] = model(**inputs, route_ids=decision.route_ids).logits
     return outputs
+
+
+@torch.no_grad()
+def mean_ticket_loss(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """
+    The mean over all membership tickets of a loss that training takes of a single ticket.
+
+    Args:
+        trainer ([`RouteTrainer`]): its `compute_loss` is called once for every route.
+        model (`nn.Module`): its model, as accelerate has wrapped it.
+        inputs (`dict[str, Any]`): a batch with home routes as `labels`.
+    """
+    inputs = trainer._prepare_inputs(inputs)
+    num_items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+    losses = []
+    for route in range(trainer.model.num_routes):
+        own = {**inputs, "labels": trainer.model.ticket_labels((inputs["labels"] == route).long())}
+        with trainer.model.route_context(route), trainer.compute_loss_context_manager():
+            losses.append(trainer.compute_loss(model, own, num_items_in_batch=num_items).float())
+    return torch.stack(losses).mean()
 
 
 def ticket_metrics(

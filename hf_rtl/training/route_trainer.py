@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from ..data.partition import Partition
 from ..data.route_data import EvaluationData, RouteData
-from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
+from ..data.rules import replace_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
@@ -31,7 +31,7 @@ from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
-from .evaluation import check_router, routed_outputs, ticket_metrics
+from .evaluation import check_router, mean_ticket_loss, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .loaders import Loaders
 from .optim import masked_optimizer
@@ -508,7 +508,7 @@ class RouteTrainer(Trainer):
             unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
             _, scores, _ = super().prediction_step(model, unlabelled, prediction_loss_only, ignore_keys)
             labels = None if prediction_loss_only else inputs["labels"]
-            output = self._mean_ticket_loss(model, inputs), scores, labels
+            output = mean_ticket_loss(self, model, inputs), scores, labels
         else:
             output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         has_metrics = self.compute_metrics == self.compute_ticket_metrics and self._evaluated is not None
@@ -521,18 +521,6 @@ class RouteTrainer(Trainer):
             keep_on_device = self.args.eval_accumulation_steps is None
             self._routed.append(routed if keep_on_device else {name: rows.cpu() for name, rows in routed.items()})
         return output
-
-    @torch.no_grad()
-    def _mean_ticket_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The mean over all membership tickets of a loss that training takes of a single ticket."""
-        inputs = self._prepare_inputs(inputs)
-        num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        losses = []
-        for route in range(self.model.num_routes):
-            own = {**inputs, "labels": self.model.ticket_labels((inputs["labels"] == route).long())}
-            with self.model.route_context(route), self.compute_loss_context_manager():
-                losses.append(self.compute_loss(model, own, num_items_in_batch=num_items).float())
-        return torch.stack(losses).mean()
 
     def _has_own_loss(self, compute_loss_func: Any) -> bool:
         return compute_loss_func is not None or type(self).compute_loss is not RouteTrainer.compute_loss
@@ -582,16 +570,7 @@ class RouteTrainer(Trainer):
             arguments = self.args.to_dict()
             write_json(folder / "training_args.json", {k: v for k, v in arguments.items() if not k.endswith("_dir")})
             if self.run_data.training is not None:
-                self._save_rule(folder)
-
-    def _save_rule(self, folder: Path) -> None:
-        """Writes the rule beside the model; if there is none, or it does not fit, removes that of an earlier save."""
-        rule = self.run_data.require_training().partition.rule
-        if rule is None:
-            remove_rule(folder)
-        else:
-            save_rule(folder, rule)
-            remove_unfitting_rule(folder, self.model.route_names)
+                replace_rule(folder, self.run_data.training.partition.rule, self.model.route_names)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)
