@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -16,8 +17,9 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
     """
     The values of a column, all integers from 0 or all strings, and the names of its classes, `None` if it has none.
 
-    Only the column is read from a `datasets.Dataset`, and its transforms do not run. From any other data set every
-    sample is fetched once. The values of a `ClassLabel` column are names.
+    Only the column is read from a `datasets.Dataset`, also through torch's `Subset` and `ConcatDataset`, and its
+    transforms do not run. From any other data set every sample is fetched once. The values of a `ClassLabel` column
+    are names; also those of another data set that holds one in `dataset` and leaves the column as it is.
 
     Raises:
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
@@ -28,10 +30,10 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
         raise ValueError(
             f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
         )
-    values = _values(dataset, column)
-    class_names = getattr(dataset.features[column], "names", None) if _is_hf_dataset(dataset) else None
+    values, class_names = _read(dataset, column)
+    values = values if class_names is None else _by_name(values, class_names)
     _check_values(f"Column {column!r} has", values)
-    return (values, None) if class_names is None else ([class_names[value] for value in values], class_names)
+    return values, class_names
 
 
 def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[Any]:
@@ -48,12 +50,15 @@ def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[An
     return values
 
 
-def find_label_column(dataset: Any) -> str:
-    """The only column with a usual name for labels. Raises `ValueError` if the data set has none or several."""
+def find_label_column(dataset: Any, argument: str = "label_column") -> str:
+    """
+    The only column with a usual name for labels. Raises `ValueError` if the data set has none or several; `argument`
+    is what the caller can name the column with.
+    """
     found = _label_columns(dataset)
     if len(found) != 1:
         raise ValueError(
-            f"`label_column` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
+            f"`{argument}` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
             f"label columns; its columns are {', '.join(map(repr, list_columns(dataset)))}."
         )
     return found[0]
@@ -81,6 +86,8 @@ def list_columns(dataset: Any) -> list[str]:
     names = getattr(dataset, "column_names", None)
     if names is not None:
         return list(names)
+    if _passes_samples_on(dataset):
+        return list_columns(dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0])
     sample = dataset[0]
     if not isinstance(sample, Mapping):
         raise TypeError(f"`dataset[0]` is a `{type(sample).__name__}`; samples must be dicts with named columns.")
@@ -103,9 +110,39 @@ def single_labels(dataset: Any) -> Sequence[Any] | None:
     column = label_column(dataset)
     if column is None:
         return None
-    values = _values(dataset, column)
-    # Labels for regression, or several labels per sample, are not checked.
+    values, _ = _read(dataset, column)
     return values if all(isinstance(value, (int, str)) for value in values) else None
+
+
+def check_labels(dataset: Any, num_labels: int) -> None:
+    """
+    Raises `ValueError`, which names the first bad sample, unless all labels suit a model that predicts `num_labels` of
+    a sample: all integers below `num_labels`; all finite numbers; or all several finite numbers. A data set may have
+    no label column.
+    """
+    column = label_column(dataset)
+    if column is None:
+        return
+    values, _ = _read(dataset, column)
+    several = np.ndim(values[0]) > 0
+    integers = not several and isinstance(values[0], int) and num_labels > 1
+    allowed = f"an integer from 0 to {num_labels - 1}" if integers else "several numbers" if several else "a number"
+    for index, value in enumerate(values):
+        is_number = isinstance(value, (int, float)) and np.isfinite(value)
+        if integers:
+            good = isinstance(value, int) and 0 <= value < num_labels
+        elif several:
+            numbers = np.asarray(value)
+            good = numbers.ndim > 0 and numbers.dtype.kind in "biuf" and np.isfinite(numbers).all()
+        else:
+            # The first label of a batch would decide the type of all.
+            good = is_number and isinstance(value, float) == isinstance(values[0], float)
+        if not good:
+            raise ValueError(
+                f"Column {column!r} has the label {value!r} at sample {index}; needed is {allowed}: the model has "
+                f"`num_labels` = {num_labels}, and the label of sample 0 is {values[0]!r}. Correct the label, or "
+                "filter the sample out."
+            )
 
 
 def _is_hf_dataset(dataset: Any) -> bool:
@@ -132,11 +169,54 @@ def _check_dataset(dataset: Any) -> None:
         raise ValueError("`dataset` is empty; a partition needs samples.")
 
 
-def _values(dataset: Any, column: str) -> list[Any]:
-    """A column's values, those of `datasets` without their format: no transform runs, and integers stay integers."""
+def _passes_samples_on(dataset: Any) -> bool:
+    """Whether it is one of torch's data sets that give samples of others unchanged."""
+    return type(dataset).__getitem__ in (Subset.__getitem__, ConcatDataset.__getitem__)
+
+
+def _read(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]:
+    """
+    A column's values, and the names of its classes, `None` if it has none. Values of `datasets` are those without
+    their format: no transform runs, and integers stay integers.
+    """
     if _is_hf_dataset(dataset):
-        return list(dataset.with_format(None).select_columns(column)[column][:])
-    return [_scalar(dataset[index][column]) for index in range(len(dataset))]
+        values = list(dataset.with_format(None).select_columns(column)[column][:])
+        return values, getattr(dataset.features[column], "names", None)
+    if _passes_samples_on(dataset):
+        return _read_inner(dataset, column)
+    values = [_scalar(dataset[index][column]) for index in range(len(dataset))]
+    inner = getattr(dataset, "dataset", None)
+    if not _holds_classes(inner, column):
+        return values, None
+    passed_on, class_names = _read_inner(dataset, column) if isinstance(dataset, Subset) else _read(inner, column)
+    # Other integers than those of the classes have another meaning.
+    return values, class_names if values == passed_on else None
+
+
+def _read_inner(dataset: Subset | ConcatDataset, column: str) -> tuple[list[Any], list[str] | None]:
+    if isinstance(dataset, Subset):
+        values, class_names = _read(dataset.dataset, column)
+        return [values[index] for index in dataset.indices], class_names
+    parts = [_read(part, column) for part in dataset.datasets]
+    first = parts[0][1]
+    if any(names != first for _, names in parts):
+        # The parts number their classes differently: their names stand for them.
+        parts = [(values if names is None else _by_name(values, names), names) for values, names in parts]
+        first = None
+    return [value for values, _ in parts for value in values], first
+
+
+def _holds_classes(dataset: Any, column: str) -> bool:
+    if isinstance(dataset, ConcatDataset):
+        return _holds_classes(dataset.datasets[0], column)
+    if _is_hf_dataset(dataset):
+        return column in dataset.column_names
+    return _holds_classes(dataset.dataset, column) if hasattr(dataset, "dataset") else False
+
+
+def _by_name(values: Sequence[Any], class_names: Sequence[str]) -> list[Any]:
+    """The names of classes; missing values, `None` or negative, stay as they are."""
+    return [class_names[value] if isinstance(value, int) and value >= 0 else value for value in values]
 
 
 def _scalar(value: Any) -> Any:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from .columns import label_column, list_columns
+from .columns import LABEL_COLUMNS, find_label_column, label_column, list_columns
 from .partition import Partition, Rule
-from .partition_by import partition_by_column, partition_by_label
+from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
-from .sampling import RouteBatchSampler, RoutedDataset
+from .sampling import Passes, RouteBatchSampler, RoutedDataset
 
 
 def find_partition(
@@ -36,6 +37,11 @@ def find_partition(
             `training` partition whose rule reads no column or is for other routes.
     """
     if route_column is not None:
+        if route_column not in list_columns(dataset):
+            raise ValueError(
+                f"`route_column` = {route_column!r} is not in the data set; its columns are "
+                f"{', '.join(map(repr, list_columns(dataset)))}."
+            )
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
     if len(route_names) == 1:
         return Partition(np.zeros(len(dataset), dtype=np.int64), list(route_names), allow_empty)
@@ -47,7 +53,17 @@ def find_partition(
             "say the route, as in `RTLTrainingArguments(route_column='domain', …)`; or pass a `partition` with "
             "`train_dataset`."
         )
-    return partition_by_label(dataset, route_names=route_names, allow_empty=allow_empty)
+    column = find_label_column(dataset, "route_column")
+    return partition_by_column(dataset, column, route_names=route_names, allow_empty=allow_empty)
+
+
+def route_columns(route_column: str | None, ticket_task: str, training: Partition | None) -> Sequence[str]:
+    """The columns of which one says the route, for the arguments of `find_partition`; none if no column does."""
+    if route_column is not None:
+        return [route_column]
+    if training is not None:
+        return [training.rule.column] if isinstance(training.rule, (ByColumn, ByGroups)) else []
+    return LABEL_COLUMNS if ticket_task == "membership" else []
 
 
 def _column_rule(training: Partition, route_names: Sequence[str]) -> Rule:
@@ -122,6 +138,8 @@ class RouteData:
         self.seed = seed
         self.batch_size = batch_size
         self.seed_transforms = seed_transforms
+        # Read once: it may fetch a sample, whose random transforms move the global generators on.
+        self._label_column = label_column(dataset) if membership else None
 
     def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
         """Batches keyed by `key`; for the other arguments see `RouteBatchSampler`."""
@@ -136,26 +154,28 @@ class RouteData:
         )
 
     def loader(self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any) -> DataLoader:
-        """A loader whose batches carry their route as a plain `int` under `route`. `kwargs` go to `DataLoader`."""
+        """
+        A loader whose batches carry their route as a plain `int` under `route`. `kwargs` go to `DataLoader`. With
+        `persistent_workers` its `batch_sampler` is a [`Passes`].
+        """
         dataset = RoutedDataset(
             self.dataset,
             route_ids=self.partition.route_ids,
             membership=self.membership,
             seed=self.seed,
-            label_column=label_column(self.dataset) if self.membership else None,
-            key=sampler.key,
+            label_column=self._label_column,
             seed_transforms=self.seed_transforms,
         )
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=RouteCollator(collate), **kwargs)
+        batches: Any = sampler
+        if kwargs.get("persistent_workers"):
+            batches, kwargs["generator"] = Passes(sampler), torch.Generator()
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=RouteCollator(collate), **kwargs)
 
     def endless_batches(
         self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
     ) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch after the other, without end."""
-        loader = self.loader(sampler, collate, **kwargs)
-        for epoch in itertools.count():
-            sampler.set_epoch(epoch)
-            yield from loader
+        """The batches of one epoch after the other, without end. Workers live on from epoch to epoch."""
+        return repeat(self.loader(sampler, collate, **kwargs, persistent_workers=kwargs.get("num_workers", 0) > 0))
 
     def as_one_route(self) -> RouteData:
         """The same samples, all of one route and with their own labels."""
@@ -191,6 +211,13 @@ class RouteData:
         return part
 
 
+def repeat(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of one epoch of a loader after the other, without end."""
+    for epoch in itertools.count():
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        yield from loader
+
+
 class RowSubset(Subset):
     """Some rows of a data set of dicts."""
 
@@ -210,14 +237,14 @@ class ConcatRows(ConcatDataset):
 class EvaluationData(Dataset[dict[str, Any]]):
     """
     A data set in its own order, each sample with what evaluation needs: for `membership` its home route as `labels`,
-    else its route as `route_ids`.
+    else its route as `route_ids`. Without a `partition`, samples have no route, and for `membership` no label.
     """
 
-    def __init__(self, dataset: Any, partition: Partition, *, membership: bool) -> None:
+    def __init__(self, dataset: Any, partition: Partition | None, *, membership: bool) -> None:
         self.dataset = dataset
         self.partition = partition
         self.membership = membership
-        self._label_column = label_column(dataset) if membership else None
+        self._replaced = {label_column(dataset), "labels", "label_ids"} if membership else set()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -233,10 +260,10 @@ class EvaluationData(Dataset[dict[str, Any]]):
         return [self._with_route(sample, index) for sample, index in zip(samples, indices, strict=True)]
 
     def _with_route(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:
-        route = int(self.partition.route_ids[index])
-        if not self.membership:
-            return {**sample, "route_ids": route}
-        return {**{name: value for name, value in sample.items() if name != self._label_column}, "labels": route}
+        kept = {name: value for name, value in sample.items() if name not in self._replaced}
+        if self.partition is None:
+            return kept
+        return {**kept, "labels" if self.membership else "route_ids": int(self.partition.route_ids[index])}
 
 
 class RouteCollator:

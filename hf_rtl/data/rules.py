@@ -256,6 +256,15 @@ def remove_unfitting_rule(folder: Path, route_names: Sequence[str]) -> None:
         remove_rule(folder)
 
 
+def replace_rule(folder: Path, rule: Rule | None, route_names: Sequence[str]) -> None:
+    """Writes a rule into a folder; without one, or with one for other routes, removes that of an earlier save."""
+    if rule is None:
+        remove_rule(folder)
+    else:
+        save_rule(folder, rule)
+        remove_unfitting_rule(folder, route_names)
+
+
 def remove_rule(folder: Path) -> None:
     for name in (RULE_FILE, TENSORS_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -29,13 +29,15 @@ class RouteSample(NamedTuple):
         index (`int`): position in the data set.
         route (`int`): the route whose batch this draw is in; for a negative, not the sample's own. `ALL_ROUTES` where
             all tickets compete for it.
-        occurrence (`int`): number of the draw in its route's stream, over all epochs. (index, route, occurrence) does
-            not repeat within a run.
+        occurrence (`int`): number of the draw in its route's stream, over all epochs.
+        key (`tuple[int, ...]`, defaults to `()`): that of its sampler. (key, index, route, occurrence) does not repeat
+            within a run.
     """
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`, which is not needed
     route: int
     occurrence: int
+    key: tuple[int, ...] = ()
 
 
 class RouteBatchSampler(Sampler[list[RouteSample]]):
@@ -168,7 +170,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
                 for step in range(self.gradient_accumulation_steps):
                     start = (update * self.gradient_accumulation_steps + step) * self.batch_size
                     yield [
-                        RouteSample(int(streams[route][position]), route, first_occurrence + int(position))
+                        RouteSample(int(streams[route][position]), route, first_occurrence + int(position), self.key)
                         for position in start + positions
                     ]
 
@@ -179,7 +181,7 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         for start in range(0, length, size):
             positions = range(start + self.rank, start + size, self.world_size)
             yield [
-                RouteSample(int(stream[position]), ALL_ROUTES, self.epoch * length + position)
+                RouteSample(int(stream[position]), ALL_ROUTES, self.epoch * length + position, self.key)
                 for position in positions
             ]
 
@@ -200,6 +202,29 @@ class RouteBatchSampler(Sampler[list[RouteSample]]):
         return np.concatenate([generator.permutation(pool) for _ in range(num_permutations)])[:length]
 
 
+class Passes(Sampler[list[RouteSample]]):
+    """
+    The batches of `current`, which may be exchanged between two passes: so one loader, whose workers live on, serves
+    all passes over a data set.
+
+    A pass draws a number from torch's global generator, as a loader without persistent workers does. So dropout is the
+    same whether workers live on or not. The loader itself needs a `generator` of its own, to draw no more.
+    """
+
+    def __init__(self, current: RouteBatchSampler) -> None:
+        self.current = current
+
+    def __iter__(self) -> Iterator[list[RouteSample]]:
+        torch.empty((), dtype=torch.int64).random_()
+        yield from self.current
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.current.set_epoch(epoch)
+
+
 class RoutedDataset(Dataset[dict[str, Any]]):
     """
     A map-style data set of dicts, addressed by `RouteSample` instead of by position.
@@ -207,7 +232,7 @@ class RoutedDataset(Dataset[dict[str, Any]]):
     An item is the base's dict with `route_ids` (`int`) added, the route of the batch. For membership, `label_column`
     is removed and `labels` (`int`) is 1 if the sample is of that route, 0 if not; in a batch of all routes, its route.
 
-    With `seed_transforms`, the global generators of Python, NumPy and torch (CPU) are seeded from (`seed`, `key`,
+    With `seed_transforms`, the global generators of Python, NumPy and torch (CPU) are seeded from (`seed`, key,
     index, route, occurrence) before each sample is fetched. So random transforms depend on neither the order of
     fetching, nor the number of workers or processes, nor where a run was resumed. The generators' states are restored
     after the batch. Transforms with a generator of their own are not covered. Without `seed_transforms`, no generator
@@ -220,13 +245,12 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         membership (`bool`): whether labels are replaced as above.
         seed (`int`): non-negative.
         label_column (`str`, *optional*): the base's label column; read for membership only.
-        key (`tuple[int, ...]`, defaults to `()`): further entropy, such as the round and the prune event.
         seed_transforms (`bool`, defaults to `True`): see above.
 
     Raises:
         TypeError: an argument of the wrong type, an index that is not a `RouteSample`, or a base whose items are not
             dicts.
-        ValueError: `route_ids` and `dataset` differ in length, or `seed` or `key` is negative.
+        ValueError: `route_ids` and `dataset` differ in length, or `seed` is negative.
     """
 
     def __init__(
@@ -237,7 +261,6 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         membership: bool,
         seed: int,
         label_column: str | None = None,
-        key: tuple[int, ...] = (),
         seed_transforms: bool = True,
     ) -> None:
         self.dataset = dataset
@@ -247,7 +270,7 @@ class RoutedDataset(Dataset[dict[str, Any]]):
                 f"`route_ids` has {len(self.route_ids)} entries and `dataset` {len(dataset)}; both need the same."
             )
         self.membership = _check_flag("membership", membership)
-        self.seed, self.key = _check_entropy(seed, key)
+        self.seed = check_integer("seed", seed, minimum=0)
         self.label_column = label_column
         self.seed_transforms = _check_flag("seed_transforms", seed_transforms)
 
@@ -280,7 +303,8 @@ class RoutedDataset(Dataset[dict[str, Any]]):
         return [self.dataset[index] for index in indices]
 
     def _seed_generators(self, sample: RouteSample) -> None:
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(_TRANSFORMS, *self.key, *sample))
+        index, route, occurrence, key = sample
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(_TRANSFORMS, *key, index, route, occurrence))
         for_python, for_numpy, for_torch = (int(word) for word in sequence.generate_state(3, np.uint64))
         random.seed(for_python)
         np.random.seed(for_numpy % 2**32)

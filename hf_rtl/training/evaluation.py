@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import EvalPrediction
 
 from ..metrics import constant_tickets, label_metrics, membership_metrics, router_metrics
@@ -57,6 +57,26 @@ def routed_outputs(model: RTLModel, inputs: dict[str, Any], logits: Tensor) -> d
     return outputs
 
 
+@torch.no_grad()
+def mean_ticket_loss(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """
+    The mean over all membership tickets of a loss that training takes of a single ticket.
+
+    Args:
+        trainer ([`RouteTrainer`]): its `compute_loss` is called once for every route.
+        model (`nn.Module`): its model, as accelerate has wrapped it.
+        inputs (`dict[str, Any]`): a batch with home routes as `labels`.
+    """
+    inputs = trainer._prepare_inputs(inputs)
+    num_items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+    losses = []
+    for route in range(trainer.model.num_routes):
+        own = {**inputs, "labels": trainer.model.ticket_labels((inputs["labels"] == route).long())}
+        with trainer.model.route_context(route), trainer.compute_loss_context_manager():
+            losses.append(trainer.compute_loss(model, own, num_items_in_batch=num_items).float())
+    return torch.stack(losses).mean()
+
+
 def ticket_metrics(
     model: RTLModel, prediction: EvalPrediction, routed: Sequence[Mapping[str, Tensor]], route_ids: np.ndarray
 ) -> dict[str, float]:
@@ -69,9 +89,9 @@ def ticket_metrics(
         route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
     """
     outputs = {name: torch.cat([batch[name] for batch in routed]).float().cpu().numpy() for name in routed[0]}
+    scores, labels = join_batches(prediction.predictions), join_batches(prediction.label_ids)
     if model.config.ticket_task == "membership":
-        return _membership_metrics(model, prediction, outputs)
-    scores, labels = prediction.predictions, prediction.label_ids
+        return _membership_metrics(model, scores, labels, outputs)
     answers = {"": scores, "union_": outputs["union_logits"]}
     if model.router is not None:
         answers["inferred_"] = outputs["logits"]
@@ -86,14 +106,20 @@ def ticket_metrics(
     return metrics
 
 
+def join_batches(values: Any) -> Any:
+    """The arrays of an evaluation as one: with `eval_do_concat_batches=False`, `Trainer` gives one for each batch."""
+    return np.concatenate(values) if isinstance(values, list) else values
+
+
 def _membership_metrics(
-    model: RTLModel, prediction: EvalPrediction, outputs: Mapping[str, np.ndarray]
+    model: RTLModel, scores: np.ndarray, home_routes: np.ndarray, outputs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    scores, home_routes = prediction.predictions, prediction.label_ids
     metrics = membership_metrics(scores, home_routes, model.route_names, thresholds=model.config.thresholds)
     if model.router is not None:
         metrics |= router_metrics(outputs["route_scores"], home_routes, model.route_names)
-    return {**metrics, "constant_tickets": float(len(constant_tickets(scores)))}
+    # A single sample cannot show whether a ticket's score is always the same.
+    num_constant = float(len(constant_tickets(scores))) if len(scores) > 1 else float("nan")
+    return {**metrics, "constant_tickets": num_constant}
 
 
 def check_router(name: str, model: RTLModel, calibration_dataset: Any) -> None:

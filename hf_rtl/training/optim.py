@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -229,6 +230,24 @@ class MaskedSGD(_MaskedOptimizer):
         if group["momentum"]:
             for state, buffer in zip(states, buffers, strict=True):
                 state["momentum_buffer"] = buffer
+
+
+def masked_optimizer(
+    optimizer_class: type[Optimizer], groups: list[dict[str, Any]], kwargs: Mapping[str, Any], model: RTLModel
+) -> Optimizer:
+    """
+    An optimizer with a masked update, of the fast kind if that has all of `kwargs`.
+
+    Args:
+        optimizer_class (`type[Optimizer]`): a class of torch optimizers.
+        groups (`list[dict]`), kwargs (`Mapping`): its arguments.
+        model ([`RTLModel`]): the model of the parameters.
+    """
+    masked: Any = {torch.optim.AdamW: MaskedAdamW, torch.optim.SGD: MaskedSGD}.get(optimizer_class)
+    own = {name: value for name, value in kwargs.items() if name != "fused" and (name, value) != ("dampening", 0)}
+    if masked is not None and own.keys() <= inspect.signature(masked).parameters.keys():
+        return masked(groups, model, **own)
+    return mask_updates(optimizer_class(groups, **kwargs), model)
 
 
 def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:

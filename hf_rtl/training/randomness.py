@@ -20,6 +20,7 @@ class Stream(IntEnum):
     RETRAINING = 1
     REWINDING = 2
     RECALIBRATION = 3
+    EVALUATION = 6
 
 
 def derive_seed(*words: int) -> int:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import get_scheduler
 
-from ..data.columns import list_columns, single_labels
+from ..data.columns import check_labels, list_columns, single_labels
 from ..data.partition import Partition
 from ..data.route_data import ConcatRows, RouteData
 from ..modeling.hashing import hash_tensors
@@ -53,8 +53,15 @@ def add_route(trainer: RouteTrainer, name: str, dataset: Any, *, calibration_dat
             "`add_route` needs `norm_statistics='per_route'`: with shared running statistics, the new route's data "
             "would change the outputs of all tickets."
         )
+    schedule = trainer.args.to_dict()["lr_scheduler_type"]
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"`lr_scheduler_type` = {schedule!r} follows evaluations, but a new route is retrained without any; "
+            "choose another, for example 'constant'."
+        )
     data, held_out = _data_with(trainer, name, dataset, calibration_dataset)
-    with trainer.explained_failures(), Heartbeat(trainer.args.process_index, trainer.args.world_size) as heartbeat:
+    beating = Heartbeat(trainer.args.process_index, trainer.args.world_size)
+    with trainer.explained_failures(), trainer.workers_ended(), beating as heartbeat:
         ticket = _find_ticket(trainer, bank, data, heartbeat)
     if run_data.training is not None:
         run_data.training = data
@@ -86,7 +93,10 @@ def _data_with(
         )
     alone = Partition(np.zeros(len(dataset), dtype=np.int64), [name])
     if not membership:
-        alone.check("labels", single_labels(dataset) if isinstance(model, SINGLE_PREDICTION_CLASSES) else None)
+        single = isinstance(model, SINGLE_PREDICTION_CLASSES)
+        if single:
+            check_labels(dataset, model.config.num_labels)
+        alone.check("labels", single_labels(dataset) if single else None)
     _check_calibration(run_data, calibration_dataset, args.calibration_fraction)
     own, held_out = route_data(model, args, dataset, alone), None
     if args.calibration_fraction:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
+from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, RowSubset
-from ..data.rules import remove_rule, remove_unfitting_rule, save_rule
+from ..data.route_data import EvaluationData, RouteData
+from ..data.rules import replace_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
@@ -32,25 +31,24 @@ from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
-from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, routed_outputs, ticket_metrics
+from .evaluation import check_router, mean_ticket_loss, routed_outputs, ticket_metrics
 from .failures import explain_failures
-from .optim import MaskedAdamW, MaskedSGD, mask_updates
+from .loaders import Loaders
+from .optim import masked_optimizer
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
+from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
-from .run_data import RunData
+from .run_data import RunData, has_default_metrics
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
-from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
-from .ticket_trainer import TicketTrainer, named_state
+from .running_statistics import average_over_processes, running_statistics
+from .ticket_trainer import TicketTrainer, change_for_training, named_state
 from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-# Batches of a route on which training and evaluation are compared.
-_NUM_COMPARED = 2
 
 
 class RouteTrainer(Trainer):
@@ -72,8 +70,13 @@ class RouteTrainer(Trainer):
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
-        if kwargs.get("compute_metrics") is None and isinstance(model, SINGLE_PREDICTION_CLASSES):
+        if has_default_metrics(model, kwargs.get("compute_metrics")):
             kwargs["compute_metrics"] = self.compute_ticket_metrics
+        if args.competing_epochs and self._has_own_loss(kwargs.get("compute_loss_func")):
+            raise ValueError(
+                "`competing_epochs` has a loss of its own, the cross-entropy between the scores of all tickets; leave "
+                "it at 0, or leave out `compute_loss_func` and your `compute_loss`."
+            )
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # `Trainer` creates the folder
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.accelerator)
@@ -89,9 +92,12 @@ class RouteTrainer(Trainer):
         # Whether the joint retraining continues from a checkpoint, and the best checkpoint at that step.
         self._is_continued = False
         self._best_before: Path | None = None
-        # The partition of the data set that is being evaluated, and the outputs without a given route.
-        self._evaluated: Partition
+        # The partition of the data set that is being evaluated, if it has one, and the outputs without a given route.
+        self._evaluated: Partition | None = None
         self._routed: list[dict[str, Tensor]] = []
+        # Outputs that evaluation during `train()` leaves out.
+        self._ignored_keys: list[str] | None = None
+        self.loaders = Loaders(args, self.accelerator, self.collate)
         self._initial_scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def explained_failures(self) -> AbstractContextManager:
@@ -162,7 +168,7 @@ class RouteTrainer(Trainer):
         checkpoint = self.processes.from_rank_zero(checkpoint)
         self._is_continued = checkpoint is not None
         self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
-        with self._output_dir(folder):
+        with self._output_dir(folder), self._embedding_noise_removed():
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             # A training continued from its last checkpoint saves none, but a killed run may have left older ones.
             self._delete_old_checkpoints()
@@ -174,80 +180,25 @@ class RouteTrainer(Trainer):
         return self.current_round
 
     def recalibrate(self) -> None:
-        """
-        Takes the running statistics of every ticket, and of the union of all tickets, anew from training samples.
-
-        During joint retraining the statistics of a ticket lag behind, because its weights move in the steps of other
-        routes too. After `competing_epochs` they stay as they are, because the weights were trained with them.
-        """
-        # Training data may have random transforms; the seed makes them the same after any interruption.
-        with seeded((self.args.seed, Stream.RECALIBRATION, self._require_round().index), self.args.device):
-            recalibrate(self.model, self._recalibration_batches(), self.compute_loss_context_manager)
-
-    def _recalibration_batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        data, key = self.run_data.require_training(), (Stream.RECALIBRATION, self._require_round().index)
-        if not self.args.competing_epochs:
-            for route in range(self.model.num_routes):
-                sampler = data.sampler(key, routes=[route])
-                num_batches = min(self.args.recalibration_batches, sampler.num_updates_per_route)
-                for batch in islice(data.endless_batches(sampler, self.collate()), num_batches):
-                    yield route, self._without_labels(batch)
-        if self.model.norm_statistics is None:
-            return
-        # No step trains the union, so its statistics are taken in any case.
-        num_batches = self.args.recalibration_batches or type(self.args).recalibration_batches
-        order = np.random.default_rng([data.seed, *key]).permutation(len(data.dataset))
-        order = order[: num_batches * data.batch_size]
-        samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
-        drop_last = len(order) > data.batch_size
-        rows = RowSubset(samples, order.tolist())
-        for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=self.collate(), drop_last=drop_last):
-            yield UNION, self._without_labels(batch)
+        """See [`recalibrate_tickets`]."""
+        recalibrate_tickets(self, self._require_round().index)
 
     def warn_of_lagging_statistics(self) -> None:
-        """Logs a warning that names the tickets whose loss is much worse in evaluation than in training."""
-        if self.args.competing_epochs:
-            return  # These weights were trained with running statistics.
-        key = (Stream.RECALIBRATION, self._require_round().index)
-        data = self.run_data.require_training()
-        batches = (
-            (route, self._prepare_inputs({name: value for name, value in batch.items() if name != "route"}))
-            for route in range(self.model.num_routes)
-            for batch in islice(data.endless_batches(data.sampler(key, routes=[route]), self.collate()), _NUM_COMPARED)
-        )
-
-        def loss(inputs: dict[str, Any]) -> Tensor:
-            num_items = self._get_num_items_in_batch([inputs], self.args.device)
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
-
-        losses = evaluation_losses(self.model, batches, loss)
-        lagging = [
-            f"{self.model.route_names[route]!r} ({trained:.3g} against {evaluated:.3g})"
-            for route, (trained, evaluated) in losses.items()
-            if evaluated > 2 * trained + 0.1
-        ]
-        if lagging and self.processes.rank == 0:
-            logger.warning(
-                f"training and evaluation contradict each other on the same training data. The loss with the "
-                f"statistics of a batch, as in training, against that with running statistics, as in evaluation: "
-                f"{', '.join(lagging)}. The normalisation layers' running statistics do not fit the weights; raise "
-                f"`recalibration_batches` (now {self.args.recalibration_batches}) or `route_batch_size` (now "
-                f"{self.args.route_batch_size})."
-            )
-
-    def _without_labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a batch on the device, without labels and routes."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids", "route")}
-        return self._prepare_inputs(inputs)
+        """See the function of that name."""
+        warn_of_lagging_statistics(self, self._require_round().index)
 
     def calibrated_thresholds(self) -> list[float] | None:
         """Thresholds of membership tickets, from calibration data; `None` without calibration data or such tickets."""
         if self.run_data.calibration_dataset is None or self.model.config.ticket_task != "membership":
             return None
-        loader = self.get_eval_dataloader(self.run_data.calibration_dataset)
-        output = self.evaluation_loop(loader, description="Calibration", prediction_loss_only=False)
-        return calibrate_thresholds(output.predictions, output.label_ids)
+        self.model.eval()
+        with torch.no_grad():
+            pairs = [
+                self.accelerator.gather_for_metrics((self.model(**inputs).logits, home_routes))
+                for inputs, home_routes in self.batches_with_routes(self.run_data.calibration_dataset)
+            ]
+        scores, home_routes = (torch.cat(tensors).cpu() for tensors in zip(*pairs, strict=True))
+        return calibrate_thresholds(scores.float().numpy(), home_routes.numpy())
 
     def fit_router(self, name: str, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
         """
@@ -309,12 +260,13 @@ class RouteTrainer(Trainer):
             private = self.model.private_parameters
             for own, rows in zip(private.own(network), private.rows, strict=True):
                 own.requires_grad_(rows.requires_grad)
+        change_for_training(network, self.args)
         return TicketTrainer(
             network=network,
             theta0=theta0,
             weight_names=self.model.mask_bank.weight_names,
             make_optimizer=self.plain_optimizer,
-            compute_loss=self.compute_loss,
+            compute_loss=self.ticket_loss,
             autocast=self.compute_loss_context_manager,
             prepare=self.ticket_inputs,
             frozen=frozen,
@@ -337,8 +289,11 @@ class RouteTrainer(Trainer):
         return islice(self.endless_batches(data, sampler), self.extraction_steps(route, data))
 
     def endless_batches(self, data: RouteData, sampler: RouteBatchSampler) -> Iterator[dict[str, Any]]:
-        """Endless batches, epoch after epoch, not yet on the device."""
-        return data.endless_batches(sampler, self.collate(), **self.loader_arguments())
+        """
+        Endless batches, epoch after epoch, not yet on the device. Those of the run's training data may end when others
+        are asked for.
+        """
+        return self.loaders.endless_batches(data, sampler, shared=data is self.run_data.training)
 
     def ticket_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the plain backbone for a single-route batch, on the device."""
@@ -347,13 +302,25 @@ class RouteTrainer(Trainer):
             inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         return inputs
 
+    def ticket_loss(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The loss of the plain backbone in a training of a single ticket, of which other processes know nothing."""
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            num_items = self._get_num_items_in_batch([inputs], self.args.device)
+            return self.compute_loss(network, inputs, num_items_in_batch=num_items)
+        finally:
+            self.args.average_tokens_across_devices = average
+
     def plain_optimizer(self, network: nn.Module) -> Optimizer:
         """A fresh optimizer, chosen by the arguments, for a network without masks."""
-        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
-        kwargs = dict(kwargs)
+        optimizer_class, kwargs = self._optimizer_class_and_arguments()
         if optimizer_class in (torch.optim.AdamW, torch.optim.SGD):
-            kwargs["fused"] = True
+            kwargs.setdefault("fused", not kwargs.get("foreach"))
         return optimizer_class(self.parameter_groups(network), **kwargs)
+
+    def _optimizer_class_and_arguments(self) -> tuple[Any, dict[str, Any]]:
+        optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+        return optimizer_class, dict(kwargs)
 
     # Loaders
 
@@ -362,11 +329,7 @@ class RouteTrainer(Trainer):
         sampler = self.retraining_sampler(
             self._require_round().index, rank=self.args.process_index, world_size=self.args.world_size
         )
-        loader = data.loader(sampler, self.collate(), **self.loader_arguments())
-        # The sampler already gives every rank its part of each batch, so accelerate must only move tensors.
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return self.loaders.training(data, sampler)
 
     def retraining_sampler(self, round_index: int, **part: int) -> RouteBatchSampler:
         """The batches of a joint retraining; `part` is the `rank` and `world_size` of one process of several."""
@@ -380,21 +343,26 @@ class RouteTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The same as in `Trainer`, with the route of each sample. Raises `ValueError` without a data set."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+        name = eval_dataset if isinstance(eval_dataset, str) else ""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[name] if name else dataset
         if dataset is None:
             raise ValueError("evaluation needs an `eval_dataset`.")
         self._evaluated = self.eval_partition(dataset)
-        membership = self.model.config.ticket_task == "membership"
-        samples = EvaluationData(dataset, self._evaluated, membership=membership)
-        loader = DataLoader(
-            samples, batch_size=self.args.eval_batch_size, collate_fn=self.collate(), **self.loader_arguments()
-        )
-        return self.accelerator.prepare(loader)
+        samples = EvaluationData(dataset, self._evaluated, membership=self.model.config.ticket_task == "membership")
+        # As in `Trainer`, only the evaluation sets of the trainer keep their workers.
+        return self.loaders.evaluation(samples, name if name or dataset is self.eval_dataset else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
+        """
+        The same as `get_eval_dataloader`. A data set without routes is read as it is if the model needs none: all
+        membership tickets score every sample, and a router decides for tickets that predict labels.
+        """
+        membership = self.model.config.ticket_task == "membership"
+        if self.run_data.has_routes(self.model, self.args, test_dataset) or not (membership or self.model.router):
+            return self.get_eval_dataloader(test_dataset)
+        self._evaluated = None
+        return self.loaders.evaluation(EvaluationData(test_dataset, None, membership=membership))
 
     def eval_partition(self, dataset: Any) -> Partition:
         """The routes of the samples of a data set to evaluate on."""
@@ -411,13 +379,14 @@ class RouteTrainer(Trainer):
         """The function that makes a batch of samples, without columns that the backbone does not take."""
         return self._get_collator_with_removed_columns(self.data_collator)
 
-    def loader_arguments(self) -> dict[str, Any]:
-        """Arguments that all data loaders of a run share."""
-        return {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
+    @contextmanager
+    def workers_ended(self) -> Iterator[None]:
+        """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""
+        try:
+            yield
+        finally:
+            self.loaders.forget()
+            self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
 
     # Steps
 
@@ -428,9 +397,13 @@ class RouteTrainer(Trainer):
         self.model.routes_since_update.clear()
         if route == ALL_ROUTES:
             self._is_competing = True
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self._is_competing = False
-            return loss
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                self._is_competing = False
+        if self.model.config.ticket_task == "membership":
+            # In the form that extraction has them in, which a loss of the user's then gets in both phases.
+            inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         with self.model.route_context(route):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -457,15 +430,8 @@ class RouteTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             groups = self.parameter_groups(self.model)
-            own = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            optimizer_class, kwargs = own[0], dict(own[1])
-            kwargs.pop("fused", None)
-            if optimizer_class is torch.optim.AdamW:
-                self.optimizer = MaskedAdamW(groups, self.model, **kwargs)
-            elif optimizer_class is torch.optim.SGD and not kwargs.pop("dampening", 0):
-                self.optimizer = MaskedSGD(groups, self.model, **kwargs)
-            else:
-                self.optimizer = mask_updates(optimizer_class(groups, **own[1]), self.model)
+            optimizer_class, kwargs = self._optimizer_class_and_arguments()
+            self.optimizer = masked_optimizer(optimizer_class, groups, kwargs, self.model)
         return self.optimizer
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
@@ -513,9 +479,13 @@ class RouteTrainer(Trainer):
     # Evaluation
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates within a joint retraining, with the statistics that a model saved now should have."""
+        """
+        Evaluates within a joint retraining, with the statistics that a model saved now should have. The generators are
+        left as they were, so when it is evaluated decides no weight.
+        """
         self.recalibrate()
-        return super()._evaluate(*args, **kwargs)
+        with seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device):
+            return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._routed = []
@@ -528,18 +498,37 @@ class RouteTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """The same as in `Trainer`; also keeps the outputs of all processes that router metrics need."""
-        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.compute_metrics == self.compute_ticket_metrics and not prediction_loss_only:
+        """
+        The same as in `Trainer`; also keeps the outputs of all processes that router metrics need. A loss of the user
+        is the mean over all membership tickets, each asked about every sample.
+        """
+        ignore_keys = self._ignored_keys if ignore_keys is None else ignore_keys
+        one_by_one = self.model.config.ticket_task == "membership" and self._has_own_loss(self.compute_loss_func)
+        if one_by_one and "labels" in inputs:
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            _, scores, _ = super().prediction_step(model, unlabelled, prediction_loss_only, ignore_keys)
+            labels = None if prediction_loss_only else inputs["labels"]
+            output = mean_ticket_loss(self, model, inputs), scores, labels
+        else:
+            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        has_metrics = self.compute_metrics == self.compute_ticket_metrics and self._evaluated is not None
+        if has_metrics and output[2] is not None:
             given = ("labels", "route_ids")
             inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in given}
             with torch.no_grad(), self.compute_loss_context_manager():
                 routed = routed_outputs(self.model, inputs, output[1])
-                self._routed.append(self.accelerator.gather_for_metrics(routed))
+                routed = self.accelerator.gather_for_metrics(routed)
+            keep_on_device = self.args.eval_accumulation_steps is None
+            self._routed.append(routed if keep_on_device else {name: rows.cpu() for name, rows in routed.items()})
         return output
+
+    def _has_own_loss(self, compute_loss_func: Any) -> bool:
+        return compute_loss_func is not None or type(self).compute_loss is not RouteTrainer.compute_loss
 
     def compute_ticket_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of `hf_rtl.metrics` for the model's task and, if it has a router, for the router's decisions."""
+        if self._evaluated is None:
+            return {}
         return ticket_metrics(self.model, prediction, self._routed, self._evaluated.route_ids)
 
     # Logs and files
@@ -581,16 +570,7 @@ class RouteTrainer(Trainer):
             arguments = self.args.to_dict()
             write_json(folder / "training_args.json", {k: v for k, v in arguments.items() if not k.endswith("_dir")})
             if self.run_data.training is not None:
-                self._save_rule(folder)
-
-    def _save_rule(self, folder: Path) -> None:
-        """Writes the rule beside the model; if there is none, or it does not fit, removes that of an earlier save."""
-        rule = self.run_data.require_training().partition.rule
-        if rule is None:
-            remove_rule(folder)
-        else:
-            save_rule(folder, rule)
-            remove_unfitting_rule(folder, self.model.route_names)
+                replace_rule(folder, self.run_data.training.partition.rule, self.model.route_names)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)
@@ -600,6 +580,17 @@ class RouteTrainer(Trainer):
                 f"a checkpoint does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
                 f"{len(load_result.unexpected_keys)} unknown {load_result.unexpected_keys[:3]}."
             )
+
+    @contextmanager
+    def _embedding_noise_removed(self) -> Iterator[None]:
+        """A context that takes the noise of NEFTune out of the model if an error left it there."""
+        try:
+            yield
+        finally:
+            hook = self.__dict__.pop("neftune_hook_handle", None)
+            if self.is_in_train and hook is not None:
+                deactivate_neftune(self.model, hook)
+            self.is_in_train: bool = False
 
     @contextmanager
     def _output_dir(self, folder: Path) -> Iterator[None]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import str_to_bool
+from torch.optim.optimizer import Optimizer
+from transformers import Trainer
 
-from ..data.columns import check_label_column, list_columns, single_labels
+from ..data.columns import check_label_column, check_labels, list_columns, single_labels
 from ..data.partition import Partition
-from ..data.route_data import RouteData, check_partition, find_partition
+from ..data.route_data import RouteData, check_partition, find_partition, route_columns
 from ..modeling.modeling_rtl import RTLModel
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router
 from .training_args import RTLTrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunData:
@@ -23,7 +31,7 @@ class RunData:
     Args:
         model ([`RTLModel`]), args ([`RTLTrainingArguments`]): the model and arguments of the run.
         train_dataset, partition, eval_dataset, calibration_dataset: the same as for [`RTLTrainer`].
-        has_collator (`bool`): whether a collator of the caller makes the `labels` of a batch.
+        has_collator (`bool`): whether a collator of the caller makes the `labels` of a batch, in its own way.
 
     Attributes:
         training ([`RouteData`], *optional*): the data that tickets are trained on, without the held-out samples.
@@ -73,6 +81,8 @@ class RunData:
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
+                if _predicts_single_labels(model) and not has_collator:
+                    check_labels(dataset, model.config.num_labels)
                 # Thresholds and routers are fitted for every route.
                 allow_empty = dataset is not calibration_dataset
                 self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
@@ -85,6 +95,12 @@ class RunData:
         """The partition of a data set to evaluate on. Routes may be empty."""
         known = (partition for other, partition in self._partitions if other is dataset)
         return next(known, None) or self._find_partition(model, args, dataset)
+
+    def has_routes(self, model: RTLModel, args: RTLTrainingArguments, dataset: Any) -> bool:
+        """Whether a data set has a column that says the route of a sample, or needs none."""
+        names = route_columns(args.route_column, str(model.config.ticket_task), self._given_partition)
+        known = any(other is dataset for other, _ in self._partitions)
+        return known or model.num_routes == 1 or not set(names).isdisjoint(list_columns(dataset))
 
     def require_training(self) -> RouteData:
         """The training data. Raises `ValueError` if there is none."""
@@ -144,6 +160,95 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
         )
     _check_parallelism(args)
     _check_connected(args)
+    _check_metrics(model, args, given)
+    _check_optimizer(args, given.get("optimizer_cls_and_kwargs"))
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError(f"`gradient_checkpointing` is not supported by the backbone, {_backbone_name(model)}.")
+    if args.neftune_noise_alpha is not None and not _has_embedding(model):
+        raise ValueError(
+            f"`neftune_noise_alpha` = {args.neftune_noise_alpha} adds noise to an embedding layer, which the backbone "
+            f"({_backbone_name(model)}) lacks; leave it out."
+        )
+
+
+def _backbone_name(model: RTLModel) -> str:
+    return type(model.backbone).__name__
+
+
+def _has_embedding(model: RTLModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    except NotImplementedError:  # transformers' answer for models without one
+        return False
+
+
+def has_default_metrics(model: RTLModel, compute_metrics: Any) -> bool:
+    """Whether evaluation shows the metrics of `hf_rtl.metrics`."""
+    return compute_metrics is None and isinstance(model, SINGLE_PREDICTION_CLASSES)
+
+
+def _check_metrics(model: RTLModel, args: RTLTrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the default metrics would not get what they need."""
+    if not has_default_metrics(model, given.get("compute_metrics")):
+        return
+    reasons = {
+        "preprocess_logits_for_metrics": given.get("preprocess_logits_for_metrics") and "read the logits themselves",
+        "batch_eval_metrics": args.batch_eval_metrics and "are those of a whole data set",
+        "label_names": "labels" not in (args.label_names or ["labels"]) and "read the input 'labels'",
+    }
+    for name, reason in reasons.items():
+        if reason:
+            raise ValueError(f"`{name}` needs `compute_metrics` of yours: the metrics of hf_rtl {reason}.")
+
+
+def _check_optimizer(args: RTLTrainingArguments, own: tuple[Any, dict[str, Any]] | None) -> None:
+    """Raises `ValueError` unless both phases can make the optimizer, with every argument that is given for it."""
+    optimizer_class, kwargs = own or Trainer.get_optimizer_cls_and_kwargs(args)
+    source = (
+        f"`optim` = {str(args.to_dict()['optim'])!r}"
+        if own is None
+        else f"`optimizer_cls_and_kwargs` of {optimizer_class}"
+    )
+    if (
+        not isinstance(optimizer_class, type)
+        or not issubclass(optimizer_class, Optimizer)
+        or ({"params", "model"} & kwargs.keys())
+    ):
+        raise ValueError(f"{source} is not supported: it makes parameter groups of its own, which cannot be masked.")
+    if callable(getattr(optimizer_class, "train", None)):
+        raise ValueError(f"{source} is not supported: it has other weights in training than in evaluation.")
+    if "weight_decay" in kwargs:
+        raise ValueError(f"{source} has a `weight_decay`, which the argument of that name replaces; set that one.")
+    parts = args.optim_args.split(",") if args.optim_args else []
+    for index, part in enumerate(parts):
+        fewer = copy.copy(args)
+        fewer.optim_args = ",".join(parts[:index] + parts[index + 1 :])
+        if own is not None or Trainer.get_optimizer_cls_and_kwargs(fewer)[1] == kwargs:
+            raise ValueError(f"`optim_args` has {part.strip()!r}, which has no effect on {source}; leave it out.")
+
+
+def check_trainable(model: RTLModel, args: RTLTrainingArguments) -> None:
+    """
+    Logs a warning with figures if prunable weights are frozen.
+
+    Raises:
+        ValueError: all parameters are frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model wants a gradient (`requires_grad`), so nothing can be trained; set "
+            "`model.backbone.requires_grad_(True)`."
+        )
+    weights = model.masker.weights
+    num_frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+    if num_frozen and args.process_index == 0:
+        total = model.mask_bank.num_weights
+        logger.warning(
+            f"{num_frozen:,} of {total:,} prunable weights ({num_frozen / total:.0%}) are frozen. Training does not "
+            "move them, so they are ranked by their initial magnitude, and every ticket keeps the same largest ones. "
+            "Set `requires_grad_(True)` on them before the trainer is made, or leave them out of "
+            "pruning with `prune_exclude`."
+        )
 
 
 def _check_parallelism(args: RTLTrainingArguments) -> None:
@@ -168,14 +273,20 @@ def _check_connected(args: RTLTrainingArguments) -> None:
         )
 
 
+def _predicts_single_labels(model: RTLModel) -> bool:
+    return model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES)
+
+
 def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool) -> None:
     """Raises `ValueError` unless the partition and the labels of training data suit the task of the tickets."""
     labels = None
-    if model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES):
-        labels = single_labels(dataset)
+    if _predicts_single_labels(model):
         if not has_collator:
             check_label_column(list_columns(dataset))
+        labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
+    if _predicts_single_labels(model) and not has_collator:
+        check_labels(dataset, model.config.num_labels)
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:

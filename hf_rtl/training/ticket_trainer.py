@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel
+from transformers.integrations.neftune import activate_neftune
 
 from ..modeling.hashing import hash_tensors
 from ..modeling.mask_bank import integer_dtype
@@ -20,6 +22,7 @@ from ..modeling.masking import and_masks
 from ..modeling.norm_statistics import tracking_layers
 from ..modeling.prunable import parameter_aliases
 from .randomness import seeded
+from .training_args import RTLTrainingArguments
 
 
 @dataclass
@@ -181,6 +184,18 @@ class TicketTrainer:
             output = self.network(**inputs, return_dict=True)
         main = output.logits if "logits" in output else output[0]
         return bool((main == main[:1]).all())
+
+
+def change_for_training(network: Any, args: RTLTrainingArguments) -> None:
+    """Makes a network recompute activations and add noise to embeddings, as `Trainer` does to its model."""
+    if args.gradient_checkpointing:
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older versions lack
+            network.gradient_checkpointing_enable(kwargs or None, **options)
+    if args.neftune_noise_alpha is not None:
+        activate_neftune(network, args.neftune_noise_alpha)
 
 
 def named_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ from .processes import Heartbeat
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
 from .route_trainer import RouteTrainer
-from .run_data import RunData, check_arguments
+from .run_data import RunData, check_arguments, check_trainable
 from .run_directory import RunDirectory
 from .run_report import describe_run
 from .ticket_trainer import named_state
@@ -75,7 +75,9 @@ class RTLTrainer(RouteTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(model, args, kwargs)
+        check_arguments(model, args, {**kwargs, "compute_metrics": compute_metrics})
+        if train_dataset is not None:
+            check_trainable(model, args)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
         run_data = RunData(
@@ -85,7 +87,10 @@ class RTLTrainer(RouteTrainer):
             partition=partition,
             eval_dataset=eval_dataset,
             calibration_dataset=calibration_dataset,
-            has_collator=kwargs.get("data_collator") is not None,
+            # Collators of transformers take labels as they are.
+            has_collator=not getattr(kwargs.get("data_collator"), "__module__", "transformers.").startswith(
+                "transformers."
+            ),
         )
         super().__init__(
             model,
@@ -130,13 +135,17 @@ class RTLTrainer(RouteTrainer):
             retraining_steps=retraining_steps,
         )
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: bool | None = None, *, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
         """
         Runs all rounds, starting or continuing the run in `args.output_dir`.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*): `True` requires a run to continue. By default a run is
                 continued if there is one.
+            ignore_keys_for_eval (`list[str]`, *optional*): outputs of the model that evaluation leaves out of its
+                predictions.
 
         Returns:
             `TrainOutput`: steps of all rounds, the last round's training loss, and its metrics.
@@ -156,11 +165,13 @@ class RTLTrainer(RouteTrainer):
         if resume_from_checkpoint and not (self.run_directory.path / "run.json").exists():
             raise ValueError(f"`resume_from_checkpoint` is set, but {self.args.output_dir!r} holds no run.")
         plan = self.plan()
+        self._ignored_keys = ignore_keys_for_eval
         self._align_tokens()
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
-        with Heartbeat(self.args.process_index, self.args.world_size) as heartbeat, self.explained_failures():
+        beating = Heartbeat(self.args.process_index, self.args.world_size)
+        with beating as heartbeat, self.explained_failures(), self.workers_ended():
             open_run(self, self.run_directory, plan, self._initial)
             theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
             rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
@@ -219,7 +230,8 @@ class RTLTrainer(RouteTrainer):
         self.progress.start(plan.retraining_steps)
         self.progress.begin_round(name)
         try:
-            with Heartbeat(self.args.process_index, self.args.world_size), self.explained_failures():
+            beating = Heartbeat(self.args.process_index, self.args.world_size)
+            with beating, self.explained_failures(), self.workers_ended():
                 packed = [self.model.mask_bank.pack(mask) for mask in masks]
                 rounds.finish(replace(original, name=name), packed, {})
         finally:
@@ -268,7 +280,9 @@ class RTLTrainer(RouteTrainer):
         process of several gets whole batches.
         """
         sampler = self.retraining_sampler(round_index)
-        batches = self.endless_batches(self.run_data.require_training(), sampler)
+        data = self.run_data.require_training()
+        # A loader of their own: the caller may read them slowly, beside other batches.
+        batches = self.loaders.endless_batches(data, sampler)
         num_batches = self.plan().retraining_steps * self.args.gradient_accumulation_steps
         return (self._prepare_inputs(batch) for batch in islice(batches, num_batches))
 

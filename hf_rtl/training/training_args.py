@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
 from ..modeling.checks import check_choice, check_integer, check_number
 from ..modeling.configuration_rtl import ROUTERS
@@ -36,6 +40,7 @@ EXTRACTION_FIELDS = [
     "max_grad_norm",
     "optim",
     "optim_args",
+    "neftune_noise_alpha",
 ]
 # The arguments that decide the retrained weights as well. A run continues only with the same values of both lists.
 RETRAINING_FIELDS = [
@@ -67,6 +72,9 @@ _MINIMA = {
 }
 _OPTIONAL = ("extraction_steps",)
 _FULL_EVAL = "evaluation would cast the model that training continues with; cast a saved model, and evaluate that"
+_OWN_BATCHES = "a batch holds samples of one route, drawn at random"
+_LIGER = "Liger knows a model by its type, and that of a routed model is 'rtl', so it would change nothing"
+# Arguments of which only the default is allowed, with the reason.
 _UNSUPPORTED = {
     "label_smoothing_factor": "training uses the backbone's own loss",
     "auto_find_batch_size": "batch size and tickets would depend on the machine; set `route_batch_size`",
@@ -75,6 +83,14 @@ _UNSUPPORTED = {
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
     "ignore_data_skip": "a continued run would train on other batches than an uninterrupted one",
+    "enable_jit_checkpoint": "a run that it ends would count as complete; without it, any interrupted run continues",
+    "dataloader_drop_last": "training batches are always full, and evaluation reads every sample",
+    "dataloader_in_order": "batches must come in the order of their routes and samples",
+    "train_sampling_strategy": _OWN_BATCHES,
+    "length_column_name": _OWN_BATCHES,
+    "optim_target_modules": "optimizers with parameter groups of their own cannot be masked",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
 }
 
 
@@ -217,8 +233,6 @@ class RTLTrainingArguments(TrainingArguments):
             raise ValueError(f"`extraction_epochs` must be positive, got {self.extraction_epochs}.")
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"`calibration_fraction` must be in [0, 1), got {self.calibration_fraction}.")
-        if self.competing_epochs:
-            self._check_competition()
         if not 0 <= self.router_threshold <= 1:
             raise ValueError(f"`router_threshold` must be in [0, 1], got {self.router_threshold}.")
         if self.per_device_train_batch_size != type(self).per_device_train_batch_size:
@@ -226,10 +240,44 @@ class RTLTrainingArguments(TrainingArguments):
                 f"`per_device_train_batch_size` = {self.per_device_train_batch_size} is not supported: all processes "
                 "share a batch of one route. Set `route_batch_size`, its size over all processes."
             )
-        for name, reason in _UNSUPPORTED.items():
-            if getattr(self, name):
-                raise ValueError(f"`{name}` is not supported: {reason}.")
+        for argument in fields(self):
+            name, value = argument.name, getattr(self, argument.name)
+            if name in _UNSUPPORTED and value != argument.default:
+                raise ValueError(
+                    f"`{name}` = {value!r} is not supported: {_UNSUPPORTED[name]}. Leave it at {argument.default!r}."
+                )
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError("`dataloader_persistent_workers` needs workers: set `dataloader_num_workers`, as to 2.")
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches` of `accelerator_config` is not supported: every process reads its own part of a "
+                "batch."
+            )
+        if self.competing_epochs:
+            self._check_competition()
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raises `ValueError` unless the schedule of the learning rate takes what is given to it."""
+        kind, given = SchedulerType(self.lr_scheduler_type).value, self.lr_scheduler_kwargs or {}
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters
+        unknown = [] if "kwargs" in known else [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"`lr_scheduler_kwargs` has {unknown[0]!r}, which `lr_scheduler_type` = {kind!r} lacks.")
+        optimizer, num_steps = torch.optim.SGD([torch.zeros(1)], lr=1.0), 10_000
+        num_warmup_steps = self.get_warmup_steps(num_steps)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, num_warmup_steps, num_steps, given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`lr_scheduler_kwargs` = {given} do not suit `lr_scheduler_type` = {kind!r}: {error}"
+            ) from error
+        if num_warmup_steps and optimizer.param_groups[0]["lr"] == 1.0:
+            raise ValueError(
+                f"`warmup_steps` = {self.warmup_steps} has no effect on `lr_scheduler_type` = {kind!r}, which does "
+                "not warm up; choose another, for example 'constant_with_warmup'."
+            )
 
     def _check_competition(self) -> None:
         if self.max_steps > 0:

@@ -6,7 +6,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset, random_split
 
+from hf_rtl.data.columns import list_columns
 from hf_rtl.data.partition_by import partition_by_column, partition_by_function, partition_by_label
 from hf_rtl.data.rules import ByColumn
 from tests.data.small_data import DictDataset, both_kinds, hf_dataset, make
@@ -62,6 +64,64 @@ def test_class_labels_go_by_name():
         partition_by_column(dataset, "label", route_names=["ant", "bee"])
     with pytest.raises(ValueError, match="Route 'bee' has no samples"):
         partition_by_column(hf_dataset({"label": [0, 0]}, label=["ant", "bee"]), "label")
+
+
+class Holding(torch.utils.data.Dataset):
+    """Holds another data set, as those that add transforms do."""
+
+    def __init__(self, dataset, change=lambda label: label):
+        self.dataset = dataset
+        self.change = change
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        sample = self.dataset[index]
+        return {**sample, "label": self.change(sample["label"])}
+
+
+class Augmented(Subset):
+    """A subset with samples of its own making."""
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "x": 0}
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_class_labels_go_by_name_through_data_sets_that_hold_others():
+    names, order = ["owl", "cat", "dog"], [5, 0, 3, 4]
+    base = hf_dataset({"label": [0, 1, 2, 2, 1, 0], "x": [0] * 6}, label=names)
+    other = hf_dataset({"label": [0, 1, 2, 0], "x": [0] * 4}, label=["dog", "owl", "cat"])  # other numbers, same names
+    routes = ["cat", "dog", "owl"]
+    expected = [routes.index(names[base[i]["label"]]) for i in range(6)]
+    chosen = [expected[i] for i in order]
+    first, second = random_split(base, [4, 2], generator=torch.Generator().manual_seed(0))
+    for dataset, route_ids in (
+        (Subset(base, order), chosen),
+        (Subset(base, torch.tensor(order)), chosen),
+        (Subset(Subset(base, [4, 3, 0, 5]), [3, 2, 1, 0]), chosen),
+        (ConcatDataset([first, second]), [expected[i] for i in [*first.indices, *second.indices]]),
+        (ConcatDataset([base, other]), [*expected, 1, 2, 0, 1]),
+        (Holding(base), expected),
+        (Holding(Subset(base, order)), chosen),
+        (Augmented(base, order), chosen),
+    ):
+        partition = partition_by_label(dataset, route_names=routes, allow_empty=True)
+        assert partition.route_ids.tolist() == route_ids
+    assert partition_by_label(Subset(base, range(6))).route_names == names
+    # Labels that are not those of the held data set keep their own meaning.
+    changed = partition_by_label(Holding(base, change=lambda label: 2 - label), route_names=routes)
+    assert changed.route_ids.tolist() == [2, 1, 0, 0, 1, 2]
+
+
+def test_a_subset_is_read_without_its_transforms():
+    base = hf_dataset({"label": [0, 1, 0, 1]}, label=["cat", "dog"])
+    base.set_transform(lambda batch: {"pixels": 1 / 0})
+    assert list_columns(Subset(base, [0, 1])) == list_columns(ConcatDataset([base])) == ["label"]
+    assert partition_by_label(Subset(base, [1, 2, 0, 3])).route_ids.tolist() == [1, 0, 0, 1]
 
 
 def test_a_column_is_read_without_the_transform_and_format():

@@ -10,7 +10,7 @@ from transformers import ViTConfig
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
 from hf_rtl.modeling.masking import UNION
 from hf_rtl.training.ticket_trainer import TicketTrainer
-from tests.training.small_runs import DOMAINS, ROUTES, Images, arguments, bits, image_model, make_trainer, same
+from tests.training.small_runs import DOMAINS, ROUTES, Broken, Images, arguments, bits, image_model, make_trainer, same
 
 
 LABELS = {"route_column": "domain", "target_sparsity": [0.6]}
@@ -272,6 +272,10 @@ def test_what_cannot_be_added_changes_nothing(tmp_path):
     refused(labels, "this trainer has none", "dog", new_data(), calibration_dataset=new_data(6))
     held = adding_trainer(tmp_path / "held", "labels", calibration_fraction=0.25, train=Images(48, columns=DOMAINS))
     refused(held, "holds out `calibration_fraction`", "dog", new_data(), calibration_dataset=new_data(6))
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
+    refused(adding_trainer(tmp_path / "plateau", "labels", **plateau), "follows evaluations", "dog", new_data())
+    unlabelled = Broken(24, lambda i, sample: {**sample, "labels": None if i == 5 else i % 2}, columns=DOMAINS)
+    refused(labels, "Column 'labels' has the label None at sample 5", "dog", unlabelled)
     fast = adding_trainer(tmp_path / "fast", "labels", learning_rate=1e30)
     refused(fast, "the loss became|NaN or infinite|cut the output", "dog", new_data(), error=FloatingPointError)
     alone = RTLTrainer(trained_model("membership"), arguments(tmp_path / "alone", target_sparsity=[0.6]))

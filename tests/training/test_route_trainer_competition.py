@@ -117,3 +117,15 @@ def test_tickets_for_labels_do_not_compete(tmp_path):
     data = {"train": Images(24, 0, DOMAINS), "evaluate": Images(12, 1, DOMAINS), "route_column": "domain"}
     with pytest.raises(ValueError, match="compares the scores of membership tickets"):
         make_trainer(tmp_path / "run", model, **data, **COMPETING)
+
+
+def test_an_error_in_a_competing_step_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The same call again ends as a run without the error."""
+    made = make_trainer(tmp_path / "run", **COMPETING)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.nn.functional, "cross_entropy", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.train()
+    made.train()
+    run(tmp_path / "whole", **COMPETING)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import TrainerCallback
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
@@ -67,11 +68,31 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_fetch_data_change_nothing(finished, tmp_path):
-    run(tmp_path / "run", dataloader_num_workers=1, target_sparsity=[0.3])
-    ours, theirs = contents(tmp_path / "run"), contents(finished.folder)
-    name = f"{ROUNDS[0]}/model.safetensors"
-    assert ours[name] == theirs[name]
+def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
+    """
+    A first batch, two prune events of three routes, two epochs of joint retraining, and three evaluations each start
+    workers. With persistent workers both phases share one set, and evaluation has one.
+    """
+    starts = []
+    original = _MultiProcessingDataLoaderIter.__init__
+
+    def start(self, *positional, **keywords):
+        starts.append(1)
+        original(self, *positional, **keywords)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", start)
+
+    def files_of_run(name, **values):
+        several = {"extraction_steps": 4, "prune_amount": 0.17, "num_train_epochs": 2, "eval_strategy": "epoch"}
+        starts.clear()
+        run(tmp_path / name, target_sparsity=[0.3], **several, **values)
+        return contents(tmp_path / name)
+
+    plain = files_of_run("plain")
+    assert files_of_run("workers", dataloader_num_workers=2) == plain
+    assert len(starts) == 1 + 2 * 3 + 2 + 3
+    assert files_of_run("persistent", dataloader_num_workers=2, dataloader_persistent_workers=True) == plain
+    assert len(starts) == 2
 
 
 def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):

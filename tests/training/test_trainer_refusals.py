@@ -1,6 +1,7 @@
 """Input that is refused before anything is written, and trainings that fail."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -127,6 +128,79 @@ def test_several_accelerators_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(RTLTrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 GPUs.*torchrun --nproc_per_node=2"):
         make_trainer(tmp_path / "run")
+
+
+BAD_LABELS = [
+    (3, None, "None at sample 3; needed is an integer from 0 to 1"),
+    (3, float("nan"), "nan at sample 3"),
+    (3, "cat", "'cat' at sample 3"),
+    (3, 0.5, "0.5 at sample 3"),
+    (3, 2, "2 at sample 3.*`num_labels` = 2"),
+    (3, -1, "-1 at sample 3"),
+    (0, None, "None at sample 0"),
+    (3, [1.0, 0.0], r"\[1.0, 0.0\] at sample 3"),
+]
+
+
+@pytest.mark.parametrize("place", ["train", "evaluate"])
+@pytest.mark.parametrize(("at", "label", "message"), BAD_LABELS)
+def test_a_bad_label_is_named(tmp_path, place, at, label, message):
+    def change(index, sample):
+        return {**sample, "labels": label} if index == at else sample
+
+    data = {"train": Images(24, columns=DOMAINS), "evaluate": Images(12, columns=DOMAINS)}
+    data[place] = Broken(24, change, columns=DOMAINS)
+    collator = {"data_collator": transformers.default_data_collator}
+    for options in ({}, collator):  # those of transformers take labels as they are
+        with pytest.raises(ValueError, match=f"Column 'labels' has the label {message}"):
+            model = image_model(ticket_task="labels", num_labels=2)
+            make_trainer(tmp_path / "run", model, route_column="domain", options=options, **data)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "good", "bad"),
+    [
+        (1, 0.5, float("inf")),
+        (1, 0.5, 2),
+        (1, 2, 0.5),
+        (2, [1.0, 0.0], [1.0, float("nan")]),
+        (2, [1.0, 0.0], [1.0, None]),
+    ],
+)
+def test_a_bad_number_is_named(tmp_path, num_labels, good, bad):
+    def data(label):
+        return Broken(24, lambda i, sample: {**sample, "labels": label if i == 7 else good}, columns=DOMAINS)
+
+    model = image_model(ticket_task="labels", num_labels=num_labels)
+    make_trainer(
+        tmp_path / "run", model, route_column="domain", train=Images(24, columns=DOMAINS), evaluate=data(good)
+    )
+    with pytest.raises(ValueError, match=re.escape(f"has the label {bad} at sample 7")):
+        make_trainer(tmp_path / "run", model, route_column="domain", train=data(bad), evaluate=Images(12, 0, DOMAINS))
+
+
+def test_frozen_weights_are_named_with_figures(tmp_path, caplog):
+    model = image_model()
+    model.backbone.timm_model.conv2.requires_grad_(False)
+    num_frozen, total = model.backbone.timm_model.conv2.weight.numel(), model.mask_bank.num_weights
+    with caplog.at_level(logging.WARNING, logger="hf_rtl.training.run_data"):
+        made = make_trainer(tmp_path, model)
+    (message,) = [record.message for record in caplog.records if "are frozen" in record.message]
+    assert f"{num_frozen:,} of {total:,} prunable weights ({num_frozen / total:.0%})" in message
+    assert made.model.mask_bank.num_weights == total
+    caplog.clear()
+    make_trainer(tmp_path, image_model())
+    assert "frozen" not in caplog.text
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    model = image_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model wants a gradient.*requires_grad_\\(True\\)"):
+        make_trainer(tmp_path / "run", model)
+    assert not (tmp_path / "run").exists()
+    RTLTrainer(model, arguments(tmp_path), eval_dataset=Images(12)).evaluate()
 
 
 def test_labels_that_are_no_classes_are_not_checked(tmp_path):

@@ -1,0 +1,100 @@
+"""The running statistics of tickets after joint retraining: taken anew, and compared with what training saw."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.route_data import EvaluationData, RowSubset
+from ..modeling.masking import UNION
+from .randomness import Stream, seeded
+from .running_statistics import evaluation_losses, recalibrate
+
+
+logger = logging.getLogger(__name__)
+
+# Batches of a route on which training and evaluation are compared.
+_NUM_COMPARED = 2
+
+
+def recalibrate_tickets(trainer: Any, round_index: int) -> None:
+    """
+    Takes the running statistics of every ticket, and of the union of all tickets, anew from training samples.
+
+    During joint retraining the statistics of a ticket lag behind, because its weights move in the steps of other
+    routes too. After `competing_epochs` they stay as they are, because the weights were trained with them.
+
+    Args:
+        trainer ([`RouteTrainer`]): its model changes.
+        round_index (`int`): the index of the round, part of the key of the batches.
+    """
+    # Training data may have random transforms; the seed makes them the same after any interruption.
+    with seeded((trainer.args.seed, Stream.RECALIBRATION, round_index), trainer.args.device):
+        recalibrate(trainer.model, _batches(trainer, round_index), trainer.compute_loss_context_manager)
+
+
+def _batches(trainer: Any, round_index: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    args, model = trainer.args, trainer.model
+    data, key = trainer.run_data.require_training(), (Stream.RECALIBRATION, round_index)
+    if not args.competing_epochs:
+        for route in range(model.num_routes):
+            sampler = data.sampler(key, routes=[route])
+            num_batches = min(args.recalibration_batches, sampler.num_updates_per_route)
+            for batch in islice(data.endless_batches(sampler, trainer.collate()), num_batches):
+                yield route, _without_labels(trainer, batch)
+    if model.norm_statistics is None:
+        return
+    # No step trains the union, so its statistics are taken in any case.
+    num_batches = args.recalibration_batches or type(args).recalibration_batches
+    order = np.random.default_rng([data.seed, *key]).permutation(len(data.dataset))
+    order = order[: num_batches * data.batch_size]
+    samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
+    drop_last = len(order) > data.batch_size
+    rows = RowSubset(samples, order.tolist())
+    for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=trainer.collate(), drop_last=drop_last):
+        yield UNION, _without_labels(trainer, batch)
+
+
+def _without_labels(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a batch on the device, without labels and routes."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "route_ids", "route")}
+    return trainer._prepare_inputs(inputs)
+
+
+def warn_of_lagging_statistics(trainer: Any, round_index: int) -> None:
+    """Logs a warning that names the tickets whose loss is much worse in evaluation than in training."""
+    args, model = trainer.args, trainer.model
+    if args.competing_epochs:
+        return  # These weights were trained with running statistics.
+    key = (Stream.RECALIBRATION, round_index)
+    data = trainer.run_data.require_training()
+    batches = (
+        (route, trainer.ticket_inputs(batch))
+        for route in range(model.num_routes)
+        for batch in islice(data.endless_batches(data.sampler(key, routes=[route]), trainer.collate()), _NUM_COMPARED)
+    )
+
+    def loss(inputs: dict[str, Any]) -> Tensor:
+        num_items = trainer._get_num_items_in_batch([inputs], args.device)
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
+
+    lagging = [
+        f"{model.route_names[route]!r} ({trained:.3g} against {evaluated:.3g})"
+        for route, (trained, evaluated) in evaluation_losses(model, batches, loss).items()
+        if evaluated > 2 * trained + 0.1
+    ]
+    if lagging and trainer.processes.rank == 0:
+        logger.warning(
+            f"training and evaluation contradict each other on the same training data. The loss with the statistics "
+            f"of a batch, as in training, against that with running statistics, as in evaluation: "
+            f"{', '.join(lagging)}. The normalisation layers' running statistics do not fit the weights; raise "
+            f"`recalibration_batches` (now {args.recalibration_batches}) or `route_batch_size` (now "
+            f"{args.route_batch_size})."
+        )
