@@ -186,6 +186,10 @@ class RTLConfig(PreTrainedConfig):
         """The part of the backbone's configuration that is of text, as transformers asks for it."""
         return self.backbone_config.get_text_config(*args, **kwargs)
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # Some backbones declare such parameters, and may have them.
+        return self.backbone_config._get_generation_parameters()
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is not of this kind of model."""

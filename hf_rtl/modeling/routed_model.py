@@ -457,7 +457,7 @@ class RoutedModel(PreTrainedModel):
 
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
         """Runs each route's samples separately, and returns outputs in the batch's order."""
-        if getattr(self.backbone.config, "use_cache", False):
+        if hasattr(self.backbone.config, "use_cache"):  # parts of a backbone may have copies of it that say otherwise
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}

@@ -230,8 +230,9 @@ def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
             nonlocal phase
             phase = "retraining"
 
+    model = image_model()
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
-    made = run(tmp_path / "run", callbacks=[Phase()], bf16=True, target_sparsity=[0.3])
+    made = run(tmp_path / "run", model, callbacks=[Phase()], bf16=True, target_sparsity=[0.3])
     assert computed == {("extraction", torch.bfloat16), ("retraining", torch.bfloat16)}
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
     assert np.isfinite(made.rounds[0]["train_loss"])

@@ -99,6 +99,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(private_run, tmp_path, monk
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused", "rmsprop"])
 def test_private_rows_with_every_optimizer(tmp_path, optim):
     options = {"weight_decay": 0.1, "max_grad_norm": 1.0, "learning_rate": 0.01, "gradient_accumulation_steps": 2}
+    options["seed"] = 1  # with which no gradient of a row is exactly zero in bfloat16
     watch = WatchRows()
     run(tmp_path, private_model(), callbacks=[watch], optim=optim, target_sparsity=[0.3], bf16=True, **options)
     assert len(watch.routes) == 3
