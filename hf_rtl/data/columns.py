@@ -29,7 +29,7 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
             f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
         )
     values = _values(dataset, column)
-    class_names = getattr(dataset.features[column], "names", None) if _is_hf_dataset(dataset) else None
+    class_names = getattr(dataset.features[column], "names", None) if is_hf_dataset(dataset) else None
     _check_values(f"Column {column!r} has", values)
     return (values, None) if class_names is None else ([class_names[value] for value in values], class_names)
 
@@ -98,17 +98,20 @@ def check_label_column(columns: Sequence[str]) -> None:
         )
 
 
+def label_values(dataset: Any) -> list[Any] | None:
+    """The labels of all samples, of whatever kind; `None` without a label column."""
+    column = label_column(dataset)
+    return None if column is None else _values(dataset, column)
+
+
 def single_labels(dataset: Any) -> Sequence[Any] | None:
     """The labels of a data set whose samples have one number or name each, else `None`."""
-    column = label_column(dataset)
-    if column is None:
-        return None
-    values = _values(dataset, column)
+    values = label_values(dataset)
     # Labels for regression, or several labels per sample, are not checked.
-    return values if all(isinstance(value, (int, str)) for value in values) else None
+    return values if values and all(isinstance(value, (int, str)) for value in values) else None
 
 
-def _is_hf_dataset(dataset: Any) -> bool:
+def is_hf_dataset(dataset: Any) -> bool:
     """Recognises it by its attributes, because `datasets` need not be installed."""
     return hasattr(dataset, "features") and hasattr(dataset, "select_columns")
 
@@ -134,7 +137,7 @@ def _check_dataset(dataset: Any) -> None:
 
 def _values(dataset: Any, column: str) -> list[Any]:
     """A column's values, those of `datasets` without their format: no transform runs, and integers stay integers."""
-    if _is_hf_dataset(dataset):
+    if is_hf_dataset(dataset):
         return list(dataset.with_format(None).select_columns(column)[column][:])
     return [_scalar(dataset[index][column]) for index in range(len(dataset))]
 

@@ -49,6 +49,7 @@ from .training_args import RTLTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_OWN_EVALUATION = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
 # Batches of a route on which training and evaluation are compared.
 _NUM_COMPARED = 2
 
@@ -72,6 +73,10 @@ class RouteTrainer(Trainer):
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
+        # Whether functions of the caller take part in evaluation.
+        self.has_own_evaluation = any(kwargs.get(name) is not None for name in _OWN_EVALUATION)
+        # The model's configuration at the first call of `train()`; calls of a model may change it.
+        self.given_config: dict[str, Any] | None = None
         if kwargs.get("compute_metrics") is None and isinstance(model, SINGLE_PREDICTION_CLASSES):
             kwargs["compute_metrics"] = self.compute_ticket_metrics
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # `Trainer` creates the folder
@@ -519,7 +524,10 @@ class RouteTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._routed = []
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        for name in [name for name in output.metrics if name.endswith("_model_preparation_time")]:
+            del output.metrics[name]  # only the first evaluation of a process has it
+        return output
 
     def prediction_step(
         self,

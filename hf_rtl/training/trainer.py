@@ -158,6 +158,7 @@ class RTLTrainer(RouteTrainer):
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
+            self.given_config = self.model.config.to_dict()
         with Heartbeat(self.args.process_index, self.args.world_size) as heartbeat, self.explained_failures():
             open_run(self, self.run_directory, plan, self._initial)
             theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
