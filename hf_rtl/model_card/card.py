@@ -189,7 +189,7 @@ def write_card(
 
 
 def check_card(model: RTLModel, run: Mapping[str, Any]) -> None:
-    """Makes the card of a model and a run, and writes nothing. Raises what `write_card` would raise of their values."""
+    """Makes the card of a model and a run without writing it. Raises what `write_card` would raise of their values."""
     card, similarity = RTLCardData(), model.mask_bank.similarity().cpu()
     metadata = card_metadata(model, card, run)
     render_page(

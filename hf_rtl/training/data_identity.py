@@ -1,4 +1,4 @@
-"""What data are known by: their number, their routes, and hashes of all labels and of the features of a few samples."""
+"""What data are known by: their number, and hashes of all routes and labels and of the features of a few samples."""
 
 from __future__ import annotations
 
@@ -99,21 +99,20 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(f"{type(value).__name__} {len(content)}:".encode() + content)
     elif isinstance(value, Tensor):
         digest.update(hash_tensors({"": value}).encode())
-    elif isinstance(value, (list, tuple)) and (numbers := _as_numbers(value)) is None:
+    elif (array := _as_numbers(value)) is not None:
+        digest.update(f"{array.dtype} {array.shape}:".encode() + array.tobytes())
+    elif isinstance(value, (list, tuple)):
         digest.update(f"list {len(value)}:".encode())
         for inner in value:
             _add(digest, inner)
     else:
-        array = numbers if isinstance(value, (list, tuple)) else np.asarray(value)
-        if array.dtype.hasobject:
-            raise TypeError(f"a {type(value).__name__} cannot be hashed.")
-        digest.update(f"{array.dtype} {array.shape}:".encode() + array.tobytes())
+        raise TypeError(f"a {type(value).__name__} cannot be hashed.")
 
 
-def _as_numbers(values: list | tuple) -> np.ndarray | None:
-    """Nested numbers as one array, which is hashed much faster; `None` if there is anything else, or it is ragged."""
+def _as_numbers(value: Any) -> np.ndarray | None:
+    """Numbers, nested or not, as one array, which is hashed much faster than its parts; `None` for anything else."""
     try:
-        array = np.asarray(values)
-    except (TypeError, ValueError):
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # for example a ragged list
         return None
-    return array if array.dtype.kind in "biuf" else None
+    return array if array.dtype.kind in "biufc" else None

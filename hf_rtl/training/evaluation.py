@@ -69,9 +69,9 @@ def ticket_metrics(
         route_ids (`np.ndarray`): `int64 [N]`, the route of each sample.
     """
     outputs = {name: torch.cat([batch[name] for batch in routed]).float().cpu().numpy() for name in routed[0]}
+    scores, labels = join_batches(prediction.predictions), join_batches(prediction.label_ids)
     if model.config.ticket_task == "membership":
-        return _membership_metrics(model, prediction, outputs)
-    scores, labels = prediction.predictions, prediction.label_ids
+        return _membership_metrics(model, scores, labels, outputs)
     answers = {"": scores, "union_": outputs["union_logits"]}
     if model.router is not None:
         answers["inferred_"] = outputs["logits"]
@@ -86,10 +86,14 @@ def ticket_metrics(
     return metrics
 
 
+def join_batches(values: Any) -> Any:
+    """The arrays of an evaluation as one: with `eval_do_concat_batches=False`, `Trainer` gives one for each batch."""
+    return np.concatenate(values) if isinstance(values, list) else values
+
+
 def _membership_metrics(
-    model: RTLModel, prediction: EvalPrediction, outputs: Mapping[str, np.ndarray]
+    model: RTLModel, scores: np.ndarray, home_routes: np.ndarray, outputs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    scores, home_routes = prediction.predictions, prediction.label_ids
     metrics = membership_metrics(scores, home_routes, model.route_names, thresholds=model.config.thresholds)
     if model.router is not None:
         metrics |= router_metrics(outputs["route_scores"], home_routes, model.route_names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Number
@@ -29,14 +30,16 @@ from .route_trainer import RouteTrainer
 from .run_report import describe_run, report_round
 
 
+logger = logging.getLogger(__name__)
+
 _MOST = 64  # pairs of a route and a label to try; a sample of every route is tried in any case
 _OF_ACCELERATOR = ("_models", "_optimizers", "_schedulers", "_dataloaders", "step")
 
 
 def rehearse(trainer: RouteTrainer, round_: Round) -> None:
     """
-    Tries the preparations of a joint retraining, and what a round ends with: evaluation and its metrics, logging, report
-    and card. All processes must call it. Nothing changes: no weight, buffer, setting, generator, callback or file.
+    Tries how a joint retraining begins, and what a round ends with: evaluation and its metrics, logging, report and
+    card. All processes must call it. Nothing changes: no weight, buffer, setting, generator, callback or file.
 
     An own `compute_metrics` that fails on a few samples is given all: only those may suffice for it.
 
@@ -44,13 +47,17 @@ def rehearse(trainer: RouteTrainer, round_: Round) -> None:
         Exception: whatever the run would raise after extraction.
     """
     trial, args = replace(round_, name="rehearsal"), trainer.args
-    with seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
-        with trainer.in_round(trial, num_steps_before=0):
-            _begin_retraining(trainer, Path(args.output_dir) / trial.name)
-            metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
-            _try_calibration_data(trainer)
-        if trainer.processes.rank == 0:
-            _write_nowhere(trainer, trial, metrics)
+    try:
+        with seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
+            with trainer.in_round(trial, num_steps_before=0):
+                _begin_retraining(trainer, Path(args.output_dir) / trial.name)
+                metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
+                _try_calibration_data(trainer)
+            if trainer.processes.rank == 0:
+                _write_nowhere(trainer, trial, metrics)
+    except Exception:
+        logger.error("what comes after extraction was tried on a few samples, and failed; nothing has been written.")
+        raise
 
 
 @contextlib.contextmanager
@@ -59,7 +66,7 @@ def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
     The trainer works on copies of all that it changes. Of its callbacks only early stopping takes part, which checks
     arguments; others may write. Afterwards the trainer is as before.
     """
-    kept, accelerator = dict(vars(trainer)), trainer.accelerator
+    kept, accelerator = dict(trainer.__dict__), trainer.accelerator
     kept_by_accelerator = {name: getattr(accelerator, name) for name in _OF_ACCELERATOR}
     trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
     for name in ("args", "control", "callback_handler", "run_data", "_memory_tracker"):
@@ -70,9 +77,9 @@ def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(trainer).clear()
-        vars(trainer).update(kept)
-        vars(accelerator).update(kept_by_accelerator)
+        trainer.__dict__.clear()
+        trainer.__dict__.update(kept)
+        accelerator.__dict__.update(kept_by_accelerator)
 
 
 class _BegunError(Exception):
@@ -85,7 +92,7 @@ class _StopAtBegin(TrainerCallback):
 
 
 def _begin_retraining(trainer: RouteTrainer, folder: Path) -> None:
-    """Prepares a joint retraining up to its first step: savings of memory, noise, optimizer, schedule, early stopping."""
+    """Prepares a joint retraining up to its first step: checkpointing, noise, optimizer, schedule, early stopping."""
     trainer.add_callback(_StopAtBegin())
     with contextlib.suppress(_BegunError):
         trainer.retrain_jointly(folder)
@@ -93,11 +100,11 @@ def _begin_retraining(trainer: RouteTrainer, folder: Path) -> None:
 
 
 class _MetricsError(Exception):
-    """Metrics of a few samples fail, for the reason that is the cause of this error. All samples may have them."""
+    """Metrics fail, for the reason that is the cause of this error. A larger number of samples may have them."""
 
 
 def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
-    """The metrics of a few samples; if own metrics fail on these, of all."""
+    """The metrics of a few samples; if own metrics fail on these, those of all."""
     all_samples, compute = trainer.eval_dataset, trainer.compute_metrics
     is_own = compute not in (None, trainer.compute_ticket_metrics)
 
@@ -117,8 +124,8 @@ def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
             _check_best_metric(trainer, metrics)
             return metrics
         except _MetricsError as error:  # on all processes alike: metrics are of the samples of all
-            failure = error.__cause__
-    raise failure
+            failure = error
+    raise failure.__cause__ or failure
 
 
 def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:

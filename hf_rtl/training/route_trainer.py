@@ -32,7 +32,7 @@ from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers, tracking_layers
 from .callbacks import RunProgress
-from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, routed_outputs, ticket_metrics
+from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, join_batches, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
 from .plan import Round
@@ -252,7 +252,7 @@ class RouteTrainer(Trainer):
             return None
         loader = self.get_eval_dataloader(self.run_data.calibration_dataset)
         output = self.evaluation_loop(loader, description="Calibration", prediction_loss_only=False)
-        return calibrate_thresholds(output.predictions, output.label_ids)
+        return calibrate_thresholds(join_batches(output.predictions), join_batches(output.label_ids))
 
     def fit_router(self, name: str, *, threshold: float = 0.0, fallback: int | str = UNION) -> None:
         """

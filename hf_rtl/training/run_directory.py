@@ -226,8 +226,8 @@ def _warn_of_other_environment(file: Path, saved: Mapping[str, Any], current: Ma
     if differences:
         logger.warning(
             f"{str(file.parent)!r} was started in another environment, or with other transforms of the data "
-            f"({differences}): new results may differ from those of an uninterrupted run, in rounding at least, and so "
-            "in masks."
+            f"({differences}): new results may differ from those of an uninterrupted run, at least in rounding, and "
+            "so in masks."
         )
 
 

@@ -1,8 +1,8 @@
 """
 The identity of a run: all inputs that decide its weights, as JSON values. A directory continues only the same run.
 
-It is taken from what was given, since training and calls change live objects. Evaluation is not part of it, and neither
-are objects that exist in this process only.
+It is taken from what was given, since training and calls change live objects. Evaluation is not part of it, and
+neither are objects that exist in this process only.
 """
 
 from __future__ import annotations
