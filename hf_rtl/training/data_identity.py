@@ -38,7 +38,8 @@ def identify_data(
         `num_samples`, `routes`, `labels` (`None` without a label column), and `features` (of 64 samples at equal
         distances). A hash is `None` if the values are random or of a type that cannot be hashed.
     """
-    column = label_column(dataset)
+    with seeded((0, Stream.READING), device):  # without column names it reads a sample
+        column = label_column(dataset)
 
     def features(index: int) -> Any:
         sample = read_raw(dataset, index) if raw else dataset[index]

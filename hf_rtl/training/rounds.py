@@ -134,6 +134,9 @@ class Rounds:
         model.load_router_from_config(RTLConfig.from_pretrained(folder))
         trainer._load_from_checkpoint(str(folder))
         model.config.thresholds = report["thresholds"]
+        # As after a training; otherwise `Trainer` adds the time of it to the metrics.
+        if not trainer.accelerator._models:
+            trainer.accelerator.prepare_model(model, evaluation_mode=True)
         # An evaluation is logged at the last step of the round.
         trainer.state.global_step, trainer.state.epoch = report["steps"], report["log_history"][-1].get("epoch")
         trainer.progress.step(self.plan.retraining_steps)

@@ -35,6 +35,7 @@ from .callbacks import RunProgress
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, join_batches, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .optim import MaskedAdamW, MaskedSGD, mask_updates
+from .pending_evaluation import evaluate_if_pending, kept_if_it_fails
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
@@ -49,7 +50,6 @@ from .training_args import RTLTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-_OWN_EVALUATION = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
 # Batches of a route on which training and evaluation are compared.
 _NUM_COMPARED = 2
 
@@ -70,11 +70,10 @@ class RouteTrainer(Trainer):
     args: RTLTrainingArguments
     optimizer: Any
     _signature_columns: list[str] | None
+    has_own_evaluation = False  # whether functions of the caller take part in evaluation
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
-        # Whether functions of the caller take part in evaluation.
-        self.has_own_evaluation = any(kwargs.get(name) is not None for name in _OWN_EVALUATION)
         # The model's configuration at the first call of `train()`; calls of a model may change it.
         self.given_config: dict[str, Any] | None = None
         if kwargs.get("compute_metrics") is None and isinstance(model, SINGLE_PREDICTION_CLASSES):
@@ -507,6 +506,11 @@ class RouteTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._best_before)  # its path now, if the run was moved
         return output
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        evaluate_if_pending(self, prepared[0])
+        return prepared
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Continued from its last step, Trainer would train one more step before it checks whether to stop.
         saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
@@ -520,14 +524,12 @@ class RouteTrainer(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates within a joint retraining, with the statistics that a model saved now should have."""
         self.recalibrate()
-        return super()._evaluate(*args, **kwargs)
+        with kept_if_it_fails(self):
+            return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._routed = []
-        output = super().evaluation_loop(*args, **kwargs)
-        for name in [name for name in output.metrics if name.endswith("_model_preparation_time")]:
-            del output.metrics[name]  # only the first evaluation of a process has it
-        return output
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,

@@ -1,0 +1,188 @@
+"""What would fail after extraction fails before it, without a trace. A failed evaluation costs no step."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import EarlyStoppingCallback
+
+from hf_rtl import RTLTrainer
+from hf_rtl.training import rounds
+from hf_rtl.training.ticket_trainer import TicketTrainer
+from tests.training.small_runs import (
+    DOMAINS,
+    ROUNDS,
+    Broken,
+    Images,
+    Recorder,
+    contents,
+    files,
+    image_model,
+    make_trainer,
+    run,
+    same,
+    timeless,
+)
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+GREY = lambda sample: {**sample, "pixel_values": sample["pixel_values"][:1]}  # noqa: E731
+
+
+def make_labels_trainer(folder, evaluate=None, model=None, **values):
+    """Tickets for labels; 12 samples to evaluate on, of three routes and two labels."""
+    model = image_model(ticket_task="labels", num_labels=2) if model is None else model
+    evaluate = Images(12, seed=1, columns=DOMAINS) if evaluate is None else evaluate
+    values = {"route_column": "domain", "target_sparsity": [0.3], **values}
+    return make_trainer(folder, model, train=Images(24, columns=DOMAINS), evaluate=evaluate, **values)
+
+
+def labelled(index, label):
+    return Broken(
+        30, lambda i, sample: {**sample, "labels": label if i == index else sample["labels"]}, columns=DOMAINS
+    )
+
+
+def broken(prediction):
+    raise RuntimeError("a mistake in the metrics")
+
+
+def metrics(**values):
+    return {"options": {"compute_metrics": lambda prediction: dict(values)}}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"options": {"compute_metrics": broken}}, RuntimeError, "a mistake in the metrics"),
+        ({"options": {"compute_metrics": lambda prediction: None}}, TypeError, "NoneType"),
+        (metrics(found={1, 2}), TypeError, "not JSON serializable"),
+        (metrics(found="text"), ValueError, "Unknown format"),  # the card shows a number
+        ({"evaluate": labelled(13, 2)}, IndexError, "Target 2 is out of bounds"),
+        ({"evaluate": labelled(13, -1)}, IndexError, "Target -1 is out of bounds"),
+        ({"evaluate": labelled(13, "two")}, TypeError, "'str'"),
+        ({"evaluate": labelled(13, None)}, ValueError, "sample 13 of `eval_dataset` has no label"),
+        ({"evaluate": {"a": labelled(0, 0), "b": labelled(29, 5)}}, IndexError, "Target 5"),
+        ({"evaluate": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)}, RuntimeError, "channels"),
+        ({"evaluate": Images(12, columns=("labels", "domain"))}, TypeError, "pixel_values"),
+        ({"metric_for_best_model": "acuracy", **EVALUATED}, KeyError, "'eval_acuracy'.*'eval_accuracy'"),
+        ({"metric_for_best_model": "f1", **metrics(accuracy=1.0), **EVALUATED}, KeyError, "eval_f1"),
+        ({"gradient_checkpointing": True}, ValueError, "does not support"),
+        ({"neftune_noise_alpha": 5.0}, Exception, "get_input_embeddings"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError, "min_lr"),
+        ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, AssertionError, "metric_for_best_model"),
+        (
+            {
+                "router": "centroid",
+                "options": {"calibration_dataset": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)},
+            },
+            RuntimeError,
+            "channels",
+        ),
+    ],
+)
+def test_what_would_fail_after_extraction_fails_before_it(tmp_path, monkeypatch, caplog, change, error, message):
+    monkeypatch.setattr(TicketTrainer, "step", None)  # nothing is trained
+    made = make_labels_trainer(tmp_path / "run", **change)
+    with pytest.raises(error, match=message):
+        made.train()
+    assert files(tmp_path) == {}
+    assert "nothing has been written" in caplog.text
+
+
+def test_a_corrected_argument_starts_the_run(tmp_path):
+    with pytest.raises(KeyError, match="acuracy"):
+        make_labels_trainer(tmp_path, metric_for_best_model="acuracy", **EVALUATED).train()
+    made = make_labels_trainer(tmp_path, metric_for_best_model="accuracy", load_best_model_at_end=True, **EVALUATED)
+    assert made.train().global_step == 9
+
+
+def test_metrics_that_need_all_samples_are_given_all(tmp_path):
+    def needs_all(prediction):
+        assert len(prediction.predictions) == 60, "too few samples"
+        return {"found": 0.25}
+
+    options = {"options": {"compute_metrics": needs_all}}
+    data = Images(60, seed=1, columns=DOMAINS)
+    output = make_labels_trainer(tmp_path, data, metric_for_best_model="found", **options, **EVALUATED).train()
+    assert output.metrics["eval_found"] == 0.25
+
+
+def test_batches_need_not_be_joined_for_evaluation(tmp_path):
+    for task, make, name in (("labels", make_labels_trainer, "accuracy"), ("membership", make_trainer, "auroc")):
+        options = {"target_sparsity": [0.3], "eval_do_concat_batches": False, "per_device_eval_batch_size": 5}
+        if task == "membership":
+            options["options"] = {"calibration_dataset": Images(12, seed=2)}
+        separate = make(tmp_path / task / "separate", **options).train().metrics
+        joined = make(tmp_path / task / "joined", **{**options, "eval_do_concat_batches": True}).train().metrics
+        assert timeless(separate) == timeless(joined) and f"eval_{name}" in joined
+
+
+class Touched(Recorder):
+    """Fails on every event."""
+
+    def on_train_begin(self, *args, **kwargs):
+        raise AssertionError
+
+    on_evaluate = on_log = on_prediction_step = on_save = on_train_begin
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path):
+    model = image_model(ticket_task="labels", num_labels=2, norm_statistics="shared")
+    made = make_labels_trainer(
+        tmp_path, model=model, callbacks=[Touched()], calibration_fraction=0.25, router="centroid", **EVALUATED
+    )
+    model.train()
+    before, kept, partitions = copy.deepcopy(model.state_dict()), dict(made.__dict__), list(made.run_data._partitions)
+    state, control, given = copy.deepcopy(made.state), copy.deepcopy(made.control), model.config.to_dict()
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy()
+    rounds.rehearse(made, made.plan().rounds[0])
+    assert files(tmp_path) == {}
+    assert made.__dict__.keys() == kept.keys() and all(made.__dict__[name] is kept[name] for name in kept)
+    assert (made.state, made.control, model.config.to_dict()) == (state, control, given)
+    assert model.backbone.config.problem_type is None
+    assert made.run_data._partitions == partitions
+    assert all(same(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules()) and not made.accelerator._models
+    assert torch.equal(torch.get_rng_state(), generators[0]) and (np.random.get_state()[1] == generators[1]).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_is_the_same_without_its_rehearsal(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "rehearse", lambda *arguments: None)
+    run(tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(finished.folder)
+
+
+@pytest.mark.parametrize(
+    "saving", [{"save_strategy": "no"}, {"save_strategy": "best", "metric_for_best_model": "loss"}]
+)
+def test_a_failed_evaluation_costs_no_step(finished, tmp_path, monkeypatch, saving):
+    options = {**saving, **({"eval_strategy": "steps", "eval_steps": 99} if "metric_for_best_model" in saving else {})}
+    original, made = RTLTrainer.evaluate, make_trainer(tmp_path / "run", **options)
+
+    def evaluate(self, *args, **kwargs):
+        if self.current_round is not None and self.current_round.name == ROUNDS[1]:
+            raise RuntimeError("a full disk of somebody else")
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RTLTrainer, "evaluate", evaluate)
+        with pytest.raises(RuntimeError, match="somebody else"):
+            made.train()
+    folder = tmp_path / "run" / ROUNDS[1]
+    report = json.loads((folder / "retrained.json").read_text())
+    assert report["metrics"] is None and not (folder / "round.json").exists()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    for trainer in (make_trainer(tmp_path / "run", callbacks=[Recorder()], **options), made):
+        trainer.train()
+        assert [timeless(report["metrics"]) for report in trainer.rounds] == [
+            timeless(report["metrics"]) for report in finished.rounds
+        ]
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    report = json.loads((folder / "round.json").read_text())
+    evaluations = [(entry["step"], entry["epoch"]) for entry in report["log_history"] if "eval_loss" in entry]
+    assert evaluations[-1] == (12, 1.0) and not (folder / "retrained.json").exists()
+    assert contents(tmp_path / "run") == contents(finished.folder)
