@@ -236,6 +236,8 @@ def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, ini
     environment = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
     environment["first_batch"] = hash_tensors({name: batch[name] for name in batch if isinstance(batch[name], Tensor)})
     processes.check_same({**configuration, **environment})
+    if processes.rank == 0:
+        run_directory.check(configuration, extraction)
     rehearse(trainer, plan.rounds[0])
     if processes.world_size > 1:
         folders = [run_directory.path, run_directory.extraction_path]

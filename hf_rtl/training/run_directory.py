@@ -70,28 +70,46 @@ class RunDirectory:
         Starts a run in this directory, or continues its run.
 
         Args:
+            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the same as for `check`.
+            environment (`Mapping[str, str]`): versions and devices, which decide rounding. Warns of differences.
+
+        Raises:
+            ValueError: the same as for `check`.
+        """
+        saved = self.check(configuration, extraction)
+        for file, settings in saved.items():
+            _warn_of_other_environment(file, settings["surroundings"], environment)
+        self._remove_temporary_files()
+        for file, content in self._settings(configuration, extraction).items():
+            if not file.exists():
+                write_json(file, {"configuration": content, "surroundings": environment}, owner=self.owner)
+
+    def check(self, configuration: Mapping[str, Any], extraction: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+        """
+        Checks that a run can start or continue in this directory, and writes nothing.
+
+        Args:
             configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the results of `run_identity`. To
                 continue they must be the same as in the files, except for fields that `with_later_fields` adds.
-            environment (`Mapping[str, str]`): versions and devices, which decide rounding. Warns of differences.
+
+        Returns:
+            The content of the files that exist.
 
         Raises:
             ValueError: the directory holds a run, or extracted masks, of another configuration (the error names the
                 values that differ, and how to keep the masks if they fit), or a file with a configuration is damaged.
         """
-        files = {
-            self.path / "run.json": {"configuration": configuration, "surroundings": environment},
-            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": environment},
-        }
-        saved = {file: _read_settings(file) for file in files if file.exists()}
-        run, masks = (_differences_of(saved.get(file), content) for file, content in files.items())
+        settings = self._settings(configuration, extraction)
+        saved = {file: _read_settings(file) for file in settings if file.exists()}
+        run, masks = (_differences_of(saved.get(file), content) for file, content in settings.items())
         if run or masks:
             raise ValueError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
-        for file, settings in saved.items():
-            _warn_of_other_environment(file, settings["surroundings"], files[file]["surroundings"])
-        self._remove_temporary_files()
-        for file, content in files.items():
-            if not file.exists():
-                write_json(file, content, owner=self.owner)
+        return saved
+
+    def _settings(
+        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any]
+    ) -> dict[Path, Mapping[str, Any]]:
+        return {self.path / "run.json": configuration, self.extraction_path / "extraction.json": extraction}
 
     def _explain(self, run: str, masks: str, *, fit: bool) -> str:
         """
@@ -193,11 +211,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def _differences_of(saved: Mapping[str, Any] | None, content: Mapping[str, Any]) -> str:
+def _differences_of(saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
     """The differences of a configuration from the one in its file; `""` if there are none, or no file."""
     if saved is None:
         return ""
-    current = json.loads(json.dumps(content["configuration"]))
+    current = json.loads(json.dumps(configuration))
     return _differences(json.loads(json.dumps(with_later_fields(saved["configuration"], current))), current)
 
 
