@@ -16,7 +16,6 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
@@ -30,7 +29,7 @@ from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.norm_statistics import tracked_buffers, tracking_layers
+from ..modeling.norm_statistics import tracking_layers
 from .callbacks import RunProgress
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router, join_batches, routed_outputs, ticket_metrics
 from .failures import explain_failures
@@ -43,7 +42,13 @@ from .router_fitting import Batches, fit_router
 from .run_data import RunData
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
-from .running_statistics import average_over_processes, evaluation_losses, recalibrate, running_statistics
+from .running_statistics import (
+    average_over_processes,
+    evaluation_losses,
+    prepare_for_ddp,
+    recalibrate,
+    running_statistics,
+)
 from .ticket_trainer import TicketTrainer, named_state
 from .training_args import RTLTrainingArguments
 
@@ -152,14 +157,7 @@ class RouteTrainer(Trainer):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(derive_seed(self.args.seed, Stream.RETRAINING, self._require_round().index))
-        # Masks never change here, and statistics are averaged, so DDP does not need to broadcast them in every step.
-        statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
-        kept_in_step = [
-            name
-            for name, buffer in self.model.named_buffers()
-            if id(buffer) in statistics or name.startswith(("mask_bank.", "norm_statistics."))
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, kept_in_step)
+        prepare_for_ddp(self.model)
         checkpoint = None
         if self.processes.rank == 0:
             checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)

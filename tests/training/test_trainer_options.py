@@ -95,7 +95,7 @@ def test_every_round_has_a_fresh_optimizer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RTLTrainer, "create_optimizer", create)
     run(tmp_path / "run")
-    (first, first_state), (second, second_state) = made
+    _, (first, first_state), (second, second_state) = made  # the first is that of the rehearsal
     assert first is not second
     assert first_state == second_state == 0
     assert isinstance(first, MaskedAdamW)
