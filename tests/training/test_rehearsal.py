@@ -111,7 +111,12 @@ def test_metrics_that_need_all_samples_are_given_all(tmp_path):
 
 def test_batches_need_not_be_joined_for_evaluation(tmp_path):
     for task, make, name in (("labels", make_labels_trainer, "accuracy"), ("membership", make_trainer, "auroc")):
-        options = {"target_sparsity": [0.3], "eval_do_concat_batches": False, "per_device_eval_batch_size": 5}
+        options = {
+            "target_sparsity": [0.3],
+            "max_steps": 1,
+            "eval_do_concat_batches": False,
+            "per_device_eval_batch_size": 5,
+        }
         if task == "membership":
             options["options"] = {"calibration_dataset": Images(12, seed=2)}
         separate = make(tmp_path / task / "separate", **options).train().metrics

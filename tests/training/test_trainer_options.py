@@ -221,7 +221,7 @@ def test_both_phases_compute_in_bfloat16(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_best_checkpoint_of_a_round_is_its_model(tmp_path):
     """A script makes the second evaluation the best in the first round, and the first one in the second."""
-    scores = iter([0.2, 0.9, 0.1, 0.5, 0.8, 0.3, 0.1, 0.4])
+    scores = iter([0.7, 0.2, 0.9, 0.1, 0.5, 0.8, 0.3, 0.1, 0.4])  # the first in the rehearsal
 
     def compute_metrics(prediction):
         assert prediction.predictions.shape == (12, 3)
