@@ -105,13 +105,16 @@ def check_label_column(columns: Sequence[str]) -> None:
         )
 
 
+def label_values(dataset: Any) -> list[Any] | None:
+    """The labels of all samples, of whatever kind; `None` without a label column."""
+    column = label_column(dataset)
+    return None if column is None else _read(dataset, column)[0]
+
+
 def single_labels(dataset: Any) -> Sequence[Any] | None:
     """The labels of a data set whose samples have one number or name each, else `None`."""
-    column = label_column(dataset)
-    if column is None:
-        return None
-    values, _ = _read(dataset, column)
-    return values if all(isinstance(value, (int, str)) for value in values) else None
+    values = label_values(dataset)
+    return values if values and all(isinstance(value, (int, str)) for value in values) else None
 
 
 def check_labels(dataset: Any, num_labels: int) -> None:
@@ -145,7 +148,7 @@ def check_labels(dataset: Any, num_labels: int) -> None:
             )
 
 
-def _is_hf_dataset(dataset: Any) -> bool:
+def is_hf_dataset(dataset: Any) -> bool:
     """Recognises it by its attributes, because `datasets` need not be installed."""
     return hasattr(dataset, "features") and hasattr(dataset, "select_columns")
 
@@ -179,7 +182,7 @@ def _read(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]:
     A column's values, and the names of its classes, `None` if it has none. Values of `datasets` are those without
     their format: no transform runs, and integers stay integers.
     """
-    if _is_hf_dataset(dataset):
+    if is_hf_dataset(dataset):
         values = list(dataset.with_format(None).select_columns(column)[column][:])
         return values, getattr(dataset.features[column], "names", None)
     if _passes_samples_on(dataset):
@@ -209,7 +212,7 @@ def _read_inner(dataset: Subset | ConcatDataset, column: str) -> tuple[list[Any]
 def _holds_classes(dataset: Any, column: str) -> bool:
     if isinstance(dataset, ConcatDataset):
         return _holds_classes(dataset.datasets[0], column)
-    if _is_hf_dataset(dataset):
+    if is_hf_dataset(dataset):
         return column in dataset.column_names
     return _holds_classes(dataset.dataset, column) if hasattr(dataset, "dataset") else False
 

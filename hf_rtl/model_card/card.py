@@ -188,6 +188,24 @@ def write_card(
     return file
 
 
+def check_card(model: RTLModel, run: Mapping[str, Any]) -> None:
+    """Makes the card of a model and a run without writing it. Raises what `write_card` would raise of their values."""
+    card, similarity = RTLCardData(), model.mask_bank.similarity().cpu()
+    metadata = card_metadata(model, card, run)
+    render_page(
+        model,
+        asdict(card),
+        run,
+        similarity=similarity,
+        pipeline_tag=metadata.get("pipeline_tag"),
+        title=None,
+        with_code=False,
+        with_arguments=False,
+        rule=None,
+        picture=None,
+    )
+
+
 def write_pushed_card(
     model: RTLModel,
     folder: Path,

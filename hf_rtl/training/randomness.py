@@ -20,6 +20,8 @@ class Stream(IntEnum):
     RETRAINING = 1
     REWINDING = 2
     RECALIBRATION = 3
+    READING = 4
+    REHEARSAL = 5
     EVALUATION = 6
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -20,14 +21,16 @@ from ..modeling.files import read_tensors, write_tensors
 from ..modeling.hashing import hash_tensors
 from ..modeling.masking import UNION
 from .callbacks import ModelCardCallback, fire_on_tickets_found, rtl_callbacks
+from .evaluation_identity import identify_calibration, identify_evaluation, is_known
 from .extraction import Extraction
 from .plan import Plan, Round
 from .processes import Heartbeat
 from .randomness import Stream, numerics_environment, reproducible, seeded
+from .rehearsal import rehearse
 from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
 from .run_identity import run_identity
-from .run_report import report_round
+from .run_report import report_round, without_times
 from .ticket_trainer import named_state
 
 
@@ -109,14 +112,14 @@ class Rounds:
         """
         with self.trainer.in_round(round_, num_steps_before=self.num_steps):
             self.trainer.put_masks(masks)
-            report = self._read_back(round_) or self._retrain(round_, extra_metrics)
+            report = self._evaluate(round_, self._read_back(round_) or self._retrain(round_), extra_metrics)
         self.reports.append({**report, **extra_metrics})  # the saved report may lack metrics of these callbacks
         self.num_steps += report["steps"]
         self._log_history = report["log_history"]
         return TrainOutput(self.num_steps, report["train_loss"], report["metrics"])
 
     def _read_back(self, round_: Round) -> dict[str, Any] | None:
-        """Loads the model of a finished round and returns its report; `None` if the round is not finished."""
+        """Loads the model of a round that was retrained before, and returns its report; `None` if it was not."""
         trainer, model = self.trainer, self.trainer.model
         folder = self.run_directory.path / round_.name
         report = self.run_directory.read_report(folder) if trainer.processes.rank == 0 else None
@@ -131,11 +134,16 @@ class Rounds:
         model.load_router_from_config(RTLConfig.from_pretrained(folder))
         trainer._load_from_checkpoint(str(folder))
         model.config.thresholds = report["thresholds"]
+        # As after a training; otherwise `Trainer` adds the time of it to the metrics.
+        if not trainer.accelerator._models:
+            trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        # An evaluation is logged at the last step of the round.
+        trainer.state.global_step, trainer.state.epoch = report["steps"], report["log_history"][-1].get("epoch")
         trainer.progress.step(self.plan.retraining_steps)
         return report
 
-    def _retrain(self, round_: Round, extra_metrics: dict[str, float]) -> dict[str, Any]:
-        """Retrains, calibrates, evaluates and saves a round. Returns its report."""
+    def _retrain(self, round_: Round) -> dict[str, Any]:
+        """Retrains, calibrates and saves a round. Returns its report, without metrics."""
         trainer, args, model = self.trainer, self.trainer.args, self.trainer.model
         folder = self.run_directory.path / round_.name
         start = time.perf_counter()
@@ -155,21 +163,47 @@ class Rounds:
             if args.router != "given":
                 fallback = args.router_fallback or UNION
                 trainer.fit_router(args.router, threshold=args.router_threshold, fallback=fallback)
-        metrics = {} if trainer.eval_dataset is None else trainer.evaluate()
-        if extra_metrics:
-            trainer.log(dict(extra_metrics))
         trainer.save_model(str(folder), _internal_call=True)
         seconds = time.perf_counter() - start
-        report = report_round(model, round_, metrics=metrics, output=output, seconds=seconds)
+        report = report_round(model, round_, output=output, seconds=seconds)
         report |= {
             "surroundings": self.card.environment,
             "log_history": self._log_history + trainer.state.log_history,
             "started_from": started_from,
-            **extra_metrics,
         }
         if trainer.processes.rank == 0:
-            report = self.run_directory.write_report(folder, report)
+            report = self.run_directory.mark_retrained(folder, report)
         return trainer.processes.from_rank_zero(report)
+
+    def _evaluate(self, round_: Round, report: dict[str, Any], extra_metrics: dict[str, float]) -> dict[str, Any]:
+        """
+        Evaluates the model of a round, unless the metrics in `report` are shown to be of the same evaluation data.
+        Returns the completed report, which is written if its figures are new.
+        """
+        trainer, is_first, num_logged = self.trainer, report["metrics"] is None, len(self.trainer.state.log_history)
+        known, data = is_known(report, self._evaluated_data), self._evaluated_data
+        if not is_first and (known or trainer.eval_dataset is None):
+            return report
+        metrics = {}
+        if trainer.eval_dataset is not None:
+            with seeded((trainer.args.seed, Stream.EVALUATION, round_.index), trainer.args.device):
+                metrics = trainer.evaluate()
+        if is_first and extra_metrics:
+            trainer.log(dict(extra_metrics))
+        completed = {**report, "metrics": metrics, "evaluation": data}
+        completed["log_history"] = report["log_history"] + trainer.state.log_history[num_logged:]
+        completed |= extra_metrics if is_first else {}
+        same_figures = not is_first and without_times(metrics) == without_times(report["metrics"])
+        if same_figures and report.get("evaluation", data) == data:
+            return {**report, "evaluation": data}
+        if trainer.processes.rank == 0:
+            self.run_directory.write_report(self.run_directory.path / round_.name, completed)
+        return trainer.processes.from_rank_zero(completed)
+
+    @cached_property
+    def _evaluated_data(self) -> dict[str, Any]:
+        """The identity of the evaluation data, the same on all processes."""
+        return self.trainer.processes.from_rank_zero(identify_evaluation(self.trainer))
 
     def _fire_on_tickets_found(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
         """Calls `on_tickets_found` on process 0. Returns metrics and whether to stop, the same on all processes."""
@@ -185,13 +219,26 @@ class Rounds:
 
 
 def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, initial: dict[str, Tensor]) -> None:
-    """Checks that all processes have the same run, then starts or continues it on disk."""
+    """
+    Checks that all processes have the same run, rehearses the end of a round, and starts or continues the run on disk.
+    """
     processes, device = trainer.processes, trainer.args.device
-    configuration, extraction = run_identity(trainer.model, trainer.args, trainer.run_data.require_training(), initial)
+    batch = _first_batch(trainer, plan)
+    configuration, extraction = run_identity(
+        trainer.given_config or trainer.model.config.to_dict(),
+        trainer.args,
+        trainer.run_data.require_training(),
+        initial,
+        labels=batch.get("labels"),
+        calibration_data=identify_calibration(trainer),
+    )
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
     environment = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
-    environment["first_batch"] = _hash_first_batch(trainer, plan)
+    environment["first_batch"] = hash_tensors({name: batch[name] for name in batch if isinstance(batch[name], Tensor)})
     processes.check_same({**configuration, **environment})
+    if processes.rank == 0:
+        run_directory.check(configuration, extraction)
+    rehearse(trainer, plan.rounds[0])
     if processes.world_size > 1:
         folders = [run_directory.path, run_directory.extraction_path]
         processes.check_shared(folders, run_directory.owner)
@@ -200,11 +247,10 @@ def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, ini
     processes.wait()
 
 
-def _hash_first_batch(trainer: RouteTrainer, plan: Plan) -> str:
-    """A hash of the first batch of extraction, after all transforms."""
+def _first_batch(trainer: RouteTrainer, plan: Plan) -> dict[str, Any]:
+    """The first batch of extraction, after all transforms."""
     with seeded((trainer.args.seed, Stream.EXTRACTION), trainer.args.device):
-        batch = next(trainer.extraction_batches(0, plan.rounds[0].first_event))
-    return hash_tensors({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+        return next(trainer.extraction_batches(0, plan.rounds[0].first_event))
 
 
 def find_theta0(

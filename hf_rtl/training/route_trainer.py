@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
@@ -29,12 +28,13 @@ from ..metrics import calibrate_thresholds
 from ..modeling.files import write_json
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.norm_statistics import tracked_buffers, tracking_layers
+from ..modeling.norm_statistics import tracking_layers
 from .callbacks import RunProgress
 from .evaluation import check_router, mean_ticket_loss, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .loaders import Loaders
 from .optim import masked_optimizer
+from .pending_evaluation import evaluate_if_pending, kept_if_it_fails
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
@@ -43,7 +43,7 @@ from .router_fitting import Batches, fit_router
 from .run_data import RunData, has_default_metrics
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
-from .running_statistics import average_over_processes, running_statistics
+from .running_statistics import average_over_processes, prepare_for_ddp, running_statistics
 from .ticket_trainer import TicketTrainer, change_for_training, named_state
 from .training_args import RTLTrainingArguments
 
@@ -67,9 +67,12 @@ class RouteTrainer(Trainer):
     args: RTLTrainingArguments
     optimizer: Any
     _signature_columns: list[str] | None
+    has_own_evaluation = False  # whether functions of the caller take part in evaluation
 
     def __init__(self, model: RTLModel, args: RTLTrainingArguments, *, run_data: RunData, **kwargs: Any) -> None:
         self.run_data = run_data
+        # The model's configuration at the first call of `train()`; calls of a model may change it.
+        self.given_config: dict[str, Any] | None = None
         if has_default_metrics(model, kwargs.get("compute_metrics")):
             kwargs["compute_metrics"] = self.compute_ticket_metrics
         if args.competing_epochs and self._has_own_loss(kwargs.get("compute_loss_func")):
@@ -154,14 +157,7 @@ class RouteTrainer(Trainer):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(derive_seed(self.args.seed, Stream.RETRAINING, self._require_round().index))
-        # Masks never change here, and statistics are averaged, so DDP does not need to broadcast them in every step.
-        statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(self.model.backbone)}
-        kept_in_step = [
-            name
-            for name, buffer in self.model.named_buffers()
-            if id(buffer) in statistics or name.startswith(("mask_bank.", "norm_statistics."))
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, kept_in_step)
+        prepare_for_ddp(self.model)
         checkpoint = None
         if self.processes.rank == 0:
             checkpoint = last_usable_checkpoint(folder, world_size=self.processes.world_size)
@@ -468,6 +464,11 @@ class RouteTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._best_before)  # its path now, if the run was moved
         return output
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        evaluate_if_pending(self, prepared[0])
+        return prepared
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Continued from its last step, Trainer would train one more step before it checks whether to stop.
         saved = self.state.stateful_callbacks["TrainerControl"]["args"] if self._is_continued else {}
@@ -484,7 +485,10 @@ class RouteTrainer(Trainer):
         left as they were, so when it is evaluated decides no weight.
         """
         self.recalibrate()
-        with seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device):
+        with (
+            seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device),
+            kept_if_it_fails(self),
+        ):
             return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -87,6 +87,12 @@ class RunData:
                 allow_empty = dataset is not calibration_dataset
                 self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
 
+    def __copy__(self) -> RunData:
+        """A copy that remembers further partitions by itself."""
+        other = object.__new__(RunData)
+        vars(other).update(vars(self), _partitions=list(self._partitions))
+        return other
+
     def remember(self, dataset: Any, partition: Partition) -> None:
         """Remembers the partition of a data set to evaluate on."""
         self._partitions.append((dataset, partition))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from .run_identity import with_later_fields
 
 logger = logging.getLogger(__name__)
 
+_NUM_SHOWN = 12  # most differences that an error lists
 REPORT_FILE = "round.json"
+RETRAINED_FILE = "retrained.json"
 
 
 class RunDirectory:
@@ -35,6 +38,8 @@ class RunDirectory:
     extraction/extraction.json                  the part of the configuration that decides the masks
     extraction/event-NNN/route-KKK.safetensors  the mask of a route after a prune event
     round-NN-sparsity-S/                        a complete model, with that round's Trainer checkpoints inside
+    round-NN-sparsity-S/round.json              the round's report: the round is finished
+    round-NN-sparsity-S/retrained.json          the report before the evaluation, until `round.json` is written
     final/                                      the last round's model
     ```
     A file with its final name is whole: it was written under another name and then renamed. Tensor files contain a
@@ -65,35 +70,75 @@ class RunDirectory:
         Starts a run in this directory, or continues its run.
 
         Args:
-            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the results of `run_identity`. To
-                continue they must be the same as in the files, except for fields that `with_later_fields` adds.
+            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the same as for `check`.
             environment (`Mapping[str, str]`): versions and devices, which decide rounding. Warns of differences.
 
         Raises:
-            ValueError: the directory holds a run, or extracted masks, of another configuration (the error names the
-                values that differ), or the file with the configuration is damaged.
+            ValueError: the same as for `check`.
         """
-        files = {
-            self.path / "run.json": {"configuration": configuration, "surroundings": environment},
-            self.extraction_path / "extraction.json": {"configuration": extraction, "surroundings": environment},
-        }
-        for file, content in files.items():
-            if file.exists():
-                saved = _read_settings(file)
-                current = json.loads(json.dumps(content))
-                identity = with_later_fields(saved["configuration"], current["configuration"])
-                _check_same(file, json.loads(json.dumps(identity)), current["configuration"])
-                _warn_of_other_environment(file, saved["surroundings"], current["surroundings"])
+        saved = self.check(configuration, extraction)
+        for file, settings in saved.items():
+            _warn_of_other_environment(file, settings["surroundings"], environment)
         self._remove_temporary_files()
-        for file, content in files.items():
+        for file, content in self._settings(configuration, extraction).items():
             if not file.exists():
-                write_json(file, content, owner=self.owner)
+                write_json(file, {"configuration": content, "surroundings": environment}, owner=self.owner)
+
+    def check(self, configuration: Mapping[str, Any], extraction: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+        """
+        Checks that a run can start or continue in this directory, and writes nothing.
+
+        Args:
+            configuration (`Mapping[str, Any]`), extraction (`Mapping[str, Any]`): the results of `run_identity`. To
+                continue they must be the same as in the files, except for fields that `with_later_fields` adds.
+
+        Returns:
+            The content of the files that exist.
+
+        Raises:
+            ValueError: the directory holds a run, or extracted masks, of another configuration (the error names the
+                values that differ, and how to keep the masks if they fit), or a file with a configuration is damaged.
+        """
+        settings = self._settings(configuration, extraction)
+        saved = {file: _read_settings(file) for file in settings if file.exists()}
+        run, masks = (_differences_of(saved.get(file), content) for file, content in settings.items())
+        if run or masks:
+            raise ValueError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
+        return saved
+
+    def _settings(
+        self, configuration: Mapping[str, Any], extraction: Mapping[str, Any]
+    ) -> dict[Path, Mapping[str, Any]]:
+        return {self.path / "run.json": configuration, self.extraction_path / "extraction.json": extraction}
+
+    def _explain(self, run: str, masks: str, *, fit: bool) -> str:
+        """
+        Args:
+            run (`str`), masks (`str`): the differences from the run and from the masks on disk.
+            fit (`bool`): whether the masks on disk can be used.
+        """
+        if not run:
+            return (
+                f"{str(self.extraction_path)!r} holds masks of another configuration ({masks}). Choose another "
+                "`extraction_dir`, or leave it out; or give the same arguments to use these masks."
+            )
+        way_out = "Choose another `output_dir`, and another `extraction_dir` if it is set"
+        if fit:
+            way_out = (
+                "Its masks fit: to keep them, choose another `output_dir`, and give "
+                f"`extraction_dir={str(self.extraction_path)!r}`"
+            )
+        return (
+            f"{str(self.path)!r} holds a run of another configuration ({run}). {way_out}; or give the same arguments "
+            "and data to continue that run."
+        )
 
     def _remove_temporary_files(self) -> None:
         """Removes the temporary files and folders of a killed run, but none of another run."""
         own = [".run.json.*", ".theta0.safetensors.*", ".round-*", ".final-*", ".shared.*"]
         left = [path for pattern in own for path in self.path.glob(f"{pattern}.tmp")]
         left += [*self.path.glob("round-*/**/.*.tmp"), *self.final_folder.glob(".*.tmp")]
+        left += [file.with_name(RETRAINED_FILE) for file in self.path.glob(f"*/{REPORT_FILE}")]
         # Other runs may write masks into the same folder.
         left += self.extraction_path.glob(f"**/.*.{self.owner}*.tmp")
         for path in left:
@@ -102,25 +147,37 @@ class RunDirectory:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_report(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Marks a round as finished. Returns the written report, to which hashes of the model's `files` are added."""
+    def mark_retrained(self, folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Marks a round as retrained and saved, but not evaluated. Returns the written report, to which hashes of the
+        model's `files` are added.
+        """
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # of an earlier model, which was damaged
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-        hashes = {file.name: hash_file(file) for file in files if file.name != REPORT_FILE}
-        written = {**report, "files": hashes}
-        write_json(folder / REPORT_FILE, written)
+        written = {**report, "files": {file.name: hash_file(file) for file in files if file.name != RETRAINED_FILE}}
+        write_json(folder / RETRAINED_FILE, written)
         return written
 
+    def write_report(self, folder: Path, report: Mapping[str, Any]) -> None:
+        """Marks a round as finished: it is evaluated too. `report` is that of `mark_retrained`, completed."""
+        write_json(folder / REPORT_FILE, report)
+        (folder / RETRAINED_FILE).unlink(missing_ok=True)
+
     def read_report(self, folder: Path) -> dict[str, Any] | None:
-        """The report of a finished round; `None` if it is not finished, or its report or model is damaged."""
+        """
+        The report of a round that is finished, or retrained only; `None` if it is neither, or its report or model is
+        damaged.
+        """
+        file = next((folder / name for name in (REPORT_FILE, RETRAINED_FILE) if (folder / name).exists()), None)
+        if file is None:
+            return None
         try:
-            report = json.loads((folder / REPORT_FILE).read_text())
+            report = json.loads(file.read_text())
             damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
         except FileNotFoundError as error:
-            if not (folder / REPORT_FILE).exists():
-                return None
             damaged = [Path(error.filename).name]
         except (KeyError, ValueError):
-            damaged = [REPORT_FILE]
+            damaged = [file.name]
         if damaged:
             logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
             return None
@@ -154,32 +211,42 @@ def _read_settings(file: Path) -> dict[str, Any]:
         ) from None
 
 
+def _differences_of(saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
+    """The differences of a configuration from the one in its file; `""` if there are none, or no file."""
+    if saved is None:
+        return ""
+    current = json.loads(json.dumps(configuration))
+    return _differences(json.loads(json.dumps(with_later_fields(saved["configuration"], current))), current)
+
+
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    return "; ".join(f"{name}: {_short(saved.get(name))} there, {_short(current.get(name))} now" for name in differing)
+    differences = [
+        f"{path}: {json.dumps(old)} there, {json.dumps(new)} now" for path, old, new in _pairs(saved, current)
+    ]
+    more = len(differences) - _NUM_SHOWN
+    return "; ".join(differences[:_NUM_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _pairs(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The path of every value that differs, and both values; a missing one is `None`."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for name in {**saved, **current}:
+            yield from _pairs(saved.get(name), current.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(saved, list) and isinstance(current, list) and max(len(saved), len(current)) > _NUM_SHOWN:
+        for index, (old, new) in enumerate(itertools.zip_longest(saved, current)):
+            yield from _pairs(old, new, f"{path}[{index}]")
+    elif saved != current:
+        yield path, saved, current
 
 
 def _warn_of_other_environment(file: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     differences = _differences(saved, current)
     if differences:
         logger.warning(
-            f"{str(file.parent)!r} was started in another environment ({differences}): new results may differ in "
-            "rounding, and so in masks, from those of an uninterrupted run."
+            f"{str(file.parent)!r} was started in another environment, or with other transforms of the data "
+            f"({differences}): new results may differ from those of an uninterrupted run, at least in rounding, and "
+            "so in masks."
         )
-
-
-def _check_same(file: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differences = _differences(saved, current)
-    if differences:
-        raise ValueError(
-            f"{str(file.parent)!r} holds a run of another configuration ({differences}). Choose another `output_dir` "
-            "or `extraction_dir`, or give the same arguments to continue that run."
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 logger = logging.getLogger(__name__)

@@ -33,6 +33,8 @@ _ARGUMENTS = [
     "gradient_checkpointing",
     "allow_disconnected",
 ]
+# The ends of names of metrics that measure time.
+_TIMES = ("_runtime", "_per_second", "_model_preparation_time")
 # The fields of a round's report that an interruption does not change.
 _ROUND_FIELDS = (
     "round",
@@ -54,17 +56,14 @@ def emptied_by_route(model: RTLModel) -> dict[str, list[str]]:
     return {name: [bank.weight_names[layer] for layer in layers] for name, layers in emptied.items() if layers}
 
 
-def report_round(
-    model: RTLModel, round_: Round, *, metrics: Mapping[str, float], output: TrainOutput, seconds: float
-) -> dict[str, Any]:
+def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds: float) -> dict[str, Any]:
     """
-    The report of a round as JSON values, in the order of `round.json`.
+    The report of a round before its evaluation, as JSON values, in the order of `round.json`.
 
     Args:
         model ([`RTLModel`]): the model at the end of the round.
-        metrics (`Mapping[str, float]`): metrics of its evaluation.
         output (`TrainOutput`): output of its joint retraining.
-        seconds (`float`): seconds since the start of joint retraining.
+        seconds (`float`): seconds from the start of joint retraining until the model was saved.
     """
     bank = model.mask_bank
     similarity = bank.similarity()
@@ -81,7 +80,7 @@ def report_round(
         "emptied_layers": emptied_by_route(model),
         "mask_fingerprint": bank.fingerprint(),
         "thresholds": model.config.thresholds,
-        "metrics": metrics,
+        "metrics": None,
         "train_loss": output.training_loss,
         "steps": output.global_step,
         "seconds": seconds,
@@ -125,6 +124,7 @@ def describe_run(
             {
                 "name": name,
                 "num_samples": _num_samples(model, partition),
+                "data": (reports[-1].get("evaluation") or {}).get("data", {}).get(name) if reports else None,
                 "rounds": [_metrics(report["metrics"], prefixes[name], list(prefixes.values())) for report in reports],
             }
             for name, partition in evaluations.items()
@@ -157,9 +157,13 @@ def _default(field: Any) -> Any:
 def _metrics(metrics: Mapping[str, float], prefix: str, prefixes: Sequence[str]) -> dict[str, float]:
     """The metrics of one evaluation set, without its prefix. Another set's prefix may start with this prefix."""
     longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
-    timing_suffixes = ("_runtime", "_per_second")
     return {
         name.removeprefix(prefix): value
-        for name, value in metrics.items()
-        if name.startswith(prefix) and not (longer and name.startswith(longer)) and not name.endswith(timing_suffixes)
+        for name, value in without_times(metrics).items()
+        if name.startswith(prefix) and not (longer and name.startswith(longer))
     }
+
+
+def without_times(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics without those that differ between two evaluations of the same model on the same data."""
+    return {name: value for name, value in metrics.items() if not name.endswith(_TIMES)}

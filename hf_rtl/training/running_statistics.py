@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracked_buffers, tracking_layers
@@ -23,6 +25,23 @@ def running_statistics(model: RTLModel, route: int) -> list[Tensor]:
     else:
         rows = [rows[route] for rows in model.norm_statistics.rows]
     return [row for row in rows if row.is_floating_point()]
+
+
+def prepare_for_ddp(model: RTLModel) -> None:
+    """
+    Leaves masks and running statistics out of what DDP broadcasts in every step: masks never change in training, and
+    statistics are averaged.
+    """
+    statistics = {id(module.get_buffer(name)) for module, name in tracked_buffers(model.backbone)}
+    kept_in_step = [
+        name
+        for name, buffer in model.named_buffers()
+        if id(buffer) in statistics or name.startswith(("mask_bank.", "norm_statistics."))
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, kept_in_step)
+    if dist.is_initialized():
+        # An evaluation before any training sets this, and accelerate would then train without DDP.
+        model._is_accelerate_prepared = False
 
 
 def average_over_processes(rows: list[Tensor], accelerator: Accelerator) -> None:

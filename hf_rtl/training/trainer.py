@@ -34,6 +34,10 @@ from .ticket_trainer import named_state
 from .training_args import RTLTrainingArguments
 
 
+# Functions of the caller that take part in evaluation.
+_OF_EVALUATION = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
+
+
 class RTLTrainer(RouteTrainer):
     """
     Finds one ticket per route and retrains all tickets jointly (paper, Algorithms 1 and 2), on the `Trainer`.
@@ -101,6 +105,8 @@ class RTLTrainer(RouteTrainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        own = (compute_metrics, *(kwargs.get(name) for name in _OF_EVALUATION))
+        self.has_own_evaluation = any(function is not None for function in own)
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
         # One report per retrained round: sparsity, folder, counts, similarity, emptied layers, metrics.
         self.rounds: list[dict[str, Any]] = []
@@ -170,6 +176,7 @@ class RTLTrainer(RouteTrainer):
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
+            self.given_config = self.model.config.to_dict()
         beating = Heartbeat(self.args.process_index, self.args.world_size)
         with beating as heartbeat, self.explained_failures(), self.workers_ended():
             open_run(self, self.run_directory, plan, self._initial)

@@ -101,6 +101,7 @@ class Stops:
         self._stop_before(RTLTrainer, "_save_optimizer_and_scheduler", SAVING)
         self._stop_before(RTLTrainer, "save_model", SAVING)
         self._stop_before(hf_rtl.training.route_trainer, "mark_complete", SAVING)
+        self._stop_before(RunDirectory, "mark_retrained", SAVING)
         self._stop_before(RunDirectory, "write_report", SAVING)
         self._stop_before(hf_rtl.training.processes.Heartbeat, "leave", SAVING)
 

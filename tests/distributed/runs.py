@@ -156,6 +156,13 @@ def train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     return summary(trainer)
 
 
+def evaluate_and_train(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    trainer = make_trainer(folder, kind, **options)
+    trainer.evaluate()
+    trainer.train()
+    return summary(trainer)
+
+
 def train_watched(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """As `train`, with the samples and moved weights of every joint update, and the settings of DDP."""
     trainer = make_trainer(folder, kind, **options)

@@ -90,6 +90,8 @@ DELICATE = [
     Kill("timm", 1, WRITING, name="round-01-sparsity-0.3/checkpoint-2/model.safetensors is half written"),
     Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-4/checkpoint.json has its name"),
     Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/checkpoint-2 is half removed"),
+    Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/retrained.json has its name", again="later"),
+    Kill("timm", 1, SAVING, name="round-01-sparsity-0.3/round.json has its name"),
     Kill("timm", 1, WRITING, name="round-02-sparsity-0.6/round.json is written under another name"),
     Kill("timm", 1, SAVING, name="final/model.safetensors has its name"),
     Kill("timm", 1, WRITING, name="final/training_args.json is half written"),
@@ -193,6 +195,13 @@ def _timeless(report: dict) -> dict:
     return {**timeless, "log_history": [_without_times(logged) for logged in report["log_history"]]}
 
 
+def _unevaluated(report: dict) -> dict:
+    """The report of a round as it is before the round is evaluated."""
+    kept = [logged for logged in report["log_history"] if not any(name.startswith("eval_") for name in logged)]
+    left = {name: value for name, value in report.items() if name != "evaluation"}
+    return _timeless({**left, "metrics": {}, "log_history": kept})
+
+
 def _without_times(values: dict) -> dict:
     changing = ("_runtime", "_per_second", "train_loss")
     return {name: value for name, value in values.items() if not name.endswith(changing)}
@@ -202,8 +211,11 @@ def check_every_name_is_true(folder: Path, whole: dict[str, bytes | None]) -> No
     """Checks that every file under its final name is whole. Checkpoints, which are sealed instead, are skipped."""
     for path, content in contents(folder).items():
         hidden_or_sealed = any(part.startswith((".", "checkpoint-")) for part in Path(path).parts)
+        if path.endswith("/retrained.json"):
+            finished = json.loads(whole[path.replace("retrained.json", "round.json")])
+            assert _unevaluated(json.loads(content)) == _unevaluated(finished), f"{path} is not whole after a kill"
         # Trainer writes training_args.bin in place, and hf_rtl removes it.
-        if not hidden_or_sealed and not path.endswith("training_args.bin"):
+        elif not hidden_or_sealed and not path.endswith("training_args.bin"):
             assert path in whole and _same(path, content, whole[path]), f"{path} is not whole after a kill"
 
 

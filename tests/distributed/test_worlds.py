@@ -187,6 +187,17 @@ def test_joint_weights_agree_unless_there_is_batch_norm(say, whole_runs):
 
 
 @pytest.mark.slow
+def test_an_evaluation_before_training_does_not_take_the_processes_apart(say, tmp_path):
+    states = []
+    for function in (runs.train, runs.evaluate_and_train):
+        folder = tmp_path / function.__name__
+        made = run_in_worlds(say, function, folder, [2], "vit", {"max_steps": 3, **ONE_ROUND})
+        states += [result["state"] for result in made[2]]
+    for name, tensor in states[0].items():
+        assert all(np.array_equal(tensor, other[name]) for other in states), name
+
+
+@pytest.mark.slow
 def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
     made = run_in_worlds(say, runs.train_watched, tmp_path, [1, 3], "vit", ONE_ROUND)
     alone = made[1][0]["batches"]

@@ -61,7 +61,11 @@ def test_a_run_is_continued_with_the_same_configuration(tmp_path):
         ({"seed": 2}, ["seed: 1 there, 2 now"], ["sparsity"]),
         ({"sparsity": [0.5, 0.75]}, ["sparsity: [0.5] there, [0.5, 0.75] now"], ["seed:"]),
         ({"new": "x"}, ['new: null there, "x" now'], ["seed:"]),
-        ({"seed": 2, "model": {"norm_statistics": "per_route"}}, ["seed: 1 there, 2 now", "model: {"], ["sparsity"]),
+        (
+            {"seed": 2, "model": {"norm_statistics": "per_route"}},
+            ["seed: 1 there, 2 now", 'model.norm_statistics: "shared" there, "per_route" now'],
+            ["sparsity", "model: "],
+        ),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path, changed, named, left_out):
@@ -69,7 +73,7 @@ def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path, chang
     before = files(tmp_path)
     with pytest.raises(ValueError) as raised:
         RunDirectory(tmp_path).open({**CONFIGURATION, **changed}, EXTRACTION, VERSIONS)
-    for text in [*named, str(tmp_path), "another `output_dir`"]:
+    for text in [*named, "another `output_dir`", f"extraction_dir='{tmp_path / 'extraction'}'"]:
         assert text in str(raised.value)
     for text in left_out:
         assert text not in str(raised.value)
@@ -82,11 +86,23 @@ def test_a_missing_value_is_named(tmp_path):
         RunDirectory(tmp_path).open({k: v for k, v in CONFIGURATION.items() if k != "seed"}, EXTRACTION, VERSIONS)
 
 
-def test_long_values_are_shortened(tmp_path):
-    RunDirectory(tmp_path).open({"prunable": ["weight"] * 1000}, {}, VERSIONS)
+def test_differences_in_long_values_are_named_whole(tmp_path):
+    names, text = [f"layer.{index}" for index in range(1000)], "a text " * 20
+    RunDirectory(tmp_path).open({"prunable": names, "outer": {"inner": text}}, {}, VERSIONS)
     with pytest.raises(ValueError) as raised:
-        RunDirectory(tmp_path).open({"prunable": ["other"] * 1000}, {}, VERSIONS)
-    assert len(str(raised.value)) < 600
+        other = {"prunable": [*names[:700], "other", *names[701:]], "outer": {"inner": text + "more"}}
+        RunDirectory(tmp_path).open(other, {}, VERSIONS)
+    named = f'prunable[700]: "layer.700" there, "other" now; outer.inner: "{text}" there, "{text}more" now)'
+    assert named in str(raised.value)
+    with pytest.raises(ValueError, match="and 988 more"):
+        RunDirectory(tmp_path).open({"prunable": ["other"] * 1000, "outer": {"inner": text}}, {}, VERSIONS)
+
+
+def test_masks_that_do_not_fit_are_not_offered(tmp_path):
+    RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, VERSIONS)
+    with pytest.raises(ValueError, match="another `output_dir`") as raised:
+        RunDirectory(tmp_path).open({**CONFIGURATION, "seed": 2}, {"seed": 2}, VERSIONS)
+    assert "to keep them" not in str(raised.value)
 
 
 def test_extracted_masks_are_shared_by_runs_that_agree_on_them(tmp_path):
@@ -113,12 +129,16 @@ def finished_round(tmp_path):
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "config.json").write_text("{}")
     (folder / "notes.txt").write_text("not ours")
-    return folder, RunDirectory(tmp_path).write_report(folder, REPORT_OF_A_ROUND)
+    written = RunDirectory(tmp_path).mark_retrained(folder, REPORT_OF_A_ROUND)
+    assert RunDirectory(tmp_path).read_report(folder) == written
+    RunDirectory(tmp_path).write_report(folder, {**written, "metrics": 1})
+    assert not (folder / "retrained.json").exists()
+    return folder, {**written, "metrics": 1}
 
 
 def test_a_finished_round_comes_back(tmp_path):
     folder, written = finished_round(tmp_path)
-    assert written == {**REPORT_OF_A_ROUND, "files": written["files"]}
+    assert written == {**REPORT_OF_A_ROUND, "metrics": 1, "files": written["files"]}
     assert set(written["files"]) == {"model.safetensors", "config.json"}
     (folder / "notes.txt").unlink()
     (folder / "more.json").write_text("{}")
@@ -174,10 +194,14 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_of_others(tm
     directory = RunDirectory(tmp_path / "run", shared)
     directory.open(CONFIGURATION, EXTRACTION, VERSIONS)
     (tmp_path / "run" / "round-01-sparsity-0.5").mkdir()
+    (tmp_path / "run" / "round-02-sparsity-0.7").mkdir()
+    (tmp_path / "run" / "round-02-sparsity-0.7" / "round.json").write_text("{}")
     (tmp_path / "run" / ".final-x1y2.tmp").mkdir()
     names = [".run.json.17.tmp", "round-01-sparsity-0.5/.round.json.17.tmp", ".final-x1y2.tmp/model.safetensors"]
+    names.append("round-02-sparsity-0.7/retrained.json")  # killed after its round.json was written
     left = [tmp_path / "run" / name for name in names]
     of_others = [tmp_path / "run" / ".editor.tmp", shared / "event-000" / ".notes.tmp"]
+    of_others.append(tmp_path / "run" / "round-01-sparsity-0.5" / "retrained.json")
     monkeypatch.setattr(hf_rtl.modeling.files.os, "replace", lambda source, target: None)  # killed before the renaming
     for run in ("run", "another"):
         RunDirectory(tmp_path / run, shared).save_mask(0, 0, PACKED)

@@ -1,0 +1,200 @@
+"""A rehearsal, before any work: all that comes after extraction is tried, on copies and on a few samples."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ..data.columns import label_values
+from ..data.partition import Partition
+from ..data.route_data import RowSubset
+from ..model_card.card import check_card
+from ..modeling.masking import UNION
+from .callbacks import ModelCardCallback
+from .evaluation_identity import evaluation_sets
+from .plan import Round
+from .randomness import Stream, seeded
+from .route_trainer import RouteTrainer
+from .run_report import describe_run, report_round
+
+
+logger = logging.getLogger(__name__)
+
+_MOST = 64  # pairs of a route and a label to try; a sample of every route is tried in any case
+_OF_ACCELERATOR = ("_models", "_optimizers", "_schedulers", "_dataloaders", "step")
+
+
+def rehearse(trainer: RouteTrainer, round_: Round) -> None:
+    """
+    Tries how a joint retraining begins, and what a round ends with: evaluation and its metrics, logging, report and
+    card. All processes must call it. Nothing changes: no weight, buffer, setting, generator, callback or file.
+
+    An own `compute_metrics` that fails on a few samples is given all: only those may suffice for it.
+
+    Raises:
+        Exception: whatever the run would raise after extraction.
+    """
+    trial, args = replace(round_, name="rehearsal"), trainer.args
+    try:
+        with seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
+            with trainer.in_round(trial, num_steps_before=0):
+                _begin_retraining(trainer, Path(args.output_dir) / trial.name)
+                metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
+                _try_calibration_data(trainer)
+            if trainer.processes.rank == 0:
+                _write_nowhere(trainer, trial, metrics)
+    except Exception:
+        logger.error("what comes after extraction was tried on a few samples, and failed; nothing has been written.")
+        raise
+
+
+@contextlib.contextmanager
+def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
+    """
+    The trainer works on copies of all that it changes. Of its callbacks only early stopping takes part, which checks
+    arguments; others may write. Afterwards the trainer is as before.
+    """
+    kept, accelerator = dict(trainer.__dict__), trainer.accelerator
+    kept_by_accelerator = {name: getattr(accelerator, name) for name in _OF_ACCELERATOR}
+    trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
+    for name in ("args", "control", "callback_handler", "run_data", "_memory_tracker"):
+        setattr(trainer, name, copy.copy(kept[name]))
+    trainer.state = TrainerState()
+    callbacks = trainer.callback_handler.callbacks
+    trainer.callback_handler.callbacks = [copy.copy(c) for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+    try:
+        yield
+    finally:
+        trainer.__dict__.clear()
+        trainer.__dict__.update(kept)
+        accelerator.__dict__.update(kept_by_accelerator)
+
+
+class _BegunError(Exception):
+    pass
+
+
+class _StopAtBegin(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise _BegunError
+
+
+def _begin_retraining(trainer: RouteTrainer, folder: Path) -> None:
+    """Prepares a joint retraining up to its first step: checkpointing, noise, optimizer, schedule, early stopping."""
+    trainer.add_callback(_StopAtBegin())
+    with contextlib.suppress(_BegunError):
+        trainer.retrain_jointly(folder)
+    trainer.remove_callback(_StopAtBegin)
+
+
+class _MetricsError(Exception):
+    """Metrics fail, for the reason that is the cause of this error. A larger number of samples may have them."""
+
+
+def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
+    """The metrics of a few samples; if own metrics fail on these, those of all."""
+    all_samples, compute = trainer.eval_dataset, trainer.compute_metrics
+    is_own = compute not in (None, trainer.compute_ticket_metrics)
+
+    def compute_metrics(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compute(*args, **kwargs)
+        except Exception as error:
+            raise _MetricsError from error
+
+    few = {name: _few(trainer, name, dataset) for name, dataset in evaluation_sets(trainer).items()}
+    if is_own:
+        trainer.compute_metrics = compute_metrics
+    for samples in (few if isinstance(all_samples, dict) else few[""], *([all_samples] if is_own else [])):
+        trainer.eval_dataset = samples
+        try:
+            metrics = trainer.evaluate()
+            _check_best_metric(trainer, metrics)
+            return metrics
+        except _MetricsError as error:  # on all processes alike: metrics are of the samples of all
+            failure = error
+    raise failure.__cause__ or failure
+
+
+def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:
+    if trainer.args.eval_strategy != "no":
+        try:
+            trainer._determine_best_metric(metrics, trial=None)
+        except KeyError as error:
+            raise _MetricsError from error
+
+
+def _few(trainer: RouteTrainer, name: str, dataset: Any) -> RowSubset:
+    """
+    A few samples of an evaluation set: two of every pair of a route and a label, or of `_MOST` pairs, among them those
+    with unusual labels. Raises `ValueError` if only some labels are missing.
+    """
+    partition = trainer.eval_partition(dataset)
+    route_ids, labels = partition.route_ids.tolist(), [None] * len(partition.route_ids)
+    if trainer.model.config.ticket_task == "labels":
+        labels = [_comparable(label) for label in label_values(dataset) or labels]
+        missing = [index for index, label in enumerate(labels) if label is None]
+        if 0 < len(missing) < len(labels):
+            which = f"`eval_dataset[{name!r}]`" if name else "`eval_dataset`"
+            raise ValueError(
+                f"sample {missing[0]} of {which} has no label (None), but others have; filter such samples out first."
+            )
+    pairs: dict[tuple[int, Any], list[int]] = {}
+    for index, pair in enumerate(zip(route_ids, labels, strict=True)):
+        pairs.setdefault(pair, []).append(index)
+    # Numbers come last, in their order, so the smallest and the largest are always among the chosen.
+    ordered = sorted(pairs, key=lambda pair: (isinstance(pair[1], Number), _sort_key(pair[1]), pair[0]))
+    chosen = [ordered[position] for position in np.unique(np.linspace(0, len(ordered) - 1, _MOST).astype(int))]
+    chosen += {route: (route, label) for route, label in reversed(ordered)}.values()
+    return _rows(trainer, dataset, partition, [index for pair in chosen for index in pairs[pair][:2]])
+
+
+def _comparable(label: Any) -> Any:
+    """A label that is a number or a text; other labels, such as those of tokens, are not told apart."""
+    return label if label is None or isinstance(label, (Number, str)) else ""
+
+
+def _sort_key(label: Any) -> Any:
+    return label if isinstance(label, Number) else str(label)
+
+
+def _rows(trainer: RouteTrainer, dataset: Any, partition: Partition, indices: list[int]) -> RowSubset:
+    rows = RowSubset(dataset, sorted(set(indices)))
+    part = replace(partition, route_ids=partition.route_ids[rows.indices], allow_empty=True)
+    trainer.run_data.remember(rows, part)
+    return rows
+
+
+@torch.no_grad()
+def _try_calibration_data(trainer: RouteTrainer) -> None:
+    """Runs the model on a sample of every route of the data that thresholds and router are fitted on."""
+    dataset = trainer.run_data.calibration_dataset
+    if dataset is not None:
+        partition = trainer.eval_partition(dataset)
+        firsts = np.unique(partition.route_ids, return_index=True)[1].tolist()
+        for inputs, _ in trainer.batches_with_routes(_rows(trainer, dataset, partition, firsts)):
+            trainer.model(**inputs, route_ids=UNION)
+
+
+def _write_nowhere(trainer: RouteTrainer, trial: Round, metrics: dict[str, Any]) -> None:
+    """Makes the report and the card that these metrics would be in."""
+    model, args, card = trainer.model, trainer.args, ModelCardCallback()
+    card.on_train_begin(args, trainer.state, trainer.control)
+    report = report_round(model, trial, output=TrainOutput(0, 0.0, {}), seconds=0.0)
+    report |= {"metrics": metrics, "surroundings": card.environment}
+    json.dumps(report)
+    training = trainer.run_data.require_training().partition
+    evaluations = {name: trainer.eval_partition(dataset) for name, dataset in evaluation_sets(trainer).items()}
+    check_card(model, describe_run(model, args, [report], training=training, evaluations=evaluations))

@@ -1,0 +1,133 @@
+"""What data are known by: numbers, routes, labels and features as they are stored, not as transforms make them."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from hf_rtl.data.partition import Partition
+from hf_rtl.training.data_identity import hash_values, identify_data
+
+
+NUMBER = 70
+
+
+def columns(change=None):
+    """A few columns of samples, of which `change` = (name, index, value) changes one value."""
+    made = {
+        "features": [[float(index), 0.5] for index in range(NUMBER)],
+        "text": [f"text {index}" for index in range(NUMBER)],
+        "label": [index % 3 for index in range(NUMBER)],
+    }
+    if change is not None:
+        name, index, value = change
+        made[name][index] = value
+    return made
+
+
+def as_list(change=None):
+    made = columns(change)
+    return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+
+
+def as_hf(change=None):
+    return datasets.Dataset.from_dict(columns(change))
+
+
+class Transformed(Dataset):
+    """Samples with random noise, as of a random transform."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        return {**sample, "features": torch.tensor(sample["features"]) + torch.randn(2)}
+
+
+def identify(data, *, membership=False, raw=True, routes=None):
+    routes = [index % 2 for index in range(len(data))] if routes is None else routes
+    partition = Partition(np.array(routes), ["even", "odd"], allow_empty=True)
+    before = torch.get_rng_state()
+    found = identify_data(data, partition, torch.device("cpu"), membership=membership, raw=raw)
+    assert torch.equal(torch.get_rng_state(), before)
+    return found
+
+
+@pytest.mark.parametrize("make", [as_list, as_hf])
+def test_each_part_of_the_identity_follows_the_data(make):
+    known = identify(make())
+    assert known["num_samples"] == NUMBER and all(len(known[name]) == 64 for name in ("routes", "labels", "features"))
+    assert identify(make()) == known
+    for change, named in (
+        (("features", 0, [0.25, 0.5]), "features"),
+        (("text", NUMBER - 1, "another"), "features"),
+        (("label", 5, 0), "labels"),  # of a sample whose features are not read
+    ):
+        changed = identify(make(change))
+        assert [name for name in known if changed[name] != known[name]] == [named]
+    moved = identify(make(), routes=[1 - index % 2 for index in range(NUMBER)])
+    assert [name for name in known if moved[name] != known[name]] == ["routes"]
+    assert identify(make(), membership=True) == {**known, "labels": None}
+
+
+def test_features_are_read_without_the_transforms_of_datasets():
+    data, known = as_hf(), identify(as_hf())
+
+    def transform(batch):
+        return {"noise": torch.randn(len(batch["label"]), 2)}
+
+    views = [data.with_transform(transform), data.with_format("torch"), data.with_format("numpy", columns=["label"])]
+    views.append(Subset(data.with_transform(transform), range(NUMBER)))
+    views.append(ConcatDataset([data.select(range(30)).with_transform(transform), data.select(range(30, NUMBER))]))
+    for view in views:
+        assert identify_features(view) == known["features"]
+
+
+def identify_features(data):
+    if not hasattr(data, "column_names"):  # as `RowSubset` and `ConcatRows` have
+        data.column_names = ["features", "text", "label"]
+    return identify(data, membership=True)["features"]
+
+
+def test_values_that_are_random_are_left_out():
+    known = identify(as_list())
+    assert identify(Transformed(as_list())) == {**known, "features": None}
+    assert (
+        identify(as_hf().with_transform(lambda batch: {**batch, "x": torch.randn(1)}), raw=False)["features"] is None
+    )
+
+    class RandomLabels(Transformed):
+        def __getitem__(self, index):
+            return {**self.samples[index], "label": float(torch.rand(()))}
+
+    assert identify(RandomLabels(as_list())) == {**known, "labels": None}
+
+
+def test_images_are_known_by_their_content_wherever_they_lie(tmp_path):
+    def data(folder, colour=0):
+        folder.mkdir()
+        for index in range(2):
+            Image.new("RGB", (4, 4), (index, colour, 0)).save(folder / f"{index}.png")
+        made = datasets.Dataset.from_dict({"image": [str(folder / f"{index}.png") for index in range(2)]})
+        return made.cast_column("image", datasets.Image())
+
+    known = identify(data(tmp_path / "a"), membership=True)
+    assert identify(data(tmp_path / "b"), membership=True) == known
+    changed = identify(data(tmp_path / "c", colour=7), membership=True)
+    assert known["features"] is not None and changed["features"] not in (None, known["features"])
+
+
+def test_nested_values_are_told_apart():
+    image = Image.new("L", (2, 2))
+    values = [None, "None", b"None", 1, 1.0, True, [1, 2], [1.0, 2.0], [[1], [2]], [[1], [2, 3]], ["a", "b"], ["ab"]]
+    values += [{"a": 1}, {"b": 1}, torch.ones(2), torch.ones(2, 1), torch.ones(2, dtype=torch.bfloat16), image, [None]]
+    hashed = [hash_values(value) for value in values]
+    assert None not in hashed and len(set(hashed)) == len(hashed)
+    assert hash_values({"a": 1, "b": [2]}) == hash_values({"b": [2], "a": 1})
+    assert hash_values([object()]) is None and hash_values({"bytes": None, "path": "missing.png"}) is None

@@ -1,0 +1,216 @@
+"""What would fail after extraction fails before it, without a trace. A failed evaluation costs no step."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import EarlyStoppingCallback
+
+from hf_rtl.training import rounds
+from hf_rtl.training.ticket_trainer import TicketTrainer
+from tests.training.small_runs import (
+    DOMAINS,
+    ROUNDS,
+    Broken,
+    Images,
+    Recorder,
+    contents,
+    files,
+    image_model,
+    make_trainer,
+    run,
+    same,
+    timeless,
+)
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+GREY = lambda sample: {**sample, "pixel_values": sample["pixel_values"][:1]}  # noqa: E731
+
+
+def make_labels_trainer(folder, evaluate=None, model=None, **values):
+    """Tickets for labels; 12 samples to evaluate on, of three routes and two labels."""
+    model = image_model(ticket_task="labels", num_labels=2) if model is None else model
+    evaluate = Images(12, seed=1, columns=DOMAINS) if evaluate is None else evaluate
+    values = {"route_column": "domain", "target_sparsity": [0.3], **values}
+    return make_trainer(folder, model, train=Images(24, columns=DOMAINS), evaluate=evaluate, **values)
+
+
+def labelled(index, label):
+    return Broken(
+        30, lambda i, sample: {**sample, "labels": label if i == index else sample["labels"]}, columns=DOMAINS
+    )
+
+
+def broken(prediction):
+    raise RuntimeError("a mistake in the metrics")
+
+
+def metrics(**values):
+    return {"options": {"compute_metrics": lambda prediction: dict(values)}}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"options": {"compute_metrics": broken}}, RuntimeError, "a mistake in the metrics"),
+        ({"options": {"compute_metrics": lambda prediction: None}}, TypeError, "NoneType"),
+        (metrics(found={1, 2}), TypeError, "not JSON serializable"),
+        (metrics(found="text"), ValueError, "Unknown format"),  # the card shows a number
+        ({"evaluate": labelled(13, 2)}, IndexError, "Target 2 is out of bounds"),
+        ({"evaluate": labelled(13, -1)}, IndexError, "Target -1 is out of bounds"),
+        ({"evaluate": labelled(13, "two")}, TypeError, "'str'"),
+        ({"evaluate": labelled(13, None)}, ValueError, "sample 13 of `eval_dataset` has no label"),
+        ({"evaluate": {"a": labelled(0, 0), "b": labelled(29, 5)}}, IndexError, "Target 5"),
+        ({"evaluate": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)}, RuntimeError, "channels"),
+        ({"evaluate": Images(12, columns=("labels", "domain"))}, TypeError, "pixel_values"),
+        ({"metric_for_best_model": "acuracy", **EVALUATED}, KeyError, "'eval_acuracy'.*'eval_accuracy'"),
+        ({"metric_for_best_model": "f1", **metrics(accuracy=1.0), **EVALUATED}, KeyError, "eval_f1"),
+        ({"gradient_checkpointing": True}, ValueError, "does not support"),
+        ({"neftune_noise_alpha": 5.0}, AttributeError, "neftune"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError, "min_lr"),
+        ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, AssertionError, "metric_for_best_model"),
+        (
+            {
+                "router": "centroid",
+                "options": {"calibration_dataset": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)},
+            },
+            RuntimeError,
+            "channels",
+        ),
+    ],
+)
+def test_what_would_fail_after_extraction_fails_before_it(tmp_path, monkeypatch, caplog, change, error, message):
+    monkeypatch.setattr(TicketTrainer, "step", None)  # nothing is trained
+    made = make_labels_trainer(tmp_path / "run", **change)
+    with pytest.raises(error, match=message):
+        made.train()
+    assert files(tmp_path) == {}
+    assert "nothing has been written" in caplog.text
+
+
+def test_a_corrected_argument_starts_the_run(tmp_path):
+    with pytest.raises(KeyError, match="acuracy"):
+        make_labels_trainer(tmp_path, metric_for_best_model="acuracy", **EVALUATED).train()
+    made = make_labels_trainer(tmp_path, metric_for_best_model="accuracy", load_best_model_at_end=True, **EVALUATED)
+    assert made.train().global_step == 3
+
+
+def test_metrics_that_need_all_samples_are_given_all(tmp_path):
+    def needs_all(prediction):
+        assert len(prediction.predictions) == 60, "too few samples"
+        return {"found": 0.25}
+
+    options = {"options": {"compute_metrics": needs_all}}
+    data = Images(60, seed=1, columns=DOMAINS)
+    output = make_labels_trainer(tmp_path, data, metric_for_best_model="found", **options, **EVALUATED).train()
+    assert output.metrics["eval_found"] == 0.25
+
+
+@pytest.mark.slow
+def test_batches_need_not_be_joined_for_evaluation(tmp_path):
+    for task, make, name in (("labels", make_labels_trainer, "accuracy"), ("membership", make_trainer, "auroc")):
+        options = {
+            "target_sparsity": [0.3],
+            "max_steps": 1,
+            "eval_do_concat_batches": False,
+            "per_device_eval_batch_size": 5,
+        }
+        if task == "membership":
+            options["options"] = {"calibration_dataset": Images(12, seed=2)}
+        separate = make(tmp_path / task / "separate", **options).train().metrics
+        joined = make(tmp_path / task / "joined", **{**options, "eval_do_concat_batches": True}).train().metrics
+        assert timeless(separate) == timeless(joined) and f"eval_{name}" in joined
+
+
+class Touched(Recorder):
+    """Fails on every event."""
+
+    def on_train_begin(self, *args, **kwargs):
+        raise AssertionError
+
+    on_evaluate = on_log = on_prediction_step = on_save = on_train_begin
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path):
+    model = image_model(ticket_task="labels", num_labels=2, norm_statistics="shared")
+    made = make_labels_trainer(
+        tmp_path, model=model, callbacks=[Touched()], calibration_fraction=0.25, router="centroid", **EVALUATED
+    )
+    model.train()
+    before, kept, partitions = copy.deepcopy(model.state_dict()), dict(made.__dict__), list(made.run_data._partitions)
+    state, control, given = copy.deepcopy(made.state), copy.deepcopy(made.control), model.config.to_dict()
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy()
+    rounds.rehearse(made, made.plan().rounds[0])
+    assert files(tmp_path) == {}
+    assert made.__dict__.keys() == kept.keys() and all(made.__dict__[name] is kept[name] for name in kept)
+    assert (made.state, made.control, model.config.to_dict()) == (state, control, given)
+    assert model.backbone.config.problem_type is None
+    assert made.run_data._partitions == partitions
+    assert all(same(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules()) and not made.accelerator._models
+    assert torch.equal(torch.get_rng_state(), generators[0]) and (np.random.get_state()[1] == generators[1]).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_is_the_same_without_its_rehearsal(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "rehearse", lambda *arguments: None)
+    run(tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(finished.folder)
+
+
+def fail_at(number):
+    """Metrics that fail at one of their calls; the first is in the rehearsal."""
+    calls = []
+
+    def compute(prediction):
+        calls.append(1)
+        if len(calls) == number:
+            raise RuntimeError("a mistake")
+        return {"mean": float(prediction.predictions.mean())}
+
+    return {"compute_metrics": compute}
+
+
+@pytest.mark.parametrize(
+    ("saving", "number", "num_left"),
+    [
+        ({}, 2, 0),  # at the end of the round, which has six steps
+        ({"eval_strategy": "steps", "eval_steps": 2}, 3, 2),  # after four steps
+        ({"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "loss"}, 2, 0),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "loss", **EVALUATED}, 3, 2),
+    ],
+)
+def test_a_failed_evaluation_costs_no_step(tmp_path, saving, number, num_left):
+    saving = {"target_sparsity": [0.3], "extraction_steps": 1, **saving}
+    whole = run(tmp_path / "whole", options=fail_at(None), **saving)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(tmp_path / "run", options=fail_at(number), **saving)
+    recorded = Recorder()
+    made = run(tmp_path / "run", callbacks=[recorded], options=fail_at(None), **saving)
+    assert recorded.calls["step_end"] == num_left
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    for report, expected in zip(made.rounds, whole.rounds, strict=True):
+        assert timeless(report["metrics"]) == timeless(expected["metrics"])
+        logged, wanted = (
+            [(entry["step"], entry["round"], entry["epoch"]) for entry in each["log_history"] if "eval_mean" in entry]
+            for each in (report, expected)
+        )
+        assert logged == wanted
+
+
+def test_a_model_that_is_not_evaluated_yet_is_marked(tmp_path):
+    made = make_trainer(tmp_path, options=fail_at(2), target_sparsity=[0.3])
+    with pytest.raises(RuntimeError):
+        made.train()
+    folder = tmp_path / ROUNDS[0]
+    written = (folder / "model.safetensors").stat()
+    assert json.loads((folder / "retrained.json").read_text())["metrics"] is None
+    assert not (folder / "round.json").exists()
+    made.train()  # the same trainer
+    assert not (folder / "retrained.json").exists()
+    report = json.loads((folder / "round.json").read_text())
+    assert report["metrics"]["eval_mean"] == made.rounds[0]["metrics"]["eval_mean"]
+    assert (folder / "model.safetensors").stat() == written
