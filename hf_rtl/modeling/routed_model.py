@@ -457,7 +457,9 @@ class RoutedModel(PreTrainedModel):
 
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
         """Runs each route's samples separately, and returns outputs in the batch's order."""
-        if hasattr(self.backbone.config, "use_cache"):  # parts of a backbone may have copies of it that say otherwise
+        # Parts of a backbone, such as a decoder, may have copies of its configuration.
+        parts = [module for module in self.backbone.modules() if isinstance(module, PreTrainedModel)]
+        if any(getattr(part.config, "use_cache", False) for part in parts):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}

@@ -38,6 +38,7 @@ _DECIDING_NOTHING = (
     "architectures",
     "problem_type",
     "mask_cache_bytes",
+    "use_cache",
     "_name_or_path",
 )
 # The arguments that decide weights only where the best checkpoint is kept, or the schedule follows a metric.
@@ -82,7 +83,7 @@ def run_identity(
     configuration = {**extraction, **args.select_values(RETRAINING_FIELDS), "model": config}
     if calibration_data is not None:
         configuration["calibration_data"] = calibration_data
-    return _deciding(configuration), extraction
+    return _deciding(configuration), _deciding(extraction)
 
 
 def _problem_type(config: Mapping[str, Any], labels: Any) -> str | None:
@@ -100,8 +101,11 @@ def _deciding(configuration: Mapping[str, Any]) -> dict[str, Any]:
     follows_metric = configuration.get("lr_scheduler_type") in _SCHEDULES_BY_METRIC
     idle = () if follows_metric or configuration.get("load_best_model_at_end") else _OF_A_METRIC
     found = {name: value for name, value in configuration.items() if name not in idle}
+    backbone = found.get("backbone_config", {})
+    if "backbone_config" in found:
+        found["backbone_config"] = {name: value for name, value in backbone.items() if name != "use_cache"}
     if "model" in found:
-        left_out = {*_DECIDING_NOTHING, *found}  # fields of both are not compared twice
+        left_out = {*_DECIDING_NOTHING, *found, *backbone}  # fields of both are not compared twice
         found["model"] = {name: value for name, value in found["model"].items() if name not in left_out}
     return found
 
