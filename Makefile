@@ -3,7 +3,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-kill quality style clean
+.PHONY: help venv demo test test-fast test-long quality style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,10 +24,12 @@ test: quality  ## Run the checks, then the tests, those of several processes by 
 	$(PYTHON) -m pytest tests/distributed
 
 test-fast: venv  ## Run the tests that are not slow, without the checks
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not kill"
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not long"
 
-test-kill: venv  ## Kill runs at all moments that the kill test knows, and continue them; ordinary tests do it at a few
+test-long: venv  ## Run the long tests too: runs killed at all moments that are known, all forms of graphs, and the like
+	$(PYTHON) -m pytest --ignore tests/distributed -m long --numprocesses 2 --dist loadfile
 	$(PYTHON) -m pytest tests/distributed/test_kill.py -m ""
+	$(PYTHON) -m pytest tests/distributed -m long --ignore tests/distributed/test_kill.py
 
 quality: venv  ## Check lint, format and types
 	$(PYTHON) -m ruff check .

@@ -114,7 +114,7 @@ def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
         except Exception as error:
             raise _MetricsError from error
 
-    few = {name: _few(trainer, name, dataset) for name, dataset in evaluation_sets(trainer).items()}
+    few = {name: _few(trainer, dataset) for name, dataset in evaluation_sets(trainer).items()}
     if is_own:
         trainer.compute_metrics = compute_metrics
     for samples in (few if isinstance(all_samples, dict) else few[""], *([all_samples] if is_own else [])):
@@ -136,21 +136,15 @@ def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:
             raise _MetricsError from error
 
 
-def _few(trainer: RouteTrainer, name: str, dataset: Any) -> RowSubset:
+def _few(trainer: RouteTrainer, dataset: Any) -> RowSubset:
     """
     A few samples of an evaluation set: two of every pair of a route and a label, or of `_MOST` pairs, among them those
-    with unusual labels. Raises `ValueError` if only some labels are missing.
+    with unusual labels.
     """
     partition = trainer.eval_partition(dataset)
     route_ids, labels = partition.route_ids.tolist(), [None] * len(partition.route_ids)
     if trainer.model.config.ticket_task == "labels":
         labels = [_comparable(label) for label in label_values(dataset) or labels]
-        missing = [index for index, label in enumerate(labels) if label is None]
-        if 0 < len(missing) < len(labels):
-            which = f"`eval_dataset[{name!r}]`" if name else "`eval_dataset`"
-            raise ValueError(
-                f"sample {missing[0]} of {which} has no label (None), but others have; filter such samples out first."
-            )
     pairs: dict[tuple[int, Any], list[int]] = {}
     for index, pair in enumerate(zip(route_ids, labels, strict=True)):
         pairs.setdefault(pair, []).append(index)

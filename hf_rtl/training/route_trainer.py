@@ -485,9 +485,10 @@ class RouteTrainer(Trainer):
         left as they were, so when it is evaluated decides no weight.
         """
         self.recalibrate()
+        # A checkpoint that is kept must have the generators of training, so `seeded` ends first.
         with (
-            seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device),
             kept_if_it_fails(self),
+            seeded((self.args.seed, Stream.EVALUATION, self.state.global_step), self.args.device),
         ):
             return super()._evaluate(*args, **kwargs)
 

@@ -35,13 +35,13 @@ def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
     Raises:
         ValueError: there are no masks.
     """
-    model = json.loads((run / "run.json").read_text())["configuration"]["model"]
+    configuration = json.loads((run / "run.json").read_text())["configuration"]
     directory = RunDirectory(run, extraction_dir)
     files = [directory.read_report(file.parent) for file in sorted(run.glob(f"round-*/{REPORT_FILE}"))]
     reports = {report["mask_fingerprint"]: report for report in files if report is not None}
     points = []
     for event in range(len(list(directory.extraction_path.glob("event-*")))):
-        bank = MaskBank([(name, shape) for name, shape in model["prunable"]], model["route_names"])
+        bank = MaskBank([tuple(weight) for weight in configuration["prunable"]], configuration["model"]["route_names"])
         masks = [directory.load_mask(event, route) for route in range(bank.num_routes)]
         found = [mask for mask in masks if mask is not None]
         if len(found) < bank.num_routes:  # The run has not finished this event.

@@ -2,7 +2,7 @@
 SIGKILL at many points of a run. The continued run ends as an uninterrupted one, byte for byte, and does nothing again
 that was finished.
 
-`make test-kill` kills at all points, the ordinary suite at a few.
+`make test-long` kills at all points, the ordinary suite at a few.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _identity(file: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "kill",
-    [pytest.param(kill, id=str(kill), marks=[] if str(kill) in IN_SHORT_FORM else pytest.mark.kill) for kill in KILLS],
+    [pytest.param(kill, id=str(kill), marks=[] if str(kill) in IN_SHORT_FORM else pytest.mark.long) for kill in KILLS],
 )
 @pytest.mark.slow
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, reference, killed, kill):
@@ -293,7 +293,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, reference, killed
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("kind", ["timm", pytest.param("vit", marks=pytest.mark.kill)])
+@pytest.mark.parametrize("kind", ["timm", pytest.param("vit", marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_masks_to_compare_with_do_not_depend_on_the_number_of_processes(reference, kind):
     one, two = (reference(kind, world_size).content for world_size in (1, 2))

@@ -38,12 +38,6 @@ def make_labels_trainer(folder, evaluate=None, model=None, **values):
     return make_trainer(folder, model, train=Images(24, columns=DOMAINS), evaluate=evaluate, **values)
 
 
-def labelled(index, label):
-    return Broken(
-        30, lambda i, sample: {**sample, "labels": label if i == index else sample["labels"]}, columns=DOMAINS
-    )
-
-
 def broken(prediction):
     raise RuntimeError("a mistake in the metrics")
 
@@ -59,18 +53,10 @@ def metrics(**values):
         ({"options": {"compute_metrics": lambda prediction: None}}, TypeError, "NoneType"),
         (metrics(found={1, 2}), TypeError, "not JSON serializable"),
         (metrics(found="text"), ValueError, "Unknown format"),  # the card shows a number
-        ({"evaluate": labelled(13, 2)}, IndexError, "Target 2 is out of bounds"),
-        ({"evaluate": labelled(13, -1)}, IndexError, "Target -1 is out of bounds"),
-        ({"evaluate": labelled(13, "two")}, TypeError, "'str'"),
-        ({"evaluate": labelled(13, None)}, ValueError, "sample 13 of `eval_dataset` has no label"),
-        ({"evaluate": {"a": labelled(0, 0), "b": labelled(29, 5)}}, IndexError, "Target 5"),
         ({"evaluate": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)}, RuntimeError, "channels"),
         ({"evaluate": Images(12, columns=("labels", "domain"))}, TypeError, "pixel_values"),
         ({"metric_for_best_model": "acuracy", **EVALUATED}, KeyError, "'eval_acuracy'.*'eval_accuracy'"),
         ({"metric_for_best_model": "f1", **metrics(accuracy=1.0), **EVALUATED}, KeyError, "eval_f1"),
-        ({"gradient_checkpointing": True}, ValueError, "does not support"),
-        ({"neftune_noise_alpha": 5.0}, AttributeError, "neftune"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError, "min_lr"),
         ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, AssertionError, "metric_for_best_model"),
         (
             {
