@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +37,9 @@ from .training_args import RTLTrainingArguments
 
 # Functions of the caller that take part in evaluation.
 _OF_EVALUATION = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
+
+
+logger = logging.getLogger(__name__)
 
 
 class RTLTrainer(RouteTrainer):
@@ -209,7 +213,13 @@ class RTLTrainer(RouteTrainer):
                 evaluations={name: self.eval_partition(data) for name, data in evaluated.items() if data is not None},
             )
             write_run(self.run_directory.final_folder, self.model.training_run)
-        self.create_model_card()
+        try:
+            self.create_model_card()
+        except (LookupError, TypeError, ValueError):
+            logger.exception(
+                f"the model in {str(self.run_directory.final_folder)!r} is complete, but its card could not be "
+                "written. `trainer.create_model_card()` and `hf-rtl card` try again."
+            )
 
     def retrain(self, masks: Sequence[Sequence[Tensor]], *, like: str, name: str) -> dict[str, Any]:
         """

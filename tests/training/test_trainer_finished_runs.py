@@ -292,3 +292,14 @@ def test_equal_runs_are_equal_and_other_seeds_are_not(finished, tmp_path):
     other = run(tmp_path / "other", seed=7, target_sparsity=[0.3])
     reports = [other.rounds[0], finished.rounds[0]]
     assert reports[0]["mask_fingerprint"] != reports[1]["mask_fingerprint"]
+
+
+def test_a_card_that_cannot_be_written_costs_no_work(tmp_path, caplog, monkeypatch):
+    def write_card(*_, **__):
+        raise ValueError("no such card")
+
+    monkeypatch.setattr("hf_rtl.training.trainer.write_card", write_card)
+    made = run(tmp_path, target_sparsity=[0.3], max_steps=1)
+    assert "its card could not be written" in caplog.text and "no such card" in caplog.text
+    loaded = RTLModel.from_pretrained(tmp_path / "final")
+    assert loaded.mask_bank.fingerprint() == made.model.mask_bank.fingerprint()
