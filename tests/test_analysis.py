@@ -190,6 +190,7 @@ def trajectory(schedule, make):
     return [ticket_similarity(make_bank(make(num_kept))) for num_kept in SCHEDULES[schedule]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("seed", range(20))
 def test_random_and_shuffled_masks_raise_no_alarm(schedule, seed):
@@ -394,6 +395,7 @@ def test_the_test_of_few_routes_takes_all_permutations(num_routes, lacking):
     assert found.p_value == pytest.approx(np.mean([rho >= observed - 1e-9 for rho in rhos]))
 
 
+@pytest.mark.slow
 def test_the_test_of_many_routes_draws_permutations():
     similarity, classes = symmetric(9, 4), symmetric(9, 5)
     found = semantic_alignment(similarity, classes, num_permutations=1500, seed=7)

@@ -64,6 +64,7 @@ def stopped_run(folder, tmp_path):
     return tmp_path / "run", model
 
 
+@pytest.mark.slow
 def test_a_run_that_had_not_ended_goes_on(stopped_run):
     folder, model = stopped_run
     before = {path: hash_file(path) for path in folder.rglob("*") if path.is_file()}

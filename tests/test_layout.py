@@ -145,6 +145,7 @@ def test_no_private_name_is_imported_from_another_room():
     assert found == []
 
 
+@pytest.mark.slow
 def test_files_and_functions_can_be_read_at_once():
     assert list(too_long(ALL)) == []
 

@@ -210,6 +210,7 @@ def test_a_changed_model_can_go_elsewhere_and_stays_compact(call, model, folder,
     assert torch.equal(logits(fewer, route_ids="owl"), logits(model, route_ids="owl"))
 
 
+@pytest.mark.slow
 def test_what_tickets_refuse(call, fails, folder, tmp_path):
     call("tickets", "save", folder, tmp_path / "tickets")
     assert "has a route 'cat' already" in fails("tickets", "add", folder, tmp_path / "tickets")
@@ -226,6 +227,7 @@ def test_what_tickets_refuse(call, fails, folder, tmp_path):
     assert "is a file: give the folder" in fails("tickets", "list", folder / "config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_changed_model_keeps_its_code(call, model, folder, tmp_path, elsewhere):
     model.save_pretrained(folder, with_code=True)

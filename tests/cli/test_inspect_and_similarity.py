@@ -190,6 +190,7 @@ def test_inspect_says_how_new_data_get_their_routes(call, folder, capsys):
     assert "is a rule for other routes, 'dog', 'cat', 'owl', than those of the model" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 120])
 def test_many_routes_of_long_names_fit_the_terminal(call, tmp_path, monkeypatch, width, tiny_vit_config):
     names = [f"a place of which much could be said, as the {number}th of its kind, in rain" for number in range(40)]

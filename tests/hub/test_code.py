@@ -26,6 +26,7 @@ def have_code_leave(marker, repo):
     repo.commit("refs/heads/main", files, "Change the code", "alice")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_user_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, tmp_path):
     marker = tmp_path / "executed"

@@ -28,6 +28,7 @@ print(json.dumps([hf_rtl.__file__, namespace["logits"].tolist(), commands]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_quick_start_runs_as_it_is_shown(hub, run, published_environment, tmp_path):
     section = re.search(r"^## Quick start\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]

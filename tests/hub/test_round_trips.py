@@ -124,6 +124,7 @@ def test_every_class_that_can_load_it_gives_the_class_that_was_pushed(run):
         run(pull, "org/classes", "RTLModelForSemanticSegmentation")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_was_pulled_once_needs_no_hub(run, tmp_path):
     run(push_with_processor, "org/cached", "timm")

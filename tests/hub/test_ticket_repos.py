@@ -18,6 +18,7 @@ def base(hub, _clients, tmp_path_factory):
     return name
 
 
+@pytest.mark.long
 def test_a_strangers_ticket_in_three_lines(hub, run, base, tmp_path):
     author = run(push_tickets, base, "bob/moths", routes=["moth"], added="moth", user="bob")
     user = run(pull_with_tickets, base, "bob/moths", user="ann")

@@ -121,6 +121,7 @@ def test_any_names_make_a_page_that_can_be_read(tmp_path, names):
 # The numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
 def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
     model = make_model(ticket_task)
@@ -238,6 +239,7 @@ def test_limits_are_those_of_the_model(tmp_path):
     assert "Precision depends" not in page and "is not described here" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
 def test_a_router_is_shown_with_its_accuracy(tmp_path, ticket_task):
     model = make_model(ticket_task)

@@ -24,6 +24,7 @@ from tests.model_card.cards import faults, make_model, python_blocks, read_page,
 # How to use it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
 def test_the_code_on_the_page_runs(tmp_path, monkeypatch, ticket_task):
     model = make_model(ticket_task, route_names=['the "best" cat', "dog"])
@@ -315,6 +316,7 @@ def test_a_training_ends_with_a_card(trainer):
     assert "all of them are in\n[training_args.json](training_args.json):" in card.text
 
 
+@pytest.mark.slow
 def test_a_card_shows_nothing_private(trainer):
     folder = Path(trainer.args.output_dir) / "final"
     secrets = [str(folder.parent), "secret", "hf_secret", socket.gethostname(), f"/{getpass.getuser()}/"]

@@ -268,6 +268,7 @@ def test_grouped_convolutions_lose_whole_groups_only():
     assert model[2].groups == 3 and model[2].in_channels == 6
 
 
+@pytest.mark.slow
 def test_a_layer_used_twice_serves_both():
     def forward(self, x):
         return self.head(self.shared(self.shared(self.stem(x)).relu()).relu())
@@ -463,6 +464,7 @@ def test_norms_over_other_dimensions_are_left_alone_too():
     assert_removed(model, {})
 
 
+@pytest.mark.slow
 def test_code_that_counts_channels_is_noticed(caplog):
     for function in (
         lambda self, x: self.head(self.one(x).view(2, 4, 9, 9)),  # fails with another number of channels

@@ -341,6 +341,7 @@ def test_labels_changed_afterwards():
         RTLModelForSequenceClassification(config)
 
 
+@pytest.mark.slow
 def test_loading_with_another_number_of_labels(tmp_path, tiny_labels_model, tiny_membership_model):
     for model, own in ((tiny_labels_model, 4), (tiny_membership_model, 3)):
         model.save_pretrained(tmp_path)
@@ -517,6 +518,7 @@ def test_harmless_names_pass():
     make(LlavaConfig())
 
 
+@pytest.mark.slow
 def test_a_good_folder_is_all_that_loading_opens(tmp_path, tiny_labels_model, tiny_bert_config):
     text_model = RTLModelForMaskedLM.from_backbone(tiny_bert_config, route_names=["a"], ticket_task="labels")
     for name, model in (("image", tiny_labels_model), ("text", text_model)):

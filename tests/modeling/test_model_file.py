@@ -116,6 +116,7 @@ def model(kind, fill_masks):
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_compact_file_gives_the_same_tickets(kind, model, dtype, tmp_path):

@@ -99,6 +99,7 @@ def test_loading_in_half_precision_keeps_masks_and_statistics(build, tmp_path, d
             assert_bit_equal(getattr(loaded, part), getattr(model, part))
 
 
+@pytest.mark.slow
 def test_auto_classes_open_what_was_saved(build, tmp_path):
     for kind, auto in (("timm", AutoModelForImageClassification), ("bert", AutoModelForMaskedLM)):
         model, _ = build(kind)
@@ -124,6 +125,7 @@ def spoil(source, target, change=lambda state: None, **entries):
 MASK = "mask_bank.m0001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -270,6 +270,7 @@ def test_membership_tickets_all_answer_whatever_the_router(members: RTLModel) ->
     assert torch.equal(output.route_scores, members.infer_routes(pixel_values=IMAGES).route_scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("kind", ["score", "centroid", "entropy"])
 def test_routers_are_saved_with_the_model(model: RTLModel, kind: str, compact: bool, tmp_path) -> None:

@@ -149,7 +149,9 @@ PLANS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in ("ghostnet", "t5") else kind for kind in PLANS]
+)
 def test_planted_channels_go_and_no_others(request, kind):
     cls, source, arguments, zeroed, values, removed, batches = PLANS[kind](request)
     model = cls.from_backbone(source, route_names=["a", "b"], ticket_task="labels", seed=0, **arguments)
@@ -174,7 +176,7 @@ def test_planted_channels_go_and_no_others(request, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [0.1, 0.05])
+@pytest.mark.parametrize("keep", [pytest.param(0.1, marks=pytest.mark.long), 0.05])
 def test_random_masks_on_a_residual_network(tiny_labels_model, fill_masks, keep):
     model = tiny_labels_model
     with torch.no_grad():

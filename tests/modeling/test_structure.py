@@ -213,6 +213,7 @@ def test_vocabularies_that_are_masked_or_private(tiny_bert_config, choice: dict)
         model.resize_token_embeddings(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 def test_modules_that_are_registered_twice(tmp_path, compact: bool):
     sizes = {"img_size": 32, "embed_dims": [16] * 4, "mlp_ratios": [1] * 4, "serial_depths": [2, 1, 1, 1]}

@@ -152,6 +152,7 @@ def test_a_sharp_change_is_said(finished_run, tmp_path, call, monkeypatch):
     assert json.loads((tmp_path / "analysis.json").read_text())["changes"]["ant"]["direction"] == "down"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_analysed_is_refused(finished_run, tmp_path, refused):
     _, folder = finished_run
     classes = tmp_path / "classes.csv"

@@ -64,6 +64,7 @@ def test_mixed_batches_are_measured_against_the_plain_network(
     assert f"{results['figures'][1]['inference ratio']:.3f}" in card.render("mixed_batch")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -47,6 +47,7 @@ def read_warnings(caplog):
     return [record.message for record in caplog.records if record.name == "hf_rtl.training.callbacks"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_monitored_run_is_the_same_with_more_in_its_reports(finished, tmp_path, caplog):
     monitor, recorded = CollapseMonitor(), Recorder()
@@ -113,6 +114,7 @@ def test_a_collapse_is_warned_of_once(tmp_path, collapsing, caplog):
     assert "Compare 'round-03-sparsity-0.8' with 'round-02-sparsity-0.6' before you use it" in warning
 
 
+@pytest.mark.slow
 def test_without_a_collapse_nothing_stops(tmp_path, caplog):
     made = run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)
     assert len(made.rounds) == 3 and read_warnings(caplog) == []
@@ -139,6 +141,7 @@ def test_a_run_that_collapses_ends_with_the_round_before(tmp_path, collapsing, c
     assert "The run ends here: 'round-02-sparsity-0.6' is the last round, 'round-03-sparsity-0.8' is not" in warning
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_only_without_a_monitor(tmp_path, collapsing):
     run(tmp_path / "run", callbacks=[CollapseMonitor(stop_on_collapse=True)], **GRADUAL)

@@ -59,6 +59,7 @@ def identify(data, *, membership=False, raw=True, routes=None):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [as_list, as_hf])
 def test_each_part_of_the_identity_follows_the_data(make):
     known = identify(make())

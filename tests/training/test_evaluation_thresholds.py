@@ -12,6 +12,7 @@ from hf_rtl.metrics import calibrate_thresholds
 from tests.training.small_runs import ROUNDS, ROUTES, Images, Recorder, make_trainer, run
 
 
+@pytest.mark.slow
 def test_samples_held_out_for_calibration_are_not_trained_on(tmp_path, monkeypatch):
     data = Images(36)
     made = make_trainer(tmp_path / "run", train=data, calibration_fraction=0.25, seed=1)
@@ -27,6 +28,7 @@ def test_samples_held_out_for_calibration_are_not_trained_on(tmp_path, monkeypat
     assert made.plan().route_sizes == dict.fromkeys(ROUTES, 9)
 
 
+@pytest.mark.slow
 def test_thresholds_are_calibrated_in_every_round_stored_and_loaded(tmp_path):
     values = {"train": Images(36), "calibration_fraction": 0.25}
     made = run(tmp_path / "run", **values)
@@ -47,6 +49,7 @@ def test_thresholds_are_calibrated_in_every_round_stored_and_loaded(tmp_path):
     assert reread.model.config.thresholds == made.rounds[-1]["thresholds"]
 
 
+@pytest.mark.slow
 def test_thresholds_of_one_round_are_not_those_of_the_next(tmp_path):
     class Watch(Recorder):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -67,6 +70,7 @@ def test_a_calibration_set_of_its_own(tmp_path):
         make_trainer(tmp_path / "b", calibration_fraction=0.2, options={"calibration_dataset": calibration})
 
 
+@pytest.mark.slow
 def test_held_out_samples_keep_their_route_where_classes_are_ordered_otherwise(tmp_path):
     """Classes match routes by name, so that the number of a class may differ from its route's."""
     classes = ["cat", "ant", "bee"]

@@ -141,6 +141,7 @@ def test_a_rehearsal_leaves_nothing_behind(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_without_its_rehearsal(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "rehearse", lambda *arguments: None)
     run(tmp_path / "run")
@@ -160,6 +161,7 @@ def fail_at(number):
     return {"compute_metrics": compute}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "number", "num_left"),
     [

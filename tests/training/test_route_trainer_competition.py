@@ -119,6 +119,7 @@ def test_tickets_for_labels_do_not_compete(tmp_path):
         make_trainer(tmp_path / "run", model, **data, **COMPETING)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_competing_step_leaves_nothing_behind(tmp_path, monkeypatch):
     """The same call again ends as a run without the error."""
     made = make_trainer(tmp_path / "run", **COMPETING)

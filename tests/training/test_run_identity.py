@@ -42,6 +42,7 @@ def given(problem_type):
     return image_model(ticket_task="labels", num_labels=2, problem_type=problem_type)
 
 
+@pytest.mark.slow
 def test_a_call_with_labels_makes_no_other_run(tmp_path):
     """transformers writes the problem type into the backbone's configuration."""
     shared = {"extraction_dir": str(tmp_path / "masks")}
@@ -102,6 +103,7 @@ def test_what_decides_no_weight_may_change(tmp_path):
     assert again.rounds == first.rounds and recorded.calls["step_end"] == 0
 
 
+@pytest.mark.slow
 def test_where_the_best_model_is_kept_its_metric_makes_another_run_and_the_masks_stay(tmp_path, monkeypatch):
     options = {**BEST, "load_best_model_at_end": True, "target_sparsity": [0.3]}
     run(tmp_path / "run", metric_for_best_model="loss", **options)
@@ -131,6 +133,7 @@ def figures(folder):
     return json.loads((folder / "final" / "training_run.json").read_text())["evaluations"]
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_current_evaluation_set(tmp_path):
     first = run(tmp_path).train().metrics
     other = Images(15, seed=7)

@@ -74,6 +74,7 @@ def test_shared_statistics_are_averages_over_the_batches_of_all_routes(tmp_path)
     assert layer.num_batches_tracked == 9
 
 
+@pytest.mark.slow
 def test_without_batches_statistics_stay_as_training_left_them(tmp_path):
     states = {}
     for number in (0, 2):
@@ -86,6 +87,7 @@ def test_without_batches_statistics_stay_as_training_left_them(tmp_path):
     assert not torch.allclose(mean[:3], states[2]["norm_statistics.s0000"][:3], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_statistics_that_lag_behind_are_warned_of_and_mended(tmp_path, caplog):
     """With few steps at a constant learning rate, the moving averages are far from the weights that they belong to."""
     options = {"max_steps": 18, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
@@ -134,6 +136,7 @@ def test_a_comparison_changes_nothing(dtype):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_after_competition_statistics_stay_as_they_were_trained_with(tmp_path):
     rows = {}
     for number in (0, 50):
@@ -207,8 +210,15 @@ def hospitals(number, seed):
     return samples
 
 
+HOSPITAL_RUNS = [
+    pytest.param(steps, seed, marks=[] if (steps, seed) == (60, 42) else pytest.mark.long)
+    for steps in (60, 120, 240)
+    for seed in (42, 43, 44)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "seed"), [(60, 42), (60, 43), (60, 44)])
+@pytest.mark.parametrize(("steps", "seed"), HOSPITAL_RUNS)
 def test_the_hospitals_evaluate_as_with_fresh_statistics(tmp_path, steps, seed):
     """Three hospitals at a constant learning rate. Fresh statistics are many forwards in training mode."""
     train, test = hospitals(360, 0), hospitals(180, 1)

@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -125,6 +126,7 @@ def test_every_round_is_a_whole_model_that_repeats_its_metrics(finished, tmp_pat
         assert timeless(again) == expected
 
 
+@pytest.mark.slow
 def test_the_statistics_of_the_union_are_averages_over_all_samples(tmp_path):
     data = Images(24)
     for batches in (50, 1):
@@ -166,6 +168,7 @@ def test_the_model_in_memory_is_the_saved_one(finished):
     assert all(same(live[name], tensor) for name, tensor in saved.items())
 
 
+@pytest.mark.slow
 def test_folders_hold_safetensors_and_json_alone(finished, tmp_path):
     run(tmp_path / "run", save_strategy="steps", save_steps=2)
     for folder in (finished.folder, tmp_path / "run"):
@@ -188,6 +191,7 @@ def test_saved_arguments_name_no_folder(finished, tmp_path):
     assert str(tmp_path) not in (tmp_path / "run" / "final" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_after_a_run_is_logged_at_its_last_step(tmp_path):
     recorded = Recorder()
     made = run(tmp_path / "run", callbacks=[recorded])
@@ -213,6 +217,7 @@ def test_callbacks_are_called(finished):
     assert {name: finished.recorded.calls[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_happens(tmp_path):
     for epochs, steps in ((0.4, 3), (1.5, 9)):
         made = make_trainer(tmp_path / str(epochs), num_train_epochs=epochs, target_sparsity=[0.3])
@@ -243,6 +248,7 @@ def test_every_event_of_every_route_draws_its_own_noise_and_batches(tmp_path, mo
     assert len(seeds) == len(set(seeds)) == len(set(drawn)) == 9
 
 
+@pytest.mark.slow
 def test_a_route_trains_for_its_own_number_of_steps(tmp_path, monkeypatch):
     steps = Counter()
     begin_route, step = RunProgress.begin_route, TicketTrainer.step
@@ -279,6 +285,7 @@ def test_extraction_takes_the_options_of_training(tmp_path):
     assert [len(group["params"]) for group in groups] == [7, 4]  # Trainer's groups: batch norm's weights decay
 
 
+@pytest.mark.slow
 def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(extraction, "assign_routes", lambda costs, world_size: [[2, 0, 1]])
     made = run(tmp_path / "run")
@@ -286,6 +293,7 @@ def test_extraction_is_the_same_in_any_order(finished, tmp_path, monkeypatch):
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
+@pytest.mark.slow
 def test_equal_runs_are_equal_and_other_seeds_are_not(finished, tmp_path):
     run(tmp_path / "same")
     assert contents(tmp_path / "same") == contents(finished.folder)

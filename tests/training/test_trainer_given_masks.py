@@ -14,6 +14,7 @@ from tests.child_processes import run_program
 from tests.training.small_runs import ROUNDS, ROUTES, files, make_trainer, run, same
 
 
+@pytest.mark.slow
 def test_retraining_given_masks(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
@@ -45,6 +46,7 @@ def test_retraining_given_masks(finished, tmp_path):
     assert {path: after[path] for path in before} == before
 
 
+@pytest.mark.slow
 def test_the_batches_of_a_round_can_be_repeated(tmp_path, monkeypatch):
     trained = []
     training_step = RTLTrainer.training_step
@@ -64,6 +66,7 @@ def test_the_batches_of_a_round_can_be_repeated(tmp_path, monkeypatch):
             assert torch.equal(one["labels"], other["labels"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_plain_tensors_need_no_datasets(tmp_path):
     """In a process of its own: here datasets is imported already."""

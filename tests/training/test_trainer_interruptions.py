@@ -101,6 +101,7 @@ def test_an_interruption_of_recalibration_leaves_the_layers_as_they_were(tmp_pat
     assert not made.model.training
 
 
+@pytest.mark.slow
 def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch):
     interrupt(monkeypatch, tmp_path / "run", ("step", 9))
     for event, route, damage in ((0, 1, "altered"), (1, 0, "cut"), (2, 2, "missing")):
@@ -117,6 +118,7 @@ def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch):
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
+@pytest.mark.slow
 def test_damaged_initial_weights_are_written_again(finished, tmp_path, monkeypatch):
     interrupt(monkeypatch, tmp_path / "run", ("step", 4))
     (tmp_path / "run" / "theta0.safetensors").write_bytes(b"short")
@@ -145,6 +147,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path, monkeypatch):
     interrupt(monkeypatch, tmp_path / "run", ("step", 8))
     first = files(tmp_path / "run" / ROUNDS[0])

@@ -239,6 +239,7 @@ def sequence_run(folder, config, **options):
     return run(folder, model, train=data, evaluate=data, route_column="domain", target_sparsity=[0.3], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -90,7 +90,7 @@ def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
 
     plain = files_of_run("plain")
     assert files_of_run("workers", dataloader_num_workers=2) == plain
-    assert len(starts) == 1 + 2 * 3 + 2 + 3
+    assert len(starts) == 1 + 2 * 3 + 2 + 3 + 1  # the last for the rehearsal
     assert files_of_run("persistent", dataloader_num_workers=2, dataloader_persistent_workers=True) == plain
     assert len(starts) == 2
 
@@ -104,6 +104,7 @@ def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):
     assert rates[0] == max(rates) > 4 * min(rates)
 
 
+@pytest.mark.slow
 def test_every_round_has_a_fresh_optimizer(tmp_path, monkeypatch):
     made = []
     original = RTLTrainer.create_optimizer

@@ -61,6 +61,7 @@ def home_routes(trainer, dataset):
     return torch.cat([batch["labels"] for batch in trainer.get_eval_dataloader(dataset)]).tolist()
 
 
+@pytest.mark.slow
 def test_a_partition_trains_as_a_column_of_its_routes(finished, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
     made = run(tmp_path / "run", **grouped(), **saving)
@@ -79,6 +80,7 @@ def test_a_partition_trains_as_a_column_of_its_routes(finished, tmp_path):
     make_trainer(tmp_path / "run", **saving).train()
 
 
+@pytest.mark.slow
 def test_a_single_route_has_all_samples_without_a_column(tmp_path):
     def single(folder, **values):
         model = image_model(routes=["all"], ticket_task="labels", num_labels=2)
@@ -99,6 +101,7 @@ def test_the_rule_of_a_column_is_saved_too(finished):
         assert load_rule(finished.folder / name) == ByColumn("label", ROUTES)
 
 
+@pytest.mark.slow
 def test_tickets_for_labels(tmp_path):
     def trainer(folder, **values):
         model = image_model(ticket_task="labels", num_labels=2)
@@ -173,6 +176,7 @@ def by_features():
     return train, features, partition
 
 
+@pytest.mark.slow
 def test_a_rule_of_features_is_saved_with_its_tensors(tmp_path, by_features):
     train, features, partition = by_features
     evaluate = Images(12, seed=1, columns=("pixel_values", "label", "domain"))
@@ -204,6 +208,7 @@ def test_what_has_no_rule_leaves_none(tmp_path):
     assert rule_files(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [("step", 4), ("report_round", 1), ("evaluation", 2)])
 def test_a_run_is_continued_with_its_partition_only(finished, tmp_path, monkeypatch, place):
     interrupt(monkeypatch, tmp_path / "run", place, **grouped())
@@ -219,6 +224,7 @@ def test_a_run_is_continued_with_its_partition_only(finished, tmp_path, monkeypa
         assert load_rule(tmp_path / "run" / name) == ByGroups("label", GROUPS)
 
 
+@pytest.mark.slow
 def test_a_damaged_rule_of_a_round_is_written_again(finished, tmp_path, caplog):
     run(tmp_path / "run", **grouped())
     file = tmp_path / "run" / ROUNDS[1] / "partition.json"

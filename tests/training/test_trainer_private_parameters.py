@@ -46,6 +46,7 @@ def private_run(tmp_path_factory):
     return folder, made, watch
 
 
+@pytest.mark.slow
 def test_a_run_with_private_parameters(private_run):
     folder, made, watch = private_run
     assert made.model.private_parameters.names == NAMES
