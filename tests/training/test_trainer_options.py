@@ -71,7 +71,8 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
 def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
     """
     A first batch, two prune events of three routes, two epochs of joint retraining, and three evaluations each start
-    workers. With persistent workers both phases share one set, and evaluation has one.
+    workers. With persistent workers both phases share one set, and evaluation has one. The rehearsal's evaluation, of
+    other samples, starts its own.
     """
     starts = []
     original = _MultiProcessingDataLoaderIter.__init__
@@ -90,9 +91,9 @@ def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
 
     plain = files_of_run("plain")
     assert files_of_run("workers", dataloader_num_workers=2) == plain
-    assert len(starts) == 1 + 2 * 3 + 2 + 3 + 1  # the last for the rehearsal
+    assert len(starts) == 1 + 2 * 3 + 2 + 3 + 1
     assert files_of_run("persistent", dataloader_num_workers=2, dataloader_persistent_workers=True) == plain
-    assert len(starts) == 2
+    assert len(starts) == 2 + 1
 
 
 def test_the_learning_rate_follows_its_schedule_anew_in_every_round(tmp_path):
