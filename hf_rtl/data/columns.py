@@ -117,26 +117,28 @@ def single_labels(dataset: Any) -> Sequence[Any] | None:
     return values if values and all(isinstance(value, (int, str)) for value in values) else None
 
 
-def check_labels(dataset: Any, num_labels: int) -> None:
+def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> None:
     """
     Raises `ValueError`, which names the first bad sample, unless all labels suit a model that predicts `num_labels` of
-    a sample: all integers below `num_labels`; all finite numbers; or all several finite numbers. A data set may have
-    no label column.
+    a sample: all integers below `num_labels`; if there is a single one, finite numbers; or `num_labels` finite numbers
+    a sample. A data set may have no label column. With `may_ignore` a label may be -100, which losses leave out.
     """
     column = label_column(dataset)
     if column is None:
         return
     values, _ = _read(dataset, column)
     several = np.ndim(values[0]) > 0
-    integers = not several and isinstance(values[0], int) and num_labels > 1
-    allowed = f"an integer from 0 to {num_labels - 1}" if integers else "several numbers" if several else "a number"
+    integers = not several and num_labels > 1
+    allowed = (
+        f"an integer from 0 to {num_labels - 1}" if integers else f"{num_labels} numbers" if several else "a number"
+    )
     for index, value in enumerate(values):
         is_number = isinstance(value, (int, float)) and np.isfinite(value)
         if integers:
-            good = isinstance(value, int) and 0 <= value < num_labels
+            good = isinstance(value, int) and (0 <= value < num_labels or (may_ignore and value == -100))
         elif several:
             numbers = np.asarray(value)
-            good = numbers.ndim > 0 and numbers.dtype.kind in "biuf" and np.isfinite(numbers).all()
+            good = numbers.shape == (num_labels,) and numbers.dtype.kind in "biuf" and np.isfinite(numbers).all()
         else:
             # The first label of a batch would decide the type of all.
             good = is_number and isinstance(value, float) == isinstance(values[0], float)

@@ -52,7 +52,10 @@ def identify_data(
     # Random transforms may change labels too.
     if column is not None and not membership and _hash_samples(label, len(dataset), device) is not None:
         with seeded((0, Stream.READING), device):
-            labels = hash_values(label_values(dataset))
+            # Masks of images are many and large: those of a few samples stand for all.
+            first = label(0)
+            are_large = isinstance(first, Mapping) or np.ndim(first) > 1
+            labels = _hash_samples(label, len(dataset), device) if are_large else hash_values(label_values(dataset))
     routes = hash_tensors({"route_ids": torch.from_numpy(partition.route_ids)})
     return {"num_samples": len(dataset), "routes": routes, "labels": labels, "features": hashed}
 

@@ -17,7 +17,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..data.columns import label_values
+from ..data.columns import is_hf_dataset, single_labels
 from ..data.partition import Partition
 from ..data.route_data import RowSubset
 from ..model_card.card import check_card
@@ -73,7 +73,8 @@ def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
         setattr(trainer, name, copy.copy(kept[name]))
     trainer.state = TrainerState()
     callbacks = trainer.callback_handler.callbacks
-    trainer.callback_handler.callbacks = [copy.copy(c) for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+    stops_early = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    trainer.callback_handler.callbacks = [EarlyStoppingCallback()] if stops_early else []
     try:
         yield
     finally:
@@ -104,9 +105,44 @@ class _MetricsError(Exception):
 
 
 def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
-    """The metrics of a few samples; if own metrics fail on these, those of all."""
+    """
+    The metrics of a few samples; if own metrics or methods fail on these, those of all. Methods that fail on all too
+    are warned of only: they may read what training has left.
+    """
     all_samples, compute = trainer.eval_dataset, trainer.compute_metrics
-    is_own = compute not in (None, trainer.compute_ticket_metrics)
+    has_own_metrics = compute not in (None, trainer.compute_ticket_metrics)
+    # Methods may fail on one process alone, and the others would wait for it.
+    has_own_methods = not type(trainer).__module__.startswith(f"{__package__}.") and trainer.args.world_size == 1
+    few = {name: _few(trainer, dataset) for name, dataset in evaluation_sets(trainer).items()}
+    attempts = [few if isinstance(all_samples, dict) else few[""]]
+    failure: Exception | None = None
+    for samples in [*attempts, all_samples] if has_own_metrics or has_own_methods else attempts:
+        trainer.eval_dataset = samples
+        if has_own_metrics:
+            trainer.compute_metrics = _watched(compute)
+        try:
+            metrics = trainer.evaluate()
+            _check_best_metric(trainer, metrics)
+            return metrics
+        except _MetricsError as error:  # on all processes alike: metrics are of the samples of all
+            failure = error
+        except Exception as error:
+            if not has_own_methods:
+                raise
+            failure = error
+    if isinstance(failure, _MetricsError):
+        raise failure.__cause__ or failure
+    logger.warning(
+        f"the evaluation of {type(trainer).__name__} could not be tried before training ({failure!r}). If it fails "
+        "after it, no step is lost: the model is saved before."
+    )
+    return {}
+
+
+def _watched(compute: Any) -> Any:
+    """A copy of own metrics, which may count what they see, whose errors are told from others."""
+    with contextlib.suppress(Exception):  # whatever cannot be copied
+        compute = copy.deepcopy(compute)
 
     def compute_metrics(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -114,18 +150,7 @@ def _evaluate(trainer: RouteTrainer) -> dict[str, Any]:
         except Exception as error:
             raise _MetricsError from error
 
-    few = {name: _few(trainer, dataset) for name, dataset in evaluation_sets(trainer).items()}
-    if is_own:
-        trainer.compute_metrics = compute_metrics
-    for samples in (few if isinstance(all_samples, dict) else few[""], *([all_samples] if is_own else [])):
-        trainer.eval_dataset = samples
-        try:
-            metrics = trainer.evaluate()
-            _check_best_metric(trainer, metrics)
-            return metrics
-        except _MetricsError as error:  # on all processes alike: metrics are of the samples of all
-            failure = error
-    raise failure.__cause__ or failure
+    return compute_metrics
 
 
 def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:
@@ -136,7 +161,7 @@ def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:
             raise _MetricsError from error
 
 
-def _few(trainer: RouteTrainer, dataset: Any) -> RowSubset:
+def _few(trainer: RouteTrainer, dataset: Any) -> Any:
     """
     A few samples of an evaluation set: two of every pair of a route and a label, or of `_MOST` pairs, among them those
     with unusual labels.
@@ -144,7 +169,7 @@ def _few(trainer: RouteTrainer, dataset: Any) -> RowSubset:
     partition = trainer.eval_partition(dataset)
     route_ids, labels = partition.route_ids.tolist(), [None] * len(partition.route_ids)
     if trainer.model.config.ticket_task == "labels":
-        labels = [_comparable(label) for label in label_values(dataset) or labels]
+        labels = [_comparable(label) for label in single_labels(dataset) or labels]
     pairs: dict[tuple[int, Any], list[int]] = {}
     for index, pair in enumerate(zip(route_ids, labels, strict=True)):
         pairs.setdefault(pair, []).append(index)
@@ -164,9 +189,11 @@ def _sort_key(label: Any) -> Any:
     return label if isinstance(label, Number) else str(label)
 
 
-def _rows(trainer: RouteTrainer, dataset: Any, partition: Partition, indices: list[int]) -> RowSubset:
-    rows = RowSubset(dataset, sorted(set(indices)))
-    part = replace(partition, route_ids=partition.route_ids[rows.indices], allow_empty=True)
+def _rows(trainer: RouteTrainer, dataset: Any, partition: Partition, indices: list[int]) -> Any:
+    """Some rows of a data set; of one of `datasets`, another of `datasets`."""
+    chosen = sorted(set(indices))
+    rows = dataset.select(chosen) if is_hf_dataset(dataset) else RowSubset(dataset, chosen)
+    part = replace(partition, route_ids=partition.route_ids[chosen], allow_empty=True)
     trainer.run_data.remember(rows, part)
     return rows
 

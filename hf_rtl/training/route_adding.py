@@ -94,8 +94,8 @@ def _data_with(
     alone = Partition(np.zeros(len(dataset), dtype=np.int64), [name])
     if not membership:
         single = isinstance(model, SINGLE_PREDICTION_CLASSES)
-        if single:
-            check_labels(dataset, model.config.num_labels)
+        if single and not trainer._has_own_loss(trainer.compute_loss_func):
+            check_labels(dataset, model.config.num_labels, may_ignore=True)
         alone.check("labels", single_labels(dataset) if single else None)
     _check_calibration(run_data, calibration_dataset, args.calibration_fraction)
     own, held_out = route_data(model, args, dataset, alone), None

@@ -32,6 +32,7 @@ class RunData:
         model ([`RTLModel`]), args ([`RTLTrainingArguments`]): the model and arguments of the run.
         train_dataset, partition, eval_dataset, calibration_dataset: the same as for [`RTLTrainer`].
         has_collator (`bool`): whether a collator of the caller makes the `labels` of a batch, in its own way.
+        has_own_loss (`bool`): whether a loss of the caller reads them, which says itself what they may be.
 
     Attributes:
         training ([`RouteData`], *optional*): the data that tickets are trained on, without the held-out samples.
@@ -51,6 +52,7 @@ class RunData:
         eval_dataset: Any = None,
         calibration_dataset: Any = None,
         has_collator: bool = False,
+        has_own_loss: bool = False,
     ) -> None:
         self.training: RouteData | None = None
         self.calibration_dataset = calibration_dataset
@@ -63,7 +65,7 @@ class RunData:
         if train_dataset is not None:
             if partition is None:
                 partition = self._find_partition(model, args, train_dataset, allow_empty=False)
-            _check_labels(model, train_dataset, partition, has_collator)
+            _check_labels(model, train_dataset, partition, has_collator, has_own_loss)
             self.training = route_data(model, args, train_dataset, partition)
             if args.calibration_fraction:
                 if calibration_dataset is not None:
@@ -81,7 +83,7 @@ class RunData:
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
-                if _predicts_single_labels(model) and not has_collator:
+                if _predicts_single_labels(model) and not (has_collator or has_own_loss):
                     check_labels(dataset, model.config.num_labels)
                 # Thresholds and routers are fitted for every route.
                 allow_empty = dataset is not calibration_dataset
@@ -283,7 +285,7 @@ def _predicts_single_labels(model: RTLModel) -> bool:
     return model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES)
 
 
-def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool) -> None:
+def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool, has_own_loss: bool) -> None:
     """Raises `ValueError` unless the partition and the labels of training data suit the task of the tickets."""
     labels = None
     if _predicts_single_labels(model):
@@ -291,8 +293,8 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
             check_label_column(list_columns(dataset))
         labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
-    if _predicts_single_labels(model) and not has_collator:
-        check_labels(dataset, model.config.num_labels)
+    if _predicts_single_labels(model) and not (has_collator or has_own_loss):
+        check_labels(dataset, model.config.num_labels, may_ignore=True)
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:

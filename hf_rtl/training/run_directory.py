@@ -122,6 +122,8 @@ class RunDirectory:
                 f"{str(self.extraction_path)!r} holds masks of another configuration ({masks}). Choose another "
                 "`extraction_dir`, or leave it out; or give the same arguments to use these masks."
             )
+        if "initial_weights" in run:
+            run += ". The model was trained since, or has another seed: build it anew as for that run"
         way_out = "Choose another `output_dir`, and another `extraction_dir` if it is set"
         if fit:
             way_out = (

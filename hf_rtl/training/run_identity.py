@@ -41,6 +41,17 @@ _DECIDING_NOTHING = (
     "use_cache",
     "_name_or_path",
 )
+# Such fields of the backbone's configuration: those that saving and loading write, that ask for more outputs, names.
+_OF_BACKBONE_DECIDING_NOTHING = {
+    *_DECIDING_NOTHING,
+    "dtype",
+    "id2label",
+    "label2id",
+    "label_names",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+} - {"problem_type"}
 # The arguments that decide weights only where the best checkpoint is kept, or the schedule follows a metric.
 _OF_A_METRIC = ("metric_for_best_model", "greater_is_better")
 _SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -103,9 +114,11 @@ def _deciding(configuration: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in configuration.items() if name not in idle}
     backbone = found.get("backbone_config", {})
     if "backbone_config" in found:
-        found["backbone_config"] = {name: value for name, value in backbone.items() if name != "use_cache"}
+        kept = backbone.keys() - _OF_BACKBONE_DECIDING_NOTHING
+        found["backbone_config"] = {name: value for name, value in backbone.items() if name in kept}
     if "model" in found:
-        left_out = {*_DECIDING_NOTHING, *found, *backbone}  # fields of both are not compared twice
+        # Fields of both are not compared twice.
+        left_out = {*_DECIDING_NOTHING, *_OF_BACKBONE_DECIDING_NOTHING, *found, *backbone}
         found["model"] = {name: value for name, value in found["model"].items() if name not in left_out}
     return found
 

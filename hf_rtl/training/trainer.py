@@ -96,6 +96,7 @@ class RTLTrainer(RouteTrainer):
             eval_dataset=eval_dataset,
             calibration_dataset=calibration_dataset,
             # Collators of transformers take labels as they are.
+            has_own_loss=self._has_own_loss(kwargs.get("compute_loss_func")),
             has_collator=not getattr(kwargs.get("data_collator"), "__module__", "transformers.").startswith(
                 "transformers."
             ),

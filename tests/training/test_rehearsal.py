@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
+from hf_rtl import RTLTrainer
 from hf_rtl.training import rounds
 from hf_rtl.training.ticket_trainer import TicketTrainer
 from tests.training.small_runs import (
@@ -202,3 +203,39 @@ def test_a_model_that_is_not_evaluated_yet_is_marked(tmp_path):
     report = json.loads((folder / "round.json").read_text())
     assert report["metrics"]["eval_mean"] == made.rounds[0]["metrics"]["eval_mean"]
     assert (folder / "model.safetensors").stat() == written
+
+
+class Counted:
+    """Metrics that count the samples of all batches, as `batch_eval_metrics` allows."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __call__(self, prediction, compute_result=False):
+        self.number += len(prediction.label_ids)
+        if compute_result:
+            number, self.number = self.number, 0
+            if number != 60:
+                raise ValueError(f"{number} samples")
+            return {"number": number}
+
+
+class Complete(RTLTrainer):
+    """An evaluation that needs all samples, and a loss of training in the log."""
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        metrics["eval_gap"] = (
+            metrics["eval_loss"] - [log["loss"] for log in self.state.log_history if "loss" in log][-1]
+        )
+        return metrics
+
+
+def test_own_evaluation_is_tried_on_all_samples_before_it_is_refused(tmp_path, caplog):
+    data = Images(60, seed=1, columns=DOMAINS)
+    options = {"batch_eval_metrics": True, "options": {"compute_metrics": Counted()}}
+    assert make_labels_trainer(tmp_path / "counted", data, **options).train().metrics["eval_number"] == 60
+    made = make_labels_trainer(tmp_path / "complete", data)
+    made.__class__ = Complete
+    assert "eval_gap" in made.train().metrics
+    assert "the evaluation of Complete could not be tried before training" in caplog.text

@@ -205,9 +205,9 @@ def test_nothing_to_train_is_refused(tmp_path):
 
 def test_labels_that_are_no_classes_are_not_checked(tmp_path):
     """Labels may be numbers to regress, here below 1, or several per sample."""
-    for label in (lambda i: i / 100, lambda i: torch.tensor([1.0, 0.0])):
+    for num_labels, label in ((1, lambda i: i / 100), (2, lambda i: torch.tensor([1.0, 0.0]))):
         data = Broken(24, lambda i, sample, label=label: {**sample, "labels": label(i)}, columns=DOMAINS)
-        model = image_model(ticket_task="labels", num_labels=2)
+        model = image_model(ticket_task="labels", num_labels=num_labels)
         made = RTLTrainer(model, arguments(tmp_path / "run", route_column="domain"), train_dataset=data)
         assert made.plan().route_sizes == dict.fromkeys(ROUTES, 8)
 
