@@ -96,6 +96,8 @@ def check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
             f"`backbone` is a {type(model).__name__}, and {auto_class.__name__} builds no model from its "
             f"configuration, a {type(model.config).__name__}, so that a saved copy could not be loaded: {register}"
         )
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]  # the class, where a configuration is that of several
     with torch.device("meta"):
         built = auto_class.from_config(copy.deepcopy(model.config))
     if type(built) is not type(model):

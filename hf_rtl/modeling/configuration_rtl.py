@@ -242,9 +242,6 @@ class RTLConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["backbone_config"] = self._backbone_dict()
-        # As in the file of any model, so that tools which know no routed models find the labels.
-        shared = ["output_attentions", *(field.name for field in fields(PreTrainedConfig))]
-        output |= {name: copy.copy(getattr(self, name)) for name in shared if name not in output}
         output["prunable"] = [[name, list(shape)] for name, shape in self.prunable]
         output["format_version"] = FORMAT_VERSION
         return output

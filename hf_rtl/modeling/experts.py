@@ -15,7 +15,7 @@ def is_stack(name: str, module: nn.Module, attribute: str) -> bool:
     own class holds, not a layer of torch, or any matrix in a part called `experts`. In CondConv, an expert is a row.
     """
     parameter = module._parameters[attribute]
-    if parameter is None or attribute.endswith("bias") or "embed" in attribute:
+    if parameter is None or attribute.endswith(("bias", "_log")) or "embed" in attribute:
         return False
     if isinstance(module, CondConv2d):
         return attribute == "weight"

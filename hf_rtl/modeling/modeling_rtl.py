@@ -37,7 +37,7 @@ from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
-from .offloading import refuse_offloaded
+from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
@@ -180,6 +180,7 @@ class RTLModel(RoutedModel):
             raise ValueError(
                 f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
             ) from error
+        refuse_offloaded_buffers(model.mask_bank.buffers())
         check_loaded(model, pretrained_model_name_or_path, info)
         model.private_parameters.freeze(model.backbone)  # loading makes new parameters
         align(model)
@@ -232,7 +233,7 @@ class RTLModel(RoutedModel):
         Raises:
             TypeError, ValueError: the model or `processing_class` cannot be saved.
         """
-        self._check_savable()
+        self.check_savable()
         if processing_class is not None:
             processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
@@ -292,7 +293,7 @@ class RTLModel(RoutedModel):
             TypeError, ValueError: see `save_pretrained`.
             HfHubHTTPError, RuntimeError: the Hub refuses the push or an upload. No branch has changed then.
         """
-        self._check_savable()
+        self.check_savable()
         if processing_class is not None:
             processing_class = savable_processor(processing_class)
 
@@ -348,7 +349,7 @@ class RTLModel(RoutedModel):
             TypeError: `routes` or `base_routes` is a single route.
             ValueError: an unknown or repeated route, or a `README.md` that cannot be read. Nothing is written then.
         """
-        self._check_savable()
+        self.check_savable()
         chosen = range(self.num_routes) if routes is None else self._route_indices("routes", routes)
         if base_routes is None:
             base_routes = [name for name in self.route_names if name not in self.config.added_routes]
@@ -418,7 +419,7 @@ class RTLModel(RoutedModel):
 
         For arguments and errors see `save_tickets` and `push_to_hub`.
         """
-        self._check_savable()
+        self.check_savable()
 
         def write(folder: Path, repo_id: str, head: str | None) -> None:
             index = self.save_tickets(folder, routes, base_routes=base_routes)

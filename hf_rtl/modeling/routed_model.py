@@ -600,7 +600,8 @@ class RoutedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Does nothing: the backbone initialises itself, and missing masks or statistics are an error."""
 
-    def _check_savable(self) -> None:
+    def check_savable(self) -> None:
+        """Raises `ValueError` or `RuntimeError` unless a saved copy could be loaded."""
         self._refuse_in_context("save_pretrained()")
         self._refuse_on_view("save_pretrained()")
         refuse_offloaded(self, "saving")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 def check_structure(model: nn.Module, built: nn.Module, remedy: str) -> None:
     """
-    Raises `ValueError`, with the names and shapes that differ, unless `model` has the tensors of `built`.
+    Raises `ValueError`, with the names and shapes that differ, unless `model` has the tensors of `built`, and shares
+    none that `built` does not share.
 
     Args:
         model (`nn.Module`): the model.
@@ -19,6 +20,14 @@ def check_structure(model: nn.Module, built: nn.Module, remedy: str) -> None:
         remedy (`str`): the sentence of the error that says what to do.
     """
     found, expected = _shapes(model), _shapes(built)
+    shared = shared_tensors(built)
+    for name, source in shared_tensors(model).items():
+        if shared.get(name) != source:
+            raise ValueError(
+                f"{name} is the same tensor as {source}, which the configuration does not say, so that a saved copy "
+                "could not be loaded: let the configuration tie them, as by `tie_word_embeddings`, or untie them. "
+                f"{remedy}"
+            )
     differing = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if differing:
         listed = "; ".join(

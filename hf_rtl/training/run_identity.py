@@ -99,10 +99,11 @@ def run_identity(
 
 def _problem_type(config: Mapping[str, Any], labels: Any) -> str | None:
     """The problem type; if none was given, the one that transformers writes at the first call with labels."""
-    given = config["backbone_config"].get("problem_type")
+    backbone = config["backbone_config"]
+    given = backbone.get("problem_type")
     if given is not None or not isinstance(labels, Tensor):
         return given
-    if len(config["id2label"]) == 1:
+    if len(backbone.get("id2label") or backbone["label_names"]) == 1:
         return "regression"
     return "single_label_classification" if labels.dtype in (torch.long, torch.int) else "multi_label_classification"
 

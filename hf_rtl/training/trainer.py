@@ -178,6 +178,7 @@ class RTLTrainer(RouteTrainer):
         plan = self.plan()
         self._ignored_keys = ignore_keys_for_eval
         self._align_tokens()
+        self.model.check_savable()
         if self._initial is None:
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
@@ -290,6 +291,7 @@ class RTLTrainer(RouteTrainer):
             These errors leave the model unchanged. An error of the new router comes after the ticket has been added.
         """
         self._align_tokens()
+        self.model.check_savable()
         return add_route(self, name, dataset, calibration_dataset=calibration_dataset)
 
     def retraining_batches(self, round_index: int) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A setting on a routed model's configuration has the effect that it has on the plain model."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +174,14 @@ def test_a_configuration_made_without_a_model(tmp_path, tiny_bert_config):
     assert copy.deepcopy(config).pad_token_id == 7
     with pytest.raises(AttributeError, match="no_such_field"):
         _ = config.no_such_field
+
+
+def test_what_is_edited_in_a_file_has_an_effect(tmp_path, tiny_bert_config):
+    RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    edited = json.loads(file.read_text())
+    assert not edited.keys() & {"id2label", "problem_type", "return_dict"}  # which stand in one place alone
+    edited["backbone_config"] |= {"problem_type": "regression", "id2label": {"0": "ant", "1": "bee", "2": "cat"}}
+    file.write_text(json.dumps(edited))
+    config = RTLModel.from_pretrained(tmp_path).config
+    assert config.problem_type == "regression" and config.id2label[2] == "cat"

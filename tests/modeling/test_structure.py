@@ -18,6 +18,8 @@ from transformers import (
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
+    DeiTConfig,
+    DeiTForImageClassification,
 )
 
 import hf_rtl
@@ -27,7 +29,9 @@ from hf_rtl import (
     RTLModelForImageClassification,
     RTLModelForMaskedLM,
     RTLModelForSequenceClassification,
+    RTLTrainer,
 )
+from tests.training.small_runs import arguments
 
 
 ROUTES = {"route_names": ["day", "night"], "ticket_task": "labels", "seed": 0}
@@ -131,6 +135,37 @@ def test_another_classifier_of_timm(tmp_path, before: bool):
         model.config.num_labels = 5
     model.save_pretrained(tmp_path)
     assert RTLModel.from_pretrained(tmp_path).config.num_labels == 5
+
+
+def test_tensors_that_are_shared_by_hand(tmp_path, tiny_bert_config):
+    backbone = AutoModelForSequenceClassification.from_config(tiny_bert_config)
+    model = RTLModelForSequenceClassification.from_backbone(copy.deepcopy(backbone), **ROUTES)
+    model.backbone.bert.encoder.layer[1].output.LayerNorm = model.backbone.bert.encoder.layer[0].output.LayerNorm
+    with pytest.raises(ValueError, match=r"layer\.1.* is the same tensor as .*layer\.0.*untie them"):
+        model.save_pretrained(tmp_path / "model")
+    backbone.bert.encoder.layer[1] = backbone.bert.encoder.layer[0]
+    with pytest.raises(ValueError, match=r"layer\.1.* is the same tensor as .*layer\.0.*untie them"):
+        RTLModelForSequenceClassification.from_backbone(backbone, **ROUTES)
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, tiny_bert_config):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES)
+    own_head(model.backbone)
+    data = [{"input_ids": [5, 6, index], "label": index % 2, "route": index // 2 % 2} for index in range(12)]
+    trainer = RTLTrainer(model, arguments(tmp_path / "run", route_column="route"), train_dataset=data)
+    with pytest.raises(ValueError, match=CHANGES[own_head]):
+        trainer.train()
+    assert not list((tmp_path / "run").rglob("*"))
+
+
+def test_a_configuration_of_several_classes(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    backbone = DeiTForImageClassification(DeiTConfig(image_size=8, patch_size=4, **sizes))
+    model = halved(RTLModelForImageClassification.from_backbone(backbone, **ROUTES))
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 8, 8)
+    loaded = RTLModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(pixels, route_ids=[0, 1]).logits, model(pixels, route_ids=[0, 1]).logits)
 
 
 def test_a_configuration_that_says_something_else(tmp_path, tiny_bert_config):
