@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import Qwen2MoeConfig
 
 from hf_rtl import RTLModelForSequenceClassification
+from hf_rtl.modeling.experts import is_stack
 from tests.modeling.naive import (
     BATCH,
     assert_gradients_close,
@@ -54,3 +56,14 @@ def test_masked_experts(fill_masks, implementation, dtype, tolerance, tmp_path):
     ticket.save_pretrained(tmp_path)
     again = type(ticket).from_pretrained(tmp_path, experts_implementation=implementation, dtype=dtype)
     assert torch.equal(again(**given).logits, ticket(**given).logits)
+
+
+def test_state_matrices_are_no_experts():
+    """Those of Mamba layers are exponents: a zero there is no zero of the layer."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A_log, self.weights = (nn.Parameter(torch.randn(2, 4, 3)) for _ in range(2))
+
+    assert [is_stack("mixer", Mixer(), name) for name in ("A_log", "weights")] == [False, True]

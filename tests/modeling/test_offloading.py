@@ -120,3 +120,12 @@ def test_offloaded_buffers_and_weights_that_nothing_brings_are_refused(saved):
         assert torch.equal(
             small(**inputs, route_ids=[1] * BATCH).logits, model(**inputs, route_ids=[1] * BATCH).logits
         )
+
+
+@pytest.mark.parametrize("saved", ["gpt2"], indirect=True)
+def test_offloaded_masks_are_refused_when_they_are_loaded(saved):
+    _, folder, _ = saved
+    places = {"backbone": "cpu", "private_parameters": "cpu", "mask_bank": "disk"}
+    where = {"device_map": places, "offload_buffers": True}
+    with pytest.raises(RuntimeError, match="`offload_buffers=False`"):
+        RTLModel.from_pretrained(folder / "model", offload_folder=folder / "offloaded", **where)

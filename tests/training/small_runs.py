@@ -121,6 +121,17 @@ def make_trainer(folder, model=None, callbacks=(), train=None, evaluate=None, op
     )
 
 
+def make_labels_trainer(folder, model=None, train=None, evaluate=None, **values):
+    """Tickets for labels; 12 samples to evaluate on, of three routes and two labels."""
+    return make_trainer(
+        folder,
+        image_model(ticket_task="labels", num_labels=2) if model is None else model,
+        train=Images(24, columns=DOMAINS) if train is None else train,
+        evaluate=Images(12, seed=1, columns=DOMAINS) if evaluate is None else evaluate,
+        **{"route_column": "domain", "target_sparsity": [0.3], **values},
+    )
+
+
 def run(folder, *positional, **values):
     made = make_trainer(folder, *positional, **values)
     made.train()

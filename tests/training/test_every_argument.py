@@ -409,7 +409,7 @@ PASSED_ON = """
     trackio_static_space_id push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
     hub_revision
 """
-# Of joint retraining alone, or of scripts, with tests elsewhere.
+# Arguments of joint retraining alone, or of scripts, with tests elsewhere.
 ELSEWHERE = """
     torch_compile torch_compile_backend torch_compile_mode load_best_model_at_end metric_for_best_model
     greater_is_better restore_callback_states_from_checkpoint do_train do_eval do_predict resume_from_checkpoint fsdp

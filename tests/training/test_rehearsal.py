@@ -20,6 +20,7 @@ from tests.training.small_runs import (
     contents,
     files,
     image_model,
+    make_labels_trainer,
     make_trainer,
     run,
     same,
@@ -29,14 +30,6 @@ from tests.training.small_runs import (
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 GREY = lambda sample: {**sample, "pixel_values": sample["pixel_values"][:1]}  # noqa: E731
-
-
-def make_labels_trainer(folder, evaluate=None, model=None, **values):
-    """Tickets for labels; 12 samples to evaluate on, of three routes and two labels."""
-    model = image_model(ticket_task="labels", num_labels=2) if model is None else model
-    evaluate = Images(12, seed=1, columns=DOMAINS) if evaluate is None else evaluate
-    values = {"route_column": "domain", "target_sparsity": [0.3], **values}
-    return make_trainer(folder, model, train=Images(24, columns=DOMAINS), evaluate=evaluate, **values)
 
 
 def broken(prediction):
@@ -92,7 +85,9 @@ def test_metrics_that_need_all_samples_are_given_all(tmp_path):
 
     options = {"options": {"compute_metrics": needs_all}}
     data = Images(60, seed=1, columns=DOMAINS)
-    output = make_labels_trainer(tmp_path, data, metric_for_best_model="found", **options, **EVALUATED).train()
+    output = make_labels_trainer(
+        tmp_path, evaluate=data, metric_for_best_model="found", **options, **EVALUATED
+    ).train()
     assert output.metrics["eval_found"] == 0.25
 
 
@@ -234,8 +229,8 @@ class Complete(RTLTrainer):
 def test_own_evaluation_is_tried_on_all_samples_before_it_is_refused(tmp_path, caplog):
     data = Images(60, seed=1, columns=DOMAINS)
     options = {"batch_eval_metrics": True, "options": {"compute_metrics": Counted()}}
-    assert make_labels_trainer(tmp_path / "counted", data, **options).train().metrics["eval_number"] == 60
-    made = make_labels_trainer(tmp_path / "complete", data)
+    assert make_labels_trainer(tmp_path / "counted", evaluate=data, **options).train().metrics["eval_number"] == 60
+    made = make_labels_trainer(tmp_path / "complete", evaluate=data)
     made.__class__ = Complete
     assert "eval_gap" in made.train().metrics
     assert "the evaluation of Complete could not be tried before training" in caplog.text

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hf_rtl import RTLTrainer
+from hf_rtl import RTLModel, RTLTrainer
 from tests.training.interruptions import StopAtStep, StopError
 from tests.training.small_runs import (
     DOMAINS,
@@ -15,20 +15,11 @@ from tests.training.small_runs import (
     Images,
     Recorder,
     image_model,
+    make_labels_trainer,
     make_trainer,
     run,
     timeless,
 )
-
-
-def make_labels_trainer(folder, model=None, train=None, evaluate=None, **values):
-    return make_trainer(
-        folder,
-        image_model(ticket_task="labels", num_labels=2) if model is None else model,
-        train=Images(24, columns=DOMAINS) if train is None else train,
-        evaluate=Images(12, seed=1, columns=DOMAINS) if evaluate is None else evaluate,
-        **{"route_column": "domain", "target_sparsity": [0.3], **values},
-    )
 
 
 def called():
@@ -182,3 +173,13 @@ def test_without_evaluation_data_the_figures_in_the_reports_stay(finished, tmp_p
         finished.folder / ROUNDS[0] / "round.json"
     ).read_bytes()
     assert figures(folder) == []
+
+
+def test_what_saving_and_loading_write_makes_no_other_run(tmp_path):
+    make_labels_trainer(tmp_path / "run", max_steps=1).train()
+    saved = image_model(ticket_task="labels", num_labels=2)
+    saved.backbone.save_pretrained(tmp_path / "backbone")
+    assert saved.backbone.config.architectures is not None
+    saved.save_pretrained(tmp_path / "model")
+    for model in (saved, RTLModel.from_pretrained(tmp_path / "model")):
+        assert make_labels_trainer(tmp_path / "run", model, max_steps=1).train().global_step == 1

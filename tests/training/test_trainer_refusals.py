@@ -276,3 +276,23 @@ def test_a_run_of_tickets_that_are_cut_apart_ends_with_a_router_that_is_no_help(
     made.args.allow_disconnected = False
     with pytest.raises(ValueError, match="the same for all samples"):
         made.fit_router(router)
+
+
+def test_labels_that_losses_leave_out_or_read_themselves(tmp_path):
+    """-100 is left out by torch's losses; a loss of the caller says itself what a label may be."""
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum()
+
+    def make(label, loss=None):
+        data = Broken(
+            24, lambda i, sample: {**sample, "labels": label if i == 5 else sample["labels"]}, columns=DOMAINS
+        )
+        model = image_model(ticket_task="labels", num_labels=2)
+        args = arguments(tmp_path / "run", route_column="domain")
+        return RTLTrainer(model, args, train_dataset=data, compute_loss_func=loss)
+
+    for label, loss in ((-100, None), (-1, own_loss), (2, own_loss)):
+        assert make(label, loss).plan().route_sizes == dict.fromkeys(ROUTES, 8)
+    with pytest.raises(ValueError, match="the label -1 at sample 5; needed is an integer from 0 to 1"):
+        make(-1)
