@@ -77,9 +77,8 @@ class RoutedModel(PreTrainedModel):
         self.active = ActiveRoute()
         self._fixed_route: int | str | None = None
         self.post_init()
-        # transformers saves and loads a tensor with several names only if it is declared to be tied.
+        # transformers saves a tensor with several names only if it is declared to be tied.
         self._tied_weights_keys = shared_tensors(self, chain.from_iterable(self.all_tied_weights_keys.items()))
-        self.all_tied_weights_keys |= self._tied_weights_keys
 
     # Routes
 
