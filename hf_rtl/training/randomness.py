@@ -37,7 +37,10 @@ def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [] if device.type == "cpu" else [device.index or 0]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(for_torch)
+        if devices:
+            torch.manual_seed(for_torch)
+        else:  # `torch.manual_seed` seeds accelerators too, and formats the call stack for each, at every call
+            torch.default_generator.manual_seed(for_torch)
         # Some models, such as Wav2Vec2, mask their input with NumPy's generator.
         np.random.seed(for_numpy % 2**32)
         random.seed(for_python)

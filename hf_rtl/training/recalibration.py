@@ -88,7 +88,7 @@ def warn_of_lagging_statistics(trainer: Any, round_index: int) -> None:
     lagging = [
         f"{model.route_names[route]!r} ({trained:.3g} against {evaluated:.3g})"
         for route, (trained, evaluated) in evaluation_losses(model, batches, loss).items()
-        if evaluated > 2 * trained + 0.1
+        if evaluated - trained > abs(trained) + 0.1  # losses may be negative
     ]
     if lagging and trainer.processes.rank == 0:
         logger.warning(

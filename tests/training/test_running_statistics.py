@@ -105,20 +105,21 @@ def test_statistics_that_lag_behind_are_warned_of_and_mended(tmp_path, caplog):
 
 
 class OwnLoss(RTLTrainer):
-    """A loss as users write it: it takes the labels out of its inputs."""
+    """A loss as users write it: it takes the labels out of its inputs. It is negative, as a signal-to-noise ratio is."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        loss = nn.functional.cross_entropy(outputs.logits, labels) - 10
         return (loss, outputs) if return_outputs else loss
 
 
-def test_losses_that_take_the_labels_out_are_compared_too(tmp_path):
+def test_losses_that_take_the_labels_out_and_are_negative_are_compared_too(tmp_path, caplog):
     model = image_model(ticket_task="labels", num_labels=2, drop_rate=0.0)
     made = OwnLoss(model, arguments(tmp_path, **OPTIONS), train_dataset=Shapes(72))
     made.train()
     assert made.rounds[-1]["kept"]
+    assert not [record for record in caplog.records if "contradict each other" in record.getMessage()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
