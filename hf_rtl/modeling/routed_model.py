@@ -229,7 +229,7 @@ class RoutedModel(PreTrainedModel):
                 f"{', '.join(map(repr, self.route_names))}. Fit one for these with `RTLTrainer.fit_router`."
             )
         index = self.route_index(fallback)
-        changed = copy.copy(self.config)
+        changed = self.config.draft()
         changed.router = "given" if router is None else router.name
         changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
         changed.router_threshold = threshold
@@ -375,7 +375,7 @@ class RoutedModel(PreTrainedModel):
         view._fixed_route = UNION if index == UNION else self.route_names[index]
         if self.config.ticket_task == "membership":
             name = self.route_name(index)
-            view.config = copy.copy(self.config)
+            view.config = self.config.draft()
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view
 
