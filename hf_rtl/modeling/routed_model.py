@@ -173,6 +173,7 @@ class RoutedModel(PreTrainedModel):
             self.private_parameters.extend(self.backbone, chosen)
 
     def _check_private_row(self, row: Mapping[str, Tensor]) -> None:
+        self.private_parameters.own(self.backbone)
         names = select_private(self.backbone, list(row), self.mask_bank.weight_names)
         for name in names:
             expected, found = self.backbone.get_parameter(name).shape, row[name].shape
@@ -605,6 +606,7 @@ class RoutedModel(PreTrainedModel):
         self._refuse_on_view("save_pretrained()")
         refuse_offloaded(self, "saving")
         self.masker.locate()
+        self.private_parameters.own(self.backbone)
         self.config.check()
         if self.config.route_names != self.route_names:
             raise ValueError(
