@@ -150,6 +150,12 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
             )
 
 
+def is_truth_value(value: Any) -> bool:
+    """Whether a value is a single true or false, of Python, numpy or torch."""
+    is_of_torch = isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype == torch.bool
+    return isinstance(value, (bool, np.bool_)) or is_of_torch
+
+
 def is_hf_dataset(dataset: Any) -> bool:
     """Recognises it by its attributes, because `datasets` need not be installed."""
     return hasattr(dataset, "features") and hasattr(dataset, "select_columns")

@@ -17,6 +17,7 @@ from ..data.columns import check_label_column, check_labels, list_columns, singl
 from ..data.partition import Partition
 from ..data.route_data import RouteData, check_partition, find_partition, route_columns
 from ..modeling.modeling_rtl import RTLModel
+from ..modeling.offloading import refuse_offloaded
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router
 from .training_args import RTLTrainingArguments
 
@@ -83,7 +84,7 @@ class RunData:
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (*evaluated, calibration_dataset):
             if dataset is not None:
-                if _predicts_single_labels(model) and not (has_collator or has_own_loss):
+                if predicts_single_labels(model) and not (has_collator or has_own_loss):
                     check_labels(dataset, model.config.num_labels)
                 # Thresholds and routers are fitted for every route.
                 allow_empty = dataset is not calibration_dataset
@@ -147,11 +148,13 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
 
     Raises:
         TypeError, ValueError: they do not fit.
+        RuntimeError: the model is offloaded.
     """
     if not isinstance(model, RTLModel):
         raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
     if not isinstance(args, RTLTrainingArguments):
         raise TypeError(f"`args` must be RTLTrainingArguments, got {type(args).__name__}.")
+    refuse_offloaded(model, "a trainer")
     for name in ("optimizers", "model_init"):
         if given.get(name) not in (None, (None, None)):
             raise ValueError(f"`{name}` is not supported: every round makes a fresh optimizer on the same θ0.")
@@ -281,19 +284,20 @@ def _check_connected(args: RTLTrainingArguments) -> None:
         )
 
 
-def _predicts_single_labels(model: RTLModel) -> bool:
+def predicts_single_labels(model: RTLModel) -> bool:
+    """Whether the tickets predict one label, or one set of numbers, a sample."""
     return model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES)
 
 
 def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool, has_own_loss: bool) -> None:
     """Raises `ValueError` unless the partition and the labels of training data suit the task of the tickets."""
     labels = None
-    if _predicts_single_labels(model):
+    if predicts_single_labels(model):
         if not has_collator:
             check_label_column(list_columns(dataset))
         labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
-    if _predicts_single_labels(model) and not (has_collator or has_own_loss):
+    if predicts_single_labels(model) and not (has_collator or has_own_loss):
         check_labels(dataset, model.config.num_labels, may_ignore=True)
 
 
