@@ -66,9 +66,7 @@ def _batches(trainer: Any, round_index: int) -> Iterator[tuple[int, dict[str, An
         yield UNION, _without_labels(trainer, batch)
 
 
-def _batches_of_route(
-    trainer: Any, data: RouteData, route: int, key: tuple[int, ...]
-) -> Iterator[dict[str, Any]]:
+def _batches_of_route(trainer: Any, data: RouteData, route: int, key: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     sampler = data.sampler(key, routes=[route])
     num_batches = min(trainer.args.recalibration_batches, sampler.num_updates_per_route)
     for batch in islice(data.endless_batches(sampler, trainer.collate()), num_batches):

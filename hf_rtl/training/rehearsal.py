@@ -146,11 +146,30 @@ def _watched(compute: Any) -> Any:
 
     def compute_metrics(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compute(*args, **kwargs)
+            metrics = compute(*args, **kwargs)
+            if kwargs.get("compute_result", True):
+                _check_metrics(metrics)
+            return metrics
         except Exception as error:
             raise _MetricsError from error
 
     return compute_metrics
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Raises `TypeError` unless own metrics are a dict, without arrays and lists."""
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            f"`compute_metrics` gives {metrics!r}, a {type(metrics).__name__}; a dict of numbers by their names is "
+            "needed, such as {'accuracy': 0.9}."
+        )
+    for name, value in metrics.items():
+        is_number = isinstance(value, torch.Tensor) and value.numel() == 1  # which `Trainer` takes for one
+        if isinstance(value, (np.ndarray, torch.Tensor, list, tuple)) and not is_number:
+            raise TypeError(
+                f"`compute_metrics` gives {value!r}, a {type(value).__name__}, for {name!r}; a metric is a number: "
+                f"give `value.item()` of a single one, or each of several a name, such as '{name}_0'."
+            )
 
 
 def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ def test_the_model_answers_as_the_network_that_was_trained(tmp_path, monkeypatch
 
 
 def test_the_added_ticket_has_statistics_of_its_whole_training_data(tmp_path):
-    """One convolution precedes the first norm, so that its mean is that of its outputs for all samples of the route."""
+    """The first norm has the mean of the outputs of the convolution before it, over all samples of the route."""
     for number_of_batches in (50, 0):
         data = Images(24, 9, DOMAINS)
         made = adding_trainer(tmp_path / str(number_of_batches), "labels", recalibration_batches=number_of_batches)
