@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from .columns import LABEL_COLUMNS, find_label_column, is_truth_value, label_column, list_columns
+from .columns import LABEL_COLUMNS, about_transforms, find_label_column, is_truth_value, label_column, list_columns
 from .partition import Partition, Rule
 from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
@@ -40,7 +40,7 @@ def find_partition(
         if route_column not in list_columns(dataset):
             raise ValueError(
                 f"`route_column` = {route_column!r} is not in the data set; its columns are "
-                f"{', '.join(map(repr, list_columns(dataset)))}."
+                f"{', '.join(map(repr, list_columns(dataset)))}.{about_transforms(dataset)}"
             )
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
     if len(route_names) == 1:

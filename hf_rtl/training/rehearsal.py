@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -58,6 +59,35 @@ def rehearse(trainer: RouteTrainer, round_: Round) -> None:
     except Exception:
         logger.error("what comes after extraction was tried on a few samples, and failed; nothing has been written.")
         raise
+
+
+def check_columns(trainer: RouteTrainer) -> None:
+    """
+    Raises `TypeError`, with the names, if the samples of a data set have no column that the backbone takes. With
+    `remove_unused_columns=False` nothing is known: a collator may make inputs of any column.
+    """
+    if not trainer.args.remove_unused_columns:
+        return
+    backbone = trainer.model.backbone
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    inputs = [name for name in named if name not in ("labels", "return_dict", *(trainer.args.label_names or ()))]
+    data = {"train_dataset": trainer.run_data.require_training().dataset}
+    data |= {
+        f"eval_dataset[{name!r}]" if name else "eval_dataset": each for name, each in evaluation_sets(trainer).items()
+    }
+    if trainer.run_data.calibration_dataset is not None:
+        data["calibration_dataset"] = trainer.run_data.calibration_dataset
+    for argument, dataset in data.items():
+        with seeded((trainer.args.seed, Stream.READING), trainer.args.device):
+            columns = list(dataset[0])
+        if not set(columns) & set(inputs):
+            raise TypeError(
+                f"the samples of `{argument}` have the columns {', '.join(map(repr, columns))}, but the forward of "
+                f"{type(backbone).__name__} takes {', '.join(map(repr, inputs))}, so it would get no input. Rename "
+                f"the column of the features, as by `dataset.rename_column('image', {backbone.main_input_name!r})`, "
+                "or set `remove_unused_columns=False` if your `data_collator` makes inputs of other columns."
+            )
 
 
 @contextlib.contextmanager

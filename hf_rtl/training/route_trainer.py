@@ -381,6 +381,10 @@ class RouteTrainer(Trainer):
         are_classes = predicts_single_labels(self.model) and self.model.config.num_labels > 1
         return IntegerLabels(collate) if are_classes and not self._has_own_loss(self.compute_loss_func) else collate
 
+    def collate_alone(self) -> Callable[[list], dict]:
+        """`collate` with a copy of the collator, which may draw or count. The model that it may hold is not copied."""
+        return copy.deepcopy(self.collate(), {id(self.model): self.model})
+
     @contextmanager
     def workers_ended(self) -> Iterator[None]:
         """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""

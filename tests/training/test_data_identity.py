@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from hf_rtl.data.partition import Partition
+from hf_rtl.data.route_data import ConcatRows, RowSubset
 from hf_rtl.training.data_identity import hash_values, identify_data
 
 
@@ -50,13 +51,43 @@ class Transformed(Dataset):
         return {**sample, "features": torch.tensor(sample["features"]) + torch.randn(2)}
 
 
-def identify(data, *, membership=False, raw=True, routes=None):
+def identify(data, *, collate=None, membership=False, raw=True, routes=None):
     routes = [index % 2 for index in range(len(data))] if routes is None else routes
     partition = Partition(np.array(routes), ["even", "odd"], allow_empty=True)
     before = torch.get_rng_state()
-    found = identify_data(data, partition, torch.device("cpu"), membership=membership, raw=raw)
+    make_collate = (lambda: collate) if raw else None
+    found = identify_data(data, partition, torch.device("cpu"), membership=membership, make_collate=make_collate)
     assert torch.equal(torch.get_rng_state(), before)
+    # For files of earlier versions; without a collator nothing is known of batches, and it is the same.
+    stored = found.pop("stored", None)
+    assert collate is not None or not raw or stored == found["features"]
     return found
+
+
+def as_transformed(change=None):
+    def transform(batch):
+        return {**batch, "features": [torch.tensor(row) + torch.rand(2) for row in batch["features"]]}
+
+    return as_hf(change).with_transform(transform)
+
+
+def as_concatenated(change=None):
+    data = as_transformed(change)
+    return ConcatRows([RowSubset(data, range(30)), data.select(range(30, NUMBER))])
+
+
+@pytest.mark.parametrize("make", [as_list, as_hf, as_transformed, as_concatenated])
+def test_columns_that_change_no_batch_are_left_out(make):
+    def collate(samples):
+        return {"features": torch.stack([torch.as_tensor(sample["features"]) for sample in samples])}
+
+    known = identify(make(), collate=collate)
+    assert identify(make(("text", 0, "another")), collate=collate) == known
+    assert identify(make(("features", 0, [0.25, 0.5])), collate=collate)["features"] != known["features"]
+    if make is as_hf:
+        assert identify(make().remove_columns("text"), collate=collate) == known
+    both = identify(make(), collate=lambda samples: {**collate(samples), "text": [s["text"] for s in samples]})
+    assert both["features"] != known["features"]
 
 
 @pytest.mark.slow

@@ -53,6 +53,11 @@ def metrics(**values):
         (metrics(found="text"), ValueError, "Unknown format"),  # the card shows a number
         ({"evaluate": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)}, RuntimeError, "channels"),
         ({"evaluate": Images(12, columns=("labels", "domain"))}, TypeError, "pixel_values"),
+        (
+            {"train": Broken(24, lambda i, s: {"image": s["pixel_values"], "labels": i % 2, "domain": i % 3})},
+            TypeError,
+            "`train_dataset` have the columns 'image', 'labels', 'domain', but .*'pixel_values'.*rename_column",
+        ),
         ({"metric_for_best_model": "acuracy", **EVALUATED}, KeyError, "'eval_acuracy'.*'eval_accuracy'"),
         ({"metric_for_best_model": "f1", **metrics(accuracy=1.0), **EVALUATED}, KeyError, "eval_f1"),
         ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, AssertionError, "metric_for_best_model"),
