@@ -48,19 +48,25 @@ def rehearse(trainer: RouteTrainer, round_: Round) -> None:
         Exception: whatever the run would raise after extraction.
     """
     trial, args = replace(round_, name="rehearsal"), trainer.args
+    with _failures_logged(), seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
+        with trainer.in_round(trial, num_steps_before=0):
+            _begin_retraining(trainer, Path(args.output_dir) / trial.name)
+            metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
+            _try_calibration_data(trainer)
+        if trainer.processes.rank == 0:
+            _write_nowhere(trainer, trial, metrics)
+
+
+@contextlib.contextmanager
+def _failures_logged() -> Iterator[None]:
     try:
-        with seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
-            with trainer.in_round(trial, num_steps_before=0):
-                _begin_retraining(trainer, Path(args.output_dir) / trial.name)
-                metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
-                _try_calibration_data(trainer)
-            if trainer.processes.rank == 0:
-                _write_nowhere(trainer, trial, metrics)
+        yield
     except Exception:
         logger.error("what comes after extraction was tried on a few samples, and failed; nothing has been written.")
         raise
 
 
+@_failures_logged()
 def check_columns(trainer: RouteTrainer) -> None:
     """
     Raises `TypeError`, with the names, if the samples of a data set have no column that the backbone takes. With
@@ -71,7 +77,10 @@ def check_columns(trainer: RouteTrainer) -> None:
     backbone = trainer.model.backbone
     parameters = inspect.signature(backbone.forward).parameters.values()
     named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    inputs = [name for name in named if name not in ("labels", "return_dict", *(trainer.args.label_names or ()))]
+    no_inputs = {"label", "labels", "label_ids", "route_ids", "return_dict", *(trainer.args.label_names or ())}
+    inputs = [name for name in named if name not in no_inputs]
+    trainer._set_signature_columns_if_needed()  # its caller may have set others
+    kept = set(trainer._signature_columns or ()) - no_inputs
     data = {"train_dataset": trainer.run_data.require_training().dataset}
     data |= {
         f"eval_dataset[{name!r}]" if name else "eval_dataset": each for name, each in evaluation_sets(trainer).items()
@@ -81,7 +90,7 @@ def check_columns(trainer: RouteTrainer) -> None:
     for argument, dataset in data.items():
         with seeded((trainer.args.seed, Stream.READING), trainer.args.device):
             columns = list(dataset[0])
-        if not set(columns) & set(inputs):
+        if not set(columns) & kept:
             raise TypeError(
                 f"the samples of `{argument}` have the columns {', '.join(map(repr, columns))}, but the forward of "
                 f"{type(backbone).__name__} takes {', '.join(map(repr, inputs))}, so it would get no input. Rename "

@@ -1,5 +1,7 @@
 """What data are known by: numbers, routes, labels and features as they are stored, not as transforms make them."""
 
+from collections import Counter
+
 import datasets
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from hf_rtl.data.partition import Partition
 from hf_rtl.data.route_data import ConcatRows, RowSubset
 from hf_rtl.training.data_identity import hash_values, identify_data
+from tests.training.small_runs import DOMAINS, Images, make_labels_trainer
 
 
 NUMBER = 70
@@ -139,6 +142,29 @@ def test_values_that_are_random_are_left_out():
             return {**self.samples[index], "label": float(torch.rand(()))}
 
     assert identify(RandomLabels(as_list())) == {**known, "labels": None}
+
+
+class Begun(Exception):
+    pass
+
+
+def test_samples_are_fetched_once_for_routes_and_labels(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Begun
+
+    train, evaluate = Images(400, columns=DOMAINS), Images(300, seed=1, columns=DOMAINS)
+    made = make_labels_trainer(tmp_path, train=train, evaluate=evaluate)
+    monkeypatch.setattr("hf_rtl.training.trainer.find_theta0", stop)
+    for _ in range(2):
+        with pytest.raises(Begun):
+            made.train()
+    for data in (train, evaluate):
+        fetched = Counter(data.fetched)
+        assert len(fetched) == len(data) and np.median(list(fetched.values())) == 1
+    for sample in train.samples:  # in place
+        sample["labels"] = 1 - sample["labels"]
+    with pytest.raises(ValueError, match="data.labels"):
+        made.train()
 
 
 def test_images_are_known_by_their_content_wherever_they_lie(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,51 @@ def test_labels_may_be_truth_values(tmp_path, column):
         data = Broken(24, with_labels, columns=DOMAINS)
         found.append(make_labels_trainer(tmp_path / str(number), train=data, evaluate=data, max_steps=1).train())
     assert all(timeless(each.metrics) == timeless(found[0].metrics) for each in found)
+
+
+def with_made_labels(*, stored="species", names=("label", "labels")):
+    """A `datasets.Dataset` whose transform makes labels of names."""
+    samples = Images(24, columns=DOMAINS).samples
+    data = {
+        "image": [sample["pixel_values"].tolist() for sample in samples],
+        stored: ["cat" if sample["labels"] else "dog" for sample in samples],
+        "domain": [sample["domain"] for sample in samples],
+    }
+
+    def transform(batch):
+        made = [int(name == "cat") for name in batch[stored]]
+        return {"pixel_values": [torch.tensor(image) for image in batch["image"]], **dict.fromkeys(names, made)}
+
+    return datasets.Dataset.from_dict(data).with_transform(transform)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"names": ["labels"]},
+        {"names": ["label"]},
+        {"stored": "label", "names": ["label"]},
+        {"stored": "label", "names": ["labels"]},
+    ],
+)
+def test_a_transform_may_make_the_labels(tmp_path, made):
+    expected = (
+        make_labels_trainer(tmp_path / "plain", evaluate=Images(24, columns=DOMAINS), max_steps=2).train().metrics
+    )
+    data = with_made_labels(**made)
+    found = make_labels_trainer(tmp_path / "made", train=data, evaluate=data, max_steps=2).train().metrics
+    assert timeless(found) == timeless(expected)
+
+
+def test_what_a_transform_makes_is_no_route(tmp_path):
+    data = with_made_labels()
+    for values in ({}, {"route_column": "labels"}):
+        with pytest.raises(
+            ValueError, match="'image', 'species', 'domain'. What a transform makes is not read.*`dataset.map`"
+        ):
+            make_trainer(tmp_path, train=data, **values)
+    output = make_trainer(tmp_path, train=data, evaluate=data, route_column="domain", target_sparsity=[0.3]).train()
+    assert "eval_auroc" in output.metrics
 
 
 def test_numbers_of_numpy_and_torch_are_metrics(tmp_path):
