@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,56 @@ from torch.utils.data import ConcatDataset, Subset
 
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+_FEW = 64  # numbers of a sample, at most, that are kept
+
+
+class KeptColumns:
+    """
+    Values of a few columns of data sets that are not of `datasets`, whose samples are fetched once for all of them.
+
+    Args:
+        columns (`Iterable[str]`): names of columns that are likely to be read.
+    """
+
+    def __init__(self, columns: Iterable[str]) -> None:
+        self.columns = frozenset(columns)
+        self._read: list[tuple[Any, dict[str, list[Any]]]] = []
+
+    def values(self, dataset: Any, column: str) -> list[Any] | None:
+        """The values of a column; `None` if they are not kept, because they are large or in a list already."""
+        if isinstance(dataset, list):
+            return None
+        found = next((columns for other, columns in self._read if other is dataset), None)
+        if found is None:
+            rows = [self._few_values(dataset[index]) for index in range(len(dataset))]
+            found = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+            self._read.append((dataset, found))
+        return found.get(column)
+
+    def _few_values(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        values = {name: _scalar(sample[name]) for name in self.columns if name in sample}
+        return {name: value for name, value in values.items() if _is_small(value)}
+
+
+_kept: ContextVar[KeptColumns | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def keeping(columns: KeptColumns | None) -> Iterator[None]:
+    """A context in which values that are read are kept in `columns`, and read from there."""
+    token = _kept.set(columns)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _is_small(value: Any) -> bool:
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim == 1 and len(value) <= _FEW
+    if isinstance(value, (list, tuple)):
+        return len(value) <= _FEW and all(isinstance(number, (int, float)) for number in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]:
@@ -59,9 +111,19 @@ def find_label_column(dataset: Any, argument: str = "label_column") -> str:
     if len(found) != 1:
         raise ValueError(
             f"`{argument}` must be given: the data set has {' and '.join(map(repr, found)) or 'none'} of the usual "
-            f"label columns; its columns are {', '.join(map(repr, list_columns(dataset)))}."
+            f"label columns; its columns are {', '.join(map(repr, list_columns(dataset)))}.{about_transforms(dataset)}"
         )
     return found[0]
+
+
+def about_transforms(dataset: Any) -> str:
+    """A sentence to end an error with, if a transform may make the column that is missing; else nothing."""
+    if not has_transform(dataset):
+        return ""
+    return (
+        " What a transform makes is not read, as it would have to run on every sample: name a column that is stored, "
+        "or add one by `dataset.map`."
+    )
 
 
 def label_column(dataset: Any) -> str | None:
@@ -94,9 +156,11 @@ def list_columns(dataset: Any) -> list[str]:
     return list(sample)
 
 
-def check_label_column(columns: Sequence[str]) -> None:
-    """Raises `ValueError` unless one of `columns` is a column that transformers' collators turn into `labels`."""
-    allowed = ("label", "labels", "label_ids")
+def check_label_column(dataset: Any) -> None:
+    """Raises `ValueError` unless samples have a column that transformers' collators turn into `labels`."""
+    allowed, columns = ("label", "labels", "label_ids"), list_columns(dataset)
+    if not set(allowed) & set(columns) and has_transform(dataset):
+        columns = list(dataset[0])
     if not set(allowed) & set(columns):
         raise ValueError(
             f"`train_dataset` has no column {' or '.join(map(repr, allowed))} for tickets of `ticket_task='labels'` "
@@ -122,6 +186,8 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
     Raises `ValueError`, which names the first bad sample, unless all labels suit a model that predicts `num_labels` of
     a sample: all integers below `num_labels`; if there is a single one, finite numbers; or `num_labels` finite numbers
     a sample. A data set may have no label column. With `may_ignore` a label may be -100, which losses leave out.
+
+    Labels that a transform of `datasets` makes are not checked: it would have to run on every sample.
     """
     column = label_column(dataset)
     if column is None:
@@ -143,11 +209,36 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
             # The first label of a batch would decide the type of all.
             good = is_number and isinstance(value, float) == isinstance(values[0], float)
         if not good:
+            if _is_replaced(dataset, index, column, value):
+                return
             raise ValueError(
                 f"Column {column!r} has the label {value!r} at sample {index}; needed is {allowed}: the model has "
                 f"`num_labels` = {num_labels}, and the label of sample 0 is {values[0]!r}. Correct the label, or "
                 "filter the sample out."
             )
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether a transform of `datasets` makes samples of what is stored, also through torch's data sets."""
+    if _passes_samples_on(dataset):
+        parts = [dataset.dataset] if isinstance(dataset, Subset) else dataset.datasets
+        return any(map(has_transform, parts))
+    return is_hf_dataset(dataset) and dataset.format["type"] == "custom"
+
+
+def _is_replaced(dataset: Any, index: int, column: str, value: Any) -> bool:
+    """Whether a transform makes another label of the stored one of a sample."""
+    if not has_transform(dataset):
+        return False
+    sample = dataset[index]
+    made = [sample[name] for name in ("label", "labels", "label_ids") if name in sample]
+    return any(not np.array_equal(label, value) for label in made)
+
+
+def is_truth_value(value: Any) -> bool:
+    """Whether a value is a single true or false, of Python, numpy or torch."""
+    is_of_torch = isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype == torch.bool
+    return isinstance(value, (bool, np.bool_)) or is_of_torch
 
 
 def is_hf_dataset(dataset: Any) -> bool:
@@ -189,7 +280,9 @@ def _read(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]:
         return values, getattr(dataset.features[column], "names", None)
     if _passes_samples_on(dataset):
         return _read_inner(dataset, column)
-    values = [_scalar(dataset[index][column]) for index in range(len(dataset))]
+    kept = _kept.get()
+    known = None if kept is None else kept.values(dataset, column)
+    values = [_scalar(dataset[index][column]) for index in range(len(dataset))] if known is None else known
     inner = getattr(dataset, "dataset", None)
     if not _holds_classes(inner, column):
         return values, None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from .columns import LABEL_COLUMNS, find_label_column, label_column, list_columns
+from .columns import LABEL_COLUMNS, about_transforms, find_label_column, is_truth_value, label_column, list_columns
 from .partition import Partition, Rule
 from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
@@ -40,7 +40,7 @@ def find_partition(
         if route_column not in list_columns(dataset):
             raise ValueError(
                 f"`route_column` = {route_column!r} is not in the data set; its columns are "
-                f"{', '.join(map(repr, list_columns(dataset)))}."
+                f"{', '.join(map(repr, list_columns(dataset)))}.{about_transforms(dataset)}"
             )
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
     if len(route_names) == 1:
@@ -264,6 +264,24 @@ class EvaluationData(Dataset[dict[str, Any]]):
         if self.partition is None:
             return kept
         return {**kept, "labels" if self.membership else "route_ids": int(self.partition.route_ids[index])}
+
+
+class IntegerLabels:
+    """Collates samples whose labels may be truth values, as the integers that losses of classes need."""
+
+    def __init__(self, collate: Callable[[list], dict]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        return self.collate([self._with_integer(sample) for sample in samples])
+
+    def _with_integer(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        truths = {
+            name: int(sample[name])
+            for name in ("label", "labels", "label_ids")
+            if name in sample and is_truth_value(sample[name])
+        }
+        return {**sample, **truths} if truths else sample
 
 
 class RouteCollator:

@@ -182,6 +182,17 @@ class RTLConfig(PreTrainedConfig):
         else:
             setattr(self.backbone_config, name, value)
 
+    def __copy__(self) -> RTLConfig:
+        copied = self.draft()
+        copied.backbone_config = copy.copy(self.backbone_config)
+        return copied
+
+    def draft(self) -> RTLConfig:
+        """A copy of the fields of this class. The configuration of the backbone is the same object."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The part of the backbone's configuration that is of text, as transformers asks for it."""
         return self.backbone_config.get_text_config(*args, **kwargs)
@@ -214,7 +225,7 @@ class RTLConfig(PreTrainedConfig):
 
     def change_routes(self, route_names: Sequence[str], thresholds: list[float] | None) -> None:
         """Sets other routes and the fields that follow from them. Raises `ValueError` before anything is changed."""
-        changed = copy.copy(self)
+        changed = self.draft()
         changed.route_names, changed.thresholds = check_route_names(route_names), thresholds
         changed.added_routes = [name for name in self.added_routes if name in changed.route_names]
         if changed.ticket_task == "membership":

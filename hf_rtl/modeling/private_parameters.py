@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +103,12 @@ class PrivateParameters(nn.Module):
         return list(self._parameters.values())  # type: ignore[arg-type]
 
     def own(self, backbone: nn.Module) -> list[nn.Parameter]:
-        """The backbone's own parameters of these names."""
-        return [parameter_at(place) for place in self._places(backbone)]
+        """The backbone's own parameters of these names. `ValueError` if a module was replaced by another in size."""
+        found = [module._parameters.get(attribute) for module, attribute in self._places(backbone)]
+        for name, own, rows in zip(self.names, found, self.rows, strict=True):
+            if own is None or own.shape != rows.shape[1:]:
+                _refuse_replaced(name, rows, "no such parameter" if own is None else tuple(own.shape))
+        return found  # type: ignore[return-value]
 
     def row(self, route: int) -> list[Tensor]:
         """The row of `route` (-1: the mean of all rows): one tensor per parameter, of its shape."""
@@ -183,8 +187,14 @@ class PrivateParameters(nn.Module):
             module.__dict__.pop(attribute, None)
 
     def _places(self, backbone: nn.Module) -> list[tuple[nn.Module, str]]:
-        parts = [name.rpartition(".") for name in self.names]
-        return [(backbone.get_submodule(prefix), attribute) for prefix, _, attribute in parts]
+        places = []
+        for name, rows in zip(self.names, self.rows, strict=True):
+            prefix, _, attribute = name.rpartition(".")
+            try:
+                places.append((backbone.get_submodule(prefix), attribute))
+            except AttributeError:
+                _refuse_replaced(name, rows, "no such module")
+        return places
 
     def _replace(self, rows: Sequence[nn.Parameter]) -> None:
         self._parameters.clear()
@@ -199,6 +209,14 @@ class PrivateParameters(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_routes={self.num_routes}, names={self.names}"
+
+
+def _refuse_replaced(name: str, rows: Tensor, there: Any) -> NoReturn:
+    raise ValueError(
+        f"every route has its own copy of {name!r} of shape {tuple(rows.shape[1:])}, but the backbone has {there}: a "
+        "module was replaced after wrapping. Replace it before, as by `from_backbone(name, num_labels=…)` or "
+        "`from_backbone(model, …)`, or put the former module back."
+    )
 
 
 def _on_device(row: Tensor, own: Tensor) -> Tensor:

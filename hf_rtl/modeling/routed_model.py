@@ -173,6 +173,7 @@ class RoutedModel(PreTrainedModel):
             self.private_parameters.extend(self.backbone, chosen)
 
     def _check_private_row(self, row: Mapping[str, Tensor]) -> None:
+        self.private_parameters.own(self.backbone)
         names = select_private(self.backbone, list(row), self.mask_bank.weight_names)
         for name in names:
             expected, found = self.backbone.get_parameter(name).shape, row[name].shape
@@ -229,7 +230,7 @@ class RoutedModel(PreTrainedModel):
                 f"{', '.join(map(repr, self.route_names))}. Fit one for these with `RTLTrainer.fit_router`."
             )
         index = self.route_index(fallback)
-        changed = copy.copy(self.config)
+        changed = self.config.draft()
         changed.router = "given" if router is None else router.name
         changed.router_features = router.num_features if isinstance(router, CentroidRouter) else None
         changed.router_threshold = threshold
@@ -375,7 +376,7 @@ class RoutedModel(PreTrainedModel):
         view._fixed_route = UNION if index == UNION else self.route_names[index]
         if self.config.ticket_task == "membership":
             name = self.route_name(index)
-            view.config = copy.copy(self.config)
+            view.config = self.config.draft()
             view.config.id2label, view.config.label2id = {0: name}, {name: 0}
         return view
 
@@ -605,6 +606,7 @@ class RoutedModel(PreTrainedModel):
         self._refuse_on_view("save_pretrained()")
         refuse_offloaded(self, "saving")
         self.masker.locate()
+        self.private_parameters.own(self.backbone)
         self.config.check()
         if self.config.route_names != self.route_names:
             raise ValueError(

@@ -20,9 +20,7 @@ def identify_evaluation(trainer: RouteTrainer) -> dict[str, Any]:
     membership = trainer.model.config.ticket_task == "membership"
     return {
         "data": {
-            name: identify_data(
-                dataset, trainer.eval_partition(dataset), trainer.args.device, membership=membership, raw=False
-            )
+            name: identify_data(dataset, trainer.eval_partition(dataset), trainer.args.device, membership=membership)
             for name, dataset in evaluation_sets(trainer).items()
         },
         "arguments": trainer.args.select_values(_ARGUMENTS),
@@ -49,4 +47,5 @@ def identify_calibration(trainer: RouteTrainer) -> dict[str, Any] | None:
     are_used = trainer.model.config.ticket_task == "membership" or args.router != "given"
     if dataset is None or args.calibration_fraction or not are_used:
         return None
-    return identify_data(dataset, trainer.eval_partition(dataset), args.device, membership=True, raw=True)
+    partition = trainer.eval_partition(dataset)
+    return identify_data(dataset, partition, args.device, membership=True, make_collate=trainer.collate_alone)

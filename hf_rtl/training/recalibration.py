@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.route_data import EvaluationData, RowSubset
+from ..data.route_data import EvaluationData, RouteData, RowSubset
 from ..modeling.masking import UNION
 from .randomness import Stream, seeded
-from .running_statistics import evaluation_losses, recalibrate
+from .running_statistics import evaluation_losses, recalibrate, recalibrate_network
 
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,20 @@ def recalibrate_tickets(trainer: Any, round_index: int) -> None:
         recalibrate(trainer.model, _batches(trainer, round_index), trainer.compute_loss_context_manager)
 
 
+def recalibrate_alone(trainer: Any, network: nn.Module, data: RouteData, route: int) -> None:
+    """The same for a ticket that was trained alone in `network`, on samples of its route in `data`."""
+    with seeded((trainer.args.seed, Stream.RECALIBRATION, route), trainer.args.device):
+        batches = _batches_of_route(trainer, data, route, (Stream.RECALIBRATION, 0))
+        recalibrate_network(network, batches, trainer.compute_loss_context_manager)
+
+
 def _batches(trainer: Any, round_index: int) -> Iterator[tuple[int, dict[str, Any]]]:
     args, model = trainer.args, trainer.model
     data, key = trainer.run_data.require_training(), (Stream.RECALIBRATION, round_index)
     if not args.competing_epochs:
         for route in range(model.num_routes):
-            sampler = data.sampler(key, routes=[route])
-            num_batches = min(args.recalibration_batches, sampler.num_updates_per_route)
-            for batch in islice(data.endless_batches(sampler, trainer.collate()), num_batches):
-                yield route, _without_labels(trainer, batch)
+            for inputs in _batches_of_route(trainer, data, route, key):
+                yield route, inputs
     if model.norm_statistics is None:
         return
     # No step trains the union, so its statistics are taken in any case.
@@ -59,6 +64,13 @@ def _batches(trainer: Any, round_index: int) -> Iterator[tuple[int, dict[str, An
     rows = RowSubset(samples, order.tolist())
     for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=trainer.collate(), drop_last=drop_last):
         yield UNION, _without_labels(trainer, batch)
+
+
+def _batches_of_route(trainer: Any, data: RouteData, route: int, key: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    sampler = data.sampler(key, routes=[route])
+    num_batches = min(trainer.args.recalibration_batches, sampler.num_updates_per_route)
+    for batch in islice(data.endless_batches(sampler, trainer.collate()), num_batches):
+        yield _without_labels(trainer, batch)
 
 
 def _without_labels(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

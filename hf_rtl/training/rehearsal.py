@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -47,17 +48,55 @@ def rehearse(trainer: RouteTrainer, round_: Round) -> None:
         Exception: whatever the run would raise after extraction.
     """
     trial, args = replace(round_, name="rehearsal"), trainer.args
+    with _failures_logged(), seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
+        with trainer.in_round(trial, num_steps_before=0):
+            _begin_retraining(trainer, Path(args.output_dir) / trial.name)
+            metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
+            _try_calibration_data(trainer)
+        if trainer.processes.rank == 0:
+            _write_nowhere(trainer, trial, metrics)
+
+
+@contextlib.contextmanager
+def _failures_logged() -> Iterator[None]:
     try:
-        with seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
-            with trainer.in_round(trial, num_steps_before=0):
-                _begin_retraining(trainer, Path(args.output_dir) / trial.name)
-                metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
-                _try_calibration_data(trainer)
-            if trainer.processes.rank == 0:
-                _write_nowhere(trainer, trial, metrics)
+        yield
     except Exception:
         logger.error("what comes after extraction was tried on a few samples, and failed; nothing has been written.")
         raise
+
+
+@_failures_logged()
+def check_columns(trainer: RouteTrainer) -> None:
+    """
+    Raises `TypeError`, with the names, if the samples of a data set have no column that the backbone takes. With
+    `remove_unused_columns=False` nothing is known: a collator may make inputs of any column.
+    """
+    if not trainer.args.remove_unused_columns:
+        return
+    backbone = trainer.model.backbone
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    no_inputs = {"label", "labels", "label_ids", "route_ids", "return_dict", *(trainer.args.label_names or ())}
+    inputs = [name for name in named if name not in no_inputs]
+    trainer._set_signature_columns_if_needed()  # its caller may have set others
+    kept = set(trainer._signature_columns or ()) - no_inputs
+    data = {"train_dataset": trainer.run_data.require_training().dataset}
+    data |= {
+        f"eval_dataset[{name!r}]" if name else "eval_dataset": each for name, each in evaluation_sets(trainer).items()
+    }
+    if trainer.run_data.calibration_dataset is not None:
+        data["calibration_dataset"] = trainer.run_data.calibration_dataset
+    for argument, dataset in data.items():
+        with seeded((trainer.args.seed, Stream.READING), trainer.args.device):
+            columns = list(dataset[0])
+        if not set(columns) & kept:
+            raise TypeError(
+                f"the samples of `{argument}` have the columns {', '.join(map(repr, columns))}, but the forward of "
+                f"{type(backbone).__name__} takes {', '.join(map(repr, inputs))}, so it would get no input. Rename "
+                f"the column of the features, as by `dataset.rename_column('image', {backbone.main_input_name!r})`, "
+                "or set `remove_unused_columns=False` if your `data_collator` makes inputs of other columns."
+            )
 
 
 @contextlib.contextmanager
@@ -146,11 +185,30 @@ def _watched(compute: Any) -> Any:
 
     def compute_metrics(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compute(*args, **kwargs)
+            metrics = compute(*args, **kwargs)
+            if kwargs.get("compute_result", True):
+                _check_metrics(metrics)
+            return metrics
         except Exception as error:
             raise _MetricsError from error
 
     return compute_metrics
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Raises `TypeError` unless own metrics are a dict, without arrays and lists."""
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            f"`compute_metrics` gives {metrics!r}, a {type(metrics).__name__}; a dict of numbers by their names is "
+            "needed, such as {'accuracy': 0.9}."
+        )
+    for name, value in metrics.items():
+        is_number = isinstance(value, torch.Tensor) and value.numel() == 1  # which `Trainer` takes for one
+        if isinstance(value, (np.ndarray, torch.Tensor, list, tuple)) and not is_number:
+            raise TypeError(
+                f"`compute_metrics` gives {value!r}, a {type(value).__name__}, for {name!r}; a metric is a number: "
+                f"give `value.item()` of a single one, or each of several a name, such as '{name}_0'."
+            )
 
 
 def _check_best_metric(trainer: RouteTrainer, metrics: dict[str, Any]) -> None:

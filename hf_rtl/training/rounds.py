@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 
+from ..data.columns import keeping
 from ..modeling.configuration_rtl import RTLConfig
 from ..modeling.files import read_tensors, write_tensors
 from ..modeling.hashing import hash_tensors
@@ -26,7 +27,7 @@ from .extraction import Extraction
 from .plan import Plan, Round
 from .processes import Heartbeat
 from .randomness import Stream, numerics_environment, reproducible, seeded
-from .rehearsal import rehearse
+from .rehearsal import check_columns, rehearse
 from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
 from .run_identity import run_identity
@@ -203,7 +204,8 @@ class Rounds:
     @cached_property
     def _evaluated_data(self) -> dict[str, Any]:
         """The identity of the evaluation data, the same on all processes."""
-        return self.trainer.processes.from_rank_zero(identify_evaluation(self.trainer))
+        with keeping(self.trainer.run_data.kept_columns):
+            return self.trainer.processes.from_rank_zero(identify_evaluation(self.trainer))
 
     def _fire_on_tickets_found(self, round_: Round, masks: Sequence[list[Tensor]]) -> tuple[dict[str, float], bool]:
         """Calls `on_tickets_found` on process 0. Returns metrics and whether to stop, the same on all processes."""
@@ -223,22 +225,26 @@ def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, ini
     Checks that all processes have the same run, rehearses the end of a round, and starts or continues the run on disk.
     """
     processes, device = trainer.processes, trainer.args.device
+    check_columns(trainer)
     batch = _first_batch(trainer, plan)
-    configuration, extraction = run_identity(
-        trainer.given_config or trainer.model.config.to_dict(),
-        trainer.args,
-        trainer.run_data.require_training(),
-        initial,
-        labels=batch.get("labels"),
-        calibration_data=identify_calibration(trainer),
-    )
+    with keeping(trainer.run_data.kept_columns):
+        configuration, extraction = run_identity(
+            trainer.given_config or trainer.model.config.to_dict(),
+            trainer.args,
+            trainer.run_data.require_training(),
+            initial,
+            make_collate=trainer.collate_alone,
+            labels=batch.get("labels"),
+            calibration_data=identify_calibration(trainer),
+        )
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
     environment = {name: module.__version__ for name, module in modules.items()} | numerics_environment(device)
     environment["first_batch"] = hash_tensors({name: batch[name] for name in batch if isinstance(batch[name], Tensor)})
     processes.check_same({**configuration, **environment})
     if processes.rank == 0:
         run_directory.check(configuration, extraction)
-    rehearse(trainer, plan.rounds[0])
+    with keeping(trainer.run_data.kept_columns):
+        rehearse(trainer, plan.rounds[0])
     if processes.world_size > 1:
         folders = [run_directory.path, run_directory.extraction_path]
         processes.check_shared(folders, run_directory.owner)

@@ -29,6 +29,7 @@ from .evaluation import SINGLE_PREDICTION_CLASSES
 from .extraction import train_and_prune
 from .processes import Heartbeat
 from .randomness import Stream, reproducible
+from .recalibration import recalibrate_alone
 from .route_trainer import RouteTrainer
 from .router_fitting import sample_evidence
 from .run_data import RunData, route_data
@@ -171,6 +172,7 @@ def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbe
                 )
             batches = islice(trainer.endless_batches(data, sampler), num_steps)
             weights = _retrain_alone(trainer, ticket_trainer, mask, batches, num_steps, route)
+            recalibrate_alone(trainer, network, data, route)
     finally:
         progress.finish()
     heartbeat.meet()

@@ -21,7 +21,7 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData
+from ..data.route_data import EvaluationData, IntegerLabels, RouteData
 from ..data.rules import replace_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -34,13 +34,13 @@ from .evaluation import check_router, mean_ticket_loss, routed_outputs, ticket_m
 from .failures import explain_failures
 from .loaders import Loaders
 from .optim import masked_optimizer
-from .pending_evaluation import evaluate_if_pending, kept_if_it_fails
+from .pending_evaluation import evaluate_if_pending, kept_if_it_fails, remove_pending
 from .plan import Round
 from .processes import Processes
 from .randomness import Stream, derive_seed, seeded
 from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
-from .run_data import RunData, has_default_metrics
+from .run_data import RunData, has_default_metrics, predicts_single_labels
 from .run_directory import best_checkpoint, last_usable_checkpoint, mark_complete
 from .run_report import emptied_by_route
 from .running_statistics import average_over_processes, prepare_for_ddp, running_statistics
@@ -95,6 +95,8 @@ class RouteTrainer(Trainer):
         # Whether the joint retraining continues from a checkpoint, and the best checkpoint at that step.
         self._is_continued = False
         self._best_before: Path | None = None
+        # Whether it has begun with the evaluation that a checkpoint lacked.
+        self._is_evaluated = False
         # The partition of the data set that is being evaluated, if it has one, and the outputs without a given route.
         self._evaluated: Partition | None = None
         self._routed: list[dict[str, Tensor]] = []
@@ -168,6 +170,8 @@ class RouteTrainer(Trainer):
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             # A training continued from its last checkpoint saves none, but a killed run may have left older ones.
             self._delete_old_checkpoints()
+            if self.processes.rank == 0:
+                remove_pending(folder)
         return output
 
     def _require_round(self) -> Round:
@@ -373,7 +377,13 @@ class RouteTrainer(Trainer):
 
     def collate(self) -> Callable[[list], dict]:
         """The function that makes a batch of samples, without columns that the backbone does not take."""
-        return self._get_collator_with_removed_columns(self.data_collator)
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        are_classes = predicts_single_labels(self.model) and self.model.config.num_labels > 1
+        return IntegerLabels(collate) if are_classes and not self._has_own_loss(self.compute_loss_func) else collate
+
+    def collate_alone(self) -> Callable[[list], dict]:
+        """`collate` with a copy of the collator, which may draw or count. The model that it may hold is not copied."""
+        return copy.deepcopy(self.collate(), {id(self.model): self.model})
 
     @contextmanager
     def workers_ended(self) -> Iterator[None]:
@@ -466,7 +476,7 @@ class RouteTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        evaluate_if_pending(self, prepared[0])
+        self._is_evaluated = evaluate_if_pending(self, prepared[0])
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -484,6 +494,8 @@ class RouteTrainer(Trainer):
         Evaluates within a joint retraining, with the statistics that a model saved now should have. The generators are
         left as they were, so when it is evaluated decides no weight.
         """
+        if self._is_evaluated and kwargs.get("skip_scheduler"):
+            return {}  # `eval_on_start`, of the weights that were just evaluated
         self.recalibrate()
         # A checkpoint that is kept must have the generators of training, so `seeded` ends first.
         with (

@@ -13,10 +13,19 @@ from accelerate.utils import str_to_bool
 from torch.optim.optimizer import Optimizer
 from transformers import Trainer
 
-from ..data.columns import check_label_column, check_labels, list_columns, single_labels
+from ..data.columns import (
+    LABEL_COLUMNS,
+    KeptColumns,
+    check_label_column,
+    check_labels,
+    keeping,
+    list_columns,
+    single_labels,
+)
 from ..data.partition import Partition
 from ..data.route_data import RouteData, check_partition, find_partition, route_columns
 from ..modeling.modeling_rtl import RTLModel
+from ..modeling.offloading import refuse_offloaded
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router
 from .training_args import RTLTrainingArguments
 
@@ -62,32 +71,38 @@ class RunData:
         self._partitions: list[tuple[Any, Partition]] = []
         if partition is not None:
             partition = check_partition(partition, train_dataset, model.route_names)
-        if train_dataset is not None:
-            if partition is None:
-                partition = self._find_partition(model, args, train_dataset, allow_empty=False)
-            _check_labels(model, train_dataset, partition, has_collator, has_own_loss)
-            self.training = route_data(model, args, train_dataset, partition)
-            if args.calibration_fraction:
-                if calibration_dataset is not None:
-                    raise ValueError("`calibration_dataset` and `calibration_fraction` are both given; choose one.")
-                self.training, held_out = self.training.hold_out(args.calibration_fraction, args.seed)
-                self.calibration_dataset = held_out.dataset
-                self.remember(held_out.dataset, held_out.partition)
-            _check_batches(args, self.training)
-        _check_competition(model, args)
-        if args.router != "given":
-            check_router(args.router, model, self.calibration_dataset)
-            if args.router_fallback is not None:
-                model.route_index(args.router_fallback)
-        # Evaluation and calibration data without routes must fail here, not after hours of training.
-        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        for dataset in (*evaluated, calibration_dataset):
-            if dataset is not None:
-                if _predicts_single_labels(model) and not (has_collator or has_own_loss):
-                    check_labels(dataset, model.config.num_labels)
-                # Thresholds and routers are fitted for every route.
-                allow_empty = dataset is not calibration_dataset
-                self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
+        names = route_columns(args.route_column, str(model.config.ticket_task), partition)
+        # Routes and labels, which are read several times.
+        self.kept_columns = KeptColumns([*names, *LABEL_COLUMNS])
+        with keeping(self.kept_columns):
+            if train_dataset is not None:
+                if partition is None:
+                    partition = self._find_partition(model, args, train_dataset, allow_empty=False)
+                _check_labels(model, train_dataset, partition, has_collator, has_own_loss)
+                self.training = route_data(model, args, train_dataset, partition)
+                if args.calibration_fraction:
+                    if calibration_dataset is not None:
+                        raise ValueError(
+                            "`calibration_dataset` and `calibration_fraction` are both given; choose one."
+                        )
+                    self.training, held_out = self.training.hold_out(args.calibration_fraction, args.seed)
+                    self.calibration_dataset = held_out.dataset
+                    self.remember(held_out.dataset, held_out.partition)
+                _check_batches(args, self.training)
+            _check_competition(model, args)
+            if args.router != "given":
+                check_router(args.router, model, self.calibration_dataset)
+                if args.router_fallback is not None:
+                    model.route_index(args.router_fallback)
+            # Evaluation and calibration data without routes must fail here, not after hours of training.
+            evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+            for dataset in (*evaluated, calibration_dataset):
+                if dataset is not None:
+                    if predicts_single_labels(model) and not (has_collator or has_own_loss):
+                        check_labels(dataset, model.config.num_labels)
+                    # Thresholds and routers are fitted for every route.
+                    allow_empty = dataset is not calibration_dataset
+                    self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
 
     def __copy__(self) -> RunData:
         """A copy that remembers further partitions by itself."""
@@ -147,11 +162,13 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
 
     Raises:
         TypeError, ValueError: they do not fit.
+        RuntimeError: the model is offloaded.
     """
     if not isinstance(model, RTLModel):
         raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
     if not isinstance(args, RTLTrainingArguments):
         raise TypeError(f"`args` must be RTLTrainingArguments, got {type(args).__name__}.")
+    refuse_offloaded(model, "a trainer")
     for name in ("optimizers", "model_init"):
         if given.get(name) not in (None, (None, None)):
             raise ValueError(f"`{name}` is not supported: every round makes a fresh optimizer on the same θ0.")
@@ -281,19 +298,20 @@ def _check_connected(args: RTLTrainingArguments) -> None:
         )
 
 
-def _predicts_single_labels(model: RTLModel) -> bool:
+def predicts_single_labels(model: RTLModel) -> bool:
+    """Whether the tickets predict one label, or one set of numbers, a sample."""
     return model.config.ticket_task == "labels" and isinstance(model, SINGLE_PREDICTION_CLASSES)
 
 
 def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_collator: bool, has_own_loss: bool) -> None:
     """Raises `ValueError` unless the partition and the labels of training data suit the task of the tickets."""
     labels = None
-    if _predicts_single_labels(model):
+    if predicts_single_labels(model):
         if not has_collator:
-            check_label_column(list_columns(dataset))
+            check_label_column(dataset)
         labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
-    if _predicts_single_labels(model) and not (has_collator or has_own_loss):
+    if predicts_single_labels(model) and not (has_collator or has_own_loss):
         check_labels(dataset, model.config.num_labels, may_ignore=True)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from ..data.route_data import RouteData
 from ..modeling.configuration_rtl import RTLConfig
 from ..modeling.hashing import hash_tensors
-from .data_identity import identify_data
+from .data_identity import MakeCollate, identify_data
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
 
 
@@ -63,6 +63,7 @@ def run_identity(
     data: RouteData,
     initial: Mapping[str, Tensor],
     *,
+    make_collate: MakeCollate,
     labels: Any = None,
     calibration_data: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,13 +74,16 @@ def run_identity(
         config (`Mapping[str, Any]`): the model's configuration as it was given.
         args ([`RTLTrainingArguments`]), data ([`RouteData`]): the arguments and the training data of the run.
         initial (`Mapping[str, Tensor]`): the initial weights and buffers of the backbone.
+        make_collate (`Callable`): the same as for `identify_data`.
         labels (*optional*): the labels of a batch.
         calibration_data (`Mapping[str, Any]`, *optional*): the identity of data that thresholds or a router of the
             model are fitted on, if they are no part of the training data.
     """
     backbone = {**config["backbone_config"], "problem_type": _problem_type(config, labels)}
     config = {**config, "backbone_config": backbone}
-    known = identify_data(data.dataset, data.partition, args.device, membership=data.membership, raw=True)
+    known = identify_data(
+        data.dataset, data.partition, args.device, membership=data.membership, make_collate=make_collate
+    )
     extraction = {
         **args.select_values(EXTRACTION_FIELDS),
         "initial_weights": hash_tensors(initial),
@@ -154,7 +158,10 @@ def _completed(saved: Mapping[str, Any], current: Mapping[str, Any], kind: type)
 
 
 def _completed_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """`saved`, with the hashes of `current` where one of the two is unknown."""
+    """`saved`, with the hashes of `current` where one of the two is unknown, and of data that decide nothing."""
+    if "stored" not in saved and saved["features"] == current["stored"]:  # an earlier version hashed all columns
+        saved = {**saved, "features": current["features"]}
+    saved = {**saved, "stored": current["stored"]}
     unknown = [name for name in current if saved.get(name) is None or current[name] is None]
     return {**saved, **{name: current[name] for name in unknown}}
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.modeling_rtl import RTLModel
@@ -71,23 +71,38 @@ def recalibrate(
             read only if a layer keeps running statistics.
         autocast (`Callable`): the context in which the model computes.
     """
-    tracked = list(tracked_buffers(model.backbone))
     num_batches: Counter[int] = Counter()
     with _norms_in_training(model) as layers:
         for route, inputs in batches if layers else ():
             row = 0 if model.norm_statistics is None else route
+            num_batches[row] += 1
             with model.route_context(route):
-                if row not in num_batches:
-                    for module, name in tracked:
-                        module.get_buffer(name).fill_(name == "running_var")
-                num_batches[row] += 1
-                for layer in layers:
-                    layer.momentum = 1 / num_batches[row]  # makes a moving average the average of all batches
+                _begin_batch(layers, num_batches[row])
                 with autocast():
                     model(**inputs)
     for route in num_batches:
         for statistics in running_statistics(model, route):
             statistics.copy_(broadcast(statistics.clone()))  # devices may round differently
+
+
+@torch.no_grad()
+def recalibrate_network(
+    network: nn.Module, batches: Iterable[dict[str, Any]], autocast: Callable[[], AbstractContextManager]
+) -> None:
+    """The same for the network of a single ticket. Every process must do it on the same batches."""
+    with _norms_in_training(network) as layers:
+        for number, inputs in enumerate(batches if layers else (), start=1):
+            _begin_batch(layers, number)
+            with autocast():
+                network(**inputs)
+
+
+def _begin_batch(layers: Iterable[Any], number: int) -> None:
+    """Makes the moving averages of layers plain ones: `number` counts the batches from 1, which starts anew."""
+    for layer in layers:
+        layer.momentum = 1 / number
+        for module, name in tracked_buffers(layer) if number == 1 else ():
+            module.get_buffer(name).fill_(name == "running_var")
 
 
 @torch.no_grad()
@@ -128,9 +143,9 @@ def evaluation_losses(
 
 
 @contextmanager
-def _norms_in_training(model: RTLModel) -> Iterator[list[Any]]:
+def _norms_in_training(model: nn.Module) -> Iterator[list[Any]]:
     """Evaluation mode, but for the layers that keep running statistics. Afterwards their momenta are as before."""
-    layers = tracking_layers(model.backbone)
+    layers = tracking_layers(model)
     momenta = [layer.momentum for layer in layers]
     model.eval()
     try:

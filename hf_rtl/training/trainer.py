@@ -268,7 +268,8 @@ class RTLTrainer(RouteTrainer):
         statistics. Every training starts from the current weights, and the union's private parameters and statistics.
 
         The prune events of `args` lead to the last value of `target_sparsity`; then the ticket is retrained alone, for
-        `num_train_epochs` or `max_steps` of single batches. Every process does all of it. Nothing is written: call
+        `num_train_epochs` or `max_steps` of single batches, and its running statistics are taken anew from
+        `recalibration_batches` of them. Every process does all of it. Nothing is written: call
         `save_pretrained`, or `save_tickets(folder, [name])` for owners of the earlier model.
 
         Args:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import ResNetConfig
 
-from hf_rtl import RTLModel, RTLModelForImageClassification
+from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
 from hf_rtl.modeling.routers import CentroidRouter
 from tests.modeling.naive import BATCH, assert_nothing_is_left
+from tests.training.small_runs import arguments
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_what_needs_the_weights_is_refused(saved, tmp_path):
         "append_ticket": lambda: small.append_ticket("w", masks),
         "make_private": lambda: small.make_private(["*"]),
         "mixture": lambda: small.mixture_context().__enter__(),
+        "a trainer": lambda: RTLTrainer(small, arguments(tmp_path / "run")),
     }
     for action in refused.values():
         with pytest.raises(

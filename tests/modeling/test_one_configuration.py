@@ -176,6 +176,17 @@ def test_a_configuration_made_without_a_model(tmp_path, tiny_bert_config):
         _ = config.no_such_field
 
 
+def test_a_setting_of_a_shallow_copy_stays_there(tiny_bert_config):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES)
+    copied, before = copy.copy(model.config), model.config.to_dict()
+    copied.pad_token_id, copied.id2label, copied.note, copied.thresholds = 7, {0: "ant", 1: "bee"}, "new", [0.5, 0.5]
+    assert copied.backbone_config.pad_token_id == 7
+    assert model.config.to_dict() == before and not hasattr(model.config, "note")
+    model.drop_route("night")
+    model.set_router(None)
+    assert model.config.backbone_config is model.backbone.config
+
+
 def test_what_is_edited_in_a_file_has_an_effect(tmp_path, tiny_bert_config):
     RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES).save_pretrained(tmp_path)
     file = tmp_path / "config.json"

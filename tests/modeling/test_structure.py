@@ -106,6 +106,33 @@ def test_changes_after_wrapping(tmp_path, tiny_bert_config, change: Callable, me
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("replaced", "there"),
+    [(nn.Linear(16, 5), r"\(5, 16\)"), (nn.Identity(), "no such parameter"), (None, "no such module")],
+)
+def test_a_private_head_that_is_replaced(tmp_path, tiny_bert_config, replaced: nn.Module | None, there: str):
+    private = {"private_parameters": ["classifier.*"]}
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES, **private).eval()
+    masks = [torch.ones(shape, dtype=torch.bool) for shape in model.mask_bank.shapes]
+    former, model.backbone.classifier = model.backbone.classifier, replaced
+    model.config.num_labels = 5
+    args = arguments(tmp_path / "run", route_column="domain")
+    data = [{"input_ids": TOKENS[0], "label": i % 2, "domain": i % 4 // 2} for i in range(8)]
+    for action in (
+        lambda: model(TOKENS, route_ids=0),
+        lambda: model.append_ticket("dusk", masks),
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: RTLTrainer(model, args, train_dataset=data).train(),
+    ):
+        with pytest.raises(
+            ValueError, match=f"own copy of 'classifier.weight' of shape .*, but the backbone has {there}"
+        ):
+            action()
+    assert model.route_names == ROUTES["route_names"] and not list(tmp_path.glob("run/*"))
+    model.backbone.classifier, model.config.num_labels = former, 3
+    model(TOKENS, route_ids=0)
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before wrapping", "after wrapping"])
 def test_a_head_that_the_configuration_can_express(tmp_path, tiny_bert_config, before: bool):
     backbone = AutoModelForSequenceClassification.from_config(tiny_bert_config)

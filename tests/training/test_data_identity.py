@@ -1,5 +1,7 @@
 """What data are known by: numbers, routes, labels and features as they are stored, not as transforms make them."""
 
+from collections import Counter
+
 import datasets
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from hf_rtl.data.partition import Partition
+from hf_rtl.data.route_data import ConcatRows, RowSubset
 from hf_rtl.training.data_identity import hash_values, identify_data
+from tests.training.small_runs import DOMAINS, Images, make_labels_trainer
 
 
 NUMBER = 70
@@ -50,13 +54,43 @@ class Transformed(Dataset):
         return {**sample, "features": torch.tensor(sample["features"]) + torch.randn(2)}
 
 
-def identify(data, *, membership=False, raw=True, routes=None):
+def identify(data, *, collate=None, membership=False, raw=True, routes=None):
     routes = [index % 2 for index in range(len(data))] if routes is None else routes
     partition = Partition(np.array(routes), ["even", "odd"], allow_empty=True)
     before = torch.get_rng_state()
-    found = identify_data(data, partition, torch.device("cpu"), membership=membership, raw=raw)
+    make_collate = (lambda: collate) if raw else None
+    found = identify_data(data, partition, torch.device("cpu"), membership=membership, make_collate=make_collate)
     assert torch.equal(torch.get_rng_state(), before)
+    # For files of earlier versions; without a collator nothing is known of batches, and it is the same.
+    stored = found.pop("stored", None)
+    assert collate is not None or not raw or stored == found["features"]
     return found
+
+
+def as_transformed(change=None):
+    def transform(batch):
+        return {**batch, "features": [torch.tensor(row) + torch.rand(2) for row in batch["features"]]}
+
+    return as_hf(change).with_transform(transform)
+
+
+def as_concatenated(change=None):
+    data = as_transformed(change)
+    return ConcatRows([RowSubset(data, range(30)), data.select(range(30, NUMBER))])
+
+
+@pytest.mark.parametrize("make", [as_list, as_hf, as_transformed, as_concatenated])
+def test_columns_that_change_no_batch_are_left_out(make):
+    def collate(samples):
+        return {"features": torch.stack([torch.as_tensor(sample["features"]) for sample in samples])}
+
+    known = identify(make(), collate=collate)
+    assert identify(make(("text", 0, "another")), collate=collate) == known
+    assert identify(make(("features", 0, [0.25, 0.5])), collate=collate)["features"] != known["features"]
+    if make is as_hf:
+        assert identify(make().remove_columns("text"), collate=collate) == known
+    both = identify(make(), collate=lambda samples: {**collate(samples), "text": [s["text"] for s in samples]})
+    assert both["features"] != known["features"]
 
 
 @pytest.mark.slow
@@ -108,6 +142,29 @@ def test_values_that_are_random_are_left_out():
             return {**self.samples[index], "label": float(torch.rand(()))}
 
     assert identify(RandomLabels(as_list())) == {**known, "labels": None}
+
+
+class Begun(Exception):
+    pass
+
+
+def test_samples_are_fetched_once_for_routes_and_labels(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Begun
+
+    train, evaluate = Images(400, columns=DOMAINS), Images(300, seed=1, columns=DOMAINS)
+    made = make_labels_trainer(tmp_path, train=train, evaluate=evaluate)
+    monkeypatch.setattr("hf_rtl.training.trainer.find_theta0", stop)
+    for _ in range(2):
+        with pytest.raises(Begun):
+            made.train()
+    for data in (train, evaluate):
+        fetched = Counter(data.fetched)
+        assert len(fetched) == len(data) and np.median(list(fetched.values())) == 1
+    for sample in train.samples:  # in place
+        sample["labels"] = 1 - sample["labels"]
+    with pytest.raises(ValueError, match="data.labels"):
+        made.train()
 
 
 def test_images_are_known_by_their_content_wherever_they_lie(tmp_path):

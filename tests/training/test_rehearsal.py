@@ -3,6 +3,7 @@
 import copy
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -45,10 +46,19 @@ def metrics(**values):
     [
         ({"options": {"compute_metrics": broken}}, RuntimeError, "a mistake in the metrics"),
         ({"options": {"compute_metrics": lambda prediction: None}}, TypeError, "NoneType"),
+        ({"options": {"compute_metrics": lambda prediction: 0.5}}, TypeError, "`compute_metrics` gives 0.5, a float"),
+        (metrics(found=np.array(0.5)), TypeError, r"`compute_metrics` gives array\(0.5\), a ndarray, for 'found'"),
+        (metrics(found=torch.ones(2)), TypeError, "a Tensor, for 'found'; a metric is a number"),
+        (metrics(found=[0.5]), TypeError, "a list, for 'found'"),
         (metrics(found={1, 2}), TypeError, "not JSON serializable"),
         (metrics(found="text"), ValueError, "Unknown format"),  # the card shows a number
         ({"evaluate": Broken(12, lambda i, s: GREY(s), columns=DOMAINS)}, RuntimeError, "channels"),
         ({"evaluate": Images(12, columns=("labels", "domain"))}, TypeError, "pixel_values"),
+        (
+            {"train": Broken(24, lambda i, s: {"image": s["pixel_values"], "labels": i % 2, "domain": i % 3})},
+            TypeError,
+            "`train_dataset` have the columns 'image', 'labels', 'domain', but .*'pixel_values'.*rename_column",
+        ),
         ({"metric_for_best_model": "acuracy", **EVALUATED}, KeyError, "'eval_acuracy'.*'eval_accuracy'"),
         ({"metric_for_best_model": "f1", **metrics(accuracy=1.0), **EVALUATED}, KeyError, "eval_f1"),
         ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, AssertionError, "metric_for_best_model"),
@@ -69,6 +79,70 @@ def test_what_would_fail_after_extraction_fails_before_it(tmp_path, monkeypatch,
         made.train()
     assert files(tmp_path) == {}
     assert "nothing has been written" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_may_be_truth_values(tmp_path, column):
+    found = []
+    for number, kind in enumerate((int, bool, np.bool_, lambda label: torch.tensor(bool(label)))):
+
+        def with_labels(index, sample, kind=kind):
+            return {**{name: sample[name] for name in ("pixel_values", "domain")}, column: kind(sample["labels"])}
+
+        data = Broken(24, with_labels, columns=DOMAINS)
+        found.append(make_labels_trainer(tmp_path / str(number), train=data, evaluate=data, max_steps=1).train())
+    assert all(timeless(each.metrics) == timeless(found[0].metrics) for each in found)
+
+
+def with_made_labels(*, stored="species", names=("label", "labels")):
+    """A `datasets.Dataset` whose transform makes labels of names."""
+    samples = Images(24, columns=DOMAINS).samples
+    data = {
+        "image": [sample["pixel_values"].tolist() for sample in samples],
+        stored: ["cat" if sample["labels"] else "dog" for sample in samples],
+        "domain": [sample["domain"] for sample in samples],
+    }
+
+    def transform(batch):
+        made = [int(name == "cat") for name in batch[stored]]
+        return {"pixel_values": [torch.tensor(image) for image in batch["image"]], **dict.fromkeys(names, made)}
+
+    return datasets.Dataset.from_dict(data).with_transform(transform)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"names": ["labels"]},
+        {"names": ["label"]},
+        {"stored": "label", "names": ["label"]},
+        {"stored": "label", "names": ["labels"]},
+    ],
+)
+def test_a_transform_may_make_the_labels(tmp_path, made):
+    expected = (
+        make_labels_trainer(tmp_path / "plain", evaluate=Images(24, columns=DOMAINS), max_steps=2).train().metrics
+    )
+    data = with_made_labels(**made)
+    found = make_labels_trainer(tmp_path / "made", train=data, evaluate=data, max_steps=2).train().metrics
+    assert timeless(found) == timeless(expected)
+
+
+def test_what_a_transform_makes_is_no_route(tmp_path):
+    data = with_made_labels()
+    for values in ({}, {"route_column": "labels"}):
+        with pytest.raises(
+            ValueError, match="'image', 'species', 'domain'. What a transform makes is not read.*`dataset.map`"
+        ):
+            make_trainer(tmp_path, train=data, **values)
+    output = make_trainer(tmp_path, train=data, evaluate=data, route_column="domain", target_sparsity=[0.3]).train()
+    assert "eval_auroc" in output.metrics
+
+
+def test_numbers_of_numpy_and_torch_are_metrics(tmp_path):
+    found = metrics(numpy=np.float32(0.5), torch=torch.tensor(0.5), truth=np.bool_(True))
+    output = make_labels_trainer(tmp_path, **found).train().metrics
+    assert (output["eval_numpy"], output["eval_torch"], output["eval_truth"]) == (0.5, 0.5, True)
 
 
 def test_a_corrected_argument_starts_the_run(tmp_path):
@@ -183,6 +257,26 @@ def test_a_failed_evaluation_costs_no_step(tmp_path, saving, number, num_left):
             for each in (report, expected)
         )
         assert logged == wanted
+
+
+def test_an_evaluation_that_failed_is_done_once_and_leaves_no_checkpoint(tmp_path, caplog):
+    options = {"target_sparsity": [0.3], "extraction_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"eval_on_start": True, "max_steps": 4}
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(tmp_path, options=fail_at(3), **options)  # after the rehearsal and the start
+    (kept,) = tmp_path.glob("round-*/checkpoint-*")
+    assert kept.name == "checkpoint-2" and f"are kept in {str(kept)!r}" in caplog.text
+    recorded = Recorder()
+    run(tmp_path, callbacks=[recorded], options=fail_at(None), **options)
+    # What had failed; at the last step; at the end of the round.
+    assert (recorded.calls["evaluate"], recorded.calls["step_end"]) == (3, 2)
+    assert not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_a_failure_at_the_start_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(tmp_path, options=fail_at(2), eval_on_start=True, target_sparsity=[0.3], extraction_steps=1, max_steps=1)
+    assert not list(tmp_path.glob("**/checkpoint-*"))
 
 
 def test_a_model_that_is_not_evaluated_yet_is_marked(tmp_path):

@@ -9,6 +9,7 @@ from transformers import ViTConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLTrainer
 from hf_rtl.modeling.masking import UNION
+from hf_rtl.modeling.norm_statistics import tracking_layers
 from hf_rtl.training.ticket_trainer import TicketTrainer
 from tests.training.small_runs import DOMAINS, ROUTES, Broken, Images, arguments, bits, image_model, make_trainer, same
 
@@ -149,6 +150,21 @@ def test_the_model_answers_as_the_network_that_was_trained(tmp_path, monkeypatch
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(networks[-1].eval()(pixel_values=images).logits, outputs(made.model, "dog"))
+
+
+def test_the_added_ticket_has_statistics_of_its_whole_training_data(tmp_path):
+    """The first norm has the mean of the outputs of the convolution before it, over all samples of the route."""
+    for number_of_batches in (50, 0):
+        data = Images(24, 9, DOMAINS)
+        made = adding_trainer(tmp_path / str(number_of_batches), "labels", recalibration_batches=number_of_batches)
+        made.add_route("dog", data)
+        model = made.model
+        pixels = torch.stack([sample["pixel_values"] for sample in data.samples])
+        weight = model.backbone.timm_model.conv1.weight * model.mask_bank["dog"][0]
+        mean = torch.nn.functional.conv2d(pixels, weight, stride=2).mean((0, 2, 3))
+        found = model.norm_statistics.rows[0][3]
+        assert torch.allclose(found, mean, atol=1e-6) == (number_of_batches > 0)
+        assert all(layer.momentum == 0.1 for layer in tracking_layers(model.backbone))
 
 
 def test_every_training_starts_from_the_current_weights(tmp_path, monkeypatch):

@@ -75,6 +75,29 @@ def test_corrected_training_data_make_another_run(tmp_path, change, named):
     assert "another `output_dir`" in str(raised.value) and "to keep them" not in str(raised.value)
 
 
+def noted(number):
+    """Training data with columns that no model takes."""
+    return Broken(24, lambda i, s: {**s, "path": f"folder-{number}/{i}", "id": number * i}, columns=DOMAINS)
+
+
+def test_columns_that_nothing_reads_make_no_other_run(tmp_path):
+    for data in (Images(24, columns=DOMAINS), noted(1), noted(2)):
+        assert make_labels_trainer(tmp_path, max_steps=1, train=data).train().global_step == 1
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_same_columns(tmp_path):
+    """Its file has a hash of all columns."""
+    make_labels_trainer(tmp_path, max_steps=1, train=noted(1)).train()
+    for file in (tmp_path / "run.json", tmp_path / "extraction" / "extraction.json"):
+        settings = json.loads(file.read_text())
+        data = settings["configuration"]["data"]
+        data["features"] = data.pop("stored")
+        file.write_text(json.dumps(settings))
+    assert make_labels_trainer(tmp_path, max_steps=1, train=noted(1)).train().global_step == 1
+    with pytest.raises(ValueError, match="data.features: .* now.* Choose another `output_dir`"):
+        make_labels_trainer(tmp_path, max_steps=1, train=noted(2)).train()
+
+
 def test_random_transforms_make_no_other_run(tmp_path):
     first = run(tmp_path, train=Images(24, noise=0.5), target_sparsity=[0.3])
     again = run(tmp_path, train=Images(24, noise=0.5), target_sparsity=[0.3])
