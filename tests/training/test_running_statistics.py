@@ -105,7 +105,7 @@ def test_statistics_that_lag_behind_are_warned_of_and_mended(tmp_path, caplog):
 
 
 class OwnLoss(RTLTrainer):
-    """A loss as users write it: it takes the labels out of its inputs. It is negative, as a signal-to-noise ratio is."""
+    """A loss as users write it: it takes the labels out of its inputs. It is negative, as a ratio in dB may be."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
