@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,14 +118,11 @@ def chance_levels(model: RTLModel, dataset: Any, partition: Partition) -> dict[s
     labels = single_labels(dataset)
     if labels is None or model.config.num_labels == 1:
         return None
-    counts = [
-        Counter(labels[index] for index in np.flatnonzero(partition.route_ids == route))
-        for route in range(model.num_routes)
-    ]
-    return {
-        name: max(count.values()) / count.total() if count else float("nan")
-        for name, count in zip(model.route_names, counts, strict=True)
-    }
+    levels = {}
+    for route, name in enumerate(model.route_names):
+        _, counts = np.unique(np.asarray(labels)[partition.route_ids == route], return_counts=True)
+        levels[name] = float(counts.max() / counts.sum()) if counts.size else float("nan")
+    return levels
 
 
 def join_batches(values: Any) -> Any:

@@ -48,7 +48,9 @@ def result_table(
     if len(shown) > _MOST:
         shown = sorted(shown, key=lambda name: (np.isnan(last[name]), last[name]))[:_MOST]
     rows = {name: f"{name}/{metric}" for name in shown} | _SUMMARIES[metric]
-    lines = [[title, *(found.get(f"{prefix}{name}") for found in columns)] for title, name in rows.items()]
+    lines: list[list[Any]] = [
+        [title, *(found.get(f"{prefix}{name}") for found in columns)] for title, name in rows.items()
+    ]
     title = [f"{metric.replace('_', ' ')} at sparsity"]
     if chance is not None:
         by_chance = {**chance, "mean": float(np.nanmean(list(chance.values())))}

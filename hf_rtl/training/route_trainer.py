@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
@@ -89,6 +92,10 @@ class RouteTrainer(Trainer):
         self.progress = RunProgress(model.route_names, show=show, prints_logs=replaced is not None)
         if self.progress.show:
             self.add_callback(self.progress)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # By default it would choose the folder of the first round's model.
+                callback.logging_dir = os.path.join(args.output_dir, default_logdir())
         # The current round, and the number of steps of the rounds before it, for the log.
         self.current_round: Round | None = None
         self._steps_before = 0

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from hf_rtl.training.progress import RunProgress
@@ -172,3 +173,16 @@ def test_of_many_routes_the_worst_are_shown():
     table = result_table([{"sparsity": 0.5, "metrics": metrics}], names)
     shown = [line.split()[0] for line in table.splitlines() if line.startswith("r")]
     assert shown == names[:9:-1] and "(10 better routes)" in table
+
+
+def test_tensorboard_has_one_log_of_all_rounds_with_the_metrics_of_routes_in_groups(tmp_path):
+    made = make_labels_trainer(tmp_path, report_to=["tensorboard"], target_sparsity=[0.3, 0.6])
+    made.train()
+    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
+    assert folder.parent == tmp_path / "runs"
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    for name in made.model.route_names:
+        expected = [report["metrics"][f"eval_{name}/accuracy"] for report in made.rounds]
+        assert [event.value for event in log.Scalars(f"eval/{name}/accuracy")] == pytest.approx(expected)
