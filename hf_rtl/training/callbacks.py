@@ -13,7 +13,6 @@ import timm
 import torch
 import transformers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
@@ -207,48 +206,6 @@ def _describe_changes(changes: dict[str, Change]) -> str:
         "tickets may have collapsed: their similarity to the other tickets, beyond chance, has changed sharply: "
         f"{', '.join(listed)}. Accuracy often falls with it."
     )
-
-
-class RunProgress(TrainerCallback):
-    """
-    A progress bar that counts the steps of all extractions and all joint retrainings.
-
-    Only rank 0 shows it, on a terminal, and not with `disable_tqdm`.
-    """
-
-    def __init__(self, *, show: bool) -> None:
-        self._show = show
-        self._bar: tqdm | None = None
-        self._round = ""
-
-    def start(self, num_steps: int) -> None:
-        # With `disable=None` tqdm shows the bar on a terminal only.
-        self._bar = tqdm(total=num_steps, disable=None if self._show else True, unit="step", dynamic_ncols=True)
-
-    def begin_round(self, name: str) -> None:
-        self._round = name
-
-    def begin_route(self, name: str, event: int, num_events: int) -> None:
-        self._describe(f"{self._round} · extraction {event}/{num_events} · {name}")
-
-    def step(self, num_steps: int = 1) -> None:
-        if self._bar is not None:
-            self._bar.update(num_steps)
-
-    def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._describe(f"{self._round} · joint retraining")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step()
-
-    def _describe(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description(text, refresh=False)
 
 
 class ModelCardCallback(TrainerCallback):

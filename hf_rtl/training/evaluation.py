@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalPrediction
 
+from ..data.columns import single_labels
+from ..data.partition import Partition
 from ..metrics import constant_tickets, label_metrics, membership_metrics, router_metrics
 from ..modeling.checks import check_choice
 from ..modeling.masking import UNION
@@ -104,6 +106,23 @@ def ticket_metrics(
         metrics |= router_metrics(outputs["route_scores"], route_ids, model.route_names)
         metrics["fallback_fraction"] = float((outputs["route_ids"] != outputs["route_scores"].argmax(axis=1)).mean())
     return metrics
+
+
+def chance_levels(model: RTLModel, dataset: Any, partition: Partition) -> dict[str, float] | None:
+    """
+    Route -> what its ticket reaches without reading its input: a balanced accuracy of 0.5, or for labels the share of
+    the commonest label among the route's samples. `None` where a sample has no single label that is a class.
+    """
+    if model.config.ticket_task == "membership":
+        return dict.fromkeys(model.route_names, 0.5)
+    labels = single_labels(dataset)
+    if labels is None or model.config.num_labels == 1:
+        return None
+    levels = {}
+    for route, name in enumerate(model.route_names):
+        _, counts = np.unique(np.asarray(labels)[partition.route_ids == route], return_counts=True)
+        levels[name] = float(counts.max() / counts.sum()) if counts.size else float("nan")
+    return levels
 
 
 def join_batches(values: Any) -> Any:

@@ -29,7 +29,7 @@ from .processes import Heartbeat
 from .randomness import Stream, numerics_environment, reproducible, seeded
 from .rehearsal import check_columns, rehearse
 from .route_trainer import RouteTrainer
-from .run_directory import RunDirectory
+from .run_directory import REPORT_FILE, RunDirectory
 from .run_identity import run_identity
 from .run_report import report_round, without_times
 from .ticket_trainer import named_state
@@ -77,10 +77,12 @@ class Rounds:
         output = TrainOutput(0, 0.0, {})
         previous: Round | None = None
         extra_metrics: dict[str, float] = {}
+        if trainer.processes.rank == 0:
+            self._say_what_is_done()
         progress.start(plan.num_steps)
         try:
             for round_ in plan.rounds:
-                progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {round_.sparsity:g}")
+                progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {100 * round_.sparsity:.4g}%")
                 with trainer.in_round(round_, num_steps_before=self.num_steps):
                     found = extraction.run(round_, masks)
                     new_metrics, stop = self._fire_on_tickets_found(round_, found)
@@ -94,6 +96,23 @@ class Rounds:
         finally:
             progress.finish()
         return output
+
+    def _say_what_is_done(self) -> None:
+        """Says how much of the run is on disk, if anything is."""
+        plan, directory = self.plan, self.run_directory
+        num_masks = len(plan.route_sizes) * plan.num_events
+        num_found = sum(
+            directory.mask_file(event, route).exists()
+            for event in range(plan.num_events)
+            for route in range(len(plan.route_sizes))
+        )
+        retrained = [round_ for round_ in plan.rounds if round_.retrained]
+        num_finished = sum((directory.path / round_.name / REPORT_FILE).exists() for round_ in retrained)
+        if num_found or num_finished:
+            self.trainer.progress.say(
+                f"the run in {str(directory.path)!r} goes on: {num_found} of {num_masks} masks are found, "
+                f"{num_finished} of {len(retrained)} joint retrainings are finished"
+            )
 
     def finish(self, round_: Round, masks: Sequence[Sequence[Tensor]], extra_metrics: dict[str, float]) -> TrainOutput:
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
@@ -29,7 +32,6 @@ from ..modeling.files import write_json
 from ..modeling.masking import UNION
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.norm_statistics import tracking_layers
-from .callbacks import RunProgress
 from .evaluation import check_router, mean_ticket_loss, routed_outputs, ticket_metrics
 from .failures import explain_failures
 from .loaders import Loaders
@@ -37,6 +39,7 @@ from .optim import masked_optimizer
 from .pending_evaluation import evaluate_if_pending, kept_if_it_fails, remove_pending
 from .plan import Round
 from .processes import Processes
+from .progress import RunProgress
 from .randomness import Stream, derive_seed, seeded
 from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
@@ -83,9 +86,16 @@ class RouteTrainer(Trainer):
         with explain_failures(args.output_dir, batch_size=args.route_batch_size):  # `Trainer` creates the folder
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.accelerator)
-        self.remove_callback(ProgressCallback)
-        self.progress = RunProgress(show=args.process_index == 0 and not args.disable_tqdm)
-        self.add_callback(self.progress)
+        # In a notebook `Trainer` has another callback, which shows losses and metrics, and stays.
+        replaced = self.pop_callback(ProgressCallback)
+        show = args.process_index == 0 and not args.disable_tqdm
+        self.progress = RunProgress(model.route_names, show=show, prints_logs=replaced is not None)
+        if self.progress.show:
+            self.add_callback(self.progress)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # By default it would choose the folder of the first round's model.
+                callback.logging_dir = os.path.join(args.output_dir, default_logdir())
         # The current round, and the number of steps of the rounds before it, for the log.
         self.current_round: Round | None = None
         self._steps_before = 0
@@ -166,6 +176,8 @@ class RouteTrainer(Trainer):
         checkpoint = self.processes.from_rank_zero(checkpoint)
         self._is_continued = checkpoint is not None
         self._best_before = None if checkpoint is None else best_checkpoint(checkpoint)
+        if checkpoint is not None:
+            self.progress.say(f"joint retraining of {folder.name} goes on from {checkpoint.name}")
         with self._output_dir(folder), self._embedding_noise_removed():
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             # A training continued from its last checkpoint saves none, but a killed run may have left older ones.

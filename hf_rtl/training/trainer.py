@@ -23,8 +23,12 @@ from ..modeling.image_processing import savable_processor
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import round_schedule
 from .callbacks import ModelCardCallback
+from .evaluation import chance_levels
+from .evaluation_identity import evaluation_sets
 from .plan import Plan, make_rounds
 from .processes import Heartbeat
+from .progress import without_other_bars
+from .result_table import result_table
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
 from .route_trainer import RouteTrainer
@@ -184,16 +188,35 @@ class RTLTrainer(RouteTrainer):
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
             self.given_config = self.model.config.to_dict()
         beating = Heartbeat(self.args.process_index, self.args.world_size)
-        with beating as heartbeat, self.explained_failures(), self.workers_ended():
-            open_run(self, self.run_directory, plan, self._initial)
-            theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
-            rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
-            self.rounds = rounds.reports
-            output = rounds.run(heartbeat)
-            self._save_final()
+        try:
+            with beating as heartbeat, self.explained_failures(), self.workers_ended(), without_other_bars():
+                open_run(self, self.run_directory, plan, self._initial)
+                theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
+                rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)
+                self.rounds = rounds.reports
+                output = rounds.run(heartbeat)
+                self._save_final()
+        except KeyboardInterrupt:
+            # Without the hundred lines of where torch was.
+            raise KeyboardInterrupt(
+                f"the run in {self.args.output_dir!r} was stopped. What is finished is kept: call `train()` again, or "
+                "run the same command again, to go on."
+            ) from None
+        self._say_results()
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
+
+    def _say_results(self) -> None:
+        """Prints a table of every route at every sparsity for each evaluation set, and where the model is."""
+        for name, dataset in evaluation_sets(self).items():
+            chance = chance_levels(self.model, dataset, self.eval_partition(dataset))
+            prefix = f"eval_{name}_" if name else "eval_"
+            text = result_table(self.rounds, self.model.route_names, prefix=prefix, chance=chance)
+            self.progress.say(f"\n{name}\n{text}" if name else f"\n{text}")
+        self.progress.say(
+            f"\nthe model with its {self.model.num_routes} tickets is in {str(self.run_directory.final_folder)!r}"
+        )
 
     def _align_tokens(self) -> None:
         """Sets the tokenizer's special tokens in the model, as `Trainer` does before its first step."""

@@ -122,7 +122,7 @@ OBSERVED = {
         {},
         lambda p: p.trainer.state.num_input_tokens_seen,
     ),
-    "disable_tqdm": ({"disable_tqdm": False}, {}, lambda p: p.trainer.progress._show),
+    "disable_tqdm": ({"disable_tqdm": False}, {}, lambda p: p.trainer.progress.show),
     "eval_strategy": ({"eval_strategy": "epoch"}, {}, lambda p: p.evaluations),
     "eval_steps": ({**STEPS, "eval_steps": 2}, STEPS, lambda p: p.evaluations),
     "eval_delay": ({**STEPS, "eval_delay": 3}, STEPS, lambda p: p.evaluations),

@@ -15,7 +15,7 @@ from hf_rtl import RTLModel, RTLModelForImageClassification
 from hf_rtl.modeling.files import read_tensors
 from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.training import extraction
-from hf_rtl.training.callbacks import RunProgress
+from hf_rtl.training.progress import RunProgress
 from hf_rtl.training.run_directory import RunDirectory
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 from tests.training.small_runs import (

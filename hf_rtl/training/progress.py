@@ -1,0 +1,135 @@
+"""What a run says: one progress bar, the losses and metrics that are logged, and what extraction finds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
+
+from ..analysis import TicketSimilarity, ticket_similarity
+from ..modeling.mask_bank import MaskBank
+from .callbacks import RTLTrainerCallback
+from .plan import Round
+
+
+class RunProgress(ProgressCallback, RTLTrainerCallback):
+    """
+    A progress bar that counts the steps of all extractions and all joint retrainings, and lines beside it: losses and
+    metrics, in the form that `Trainer` gives them, and the tickets of every prune event. Metrics of single routes are
+    not among the lines; [`result_table`] has them at the end.
+
+    The bar is shown on a terminal and in a notebook. Lines are printed anywhere. Neither is shown on other processes
+    than the first, with `disable_tqdm`, or where the logger `hf_rtl` is set above warnings.
+
+    Args:
+        route_names (`Sequence[str]`): the routes of the model.
+        show (`bool`): whether this process shows anything.
+        prints_logs (`bool`): whether losses and metrics are printed; notebooks have a table of transformers for them.
+    """
+
+    training_bar: Any
+
+    def __init__(self, route_names: Sequence[str], *, show: bool, prints_logs: bool) -> None:
+        super().__init__()
+        self.route_names = route_names
+        self.show = show and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING)
+        self._prints_logs = prints_logs
+        self._round = ""
+
+    def say(self, text: str) -> None:
+        """Prints a line, without tearing the bar."""
+        if self.show:
+            tqdm.write(text)
+
+    def start(self, num_steps: int) -> None:
+        if self.show:
+            # With `disable=None` tqdm shows the bar on a terminal only.
+            self.training_bar = tqdm(total=num_steps, disable=None, unit="step", dynamic_ncols=True)
+
+    def begin_round(self, name: str) -> None:
+        self._round = name
+
+    def begin_route(self, name: str, event: int, num_events: int) -> None:
+        self._describe(f"{self._round} · extraction {event}/{num_events} · {name}")
+
+    def step(self, num_steps: int = 1) -> None:
+        if self.training_bar is not None:
+            self.training_bar.update(num_steps)
+
+    def finish(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def _describe(self, text: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.set_description(text, refresh=False)
+
+    # Events of a callback. `ProgressCallback` would have a bar for every joint retraining and every evaluation.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._describe(f"{self._round} · joint retraining")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._prints_logs:
+            shown = {name: value for name, value in logs.items() if not self._is_of_a_route(name)}
+            super().on_log(args, state, control, logs=shown, **kwargs)
+
+    def _is_of_a_route(self, metric: str) -> bool:
+        owner, _, _ = metric.rpartition("/")
+        return any(owner == name or owner.endswith((f"_{name}", f"/{name}")) for name in self.route_names)
+
+    def on_tickets_found(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        round: Round,
+        banks: Sequence[MaskBank],
+        figures: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        # A round to sparsity 0 has a bank and no prune event.
+        for number, (num_kept, bank) in enumerate(zip(round.kept, banks, strict=False), start=1):
+            found = describe_tickets(num_kept, bank.num_weights, ticket_similarity(bank))
+            self.say(f"{self._round}, prune event {number} of {len(round.kept)}: {found}")
+
+
+def describe_tickets(num_kept: int, num_weights: int, point: TicketSimilarity) -> str:
+    """One line on the tickets after a prune event: the weights that each keeps, similarity, emptied layers."""
+    parts = [f"every ticket keeps {num_kept:,} of {num_weights:,} weights"]
+    if len(point.route_names) > 1:
+        parts.append(f"similarity {np.mean(point.similarity):.3f} (by chance {np.mean(point.chance):.3f})")
+    num_emptied = {name: len(layers) for name, layers in point.emptied_layers.items()}
+    if any(num_emptied.values()):
+        name = max(num_emptied, key=lambda name: num_emptied[name])
+        parts.append(f"up to {num_emptied[name]} emptied layers ({name!r})")
+    else:
+        parts.append("no emptied layer")
+    return ", ".join(parts)
+
+
+@contextmanager
+def without_other_bars() -> Iterator[None]:
+    """A context without the bars of transformers, such as one for every file that is saved."""
+    before = set_tqdm_hook(lambda factory, args, kwargs: EmptyTqdm(*args, **kwargs))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
