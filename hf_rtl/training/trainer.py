@@ -133,8 +133,8 @@ class RTLTrainer(RouteTrainer):
         schedule = round_schedule(
             num_weights,
             self.args.target_sparsity,
-            schedule=self.args.prune_schedule,
-            amount=self.args.prune_amount,
+            prune_schedule=self.args.prune_schedule,
+            prune_amount=self.args.prune_amount,
         )
         accumulation = self.args.gradient_accumulation_steps
         sampler = data.sampler((), gradient_accumulation_steps=accumulation, world_size=self.args.world_size)

@@ -223,7 +223,7 @@ class RTLTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         # Any number of weights will do: this call raises for targets and amounts out of range.
-        round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
+        round_schedule(2**24, self.target_sparsity, prune_schedule=self.prune_schedule, prune_amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), minimum=minimum)
