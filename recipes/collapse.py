@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
@@ -58,18 +59,16 @@ TOLERANCE = 1e-3  # Whole numbers of weights meet a sparsity only nearly.
 class CollapseArguments:
     """Which runs are analysed."""
 
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    scopes: list[str] = field(
-        default_factory=lambda: ["global", "layer"], metadata={"help": "Scopes of magnitude pruning to compare."}
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    scopes: list[str] = HfArg(
+        default_factory=lambda: ["global", "layer"], help="Scopes of magnitude pruning to compare."
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
-    num_random_runs: int = field(
-        default=20, metadata={"help": "Number of random runs, and of layer-shuffled runs, for each scope."}
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches.")
+    num_random_runs: int = HfArg(default=20, help="Number of random runs, and of layer-shuffled runs, for each scope.")
+    class_similarity: str | None = HfArg(
+        default=None, help="csv file of the similarity of the classes, or `dict` folder of WordNet."
     )
-    class_similarity: str | None = field(
-        default=None, metadata={"help": "csv file of the similarity of the classes, or `dict` folder of WordNet."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 @dataclass

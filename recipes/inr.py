@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
@@ -54,19 +55,16 @@ from shared.scene_report import BALANCED, METHODS, RTL, correlations, difference
 class ComparisonArguments:
     """What is compared, and which images are drawn."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and batches."})
-    learning_rates: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Learning rates to run all methods with, in turn; default: --learning_rate."},
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds of weights and batches.")
+    learning_rates: list[float] = HfArg(
+        default_factory=list, help="Learning rates to run all methods with, in turn; default: --learning_rate."
     )
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
-    retraining_steps: int = field(
-        default=200, metadata={"help": "Steps of retraining per region and round, which set --max_steps."}
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Methods to run.")
+    retraining_steps: int = HfArg(default=200, help="Steps of retraining per region and round, which set --max_steps.")
+    pictured: list[str] = HfArg(
+        default_factory=list, help="Ends of the names of images to draw; default: the first two."
     )
-    pictured: list[str] = field(
-        default_factory=list, metadata={"help": "Ends of the names of images to draw; default: the first two."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ round into --output_dir. Run the same command again to continue an interrupted r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import Partition, RTLModel, RTLModelForSequenceClassification, RTLTrainer, RTLTrainingArguments
 from shared.arguments import parse, set_up
@@ -37,24 +38,20 @@ from shared.text_data import load_text
 class ModelArguments:
     """The backbone, and what tickets mask and share."""
 
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    norm_statistics: str = field(
-        default="per_route",
-        metadata={"help": "Running statistics of normalisation: per_route, or shared (the paper's)."},
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    norm_statistics: str = HfArg(
+        default="per_route", help="Running statistics of normalisation: per_route, or shared (the paper's)."
     )
-    prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of more weights to prune."})
-    prune_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of weights never to prune."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
-    dense: bool = field(
-        default=True,
-        metadata={"help": "Also train a dense model on equally many samples, to compare the tickets with."},
+    prune_include: list[str] = HfArg(default_factory=list, help="Patterns of more weights to prune.")
+    prune_exclude: list[str] | None = HfArg(default=None, help="Patterns of weights never to prune.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
+    dense: bool = HfArg(
+        default=True, help="Also train a dense model on equally many samples, to compare the tickets with."
     )
-    sanity: bool = field(
+    sanity: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
-            "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model."
-        },
+        help="Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
+        "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model.",
     )
 
 

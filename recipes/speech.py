@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import SpeechUNetConfig
@@ -59,16 +60,13 @@ METHODS = [DENSE, SINGLE, SINGLE_UNION, MULTIPLE, *TICKETS]
 class ComparisonArguments:
     """What is compared."""
 
-    channels: list[int] = field(
-        default_factory=lambda: [12, 12, 12, 24, 48],
-        metadata={"help": "Channels of the encoder's layers, by default the paper's."},
+    channels: list[int] = HfArg(
+        default_factory=lambda: [12, 12, 12, 24, 48], help="Channels of the encoder's layers, by default the paper's."
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
-    shown_sparsity: float = field(
-        default=0.75, metadata={"help": "Sparsity of the tickets in spectrograms.png and audio/."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Methods to run.")
+    shown_sparsity: float = HfArg(default=0.75, help="Sparsity of the tickets in spectrograms.png and audio/.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 def main() -> None:

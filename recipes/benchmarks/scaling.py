@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 import transformers
 from tabulate import tabulate
 from transformers import TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
@@ -48,20 +49,14 @@ WARM_UP = 10
 class ScalingArguments:
     """What is measured, and how often."""
 
-    processes: int = field(default=2, metadata={"help": "Processes to compare with one."})
-    turns: int = field(default=3, metadata={"help": "Runs of each kind."})
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    route_batch_size: int = field(default=128, metadata={"help": "Samples per batch, over all processes."})
-    extraction_steps: int = field(
-        default=30, metadata={"help": "Steps of a training in extraction; every route has two trainings."}
-    )
-    retraining_steps: int = field(
-        default=110, metadata={"help": f"Steps of joint retraining; the first {WARM_UP} are not timed."}
-    )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
-    measure: str | None = field(
-        default=None, metadata={"help": "Internal: run as one process of a measured run in this folder."}
-    )
+    processes: int = HfArg(default=2, help="Processes to compare with one.")
+    turns: int = HfArg(default=3, help="Runs of each kind.")
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    route_batch_size: int = HfArg(default=128, help="Samples per batch, over all processes.")
+    extraction_steps: int = HfArg(default=30, help="Steps of a training in extraction; every route has two trainings.")
+    retraining_steps: int = HfArg(default=110, help=f"Steps of joint retraining; the first {WARM_UP} are not timed.")
+    output: str | None = HfArg(default=None, help="JSON file for the results.")
+    measure: str | None = HfArg(default=None, help="Internal: run as one process of a measured run in this folder.")
 
 
 def main() -> None:
