@@ -46,7 +46,7 @@ from shared.arguments import chosen_methods, parse, set_up
 from shared.methods import DENSE, SINGLE, SeedRuns
 from shared.models import model_of_round
 from shared.plots import draw_reconstructions, draw_scatter
-from shared.report import table, training_record, write_results
+from shared.report import print_tables, training_record, without_prefix, write_results
 from shared.scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
 from shared.scene_report import BALANCED, METHODS, RTL, correlations, differences, figures, images, psnr
 
@@ -86,9 +86,8 @@ def main() -> None:
         "images": images(scenes, reports),
         "correlations": correlations(reports),
     }
-    for name, lines in tables.items():
-        if lines:
-            print(f"\n{name}", table(lines), sep="\n")
+    print()
+    print_tables(tables)
     output_dir = Path(args.output_dir)
     write_results(
         output_dir / "results.json",
@@ -164,7 +163,7 @@ class SceneRuns(SeedRuns):
             yield self._report(method, at, report)
 
     def _report(self, method: str, at: float | None, report: dict[str, Any]) -> dict[str, Any]:
-        metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
+        metrics = without_prefix(report["metrics"])
         of_regions = {name: round(metrics[f"{name}/psnr"], 4) for name in self.scene.region_names}
         return {
             "image": self.scene.name,

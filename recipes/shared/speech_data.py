@@ -15,7 +15,7 @@ import torch
 import yaml
 from scipy.signal import resample_poly
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers.hf_argparser import HfArg
 
 
@@ -79,9 +79,8 @@ class Mixtures(Dataset):
 
 def stack(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of mixtures without `scene`, with `route_ids` if the samples have them, as in evaluation."""
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("input_values", "labels")}
-    if "route_ids" in samples[0]:
-        batch["route_ids"] = torch.tensor([sample["route_ids"] for sample in samples])
+    batch = default_collate(samples)
+    del batch["scene"]
     return batch
 
 
