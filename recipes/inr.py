@@ -232,14 +232,9 @@ def draw(output_dir: Path, all_runs: Sequence[SceneRuns], comparison: Comparison
     for number, runs in enumerate(pictured, start=1):
         sparsities = torch.tensor(runs.args.target_sparsity)
         reports = list(runs.reports(RTL))
-        panels = [
-            ("PSNR (dB)", sparsities, torch.tensor([list(report["psnr_of_regions"].values()) for report in reports])),
-            (
-                "mean Jaccard similarity",
-                sparsities,
-                torch.tensor([report["similarity_of_regions"] for report in reports]),
-            ),
-        ]
+        psnrs = torch.tensor([list(report["psnr_of_regions"].values()) for report in reports])
+        similarities = torch.tensor([report["similarity_of_regions"] for report in reports])
+        panels = [("PSNR (dB)", sparsities, psnrs), ("mean Jaccard similarity", sparsities, similarities)]
         pictures.append(f"curves-{number}.png")
         route_curves(panels, runs.scene.region_names, output_dir / pictures[-1])
     middle = min(all_runs[0].args.target_sparsity, key=lambda sparsity: abs(sparsity - 0.5))

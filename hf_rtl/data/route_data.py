@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from .columns import LABEL_COLUMNS, find_label_column, label_column, list_column
 from .partition import Partition, Rule
 from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
-from .sampling import Passes, RouteBatchSampler, RoutedDataset
+from .sampling import Passes, RouteBatchSampler, RoutedDataset, fetch
 
 
 def find_partition(
@@ -109,6 +109,7 @@ def check_partition(partition: Partition, dataset: Any, route_names: Sequence[st
     return replace(partition, allow_empty=False)
 
 
+@dataclass(eq=False)
 class RouteData:
     """
     A data set with its partition, and the single-route batches made of it.
@@ -122,24 +123,17 @@ class RouteData:
         seed_transforms (`bool`): see [`RoutedDataset`].
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        partition: Partition,
-        *,
-        membership: bool,
-        seed: int,
-        batch_size: int,
-        seed_transforms: bool,
-    ) -> None:
-        self.dataset = dataset
-        self.partition = partition
-        self.membership = membership
-        self.seed = seed
-        self.batch_size = batch_size
-        self.seed_transforms = seed_transforms
+    dataset: Any
+    partition: Partition
+    _: KW_ONLY
+    membership: bool
+    seed: int
+    batch_size: int
+    seed_transforms: bool
+
+    def __post_init__(self) -> None:
         # Read once: it may fetch a sample, whose random transforms move the global generators on.
-        self._label_column = label_column(dataset) if membership else None
+        self._label_column = label_column(self.dataset) if self.membership else None
 
     def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
         """Batches keyed by `key`; for the other arguments see `RouteBatchSampler`."""
@@ -253,10 +247,7 @@ class EvaluationData(Dataset[dict[str, Any]]):
         return self._with_route(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        if hasattr(self.dataset, "__getitems__"):
-            samples = self.dataset.__getitems__(list(indices))
-        else:
-            samples = [self.dataset[index] for index in indices]
+        samples = fetch(self.dataset, list(indices))
         return [self._with_route(sample, index) for sample, index in zip(samples, indices, strict=True)]
 
     def _with_route(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:

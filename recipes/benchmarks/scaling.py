@@ -159,9 +159,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         report_to=[],
         seed=0,
     )
-    clock = StepClock()
-    extraction = ExtractionClock()
-    extraction.watch()
+    clock = Clock()
+    clock.watch_extraction()
     trainer = RTLTrainer(model, args, train_dataset=train, callbacks=[clock])
     trainer.train()
     processes = trainer.processes.gather(os.getpid())
@@ -171,8 +170,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
             folder / "measured.json",
             {
                 "processes": len(set(processes)),
-                "ready": extraction.ready,
-                "extraction_seconds": extraction.seconds,
+                "ready": clock.ready,
+                "extraction_seconds": clock.seconds,
                 "step_milliseconds": 1e3 * (clock.ticks[1] - clock.ticks[0]) / (arguments.retraining_steps - WARM_UP),
                 "masks": model.mask_bank.fingerprint(),
                 "device": torch.cuda.get_device_name()
@@ -182,14 +181,18 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         )
 
 
-class ExtractionClock:
-    """Times extraction in `seconds`; `ready` is the time at which all processes were ready for it."""
+class Clock(TrainerCallback):
+    """
+    Times extraction in `seconds`; `ready` is the time at which all processes were ready for it. `ticks` are the times
+    at which joint retraining had warmed up and had ended.
+    """
 
     def __init__(self) -> None:
         self.ready = 0.0
         self.seconds = 0.0
+        self.ticks: list[float] = []
 
-    def watch(self) -> None:
+    def watch_extraction(self) -> None:
         """Times every round's extraction in this process from now on."""
         find = Extraction.run
 
@@ -202,13 +205,6 @@ class ExtractionClock:
             return masks
 
         Extraction.run = run  # type: ignore[method-assign]
-
-
-class StepClock(TrainerCallback):
-    """Notes the times at which joint retraining had warmed up and had ended."""
-
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in (WARM_UP, state.max_steps):

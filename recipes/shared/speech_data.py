@@ -80,7 +80,7 @@ class Mixtures(Dataset):
 def stack(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of mixtures without `scene`, with `route_ids` if the samples have them, as in evaluation."""
     batch = default_collate(samples)
-    del batch["scene"]
+    batch.pop("scene", None)
     return batch
 
 
