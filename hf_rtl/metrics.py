@@ -67,7 +67,7 @@ def membership_metrics(
         rankings["auroc"].append(float(roc_auc_score(is_home, scores[:, route])) if defined else float("nan"))
         rankings["precision_at_recall_80"].append(precision_at_recall(scores[:, route], is_home))
     metrics = _decision_metrics(scores, home_routes, route_names, prefix="")
-    metrics |= _of_routes_and_mean(rankings, route_names)
+    metrics |= _with_means(rankings, route_names)
     if thresholds is not None:
         shifts = np.asarray(thresholds, dtype=np.float64)
         if shifts.shape != (len(route_names),) or not np.isfinite(shifts).all():
@@ -103,13 +103,13 @@ def _decision_metrics(
         for metric, value in zip(columns, (balanced_accuracy, precision, recall, f1), strict=True):
             columns[metric].append(float(value))
 
-    metrics = _of_routes_and_mean({f"{prefix}{metric}": values for metric, values in columns.items()}, route_names)
+    metrics = _with_means({f"{prefix}{metric}": values for metric, values in columns.items()}, route_names)
     metrics[f"worst_{prefix}balanced_accuracy"] = _over_defined(np.min, columns["balanced_accuracy"])
     metrics[f"{prefix}accuracy"] = float(np.mean((scores - thresholds).argmax(axis=1) == home_routes))
     return metrics
 
 
-def _of_routes_and_mean(columns: dict[str, list[float]], route_names: list[str]) -> dict[str, float]:
+def _with_means(columns: dict[str, list[float]], route_names: list[str]) -> dict[str, float]:
     """The metrics of every route, then the means over the routes where they are defined."""
     metrics = {
         f"{name}/{metric}": values[route]
@@ -209,8 +209,8 @@ def router_metrics(route_scores: np.ndarray, route_ids: np.ndarray, route_names:
 
 
 def _means_by_route(correct: np.ndarray, route_ids: np.ndarray, num_routes: int) -> list[float]:
-    of_routes = [correct[route_ids == route] for route in range(num_routes)]
-    return [float(values.mean()) if values.size else float("nan") for values in of_routes]
+    by_route = [correct[route_ids == route] for route in range(num_routes)]
+    return [float(values.mean()) if values.size else float("nan") for values in by_route]
 
 
 def precision_at_recall(scores: np.ndarray, is_home: np.ndarray, recall: float = 0.8) -> float:

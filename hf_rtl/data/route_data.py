@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .columns import LABEL_COLUMNS, find_label_column, label_column, list_columns
 from .partition import Partition, Rule
@@ -199,7 +199,7 @@ class RouteData:
 
     def _rows(self, indices: np.ndarray, *, allow_empty: bool = False) -> RouteData:
         part = copy.copy(self)
-        part.dataset = RowSubset(self.dataset, indices.tolist())
+        part.dataset = Subset(self.dataset, indices.tolist())
         route_ids = self.partition.route_ids[indices]
         part.partition = replace(self.partition, route_ids=route_ids, allow_empty=allow_empty)
         return part
@@ -210,22 +210,6 @@ def repeat(loader: DataLoader) -> Iterator[dict[str, Any]]:
     for epoch in itertools.count():
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
         yield from loader
-
-
-class RowSubset(Subset):
-    """Some rows of a data set of dicts."""
-
-    @property
-    def column_names(self) -> list[str]:
-        return list_columns(self.dataset)
-
-
-class ConcatRows(ConcatDataset):
-    """Several data sets of dicts with the same columns, one after the other."""
-
-    @property
-    def column_names(self) -> list[str]:
-        return list_columns(self.datasets[0])
 
 
 class EvaluationData(Dataset[dict[str, Any]]):

@@ -6,13 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from datasets import Dataset, load_dataset
 from transformers.hf_argparser import HfArg
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass
@@ -75,8 +71,6 @@ def read_splits(arguments: DataArguments, columns: Mapping[str, str]) -> list[Da
     Raises:
         ValueError: a split lacks one of these columns.
     """
-    from datasets import load_dataset
-
     folder = Path(arguments.dataset).expanduser()
     if folder.is_dir():
         files = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}
