@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ class RouteData:
         batches: Any = sampler
         if kwargs.get("persistent_workers"):
             batches, kwargs["generator"] = Passes(sampler), torch.Generator()
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=RouteCollator(collate), **kwargs)
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate_route, collate), **kwargs)
 
     def endless_batches(
         self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
@@ -241,13 +242,8 @@ class EvaluationData(Dataset[dict[str, Any]]):
         return {**kept, "labels" if self.membership else "route_ids": int(self.partition.route_ids[index])}
 
 
-class RouteCollator:
+def collate_route(collate: Callable[[list], dict], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Collates the samples of one route; the route becomes a plain `int`, which needs no device synchronisation."""
-
-    def __init__(self, collate: Callable[[list], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        (route,) = {sample["route_ids"] for sample in samples}
-        batch = self.collate([{k: v for k, v in sample.items() if k != "route_ids"} for sample in samples])
-        return {**batch, "route": route}
+    (route,) = {sample["route_ids"] for sample in samples}
+    batch = collate([{k: v for k, v in sample.items() if k != "route_ids"} for sample in samples])
+    return {**batch, "route": route}
