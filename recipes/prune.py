@@ -61,21 +61,16 @@ class Task:
     The data and the model of a run, and the baselines of its tickets.
 
     Args:
-        train, test: the data sets.
+        data (`dict`): the arguments of the trainer for its data.
         make_model (`Callable`): makes a model for these data, with the same initial weights at every call.
         controls (`Callable`): makes the reports of the controls of --sanity from a trainer after its run.
         dense (`Callable`): makes the report of a dense model alone from a trainer after its run.
-        partition ([`Partition`], *optional*): the routes of `train`, if no column has them.
-        processor (*optional*): the tokenizer to save with the models.
     """
 
-    train: Any
-    test: Any
+    data: dict[str, Any]
     make_model: Callable[..., RTLModel]
     controls: Callable[[RTLTrainer], list[dict[str, Any]]]
     dense: Callable[[RTLTrainer], list[dict[str, Any]]]
-    partition: Partition | None = None
-    processor: Any = None
 
 
 def main() -> None:
@@ -83,14 +78,7 @@ def main() -> None:
     set_up(model_arguments.threads)
     prepare = prepare_images if data.text_column is None else prepare_texts
     task = prepare(model_arguments, data, args)
-    trainer = RTLTrainer(
-        task.make_model(),
-        args,
-        train_dataset=task.train,
-        partition=task.partition,
-        eval_dataset=task.test,
-        processing_class=task.processor,
-    )
+    trainer = RTLTrainer(task.make_model(), args, **task.data)
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -107,7 +95,7 @@ def main() -> None:
     if main_process:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir)
-        report(rounds, controls, model_arguments, data, args, num_test=len(task.test))
+        report(rounds, controls, model_arguments, data, args, num_test=len(trainer.eval_dataset))
 
 
 def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
@@ -120,12 +108,10 @@ def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTraining
         args.route_column = "label"
     make_model = partial(membership_model, model.backbone, train, **model_options(model, args))
     return Task(
-        train,
-        test,
+        {"train_dataset": train, "eval_dataset": test, "partition": partition},
         make_model,
-        controls=lambda trainer: image_controls(trainer, test, model.backbone),
-        dense=lambda trainer: dense_image_network(trainer, test, model.backbone),
-        partition=partition,
+        controls=partial(image_controls, backbone=model.backbone),
+        dense=partial(dense_image_network, backbone=model.backbone),
     )
 
 
@@ -144,12 +130,10 @@ def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingA
         **model_options(model, args),
     )
     return Task(
-        train,
-        test,
+        {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer},
         make_model,
-        controls=lambda trainer: text_controls(trainer, make_model, train, test),
-        dense=lambda trainer: dense_text_network(trainer, make_model, train, test),
-        processor=tokenizer,
+        controls=partial(text_controls, make_model=make_model),
+        dense=partial(dense_text_network, make_model=make_model),
     )
 
 
