@@ -95,7 +95,7 @@ def main() -> None:
     if main_process:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir)
-        report(rounds, controls, model_arguments, data, args, num_test=len(trainer.eval_dataset))
+        report(trainer, rounds, controls, model_arguments, data)
 
 
 def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
@@ -148,16 +148,10 @@ def model_options(model: ModelArguments, args: RTLTrainingArguments) -> dict[str
 
 
 def report(
-    rounds: list[dict[str, Any]],
-    controls: list[dict[str, Any]],
-    model: ModelArguments,
-    data: DataArguments,
-    args: RTLTrainingArguments,
-    *,
-    num_test: int,
+    trainer: RTLTrainer, rounds: list[dict], controls: list[dict], model: ModelArguments, data: DataArguments
 ) -> None:
     """Prints the tables, and writes `results.json` and `curve.png`."""
-    output_dir = Path(args.output_dir)
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
     rows = [row("RTL", found["sparsity"], found) for found in rounds]
     rows += [row(control["method"], control["sparsity"], control) for control in controls]
     print(table(rows))
@@ -172,7 +166,7 @@ def report(
         model=asdict(model),
         training=training_record(args),
         num_processes=args.world_size,
-        num_test=num_test,
+        num_test=len(trainer.eval_dataset),
         rounds=rounds,
         controls=controls,
         table=rows,
