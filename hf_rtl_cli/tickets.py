@@ -16,7 +16,7 @@ from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
 from .models import check_free, check_name, copy_beside, load_model, saved_form, written_whole
-from .tables import fraction, more, printable, table, terminal_width
+from .tables import fraction, more, printable, table
 
 
 _MAX_TICKETS = 40
@@ -72,7 +72,7 @@ def _list_text(values: dict[str, Any], limit: int | None) -> str:
         cells = [printable(ticket["name"]), f"{ticket['kept']:,}", fraction(ticket["density"])]
         rows.append(cells if ticket["added"] is None else [*cells, f"{ticket['added']:,}"])
     headers = ["ticket", "kept", "density", *(["not in the base"] if values["kind"] == "tickets" else [])]
-    lines = [_origin(values), "", table(headers, rows, width=terminal_width())]
+    lines = [_origin(values), "", table(headers, rows)]
     return "\n".join([*lines, *more(len(values["tickets"]) - len(rows))])
 
 
