@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,19 +43,6 @@ from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
-
-
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "parent_commit",
-    "tags",
-)
 
 
 class RTLModel(RoutedModel):
@@ -238,7 +226,10 @@ class RTLModel(RoutedModel):
             processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_fingerprint(self)
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        of_push = inspect.signature(self.push_to_hub).parameters
+        hub_arguments = {name: value for name, value in kwargs.items() if name in of_push}
+        for name in hub_arguments.keys() - {"max_shard_size"}:
+            del kwargs[name]
         # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
         kwargs.setdefault("save_original_format", False)
         target = Path(save_directory)
@@ -257,8 +248,6 @@ class RTLModel(RoutedModel):
                 save_code(self, Path(staging))
             move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
         if push_to_hub:
-            if "max_shard_size" in kwargs:
-                hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
             hub_arguments.update(compact=compact, processing_class=processing_class, with_code=with_code)
             self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
 
@@ -389,15 +378,9 @@ class RTLModel(RoutedModel):
                 that differ); an unknown or a taken name; or other values for weights that other tickets keep. The
                 model has not changed then.
         """
-        self._refuse_in_context("load_tickets()")
-        self._refuse_on_view("load_tickets()")
+        self._refuse_change("load_tickets()")
         refuse_offloaded(self, "load_tickets()")
-        hub_arguments = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
+        hub_arguments = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         return load_tickets(self, Path(name_or_path).as_posix(), routes, rename=rename, **hub_arguments)
 
     def push_tickets_to_hub(
@@ -491,7 +474,7 @@ class RTLModel(RoutedModel):
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
-        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.private_parameters, self.router)
+        return footprint(self)
 
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
@@ -512,7 +495,31 @@ class RTLModel(RoutedModel):
         }
 
 
-class RTLModelForImageClassification(RTLModel):
+class _RTLImageModel(RTLModel):
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
+    ):
+        """
+        Args:
+            pixel_values (`Tensor`): `float [batch, channels, height, width]`.
+            labels (`Tensor`, *optional*): `int64 [batch]`, of the task, for pixels `[batch, height, width]`; for
+                `membership` 0 or 1, whether the sample is of the route, and without `route_ids` its home route.
+            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
+            **kwargs: to the backbone, and `return_dict`.
+
+        Returns:
+            The backbone's output: `logits` `[batch, num_labels]` (`membership`: `[batch, 1]`, without `route_ids`
+            `[batch, num_routes]`), for pixels `[batch, num_labels, height, width]` at the backbone's own resolution;
+            with `labels` also `loss`. Where a router decides, `route_ids` `int64 [batch]` and `route_scores`
+            `float32 [batch, num_routes]`, log probabilities.
+
+        Raises:
+            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
+        """
+        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
+
+
+class RTLModelForImageClassification(_RTLImageModel):
     """
     A ticket per route in a backbone that classifies images, from timm or transformers.
 
@@ -527,29 +534,8 @@ class RTLModelForImageClassification(RTLModel):
     backbone_class = AutoModelForImageClassification
     supports_membership = True
 
-    def forward(
-        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
-    ):
-        """
-        Args:
-            pixel_values (`Tensor`): `float [batch, channels, height, width]`.
-            labels (`Tensor`, *optional*): `int64 [batch]`, of the task; for `membership` 0 or 1, whether the sample is
-                of the route, and without `route_ids` its home route.
-            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
-            **kwargs: to the backbone, and `return_dict`.
 
-        Returns:
-            The backbone's output: `logits` `[batch, num_labels]` (`membership`: `[batch, 1]`, without `route_ids`
-            `[batch, num_routes]`), with `labels` also `loss`. Where a router decides, `route_ids` `int64 [batch]` and
-            `route_scores` `float32 [batch, num_routes]`, log probabilities.
-
-        Raises:
-            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
-        """
-        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
-
-
-class RTLModelForSemanticSegmentation(RTLModel):
+class RTLModelForSemanticSegmentation(_RTLImageModel):
     """
     A ticket per route in a backbone that gives every pixel a label.
 
@@ -564,15 +550,6 @@ class RTLModelForSemanticSegmentation(RTLModel):
     """
 
     backbone_class = AutoModelForSemanticSegmentation
-
-    def forward(
-        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
-    ):
-        """
-        As [`RTLModelForImageClassification.forward`]; `labels` are `int64 [batch, height, width]`, and `logits`
-        `[batch, num_labels, height, width]` at the backbone's own resolution.
-        """
-        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
 
 
 class RTLModelForAudioClassification(RTLModel):

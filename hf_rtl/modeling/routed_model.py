@@ -130,8 +130,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing is changed then.
         """
-        self._refuse_in_context("append_ticket()")
-        self._refuse_on_view("append_ticket()")
+        self._refuse_change("append_ticket()")
         refuse_offloaded(self, "append_ticket()")
         self.mask_bank.check_masks(masks)
         row = dict(private_parameters or {})
@@ -164,8 +163,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing is changed then.
         """
-        self._refuse_in_context("make_private()")
-        self._refuse_on_view("make_private()")
+        self._refuse_change("make_private()")
         refuse_offloaded(self, "make_private()")
         chosen = select_private(self.backbone, names, self.mask_bank.weight_names)
         if not set(chosen) <= set(self.private_parameters.names):
@@ -187,8 +185,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: an unknown route, or too few routes would be left.
         """
-        self._refuse_in_context("drop_route()")
-        self._refuse_on_view("drop_route()")
+        self._refuse_change("drop_route()")
         index = self.mask_bank.route_index(route)
         thresholds = self.config.thresholds
         if thresholds is not None:
@@ -425,17 +422,16 @@ class RoutedModel(PreTrainedModel):
         check_samples(inputs)
         if self._is_in_place(route_ids, inputs):
             return self._run(inputs, labels)
-        if route_ids is None:
-            if self.config.ticket_task == "membership":
-                return self._score_all(inputs, labels)
+        if route_ids is None and not self._is_membership:
             decision = self.infer_routes(**inputs)
-            output = self._run_mixed(inputs, labels, decision.route_ids.tolist())
-            return with_decision(output, decision)
-        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            return with_decision(self._run_mixed(inputs, labels, decision.route_ids.tolist()), decision)
+        if self._recomputes:
             raise RuntimeError(
                 "with gradient checkpointing the masks must stay in place until backward has ended: use "
                 "`with model.route_context(route): model(…).loss.backward()`, without `route_ids`."
             )
+        if route_ids is None:
+            return self._score_all(inputs, labels)
         routes = read_route_ids(route_ids, inputs, self.route_index)
         if isinstance(routes, int):
             with self.route_context(routes, fresh=torch.is_grad_enabled()):
@@ -446,7 +442,7 @@ class RoutedModel(PreTrainedModel):
         """The backbone on one route's samples, inside a context."""
         if labels is not None:
             inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
-        recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+        recomputes = self._recomputes
         if recomputes:
             self.active.statistics.attach_to_layers()
         output = self.backbone(**inputs, return_dict=True)
@@ -486,8 +482,6 @@ class RoutedModel(PreTrainedModel):
 
     def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
         """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""
-        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
-            raise RuntimeError("gradient checkpointing needs one route at a time: use `route_context`.")
         columns = []
         for route in range(self.num_routes):
             with self.route_context(route, fresh=torch.is_grad_enabled()):
@@ -516,6 +510,11 @@ class RoutedModel(PreTrainedModel):
         return with_decision(output, self.infer_routes(**inputs))
 
     @property
+    def _recomputes(self) -> bool:
+        """Whether the backward of this forward runs parts of it again."""
+        return self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+
+    @property
     def _has_batch_statistics(self) -> bool:
         return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
 
@@ -542,12 +541,6 @@ class RoutedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         self.backbone._set_gradient_checkpointing(enable, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings()
 
@@ -563,8 +556,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: masks cover the embeddings, or every route has its own copy. Nothing is changed then.
         """
-        self._refuse_in_context("resize_token_embeddings()")
-        self._refuse_on_view("resize_token_embeddings()")
+        self._refuse_change("resize_token_embeddings()")
         with torch.device("meta"):
             resized = self.backbone_class.from_config(copy.deepcopy(self.config.backbone_config))
             resized.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
@@ -601,8 +593,7 @@ class RoutedModel(PreTrainedModel):
 
     def check_savable(self) -> None:
         """Raises `ValueError` or `RuntimeError` unless a saved copy could be loaded."""
-        self._refuse_in_context("save_pretrained()")
-        self._refuse_on_view("save_pretrained()")
+        self._refuse_change("save_pretrained()")
         refuse_offloaded(self, "saving")
         self.masker.locate()
         self.config.check()
@@ -621,6 +612,10 @@ class RoutedModel(PreTrainedModel):
             built = type(self)(copy.deepcopy(self.config))
         remedy = "Set the fields of `model.config` that describe the model, such as `num_labels`, or undo the change."
         check_structure(self, built, remedy)
+
+    def _refuse_change(self, action: str) -> None:
+        self._refuse_in_context(action)
+        self._refuse_on_view(action)
 
     def _refuse_on_view(self, action: str) -> None:
         if self._fixed_route is not None:
