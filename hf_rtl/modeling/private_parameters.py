@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
 from .masking import UNION, like_parameters, ordinary_tensors
-from .offloading import Arrivals
+from .offloading import StandIn
 from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
 
 
@@ -156,31 +156,25 @@ class PrivateParameters(nn.Module):
         kept = ([*rows.detach()[:route], *rows.detach()[route + 1 :]] for rows in self.rows)
         self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
 
-    def bind(self, backbone: nn.Module, route: int, arrivals: Arrivals, on_backward: Callable[[], Any]) -> None:
+    def stand_ins(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> list[StandIn]:
         """
-        Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`. Rows for
-        parameters that are offloaded are added to `arrivals`; see `offloading.on_arrival`.
+        What puts the row of `route` into the layers, by `offloading.standing_in`. A gradient of the row calls
+        `on_backward`.
         """
         if not self.names:
-            return
+            return []
         own = self.own(backbone)
         # Called as a module, so that accelerate's hooks bring rows that are offloaded.
         bound = self(partial(_TakeRows.apply, route, own, on_backward))
-        for (module, attribute), parameter, tensor in zip(self._places(backbone), own, bound, strict=True):
-            if parameter.is_meta:
-                arrivals[module, attribute] = partial(_on_device, tensor)
-            else:
-                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
-                module.__dict__[attribute] = tensor
+        return [
+            (module, attribute, partial(_on_device, row) if parameter.is_meta else row)
+            for (module, attribute), parameter, row in zip(self._places(backbone), own, bound, strict=True)
+        ]
 
     def forward(self, take: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
         """What `take` makes of the rows: a tensor for each parameter."""
         with ordinary_tensors():
             return like_parameters(take(*self.rows), self.rows)
-
-    def release(self, backbone: nn.Module) -> None:
-        for module, attribute in self._places(backbone):
-            module.__dict__.pop(attribute, None)
 
     def _places(self, backbone: nn.Module) -> list[tuple[nn.Module, str]]:
         parts = [name.rpartition(".") for name in self.names]

@@ -23,7 +23,7 @@ from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
 from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
-from .offloading import Arrivals, on_arrival, refuse_offloaded, refuse_offloaded_buffers
+from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
 from .structure import check_resizing, check_structure, shared_tensors
@@ -301,7 +301,7 @@ class RoutedModel(PreTrainedModel):
         index = self.route_index(route)
         if self.training and torch.is_grad_enabled():
             refuse_offloaded(self, "training")
-        with self._weights_in_place(index, lambda arrivals: self.masker.apply(index, fresh=fresh, arrivals=arrivals)):
+        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
             yield self
 
     @contextlib.contextmanager
@@ -311,11 +311,11 @@ class RoutedModel(PreTrainedModel):
         in the mask bank's order; they require gradients.
         """
         refuse_offloaded(self, "the mean of all masks, which the router 'entropy' differentiates,")
-        with self._weights_in_place(UNION, lambda _: self.masker.apply_mean()) as weights:
+        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
             yield weights
 
     @contextlib.contextmanager
-    def _weights_in_place(self, index: int, put: Callable[[Arrivals], Any]) -> Iterator[Any]:
+    def _weights_in_place(self, index: int, mask: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
         statistics = [module.get_buffer(name) for module, name in tracked_buffers(self.backbone)]
         refuse_offloaded_buffers([*self.mask_bank.buffers(), *statistics])
         with self.active.hold(index, wait=not self.training):
@@ -323,17 +323,14 @@ class RoutedModel(PreTrainedModel):
                 bound = self.norm_statistics.bind(self.backbone, index)
             else:
                 bound = BoundStatistics.own(self.backbone)
-            arrivals: Arrivals = {}
             try:
-                placed = put(arrivals)
+                weights = mask()
                 on_backward = partial(self.routes_since_update.add, index)
-                self.private_parameters.bind(self.backbone, index, arrivals, on_backward)
+                rows = self.private_parameters.stand_ins(self.backbone, index, on_backward)
                 self.active.statistics = bound
-                with on_arrival(self.backbone, arrivals):
-                    yield placed
+                with standing_in(self.backbone, [*self.masker.stand_ins(weights, index), *rows]):
+                    yield weights
             finally:
-                self.masker.remove()
-                self.private_parameters.release(self.backbone)
                 bound.release()
 
     @property
