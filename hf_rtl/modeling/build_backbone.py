@@ -131,15 +131,14 @@ def _from_repo(name: str, auto_class: Any, pretrained: bool, kwargs: dict[str, A
 
 
 def _from_timm(name: str, auto_class: Any, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    _read_timm_names(kwargs)
-    labels = {key: kwargs[key] for key in _LABEL_ARGUMENTS if kwargs.get(key) is not None}
-    model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
-    config = TimmWrapperConfig(architecture=name.split(".")[0], model_args=model_args or None, **labels)
+    config = _timm_config(name.split(".")[0], kwargs)
     return _created(name, config, auto_class, pretrained=bool(pretrained))
 
 
-def _read_timm_names(kwargs: dict[str, Any]) -> None:
-    """Changes timm's `num_classes` to `num_labels`. Raises `ValueError` for `features_only`."""
+def _timm_config(architecture: str, kwargs: dict[str, Any], **defaults: Any) -> TimmWrapperConfig:
+    """
+    The configuration that `kwargs`, of a configuration or of timm, describe; `defaults` are for fields that they lack.
+    """
     if kwargs.get("features_only"):
         raise ValueError(
             "`features_only` = True is not supported: tickets are found for an output, and such a model has none. "
@@ -151,6 +150,10 @@ def _read_timm_names(kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"`num_classes` = {num_classes} contradicts `num_labels` = {kwargs['num_labels']}; give one."
             )
+    fields = {**defaults, **kwargs}
+    labels = {key: fields[key] for key in _LABEL_ARGUMENTS if fields.get(key) is not None}
+    model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
+    return TimmWrapperConfig(architecture=architecture, model_args=model_args or None, **labels)
 
 
 def _created(name: str, config: PreTrainedConfig, auto_class: Any, *, pretrained: bool) -> PreTrainedModel:
@@ -166,10 +169,7 @@ def _wrap_timm_model(model: nn.Module, auto_class: Any, kwargs: dict[str, Any]) 
             f"`backbone` is a {type(model).__name__}, neither a transformers model nor made by timm.create_model; "
             "register it with timm or transformers to wrap it."
         )
-    _read_timm_names(kwargs)
-    labels = {key: kwargs.pop(key) for key in _LABEL_ARGUMENTS if key in kwargs}
-    labels.setdefault("num_labels", model.num_classes)
-    config = TimmWrapperConfig(architecture=architecture, model_args=kwargs or None, **labels)
+    config = _timm_config(architecture, kwargs, num_labels=model.num_classes)
     if config.num_labels != model.num_classes:
         raise ValueError(f"`backbone` has {model.num_classes} classes, but {config.num_labels} are requested.")
     return _wrapped(model, config, auto_class)

@@ -118,7 +118,7 @@ class RTLModel(RoutedModel):
             backbone_kwargs.update(num_labels=1, problem_type="multi_label_classification")
         model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
         if prune_exclude is None:
-            prune_exclude = _default_exclude(model)
+            prune_exclude = getattr(getattr(model, "timm_model", model), "rtl_prune_exclude", ())
         prunable = select_prunable(model, include=prune_include, exclude=prune_exclude)
         if built:
             check_buildable(model, cls.backbone_class)
@@ -707,12 +707,6 @@ def register_auto_classes() -> None:
     AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
     for task_class in TASK_CLASSES:
         task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
-
-
-def _default_exclude(backbone: PreTrainedModel) -> tuple[str, ...]:
-    """The patterns that a backbone, or the timm model in it, registers as not to be pruned."""
-    own = getattr(backbone, "timm_model", backbone)
-    return getattr(own, "rtl_prune_exclude", ())
 
 
 def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> type[RTLModel]:

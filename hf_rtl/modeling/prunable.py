@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .experts import find_routers, is_stack
@@ -17,16 +19,7 @@ from .experts import find_routers, is_stack
 
 logger = logging.getLogger(__name__)
 
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    Conv1D,
-)
+_LAYERS = (nn.Linear, _ConvNd, Conv1D)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -179,11 +172,10 @@ def warn_of_low_coverage(
     covered = sum(math.prod(shape) for _, shape in weights)
     total = covered + sum(sizes.values())
     if 2 * covered < total:
-        patterns: dict[str, int] = {}
+        patterns: Counter[str] = Counter()
         for name, size in sizes.items():
-            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-            patterns[pattern] = patterns.get(pattern, 0) + size
-        largest = sorted(patterns, key=lambda pattern: -patterns[pattern])
+            patterns[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] += size
+        largest = [pattern for pattern, _ in patterns.most_common()]
         logger.warning(
             f"Masks cover {covered:,} of the {total:,} weights in matrices of {type(backbone).__name__} "
             f"({covered / total:.0%}), embeddings and head left out, and sparsity is counted over these alone. "
@@ -194,12 +186,11 @@ def warn_of_low_coverage(
 
 def coverage_table(backbone: nn.Module, covered: Sequence[str]) -> str:
     """The parameters named in `covered` with shapes and sizes, their total, and the size of all others."""
-    parameters = {name: parameter_at(places[0]) for name, places in parameter_aliases(backbone).items()}
+    parameters = dict(backbone.named_parameters())
     rows = [(name, str(tuple(parameters[name].shape)), parameters[name].numel()) for name in covered]
     inside, matrices = sum(size for *_, size in rows), sum(uncovered_matrices(backbone, covered).values())
-    rows.append(("prunable", "", inside))
-    rows.append(("dense: matrices that no mask covers", "", matrices))
     outside = sum(p.numel() for p in parameters.values()) - inside - matrices
+    rows += [("prunable", "", inside), ("dense: matrices that no mask covers", "", matrices)]
     rows.append(("dense: embeddings, norms, biases, head, routers", "", outside))
     return "\n".join(f"{name:60} {shape:>24} {size:>12,}" for name, shape, size in rows)
 

@@ -6,8 +6,7 @@ Routers decide which route an input takes when the caller does not say. They see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -172,25 +171,6 @@ def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
     return logits
 
 
-@contextmanager
-def recorded_head_inputs(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """
-    Collects the inputs of the layers in the backbone's head, in forwards inside the context, in the order of calls.
-    Containers do not count as layers, so the first entry is the input of the first layer.
-    """
-    recorded: list[Tensor] = []
-    parts = (module for head in heads(backbone) for module in head.modules())
-    leaves = {id(module): module for module in parts if not any(module.children())}
-    handles = [
-        leaf.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for leaf in leaves.values()
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def pooled_features(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
     The penultimate features of every sample: the first vector that is the input of a layer in the head, or else the
@@ -231,8 +211,14 @@ def _encoded(backbone: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    with recorded_head_inputs(backbone) as recorded:
+    recorded: list[Tensor] = []  # inputs of the layers in the head, in the order of calls
+    parts = {module for head in heads(backbone) for module in head.modules() if not any(module.children())}
+    handles = [part.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for part in parts]
+    try:
         output = backbone(**inputs, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     if recorded:
         # A head that averages over positions itself knows which are padding, also if the mask is of audio samples.
         return next((given for given in recorded if given.ndim == 2), recorded[0])
