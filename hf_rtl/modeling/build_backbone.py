@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,9 @@ def build_backbone(
             that neither timm nor transformers knows.
         TypeError: `source` is none of these.
     """
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         if isinstance(source, PreTrainedModel):
             _refuse("an already built model", pretrained=pretrained, **kwargs)
             return source
@@ -63,22 +63,15 @@ def build_backbone(
                 f"{type(source).__name__}."
             )
         name = str(source)
-        if Path(name).is_dir():
-            return _from_repo(name, auto_class, pretrained is not False, kwargs)
         timm_name = name.removeprefix("timm/")
-        if timm.is_model(timm_name) and (name == timm_name or pretrained is False):
-            return _from_timm(timm_name.split(".")[0] if not pretrained else timm_name, auto_class, pretrained, kwargs)
-        return _from_repo(name, auto_class, pretrained is not False, kwargs)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+        of_timm = timm.is_model(timm_name) and (name == timm_name or pretrained is False)
+        if of_timm and not Path(name).is_dir():
+            config = _timm_config(timm_name.split(".")[0], kwargs)
+            created = timm_name if pretrained else config.architecture
+            return _created(created, config, auto_class, pretrained=bool(pretrained))
+        if pretrained is False:
+            return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
+        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
 
 
 def _refuse(kind: str, **arguments: Any) -> None:
@@ -122,17 +115,6 @@ def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, An
 
 def _is_timm(config: PreTrainedConfig) -> bool:
     return isinstance(config, TimmWrapperConfig)
-
-
-def _from_repo(name: str, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if pretrained:
-        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
-    return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
-
-
-def _from_timm(name: str, auto_class: Any, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = _timm_config(name.split(".")[0], kwargs)
-    return _created(name, config, auto_class, pretrained=bool(pretrained))
 
 
 def _timm_config(architecture: str, kwargs: dict[str, Any], **defaults: Any) -> TimmWrapperConfig:

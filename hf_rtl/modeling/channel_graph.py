@@ -126,14 +126,10 @@ class ChannelGraph:
             for axis in axes:
                 if dead[axis].all():
                     dead[axis[0]] = False
-        kept = {
+        return {
             name: {dim: torch.from_numpy(np.flatnonzero(~dead[roots[ids]])) for dim, ids in dims.items()}
             for name, dims in self._layout.items()
-        }
-        return {
-            name: dims
-            for name, dims in kept.items()
-            if any(len(dims[dim]) < len(ids) for dim, ids in self._layout[name].items())
+            if any(dead[roots[ids]].any() for ids in dims.values())
         }
 
     # Channels

@@ -35,14 +35,14 @@ from .configuration_rtl import RTLConfig
 from .files import move_files
 from .footprint import footprint
 from .generation import RoutedGenerationMixin
-from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
+from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
-from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
+from .ticket_files import base_fingerprint, load_tickets, save_tickets
 
 
 class RTLModel(RoutedModel):
@@ -406,7 +406,7 @@ class RTLModel(RoutedModel):
 
         def write(folder: Path, repo_id: str, head: str | None) -> None:
             index = self.save_tickets(folder, routes, base_routes=base_routes)
-            write_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
+            write_tickets_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
 
         return push(
             write,

@@ -72,9 +72,9 @@ class NormStatistics(nn.Module):
         self._replace([torch.cat([rows[:route], rows[route + 1 :]]) for rows in self.rows])
         self.num_routes -= 1
 
-    def bind(self, backbone: nn.Module, route: int) -> BoundStatistics:
-        """Puts the row of `route` (-1: the union's) into the layers. Undo with `BoundStatistics.release`."""
-        return BoundStatistics(list(tracked_buffers(backbone)), [rows[route] for rows in self.rows])
+    def row(self, route: int) -> list[Tensor]:
+        """The row of `route` (-1: the union's): one tensor per buffer, a view."""
+        return [rows[route] for rows in self.rows]
 
     def _apply(self, fn, recurse: bool = True):
         before = self.rows
@@ -95,23 +95,18 @@ class NormStatistics(nn.Module):
 
 class BoundStatistics:
     """
-    Statistics tensors put in place of the running buffers of a backbone's layers, until `release`.
+    A row of statistics in place of the running buffers of a backbone's layers, until `release`; without `statistics`,
+    as in models that share them, the layers' own buffers.
 
     A layer of another floating point type than its row works on a cast copy, which is written back on release.
     """
 
-    def __init__(self, locations: list[tuple[nn.Module, str]], rows: list[Tensor]) -> None:
-        self._locations = locations
-        self._originals = [module.get_buffer(name) for module, name in locations]
-        self._rows = rows
-        self._bound = [row.to(own.dtype) for row, own in zip(rows, self._originals, strict=True)]
+    def __init__(self, backbone: nn.Module, statistics: NormStatistics | None, route: int) -> None:
+        self._locations = list(tracked_buffers(backbone))
+        self._originals = [module.get_buffer(name) for module, name in self._locations]
+        self._rows = self._originals if statistics is None else statistics.row(route)
+        self._bound = [row.to(own.dtype) for row, own in zip(self._rows, self._originals, strict=True)]
         self._put(self._bound)
-
-    @classmethod
-    def own(cls, backbone: nn.Module) -> BoundStatistics:
-        """The layers' own buffers, bound to themselves: for models that share their statistics."""
-        locations = list(tracked_buffers(backbone))
-        return cls(locations, [module.get_buffer(name) for module, name in locations])
 
     def detach_from_layers(self) -> None:
         """Lets the layers write into copies: a recomputed forward must not count twice (gradient checkpointing)."""

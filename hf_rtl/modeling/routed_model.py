@@ -319,10 +319,7 @@ class RoutedModel(PreTrainedModel):
         statistics = [module.get_buffer(name) for module, name in tracked_buffers(self.backbone)]
         refuse_offloaded_buffers([*self.mask_bank.buffers(), *statistics])
         with self.active.hold(index, wait=not self.training):
-            if self.norm_statistics is not None:
-                bound = self.norm_statistics.bind(self.backbone, index)
-            else:
-                bound = BoundStatistics.own(self.backbone)
+            bound = BoundStatistics(self.backbone, self.norm_statistics, index)
             try:
                 weights = mask()
                 on_backward = partial(self.routes_since_update.add, index)

@@ -68,8 +68,8 @@ def extract_ticket(
         weight = ticket.get_parameter(name)
         weight.copy_(and_masks(weight.detach(), mask))
     if model.norm_statistics is not None:
-        for (module, name), rows in zip(tracked_buffers(ticket), model.norm_statistics.rows, strict=True):
-            module.get_buffer(name).copy_(rows[route])
+        for (module, name), row in zip(tracked_buffers(ticket), model.norm_statistics.row(route), strict=True):
+            module.get_buffer(name).copy_(row)
     private = model.private_parameters
     for own, rows, row in zip(private.own(ticket), private.rows, private.row(route), strict=True):
         own.copy_(row)

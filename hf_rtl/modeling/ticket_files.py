@@ -21,7 +21,7 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_rtl import VERSION, check_format_version
 from .files import move_files, read_tensors, write_json, write_tensors
 from .hashing import hashes, matches_fingerprint
-from .hub import CARD_FILE, tickets_page
+from .hub import CARD_FILE, write_tickets_page
 from .mask_bank import count_bits, unpack
 from .model_file import decode_masks, encode
 from .norm_statistics import tracked_buffers
@@ -52,7 +52,7 @@ def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
 
 def _rows(model: RoutedModel, route: int) -> dict[str, list[Tensor]]:
     """The rows of a route, by the name of the tensor that has them one after the other in a ticket's file."""
-    statistics = [] if model.norm_statistics is None else [rows[route] for rows in model.norm_statistics.rows]
+    statistics = [] if model.norm_statistics is None else model.norm_statistics.row(route)
     return {
         "statistics": [row for row in statistics if row.is_floating_point()],
         "num_batches_tracked": [row for row in statistics if not row.is_floating_point()],
@@ -107,7 +107,7 @@ def save_tickets(
         }
         write_json(Path(staging) / INDEX_FILE, index)
         known = directory / CARD_FILE
-        write_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
+        write_tickets_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
         move_files(Path(staging), directory, last=INDEX_FILE, stale=TICKETS_PATTERN)
     return index
 
@@ -140,13 +140,6 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
         "in_base": in_base,
     }
     return tensors, about
-
-
-def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
-    """Writes a `README.md`: `content` with the tickets of `index` in it, unless it is to stay (`hub.CardWriter`)."""
-    page = tickets_page(index, content, repo_id=repo_id)
-    if page is not None:
-        (folder / CARD_FILE).write_bytes(page)
 
 
 def base_fingerprint(model: RoutedModel) -> dict[str, Any]:
@@ -313,7 +306,7 @@ def _new_names(
         if unknown:
             raise ValueError(f"`rename` has {unknown[0]!r}, but the tickets are {', '.join(map(repr, names))}.")
         names = [rename.get(name, name) for name in names]
-    taken, result = set(known), []
+    taken = list(known)
     for name in names:
         if name in taken and rename != "auto":
             raise ValueError(
@@ -321,12 +314,11 @@ def _new_names(
                 f"`rename={{{name!r}: {_free(name, taken)!r}}}` or `rename='auto'`, or remove the old one by "
                 f"`model.drop_route({name!r})`."
             )
-        result.append(_free(name, taken))
-        taken.add(result[-1])
-    return result
+        taken.append(_free(name, taken))
+    return taken[len(known) :]
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, taken: Sequence[str]) -> str:
     candidates = (f"{name}-{number}" for number in itertools.count(2))
     return name if name not in taken else next(candidate for candidate in candidates if candidate not in taken)
 
