@@ -272,11 +272,10 @@ class ChannelGraph:
     def _batch_norm(self, node: Node) -> Channels | None:
         target: Any = node.target
         x, *parameters = _arguments(node)[:5]
-        given = [parameter for parameter in parameters if parameter is not None]
         channels = self._channels.get(x)
-        if channels is None or channels.dim != 1 or not self._are_layers(*given):
+        if channels is None or channels.dim != 1 or not self._are_layers(*parameters):
             return None
-        for parameter in given:
+        for parameter in filter(None, parameters):
             self._bind(parameter, 0, channels.ids)
         tensors = [self._tensors.get(parameter) for parameter in parameters]
         value = target(channels.value[None], *tensors, *node.args[5:])[0][0]

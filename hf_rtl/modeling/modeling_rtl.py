@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from transformers.utils.hub import extract_commit_hash
 from .build_backbone import build_backbone, check_buildable
 from .computed_weights import changed_weights_report, warn_of_changed_weights
 from .configuration_rtl import RTLConfig
-from .files import move_files
+from .files import written_whole
 from .footprint import footprint
 from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
@@ -233,20 +232,18 @@ class RTLModel(RoutedModel):
         # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
         kwargs.setdefault("save_original_format", False)
         target = Path(save_directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
+        with written_whole(target, last="config.json", stale="model*.safetensors*") as staging:
             if compact:
                 state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank)
                 kwargs["state_dict"], self.config.compact = state, codings
             try:
-                super().save_pretrained(staging, **kwargs)
+                super().save_pretrained(str(staging), **kwargs)
             finally:
                 self.config.compact = None
             if processing_class is not None:
-                processing_class.save_pretrained(staging)
+                processing_class.save_pretrained(str(staging))
             if with_code:
-                save_code(self, Path(staging))
-            move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
+                save_code(self, staging)
         if push_to_hub:
             hub_arguments.update(compact=compact, processing_class=processing_class, with_code=with_code)
             self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)

@@ -215,12 +215,11 @@ def heads(backbone: nn.Module) -> Iterator[nn.Module]:
         classifier = timm_model.get_classifier()
         yield from classifier if isinstance(classifier, tuple) else (classifier,)
         return
-    base = getattr(backbone, "base_model", backbone)
-    if base is not backbone:
-        inside = {id(module) for module in base.modules()}
-        yield from (child for child in backbone.children() if id(child) not in inside)
-    get_output_embeddings: Any = getattr(backbone, "get_output_embeddings", None)
-    output_embeddings = get_output_embeddings() if get_output_embeddings is not None else None
+    base: Any = getattr(backbone, "base_model", backbone)
+    inside = {id(module) for module in base.modules()}
+    yield from (child for child in backbone.children() if id(child) not in inside)
+    get_output_embeddings: Any = getattr(backbone, "get_output_embeddings", lambda: None)
+    output_embeddings = get_output_embeddings()
     if output_embeddings is not None:
         yield output_embeddings
 

@@ -193,7 +193,7 @@ class RoutedModel(PreTrainedModel):
         self.config.change_routes([name for name in self.route_names if name != self.route_names[index]], thresholds)
         self.mask_bank.drop_route(index)
         if self.norm_statistics is not None:
-            self.norm_statistics.drop(index)
+            self.norm_statistics.drop_route(index)
         self.private_parameters.drop(index)
         if self.router is not None:
             self.router.drop_route(index)
@@ -238,9 +238,8 @@ class RoutedModel(PreTrainedModel):
 
     def load_router_from_config(self, config: RTLConfig) -> None:
         """Sets the router that another configuration of these routes names, whose buffers a file will fill."""
-        router = empty_router(config)
-        fallback = UNION if config.router_fallback is None else config.router_fallback
-        self.set_router(router, threshold=config.router_threshold, fallback=fallback)
+        fallback = config.router_fallback or UNION
+        self.set_router(empty_router(config), threshold=config.router_threshold, fallback=fallback)
 
     @torch.no_grad()
     def infer_routes(self, **inputs: Any) -> RouteDecision:
@@ -258,8 +257,7 @@ class RoutedModel(PreTrainedModel):
 
     def decide(self, evidence: Tensor) -> RouteDecision:
         """The decision that follows from the router's evidence, `[batch, num_routes]`. Raises as `infer_routes`."""
-        name = self.config.router_fallback
-        fallback = UNION if name is None else self.route_index(name)
+        fallback = self.route_index(self.config.router_fallback or UNION)
         return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
 
     def _require_router(self) -> Router:

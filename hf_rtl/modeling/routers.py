@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .masking import UNION
 from .prunable import heads
+from .route_rows import RouteRows
 
 
 class RouteDecision(NamedTuple):
@@ -33,7 +34,7 @@ class RouteDecision(NamedTuple):
     route_scores: Tensor
 
 
-class Router(nn.Module):
+class Router(RouteRows):
     """
     Turns evidence for every route into a decision: the probabilities of the routes are
     softmax(scale · evidence + offset), with a scale and an offset per route, fitted on samples whose route is known.
@@ -72,18 +73,6 @@ class Router(nn.Module):
         log_confidence, route_ids = scores.max(dim=1)
         confidence = log_confidence.exp()
         return RouteDecision(torch.where(confidence < threshold, fallback, route_ids), confidence, scores)
-
-    def drop_route(self, route: int) -> None:
-        """Removes a route; later ones move up by one."""
-        for name, rows in list(self.named_buffers()):
-            setattr(self, name, torch.cat([rows[:route], rows[route + 1 :]]))
-
-    def _apply(self, fn, recurse: bool = True):
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, rows in before.items():
-            setattr(self, name, rows.to(getattr(self, name).device))
-        return self
 
 
 class ScoreRouter(Router):

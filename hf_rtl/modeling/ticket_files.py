@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_rtl import VERSION, check_format_version
-from .files import move_files, read_tensors, write_json, write_tensors
+from .files import read_tensors, write_json, write_tensors, written_whole
 from .hashing import hashes, matches_fingerprint
 from .hub import CARD_FILE, write_tickets_page
 from .mask_bank import count_bits, unpack
@@ -86,13 +85,12 @@ def save_tickets(
         The index.
     """
     base = model.mask_bank.packed_union(base_routes)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-", suffix=".tmp") as staging:
+    with written_whole(directory, last=INDEX_FILE, stale=TICKETS_PATTERN) as staging:
         tickets = []
         for number, route in enumerate(routes):
             tensors, about = _ticket(model, route, base)
             file = f"ticket-{number:03d}.safetensors"
-            write_tensors(Path(staging) / file, tensors)
+            write_tensors(staging / file, tensors)
             tickets.append({"name": model.route_names[route], "file": file, **about})
         index = {
             "format_version": TICKETS_FORMAT_VERSION,
@@ -105,10 +103,9 @@ def save_tickets(
             "dense": {name: hashes({name: tensor}) for name, tensor in dense_tensors(model).items()},
             "tickets": tickets,
         }
-        write_json(Path(staging) / INDEX_FILE, index)
+        write_json(staging / INDEX_FILE, index)
         known = directory / CARD_FILE
-        write_tickets_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
-        move_files(Path(staging), directory, last=INDEX_FILE, stale=TICKETS_PATTERN)
+        write_tickets_page(staging, index, known.read_bytes() if known.exists() else b"")
     return index
 
 
