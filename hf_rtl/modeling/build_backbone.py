@@ -102,19 +102,15 @@ def check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
 
 
 def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = copy.deepcopy(config)
+    config, is_timm = copy.deepcopy(config), isinstance(config, TimmWrapperConfig)
     for name, value in kwargs.items():
         if not hasattr(config, name):
-            hint = "; give arguments of timm.create_model as its `model_args`" if _is_timm(config) else ""
+            hint = "; give arguments of timm.create_model as its `model_args`" if is_timm else ""
             raise ValueError(f"`{name}` is no field of {type(config).__name__}{hint}.")
         setattr(config, name, value)
-    if _is_timm(config):
+    if is_timm:
         return _created(config.architecture, config, auto_class, pretrained=False)
     return auto_class.from_config(config)
-
-
-def _is_timm(config: PreTrainedConfig) -> bool:
-    return isinstance(config, TimmWrapperConfig)
 
 
 def _timm_config(architecture: str, kwargs: dict[str, Any], **defaults: Any) -> TimmWrapperConfig:

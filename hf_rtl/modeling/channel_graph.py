@@ -216,7 +216,7 @@ class ChannelGraph:
         channels = self._channels_along(x, len(_shape(x)) - num_spatial - 1)
         dim = len(_shape(node)) - num_spatial - 1
         if groups == 1:
-            return self._multiplied(weight, bias, channels, terms, dim, (0, 1))
+            return self._multiplied(weight, bias, channels, terms, dim, 0)
         if channels is None:
             return None
         ids = self._fresh(out_channels)
@@ -231,7 +231,7 @@ class ChannelGraph:
         channels = self._channels_along(x, len(_shape(x)) - 1)
         terms = self._tensors[weight] != 0
         terms = terms if out_dim == 0 else terms.T
-        return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, (out_dim, 1 - out_dim))
+        return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, out_dim)
 
     def _channels_along(self, node: Node, dim: int) -> Channels | None:
         """The channels of `node` if they lie along `dim`; others are no longer followed."""
@@ -242,27 +242,24 @@ class ChannelGraph:
         return None
 
     def _multiplied(
-        self,
-        weight: Node,
-        bias: Node | None,
-        channels: Channels | None,
-        terms: Tensor,
-        dim: int,
-        weight_dims: tuple[int, int],
+        self, weight: Node, bias: Node | None, channels: Channels | None, terms: Tensor, dim: int, out_dim: int
     ) -> Channels:
-        """The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero."""
+        """
+        The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero. The
+        matrix `weight` has the outputs along `out_dim`, 0 or 1.
+        """
         ids = self._fresh(len(terms))
         if channels is None:
             channels = self._unknown(dim, terms.shape[1])
         terms = terms & (channels.value != 0)
-        self._bind(weight, weight_dims[1], channels.ids)
+        self._bind(weight, 1 - out_dim, channels.ids)
         self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
-        return self._made(weight, bias, ids, terms, dim, weight_dims[0])
+        return self._made(weight, bias, ids, terms, dim, out_dim)
 
     def _made(
-        self, weight: Node, bias: Node | None, ids: list[int], terms: Tensor, dim: int, weight_dim: int
+        self, weight: Node, bias: Node | None, ids: list[int], terms: Tensor, dim: int, out_dim: int
     ) -> Channels:
-        self._bind(weight, weight_dim, ids)
+        self._bind(weight, out_dim, ids)
         value = torch.zeros(len(ids), dtype=torch.float64)
         if bias is not None:
             self._bind(bias, 0, ids)

@@ -30,28 +30,23 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
     """
     places = parameter_aliases(backbone)
     module_names = {id(module): name for name, module in backbone.named_modules()}
-    chosen: list[str] = []
-    used: set[str] = set()
-    for name, locations in places.items():
-        names = alias_names(locations, module_names)
-        matching = matching_patterns(names, patterns)
-        if not matching:
-            continue
-        used |= matching
+    names = {name: alias_names(locations, module_names) for name, locations in places.items()}
+    matching = {name: matching_patterns(names[name], patterns) for name in places}
+    chosen = [name for name in places if matching[name]]
+    for name in chosen:
         if name in prunable:
             raise ValueError(
-                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: masks cover that "
+                f"`private_parameters` has the pattern {min(matching[name])!r}, which matches {name!r}: masks cover that "
                 "weight, so that every route has its own part of it already. Narrow the pattern, or leave the weight "
                 "out of the masks with `prune_exclude`."
             )
-        if len(locations) > 1:
+        if len(places[name]) > 1:
             raise ValueError(
-                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: that parameter is "
-                f"tied, it is also {', '.join(map(repr, names[1:]))}, and a tied parameter cannot be private."
+                f"`private_parameters` has the pattern {min(matching[name])!r}, which matches {name!r}: that parameter "
+                f"is tied, it is also {', '.join(map(repr, names[name][1:]))}, and a tied parameter cannot be private."
             )
-        chosen.append(name)
     for pattern in patterns:
-        if pattern not in used:
+        if not any(pattern in found for found in matching.values()):
             free = [name for name in places if name not in prunable]
             raise ValueError(
                 f"`private_parameters` has the pattern {pattern!r}, which matches no parameter of "

@@ -451,7 +451,8 @@ class RoutedModel(PreTrainedModel):
         if labels is not None:
             inputs = {**inputs, "labels": labels}
         groups = group_by_route(routes, device_of(inputs))
-        if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
+        alone = self.training and any(len(positions) == 1 for positions in groups.values())
+        if alone and any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules()):
             raise ValueError(
                 "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
                 "samples of a route together, or call `model.eval()`."
@@ -505,10 +506,6 @@ class RoutedModel(PreTrainedModel):
     def _recomputes(self) -> bool:
         """Whether the backward of this forward runs parts of it again."""
         return self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
-
-    @property
-    def _has_batch_statistics(self) -> bool:
-        return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
 
     @property
     def _is_membership(self) -> bool:
