@@ -37,14 +37,14 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
         pattern = min(matching[name])
         if name in prunable:
             raise ValueError(
-                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: masks cover that weight, so "
-                "that every route has its own part of it already. Narrow the pattern, or leave the weight out of the "
-                "masks with `prune_exclude`."
+                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: masks cover that weight, "
+                "so that every route has its own part of it already. Narrow the pattern, or leave the weight out of "
+                "the masks with `prune_exclude`."
             )
         if len(places[name]) > 1:
             raise ValueError(
-                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: that parameter is tied, it "
-                f"is also {', '.join(map(repr, names[name][1:]))}, and a tied parameter cannot be private."
+                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: that parameter is tied, "
+                f"it is also {', '.join(map(repr, names[name][1:]))}, and a tied parameter cannot be private."
             )
     for pattern in patterns:
         if not any(pattern in found for found in matching.values()):
