@@ -9,23 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSemanticSegmentation,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from .build_backbone import build_backbone, check_buildable
@@ -528,7 +517,7 @@ class RTLModelForImageClassification(_RTLImageModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForImageClassification
+    backbone_class = transformers.AutoModelForImageClassification
     supports_membership = True
 
 
@@ -546,7 +535,7 @@ class RTLModelForSemanticSegmentation(_RTLImageModel):
         torch.Size([2, 5, 16, 16])
     """
 
-    backbone_class = AutoModelForSemanticSegmentation
+    backbone_class = transformers.AutoModelForSemanticSegmentation
 
 
 class RTLModelForAudioClassification(RTLModel):
@@ -566,7 +555,7 @@ class RTLModelForAudioClassification(RTLModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForAudioClassification
+    backbone_class = transformers.AutoModelForAudioClassification
     supports_membership = True
 
     def forward(
@@ -640,20 +629,20 @@ class RTLModelForSequenceClassification(_RTLTextModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForSequenceClassification
+    backbone_class = transformers.AutoModelForSequenceClassification
     supports_membership = True
 
 
 class RTLModelForTokenClassification(_RTLTextModel):
     """A ticket per route in a backbone that gives every token a label: `logits` `[batch, length, num_labels]`."""
 
-    backbone_class = AutoModelForTokenClassification
+    backbone_class = transformers.AutoModelForTokenClassification
 
 
 class RTLModelForMaskedLM(_RTLTextModel):
     """A ticket per route in a backbone that fills in masked tokens: `logits` `[batch, length, vocabulary]`."""
 
-    backbone_class = AutoModelForMaskedLM
+    backbone_class = transformers.AutoModelForMaskedLM
 
 
 class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
@@ -669,7 +658,7 @@ class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
         torch.Size([2, 7])
     """
 
-    backbone_class = AutoModelForCausalLM
+    backbone_class = transformers.AutoModelForCausalLM
     _shifts_labels = True
 
 
@@ -679,7 +668,7 @@ class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
     `generate`. Its forward also takes `decoder_input_ids` or `labels`, `int64 [batch, target length]`.
     """
 
-    backbone_class = AutoModelForSeq2SeqLM
+    backbone_class = transformers.AutoModelForSeq2SeqLM
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """As the backbone's: the labels moved by one position, for `DataCollatorForSeq2Seq(model=…)`."""

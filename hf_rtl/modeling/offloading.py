@@ -49,23 +49,21 @@ def standing_in(backbone: nn.Module, stand_ins: Sequence[StandIn]) -> Iterator[N
     """
     arrivals = {(module, attribute): make for module, attribute, make in stand_ins if not isinstance(make, Tensor)}
     # A hooked module calls its hook, then `_old_forward`, then its hook again.
-    hooked: list[Any] = (
-        [module for module in backbone.modules() if "_old_forward" in module.__dict__] if arrivals else []
-    )
-    brought = {id(part) for module in hooked for part in module.modules()}
+    modules: Iterable[Any] = backbone.modules() if arrivals else ()
+    originals = {module: module._old_forward for module in modules if "_old_forward" in module.__dict__}
+    brought = {part for module in originals for part in module.modules()}
     for module, attribute in arrivals:
-        if id(module) not in brought:
+        if module not in brought:
             raise RuntimeError(
                 f"`{attribute}` of a {type(module).__name__} is on the meta device, and nothing brings it: load the "
                 "model by `from_pretrained`, or offload it by accelerate."
             )
-    originals = [module._old_forward for module in hooked]
     try:
         for module, attribute, tensor in stand_ins:
             if isinstance(tensor, Tensor):
                 # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
                 module.__dict__[attribute] = tensor
-        for module, original in zip(hooked, originals, strict=True):
+        for module, original in originals.items():
             parts = set(module.modules())
             inside = {place: make for place, make in arrivals.items() if place[0] in parts}
             module._old_forward = _masked_forward(original, inside)
@@ -73,7 +71,7 @@ def standing_in(backbone: nn.Module, stand_ins: Sequence[StandIn]) -> Iterator[N
     finally:
         for module, attribute, _ in stand_ins:
             module.__dict__.pop(attribute, None)
-        for module, original in zip(hooked, originals, strict=True):
+        for module, original in originals.items():
             module._old_forward = original
 
 
