@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .mask_bank import integer_dtype
 from .masking import UNION, like_parameters, ordinary_tensors
 from .offloading import StandIn
-from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
+from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at, refuse_unmatched
 
 
 def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Sequence[str]) -> list[str]:
@@ -46,15 +46,10 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
                 f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: that parameter is tied, "
                 f"it is also {', '.join(map(repr, names[name][1:]))}, and a tied parameter cannot be private."
             )
-    for pattern in patterns:
-        if not any(pattern in found for found in matching.values()):
-            free = [name for name in places if name not in prunable]
-            raise ValueError(
-                f"`private_parameters` has the pattern {pattern!r}, which matches no parameter of "
-                f"{type(backbone).__name__}; those that no mask covers are "
-                f"{', '.join(map(repr, free[:3])) or 'none'}{', …' if len(free) > 3 else ''}. Patterns are those of "
-                f"fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
-            )
+    free = [name for name in places if name not in prunable]
+    some = f"{', '.join(map(repr, free[:3])) or 'none'}{', …' if len(free) > 3 else ''}"
+    what = f"parameter of {type(backbone).__name__}; those that no mask covers are {some}"
+    refuse_unmatched("private_parameters", patterns, set().union(*matching.values()), what)
     return chosen
 
 

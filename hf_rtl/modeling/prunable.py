@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -87,19 +87,24 @@ def select_prunable(
         )
         if (default or included) and not excluded:
             chosen.append((name, tuple(parameter.shape)))
+    some = ", ".join(repr(name) for name, _ in chosen[:3]) or "nothing here"
     for argument, patterns in (("prune_include", include), ("prune_exclude", exclude)):
-        for pattern in patterns:
-            if pattern not in used:
-                raise ValueError(
-                    f"`{argument}` has the pattern {pattern!r}, which matches no weight of {type(backbone).__name__}; "
-                    f"names look like {', '.join(repr(name) for name, _ in chosen[:3]) or 'nothing here'}. "
-                    f"Patterns are those of fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
-                )
+        refuse_unmatched(argument, patterns, used, f"weight of {type(backbone).__name__}; names look like {some}")
     for name, _ in chosen:
         refuse_unmaskable(name, backbone.get_parameter(name))
     if not chosen:
         raise ValueError(f"{type(backbone).__name__} has no prunable weight; name some with `prune_include`.")
     return chosen
+
+
+def refuse_unmatched(argument: str, patterns: Sequence[str], used: Set[str], what: str) -> None:
+    """Raises `ValueError` for a pattern of `argument` that is not in `used`. `what`: what it could have matched."""
+    for pattern in patterns:
+        if pattern not in used:
+            raise ValueError(
+                f"`{argument}` has the pattern {pattern!r}, which matches no {what}. Patterns are those of fnmatch "
+                f"and cover the whole name, as in '*{pattern.strip('*')}*'."
+            )
 
 
 def refuse_unmaskable(name: str, weight: Tensor) -> None:
