@@ -146,12 +146,9 @@ class RTLModel(RoutedModel):
                 return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         # Tensors of other sizes are reported below, by name.
-        kwargs["ignore_mismatched_sizes"] = True
-        kwargs["use_safetensors"] = True
+        kwargs.update(ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
@@ -210,8 +207,7 @@ class RTLModel(RoutedModel):
             TypeError, ValueError: the model or `processing_class` cannot be saved.
         """
         self.check_savable()
-        if processing_class is not None:
-            processing_class = savable_processor(processing_class)
+        processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_fingerprint(self)
         of_push = inspect.signature(self.push_to_hub).parameters
@@ -269,8 +265,7 @@ class RTLModel(RoutedModel):
             HfHubHTTPError, RuntimeError: the Hub refuses the push or an upload. No branch has changed then.
         """
         self.check_savable()
-        if processing_class is not None:
-            processing_class = savable_processor(processing_class)
+        processing_class = savable_processor(processing_class)
 
         def write(folder: Path, repo_id: str, head: str | None) -> None:
             self.save_pretrained(
