@@ -15,7 +15,7 @@ from hf_rtl.data.rules import remove_unfitting_rule
 from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
-from .models import check_free, check_name, copy_beside, load_model, saved_form, written_whole
+from .models import check_free, check_name, copy_beside, load_model, saved_form, written_model
 from .tables import fraction, more, printable, table
 
 
@@ -126,7 +126,7 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
         model.save_pretrained(folder, **form)
         remove_unfitting_rule(folder, model.route_names)
     else:
-        with written_whole(folder) as staging:
+        with written_model(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
             model.save_pretrained(staging, **form)
             remove_unfitting_rule(staging, model.route_names)
