@@ -60,17 +60,14 @@ def membership_metrics(
     home_routes = check_scores("scores", scores, "home_routes", home_routes, num_columns=len(route_names))
     from sklearn.metrics import roc_auc_score
 
-    metrics = _decision_metrics(scores, home_routes, route_names, prefix="")
-    aurocs, precisions = [], []
-    for route, name in enumerate(route_names):
+    rankings: dict[str, list[float]] = {"auroc": [], "precision_at_recall_80": []}
+    for route in range(len(route_names)):
         is_home = home_routes == route
         defined = is_home.any() and not is_home.all()
-        aurocs.append(float(roc_auc_score(is_home, scores[:, route])) if defined else float("nan"))
-        metrics[f"{name}/auroc"] = aurocs[-1]
-        precisions.append(precision_at_recall(scores[:, route], is_home))
-        metrics[f"{name}/precision_at_recall_80"] = precisions[-1]
-    metrics["auroc"] = _over_defined(np.mean, aurocs)
-    metrics["precision_at_recall_80"] = _over_defined(np.mean, precisions)
+        rankings["auroc"].append(float(roc_auc_score(is_home, scores[:, route])) if defined else float("nan"))
+        rankings["precision_at_recall_80"].append(precision_at_recall(scores[:, route], is_home))
+    metrics = _decision_metrics(scores, home_routes, route_names, prefix="")
+    metrics |= _with_means(rankings, route_names)
     if thresholds is not None:
         shifts = np.asarray(thresholds, dtype=np.float64)
         if shifts.shape != (len(route_names),) or not np.isfinite(shifts).all():
@@ -106,15 +103,20 @@ def _decision_metrics(
         for metric, value in zip(columns, (balanced_accuracy, precision, recall, f1), strict=True):
             columns[metric].append(float(value))
 
-    metrics = {
-        f"{name}/{prefix}{metric}": values[route]
-        for route, name in enumerate(route_names)
-        for metric, values in columns.items()
-    }
-    metrics |= {f"{prefix}{metric}": _over_defined(np.mean, values) for metric, values in columns.items()}
+    metrics = _with_means({f"{prefix}{metric}": values for metric, values in columns.items()}, route_names)
     metrics[f"worst_{prefix}balanced_accuracy"] = _over_defined(np.min, columns["balanced_accuracy"])
     metrics[f"{prefix}accuracy"] = float(np.mean((scores - thresholds).argmax(axis=1) == home_routes))
     return metrics
+
+
+def _with_means(columns: dict[str, list[float]], route_names: list[str]) -> dict[str, float]:
+    """The metrics of every route, then the means over the routes where they are defined."""
+    metrics = {
+        f"{name}/{metric}": values[route]
+        for route, name in enumerate(route_names)
+        for metric, values in columns.items()
+    }
+    return metrics | {metric: _over_defined(np.mean, values) for metric, values in columns.items()}
 
 
 def constant_tickets(scores: np.ndarray) -> list[int]:
@@ -165,10 +167,7 @@ def label_metrics(
     if len(route_ids) != len(labels):
         raise ValueError(f"`route_ids` has {len(route_ids)} entries and `labels` {len(labels)}; both need the same.")
     correct = logits.argmax(axis=1) == labels
-    accuracies = []
-    for route in range(len(route_names)):
-        of_route = correct[route_ids == route]
-        accuracies.append(float(of_route.mean()) if of_route.size else float("nan"))
+    accuracies = _means_by_route(correct, route_ids, len(route_names))
     return {
         **{f"{name}/{prefix}accuracy": accuracy for name, accuracy in zip(route_names, accuracies, strict=True)},
         f"{prefix}accuracy": float(correct.mean()),
@@ -199,14 +198,19 @@ def router_metrics(route_scores: np.ndarray, route_ids: np.ndarray, route_names:
     route_names = check_route_names(route_names)
     route_ids = check_scores("route_scores", route_scores, "route_ids", route_ids, num_columns=len(route_names))
     correct = route_scores.argmax(axis=1) == route_ids
+    recalls = _means_by_route(correct, route_ids, len(route_names))
     metrics, precisions = {"route_accuracy": float(correct.mean())}, []
     for route, name in enumerate(route_names):
-        of_route = correct[route_ids == route]
-        metrics[f"{name}/route_recall"] = float(of_route.mean()) if of_route.size else float("nan")
+        metrics[f"{name}/route_recall"] = recalls[route]
         precisions.append(precision_at_recall(route_scores[:, route], route_ids == route))
         metrics[f"{name}/routed_precision_at_recall_80"] = precisions[-1]
     metrics["routed_precision_at_recall_80"] = _over_defined(np.mean, precisions)
     return metrics
+
+
+def _means_by_route(correct: np.ndarray, route_ids: np.ndarray, num_routes: int) -> list[float]:
+    by_route = [correct[route_ids == route] for route in range(num_routes)]
+    return [float(values.mean()) if values.size else float("nan") for values in by_route]
 
 
 def precision_at_recall(scores: np.ndarray, is_home: np.ndarray, recall: float = 0.8) -> float:

@@ -16,6 +16,7 @@ from .modeling.files import write_bytes
 
 _MAX_NUMBERED = 12  # most routes for which every cell shows its number
 _MAX_NAMED = 60  # most routes for which every row shows its name
+_TURNED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = "os^vD<>P"
 _LINES = ("-", "--")
@@ -62,11 +63,7 @@ def similarity_heatmap(
     ticks = list(range(0, num_routes, -(-num_routes // _MAX_NAMED)))
     labels = [_label(names[index]) for index in ticks]
     size = 9 if num_routes <= 24 else 6
-    axes.set_xticks(ticks, labels, fontsize=size)
-    if max(map(len, labels)) > 3:
-        axes.tick_params("x", rotation=45)
-        for tick in axes.get_xticklabels():
-            tick.set(ha="right", rotation_mode="anchor")
+    axes.set_xticks(ticks, labels, fontsize=size, **(_TURNED if max(map(len, labels)) > 3 else {}))
     axes.set_yticks(ticks, labels, fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -130,7 +127,7 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
     ticks = list(range(0, num_layers, -(-num_layers // _MAX_NAMED)))
     shared = os.path.commonprefix(list(names)).rfind(".") + 1
     labels = [_layer_label(names[index][shared:]) for index in ticks]
-    axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_xticks(ticks, labels, fontsize=7, **_TURNED)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("Jaccard similarity of two tickets")
     axes.grid(axis="y", linewidth=0.4)

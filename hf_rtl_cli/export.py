@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_rtl.modeling.footprint import human_bytes
 from hf_rtl.modeling.standalone import make_example_inputs
 
-from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_whole
+from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_model
 from .tables import printable
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model.mask_bank.route_index(args.route)
     inputs = _example_inputs(args.input, model.backbone) if args.input or args.format != "folder" else None
     ticket = model.extract_ticket(args.route, prune_structure=args.prune_structure, example_inputs=inputs).eval()
-    with written_whole(out) as staging:
+    with written_model(out) as staging:
         copy_beside(args.model, staging, PROCESSOR_FILES, revision=args.revision, token=args.token)
         if inputs is None:
             ticket.save_pretrained(staging)

@@ -13,7 +13,7 @@ from hf_rtl.modeling.footprint import FOOTPRINT_FORMS, human_bytes
 
 from .models import load_model
 from .similarity import pairs_text, similarity_values
-from .tables import bar, fraction, key_values, more, printable, table, terminal_width
+from .tables import bar, fraction, key_values, listing, more, printable, table, wrapped
 
 
 _MAX_ROUTES = 20
@@ -84,13 +84,12 @@ def _weights(model: RTLModel, shown: list[str]) -> list[dict[str, Any]]:
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:
-    width = terminal_width()
     parts = [
         _description_text(values),
-        _routes_text(values, width, None if args.all else _MAX_ROUTES),
-        _weights_text(values["weights"], width, None if args.all else _MAX_WEIGHTS),
-        pairs_text(values["similarity"], [route["name"] for route in values["routes"]], width, show_all=args.all),
-        _footprint_text(values["footprint"], len(values["routes"]), width),
+        _routes_text(values, None if args.all else _MAX_ROUTES),
+        _weights_text(values["weights"], None if args.all else _MAX_WEIGHTS),
+        pairs_text(values["similarity"], [route["name"] for route in values["routes"]], show_all=args.all),
+        _footprint_text(values["footprint"], len(values["routes"])),
     ]
     return "\n\n".join(parts)
 
@@ -112,7 +111,7 @@ def _description_text(values: dict[str, Any]) -> str:
     return f"{printable(values['model'])}\n{textwrap.indent(key_values(lines), '  ')}"
 
 
-def _routes_text(values: dict[str, Any], width: int, limit: int | None) -> str:
+def _routes_text(values: dict[str, Any], limit: int | None) -> str:
     routes, rows = values["routes"], []
     for route in routes[:limit]:
         cells = [f"{route['kept']:,}", fraction(route["density"])]
@@ -125,11 +124,11 @@ def _routes_text(values: dict[str, Any], width: int, limit: int | None) -> str:
         f"{union:,} of {size:,} prunable weights are in at least one ticket (union, {fraction(union / size)}), "
         f"{core:,} in every ticket (core, {fraction(core / size)})."
     )
-    lines = [table(headers, rows, width=width), *more(len(routes) - len(rows)), "", textwrap.fill(summary, width)]
+    lines = [table(headers, rows), *more(len(routes) - len(rows)), "", wrapped(summary)]
     return "\n".join(lines)
 
 
-def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) -> str:
+def _weights_text(weights: list[dict[str, Any]], limit: int | None) -> str:
     routes = list(weights[0]["kept"])
     one = len(routes) == 1
     rows = []
@@ -149,15 +148,10 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
     hidden = weights[len(rows) :]
     num_empty = sum(0 in weight["kept"].values() for weight in hidden)
     note = f" ({num_empty} empty in at least one ticket)" if num_empty else ""
-    lines = [
-        textwrap.fill(title, width),
-        table(headers, rows, width=width, keep_start=False),
-        *more(len(hidden), note),
-    ]
-    return "\n".join(lines)
+    return listing(title, headers, rows, len(hidden), note=note)
 
 
-def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> str:
+def _footprint_text(footprint: dict[str, int], num_routes: int) -> str:
     plain, sparse = footprint["independent_full_bytes"], footprint["independent_compact_bytes"]
     rows = []
     for key, form in FOOTPRINT_FORMS.items():
@@ -165,4 +159,4 @@ def _footprint_text(footprint: dict[str, int], num_routes: int, width: int) -> s
         ratios = [f"{size / plain:.3f}", f"{size / sparse:.3f}"]
         rows.append([form.format(num_routes), human_bytes(size), f"{size:,}", *ratios])
     headers = ["footprint", "size", "bytes", f"of {num_routes} plain", f"of {num_routes} sparse"]
-    return table(headers, rows, width=width)
+    return table(headers, rows)

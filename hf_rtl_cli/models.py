@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers.utils import logging
 
 from hf_rtl import RTLModel
 from hf_rtl.data.rules import TENSORS_FILE
-from hf_rtl.modeling.files import move_files
+from hf_rtl.modeling.files import written_whole
 from hf_rtl.modeling.hub import CARD_FILE
 
 
@@ -115,14 +114,6 @@ def check_free(folder: Path, *, force: bool) -> None:
         raise ValueError(f"{str(folder)!r} is no folder.")
 
 
-@contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """
-    A temporary folder to write into. At the end its files are moved to `folder`, each whole and `config.json` last. A
-    model in `folder` is replaced, and other files stay. After an error `folder` has not changed.
-    """
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp") as staging:
-        yield Path(staging)
-        move_files(Path(staging), folder, last="config.json", stale="model[.-]*")
+def written_model(folder: Path) -> AbstractContextManager[Path]:
+    """A temporary folder to write into, in place of `folder`; see `written_whole`. A model in `folder` is replaced."""
+    return written_whole(folder.resolve(), last="config.json", stale="model[.-]*")

@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import io
 import itertools
-import textwrap
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +18,7 @@ from hf_rtl import MaskBank, plots
 from hf_rtl.modeling.files import json_values, write_bytes
 
 from .models import load_model
-from .tables import bar, fraction, more, printable, shortened, table, terminal_width
+from .tables import bar, fraction, listing, more, printable, shortened, table, terminal_width, wrapped
 
 
 _MAX_ROUTES = 20
@@ -83,55 +82,51 @@ def _csv(values: dict[str, Any]) -> str:
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:
-    width = terminal_width()
-    parts = [pairs_text(values, values["routes"], width, show_all=args.all, corrected=True)]
+    parts = [pairs_text(values, values["routes"], show_all=args.all, corrected=True)]
     if args.per_layer:
-        parts.append(_weights_text(values["weights"], width, None if args.all else _MAX_WEIGHTS))
+        parts.append(_weights_text(values["weights"], None if args.all else _MAX_WEIGHTS))
     return "\n\n".join(parts)
 
 
-def pairs_text(
-    similarity: dict[str, Any], routes: list[str], width: int, *, show_all: bool, corrected: bool = False
-) -> str:
+def pairs_text(similarity: dict[str, Any], routes: list[str], *, show_all: bool, corrected: bool = False) -> str:
     """
-    The similarity of each pair of tickets as matrices, if `width` is large enough; otherwise every ticket's mean, and
-    the most and least similar pairs.
+    The similarity of each pair of tickets as matrices, if the terminal is wide enough; otherwise every ticket's mean,
+    and the most and least similar pairs.
 
     Args:
         similarity (`dict`): the result of `similarity_values`.
         routes (`list[str]`): names of the tickets.
-        width (`int`): columns of the terminal.
         show_all (`bool`): show complete lists.
         corrected (`bool`, defaults to `False`): add the matrix that is corrected for chance.
     """
     if len(routes) == 1:
         return "Similarity: the model has only one ticket, so there is nothing to compare it with."
     names = list(map(printable, routes))
-    if _LABEL + _CELL * len(names) <= width:
-        parts = [f"Similarity (Jaccard) of each pair of tickets\n{_matrix(similarity['jaccard'], names, width)}"]
+    if _LABEL + _CELL * len(names) <= terminal_width():
+        parts = [f"Similarity (Jaccard) of each pair of tickets\n{_matrix(similarity['jaccard'], names)}"]
         if corrected:
-            parts.append(f"The same, corrected for chance\n{_matrix(similarity['corrected'], names, width)}")
+            parts.append(f"The same, corrected for chance\n{_matrix(similarity['corrected'], names)}")
     else:
-        parts = [_means(similarity, names, width, None if show_all else _MAX_ROUTES)]
-        parts += _extremes(similarity, names, width, show_all=show_all)
+        parts = [_means(similarity, names, None if show_all else _MAX_ROUTES)]
+        parts += _extremes(similarity, names, show_all=show_all)
     means = {name: _mean(_off_diagonal(matrix)) for name, matrix in similarity.items() if name in _MATRICES}
     summary = (
         f"Mean over pairs: {fraction(means['jaccard'])}; chance (random masks with the same densities): "
         f"{fraction(means['chance'])}; corrected for chance: {fraction(means['corrected'])}."
     )
-    return "\n\n".join([*parts, textwrap.fill(summary, width)])
+    return "\n\n".join([*parts, wrapped(summary)])
 
 
-def _matrix(matrix: list[list[float | None]], names: list[str], width: int) -> str:
+def _matrix(matrix: list[list[float | None]], names: list[str]) -> str:
     headers, labels = names, names
     if max(map(wcswidth, names)) > _CELL - 2:
         headers = [str(number) for number in range(len(names))]
         labels = [f"{number:>2} {name}" for number, name in enumerate(names)]
     rows = [[label, *(fraction(value, 2) for value in row)] for label, row in zip(labels, matrix, strict=True)]
-    return table(["route", *headers], rows, width=width)
+    return table(["route", *headers], rows)
 
 
-def _means(similarity: dict[str, Any], names: list[str], width: int, limit: int | None) -> str:
+def _means(similarity: dict[str, Any], names: list[str], limit: int | None) -> str:
     """A line for each ticket, with its means over all other tickets."""
     rows = []
     for index, name in enumerate(names[:limit]):
@@ -141,11 +136,11 @@ def _means(similarity: dict[str, Any], names: list[str], width: int, limit: int 
             means.append(_mean(row[:index] + row[index + 1 :]))
         rows.append([name, *map(fraction, means), bar(means[0] or 0, means[0] or 0, 10)])
     title = "Similarity (Jaccard) of each ticket to the others: means"
-    lines = [title, table(["route", *_MATRICES, ""], rows, width=width), *more(len(names) - len(rows))]
+    lines = [title, table(["route", *_MATRICES, ""], rows), *more(len(names) - len(rows))]
     return "\n".join(lines)
 
 
-def _extremes(similarity: dict[str, Any], names: list[str], width: int, *, show_all: bool) -> list[str]:
+def _extremes(similarity: dict[str, Any], names: list[str], *, show_all: bool) -> list[str]:
     pairs = [
         (*(similarity[matrix][first][second] for matrix in _MATRICES), first, second)
         for first, second in itertools.combinations(range(len(names)), 2)
@@ -155,18 +150,18 @@ def _extremes(similarity: dict[str, Any], names: list[str], width: int, *, show_
         titled = {"All pairs": pairs}
     else:
         titled = {"Most similar": pairs[:_MAX_PAIRS], "Least similar": pairs[-_MAX_PAIRS:][::-1]}
-    size = (width - 35) // 2
+    size = (terminal_width() - 35) // 2
     texts = []
     for title, chosen in titled.items():
         rows = [
             [f"{shortened(names[first], size)} - {shortened(names[second], size)}", *map(fraction, values)]
             for *values, first, second in chosen
         ]
-        texts.append(f"{title}\n{table(['pair', *_MATRICES], rows, width=width)}")
+        texts.append(f"{title}\n{table(['pair', *_MATRICES], rows)}")
     return texts
 
 
-def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) -> str:
+def _weights_text(weights: list[dict[str, Any]], limit: int | None) -> str:
     """A line for each weight, with means over all pairs of tickets."""
     rows = []
     for weight in weights[:limit]:
@@ -175,12 +170,7 @@ def _weights_text(weights: list[dict[str, Any]], width: int, limit: int | None) 
         shown = bar(min(pairs), max(pairs), 12) if pairs else "all empty"
         rows.append([printable(weight["name"]), *map(fraction, means), shown])
     title = "Similarity in each weight, means over pairs; bars: full to the minimum, half full to the maximum"
-    lines = [
-        textwrap.fill(title, width),
-        table(["weight", *_MATRICES, ""], rows, width=width, keep_start=False),
-        *more(len(weights) - len(rows)),
-    ]
-    return "\n".join(lines)
+    return listing(title, ["weight", *_MATRICES, ""], rows, len(weights) - len(rows))
 
 
 def _off_diagonal(matrix: list[list[float | None]]) -> list[float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import textwrap
 from collections.abc import Sequence
 
 from tabulate import tabulate
@@ -45,11 +46,27 @@ def shortened(text: str, width: int, *, keep_start: bool = True) -> str:
     return f"{head}{CUT}{tail}"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, keep_start: bool = True) -> str:
+def wrapped(text: str) -> str:
+    """A paragraph in lines that fit the terminal."""
+    return textwrap.fill(text, terminal_width())
+
+
+def listing(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], num_hidden: int, *, note: str = ""
+) -> str:
+    """A table under its title, and how many lines are hidden, with a `note` on these. The ends of names are kept."""
+    return "\n".join([wrapped(title), table(headers, rows, keep_start=False), *more(num_hidden, note)])
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None, keep_start: bool = True
+) -> str:
     """
     Rows under their headers: the first column and those without a header to the left, the others, numbers, to the
-    right. If all is wider than `width`, the first column is shortened, as `shortened` does with `keep_start`.
+    right. If all is wider than `width`, by default the terminal, the first column is shortened, as `shortened` does
+    with `keep_start`.
     """
+    width = width or terminal_width()
     lines = [list(headers), *map(list, rows)]
     widths = [max(map(wcswidth, column)) for column in zip(*lines, strict=True)]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * len(widths[1:])))

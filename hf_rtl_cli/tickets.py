@@ -15,8 +15,8 @@ from hf_rtl.data.rules import remove_unfitting_rule
 from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
-from .models import check_free, check_name, copy_beside, load_model, saved_form, written_whole
-from .tables import fraction, more, printable, table, terminal_width
+from .models import check_free, check_name, copy_beside, load_model, saved_form, written_model
+from .tables import fraction, more, printable, table
 
 
 _MAX_TICKETS = 40
@@ -40,42 +40,30 @@ def text(values: dict[str, Any], args: argparse.Namespace) -> str:
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     check_name(args.source, revision=args.revision)
-    if has_file(args.source, INDEX_FILE, revision=args.revision, token=args.token):
-        return _listed_files(args.source, read_index(args.source, revision=args.revision, token=args.token))
-    return _listed_model(args.source, load_model(args.source, revision=args.revision, token=args.token))
-
-
-def _listed_files(source: str, index: dict[str, Any]) -> dict[str, Any]:
-    num_prunable = sum(math.prod(shape) for _, shape in index["weights"])
+    hub = {"revision": args.revision, "token": args.token}
+    if has_file(args.source, INDEX_FILE, **hub):
+        index = read_index(args.source, **hub)
+        kind, base, ticket_task = "tickets", index["base"], index["ticket_task"]
+        num_prunable = sum(math.prod(shape) for _, shape in index["weights"])
+        rows = [(ticket["name"], ticket["kept"], ticket["added"], ticket["threshold"]) for ticket in index["tickets"]]
+    else:
+        model = load_model(args.source, **hub)
+        kind, base, ticket_task = "model", model.config.base, model.config.ticket_task
+        num_prunable = model.mask_bank.num_weights
+        thresholds = model.config.thresholds or [None] * model.num_routes
+        kept_by_route = zip(model.route_names, model.mask_bank.count().tolist(), thresholds, strict=True)
+        rows = [(name, kept, None, threshold) for name, kept, threshold in kept_by_route]
     return {
-        "source": source,
-        "kind": "tickets",
-        "base": index["base"],
-        "ticket_task": index["ticket_task"],
+        "source": args.source,
+        "kind": kind,
+        "base": base,
+        "ticket_task": ticket_task,
         "num_prunable": num_prunable,
         "tickets": [
-            _ticket(ticket["name"], ticket["kept"], num_prunable, ticket["added"], ticket["threshold"])
-            for ticket in index["tickets"]
+            {"name": name, "kept": kept, "density": kept / num_prunable, "added": added, "threshold": threshold}
+            for name, kept, added, threshold in rows
         ],
     }
-
-
-def _listed_model(source: str, model: RTLModel) -> dict[str, Any]:
-    num_prunable = model.mask_bank.num_weights
-    thresholds = model.config.thresholds or [None] * model.num_routes
-    rows = zip(model.route_names, model.mask_bank.count().tolist(), thresholds, strict=True)
-    return {
-        "source": source,
-        "kind": "model",
-        "base": model.config.base,
-        "ticket_task": model.config.ticket_task,
-        "num_prunable": num_prunable,
-        "tickets": [_ticket(name, kept, num_prunable, None, threshold) for name, kept, threshold in rows],
-    }
-
-
-def _ticket(name: str, kept: int, num_prunable: int, added: int | None, threshold: float | None) -> dict[str, Any]:
-    return {"name": name, "kept": kept, "density": kept / num_prunable, "added": added, "threshold": threshold}
 
 
 def _list_text(values: dict[str, Any], limit: int | None) -> str:
@@ -84,7 +72,7 @@ def _list_text(values: dict[str, Any], limit: int | None) -> str:
         cells = [printable(ticket["name"]), f"{ticket['kept']:,}", fraction(ticket["density"])]
         rows.append(cells if ticket["added"] is None else [*cells, f"{ticket['added']:,}"])
     headers = ["ticket", "kept", "density", *(["not in the base"] if values["kind"] == "tickets" else [])]
-    lines = [_origin(values), "", table(headers, rows, width=terminal_width())]
+    lines = [_origin(values), "", table(headers, rows)]
     return "\n".join([*lines, *more(len(values["tickets"]) - len(rows))])
 
 
@@ -138,7 +126,7 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
         model.save_pretrained(folder, **form)
         remove_unfitting_rule(folder, model.route_names)
     else:
-        with written_whole(folder) as staging:
+        with written_model(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
             model.save_pretrained(staging, **form)
             remove_unfitting_rule(staging, model.route_names)

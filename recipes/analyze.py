@@ -36,6 +36,7 @@ import numpy as np
 
 from hf_rtl.analysis import LEAST_POINTS, Change, detect_collapse, layer_similarity, similarity_by_depth
 from hf_rtl.class_similarity import load_class_similarity
+from hf_rtl.modeling.files import json_values
 from shared.points import (
     Point,
     alignment,
@@ -81,11 +82,8 @@ def main() -> None:
     alignments = None
     if classes is not None:
         alignments = [alignment(point.bank, classes, arguments.permutations, arguments.seed) for point in points]
-        print(
-            "\nAlignment with the classes: Spearman's correlation (p)",
-            table(alignment_rows(points, alignments)),
-            sep="\n",
-        )
+        lines = alignment_rows(points, alignments)
+        print("\nAlignment with the classes: Spearman's correlation (p)", table(lines), sep="\n")
     output_dir = arguments.output_dir or (arguments.paths[0] / "analysis" if is_run else Path("analysis"))
     at = nearest_point(points, arguments.at)
     order = ordering(points[at].similarity.jaccard if classes is None else classes)
@@ -110,16 +108,12 @@ def verdict(names: Sequence[str], changes: dict[str, Change], num_points: int) -
     if num_points < LEAST_POINTS:
         return [f"{num_points} points say nothing; {LEAST_POINTS} are needed. A run's folder has one per prune event."]
     width = max(map(len, names))
-    lines = []
-    for name in names:
-        change = changes.get(name)
-        lines.append(
-            f"{name:{width}}  none"
-            if change is None
-            else f"{name:{width}}  {change.direction} at {change.sparsity:.1%}: excess {change.before:.3f} before, "
-            f"{change.found:.3f} found, {change.expected:.3f} expected"
-        )
-    return lines
+    found = {
+        name: f"{change.direction} at {change.sparsity:.1%}: excess {change.before:.3f} before, "
+        f"{change.found:.3f} found, {change.expected:.3f} expected"
+        for name, change in changes.items()
+    }
+    return [f"{name:{width}}  {found.get(name, 'none')}" for name in names]
 
 
 def alignment_rows(points: Sequence[Point], alignments: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -151,17 +145,17 @@ def content(point: Point, values: np.ndarray, aligned: dict[str, dict[str, Any]]
     names = similarity.route_names
     by_route = {key: getattr(similarity, key) for key in ("similarity", "chance", "uniform_chance", "excess")}
     by_route["spread"] = similarity.deviation
-    return _plain(
+    return json_values(
         {
             "masks": point.name,
             "sparsity": similarity.sparsity,
             **{key: dict(zip(names, row, strict=True)) for key, row in by_route.items()},
             "metric": dict(zip(names, values, strict=True)),
-            "jaccard": similarity.jaccard,
+            "jaccard": similarity.jaccard.tolist(),
             "emptied_layers": similarity.emptied_layers,
             "depths": {depth: _mean_of_pairs(matrix) for depth, matrix in similarity_by_depth(point.bank).items()},
             "layers": {
-                layer: {"similarity": found, "chance": chance}
+                layer: {"similarity": found.tolist(), "chance": chance.tolist()}
                 for layer, found, chance in zip(layers.layer_names, layers.similarity, layers.chance, strict=True)
             },
             "alignment": aligned,
@@ -169,20 +163,9 @@ def content(point: Point, values: np.ndarray, aligned: dict[str, dict[str, Any]]
     )
 
 
-def _mean_of_pairs(similarity: np.ndarray) -> np.ndarray:
+def _mean_of_pairs(similarity: np.ndarray) -> float:
     """The mean over all pairs of different tickets; NaN if the similarity of a pair is NaN."""
     return similarity[np.triu_indices(len(similarity), k=1)].mean()
-
-
-def _plain(value: Any) -> Any:
-    """Arrays as lists, and `None` for NaN and infinities, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(inner) for inner in value.tolist()] if value.ndim else _plain(value.item())
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
@@ -41,10 +42,10 @@ from shared.arguments import chosen_methods, parse, set_up
 from shared.controls import CONTROL_MASKS, with_other_masks
 from shared.data_arguments import DataArguments
 from shared.image_data import channels_last, load_images
-from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns
+from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns, independent_costs
 from shared.models import membership_model, tickets_of_round
 from shared.plain_networks import independent_metrics, one_vs_rest
-from shared.report import over_seeds, row, table, training_record, write_results
+from shared.report import over_seeds, print_tables, row, training_record, write_results
 
 
 ONE_VS_REST = "one-vs-rest"
@@ -69,10 +70,10 @@ COSTS = (
 class ComparisonArguments:
     """What is compared."""
 
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Methods to run.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 def main() -> None:
@@ -82,8 +83,7 @@ def main() -> None:
     reports = [ImageRuns(comparison, data, args, seed).all_reports(methods) for seed in comparison.seeds]
     lines_of_seeds = [[report_line(report) for report in of_seed] for of_seed in reports]
     tables = split(over_seeds(lines_of_seeds))
-    for lines in tables.values():
-        print(table(lines), end="\n\n")
+    print_tables(tables)
     pictures = []
     if find_spec("matplotlib"):
         from shared.plots import draw_methods
@@ -113,6 +113,7 @@ class ImageRuns(SeedRuns):
         super().__init__(folder, replace(args, seed=seed, router="score", extraction_dir=str(folder / "extraction")))
         self.backbone = comparison.backbone
         self.train, self.test = load_images(data, seed=seed)
+        self.data = {"train_dataset": self.train, "eval_dataset": self.test, "data_collator": channels_last}
 
     def trainer(self, method: str) -> RTLTrainer:
         if method in TICKETS:
@@ -123,8 +124,7 @@ class ImageRuns(SeedRuns):
     def _ticket_trainer(self, args: RTLTrainingArguments, norm_statistics: str) -> RTLTrainer:
         """One membership ticket per class."""
         model = membership_model(self.backbone, self.train, seed=args.seed, norm_statistics=norm_statistics)
-        data = {"train_dataset": self.train, "eval_dataset": self.test, "data_collator": channels_last}
-        return RTLTrainer(model, args, **data)
+        return RTLTrainer(model, args, **self.data)
 
     def _single_trainer(self, method: str) -> RTLTrainer:
         """The trainer with a single route, which is iterative magnitude pruning of one network for all classes."""
@@ -149,9 +149,7 @@ class ImageRuns(SeedRuns):
         return RTLTrainer(
             model,
             args,
-            data_collator=channels_last,
-            train_dataset=self.train,
-            eval_dataset=self.test,
+            **self.data,
             compute_metrics=lambda prediction: logit_metrics(prediction, self.train.label_names),
         )
 
@@ -196,19 +194,8 @@ class ImageRuns(SeedRuns):
         found = self._timed(
             MULTIPLE, report["at"], lambda: independent_metrics(trainer, self.test, tickets, round_index=index)
         )
-        spent = {
-            "trainings": report["costs"]["trainings"] - 1 + len(tickets),
-            "minutes of retraining": found["seconds"] / 60,
-        }
-        return {
-            "metrics": found["metrics"],
-            "at": report["at"],
-            "kept": report["kept"],
-            "union": sum(report["kept"].values()),
-            "footprint": {"total_bytes": report["footprint"]["independent_bytes"]},
-            "emptied_layers": report["emptied_layers"],
-            "costs": {**report["costs"], **spent},
-        }
+        networks = independent_costs(report, **{"minutes of retraining": found["seconds"] / 60})
+        return {"metrics": found["metrics"], "at": report["at"], "kept": report["kept"], **networks}
 
     def _one_vs_rest_report(self, index: int, report: dict[str, Any]) -> dict[str, Any]:
         """The report of one network with the mask of `IMP single`, retrained on the batches of a round's tickets."""

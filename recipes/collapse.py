@@ -20,10 +20,10 @@ it continues an interrupted run.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
-from hf_rtl import RTLTrainer, RTLTrainingArguments
-from hf_rtl.analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
+from hf_rtl import MaskBank, RTLTrainer, RTLTrainingArguments
+from hf_rtl.analysis import Change, detect_collapse, ticket_similarity
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.pruning import random_masks, shuffled_masks
 from shared.arguments import parse, set_up
@@ -42,7 +43,7 @@ from shared.image_data import load_images
 from shared.models import membership_model
 from shared.plots import draw_points
 from shared.points import Point, alignment, ordering, point_line, points_of_run, route_values
-from shared.report import over_seeds, table, training_record, write_results
+from shared.report import over_seeds, print_tables, training_record, write_results
 
 
 METRIC = "balanced_accuracy"
@@ -58,18 +59,16 @@ TOLERANCE = 1e-3  # Whole numbers of weights meet a sparsity only nearly.
 class CollapseArguments:
     """Which runs are analysed."""
 
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    scopes: list[str] = field(
-        default_factory=lambda: ["global", "layer"], metadata={"help": "Scopes of magnitude pruning to compare."}
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    scopes: list[str] = HfArg(
+        default_factory=lambda: ["global", "layer"], help="Scopes of magnitude pruning to compare."
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
-    num_random_runs: int = field(
-        default=20, metadata={"help": "Number of random runs, and of layer-shuffled runs, for each scope."}
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches.")
+    num_random_runs: int = HfArg(default=20, help="Number of random runs, and of layer-shuffled runs, for each scope.")
+    class_similarity: str | None = HfArg(
+        default=None, help="csv file of the similarity of the classes, or `dict` folder of WordNet."
     )
-    class_similarity: str | None = field(
-        default=None, metadata={"help": "csv file of the similarity of the classes, or `dict` folder of WordNet."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 @dataclass
@@ -103,10 +102,10 @@ def main() -> None:
             f"--target_sparsity starts at {min(args.target_sparsity)}. A fall is relative to sparsities up to "
             f"{MILD_SPARSITY}; add one of these."
         )
-    class_similarity = None if collapse.class_similarity is None else Path(collapse.class_similarity)
-    classes = None
-    if class_similarity is not None:
-        classes = load_class_similarity(class_similarity, load_images(data, seed=collapse.seeds[0])[0].label_names)
+    classes, classes_file = None, collapse.class_similarity
+    if classes_file is not None:
+        train, _ = load_images(data, seed=collapse.seeds[0])
+        classes = load_class_similarity(classes_file, train.label_names)
     output_dir = Path(args.output_dir)
     runs = [make_run(collapse, data, args, scope, seed) for scope in collapse.scopes for seed in collapse.seeds]
     tables = {
@@ -118,8 +117,7 @@ def main() -> None:
     }
     if classes is not None:
         tables["alignment"] = over_scopes(runs, collapse.scopes, lambda run: alignment_rows(run, classes))
-    for name, lines in tables.items():
-        print(name.replace("_", " "), table(lines), sep="\n", end="\n\n")
+    print_tables(tables)
     pictures = []
     for run in runs:
         at = min(range(len(run.points)), key=lambda index: abs(run.sparsities[index] - PLANTED_FROM))
@@ -134,7 +132,7 @@ def main() -> None:
         output_dir / "results.json",
         data={**asdict(data), "dataset": Path(data.dataset).name},
         # The name alone, since a path would show a folder of this machine.
-        collapse={**asdict(collapse), "class_similarity": class_similarity and class_similarity.name},
+        collapse={**asdict(collapse), "class_similarity": classes_file and Path(classes_file).name},
         training=training_record(args),
         pictures=pictures,
         **tables,
@@ -242,15 +240,9 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
     for name, control in (("random", random_masks), ("layer-shuffled", shuffled_masks)):
         alarms = []
         for number in range(num_runs):
-            points = []
-            for point in run.points:
-                bank = copy.deepcopy(point.bank)
-                for route in range(bank.num_routes):
-                    # The same seed at every sparsity nests random masks, as pruning nests its masks.
-                    generator = torch.Generator().manual_seed(number * len(run.names) + route)
-                    bank[route] = control(point.bank[route], generator=generator)
-                points.append(ticket_similarity(bank))
-            alarms.append(len(detect_collapse(points)))
+            # The same seeds at every sparsity nest random masks, as pruning nests its masks.
+            banks = [drawn_masks(point.bank, control, first_seed=number * len(run.names)) for point in run.points]
+            alarms.append(len(detect_collapse([ticket_similarity(bank) for bank in banks])))
         yield {
             "densities of": f"{run.scope}, seed {run.seed}",
             "masks": name,
@@ -261,44 +253,46 @@ def false_alarms(run: Run, num_runs: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def drawn_masks(bank: MaskBank, control: Callable[..., list[Tensor]], *, first_seed: int) -> MaskBank:
+    """The masks that `control` makes of those in `bank`, each by a seed of its own."""
+    masks = {
+        name: control(bank[name], generator=torch.Generator().manual_seed(seed))
+        for seed, name in enumerate(bank.route_names, start=first_seed)
+    }
+    return MaskBank.from_masks(bank.weight_names, masks)
+
+
 def planted_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """How many planted collapses are found, over all runs that reach `PLANTED_FROM`, by direction and part."""
     runs = [run for run in runs if run.sparsities[-1] >= PLANTED_FROM - TOLERANCE]
     rows = []
-    for direction in ("up", "down"):
-        for part in PLANTED_PARTS:
-            found = [planted(run, direction, part) for run in runs]
-            rows.append(
-                {
-                    "planted": direction,
-                    "of all positions": f"{part:.0%}",
-                    "tickets": sum(map(len, found)),
-                    "found at once": sum(when == "at once" for of_run in found for when in of_run),
-                    "found later": sum(when == "later" for of_run in found for when in of_run),
-                    "alarm before": sum(when == "before" for of_run in found for when in of_run),
-                }
-            )
+    for direction, part in product(("up", "down"), PLANTED_PARTS):
+        found = [when for run in runs for when in planted(run, direction, part)]
+        rows.append(
+            {
+                "planted": direction,
+                "of all positions": f"{part:.0%}",
+                "tickets": len(found),
+                "found at once": found.count("at once"),
+                "found later": found.count("later"),
+                "alarm before": found.count("before"),
+            }
+        )
     return rows
 
 
 def planted(run: Run, direction: str, part: float) -> list[str | None]:
     """When the detector finds a collapse planted from `PLANTED_FROM` on, for every ticket; `None` if never."""
     first = next(index for index, sparsity in enumerate(run.sparsities) if sparsity >= PLANTED_FROM - TOLERANCE)
-    points: list[TicketSimilarity] = []
-    for index, point in enumerate(run.points):
-        if index < first:
-            points.append(point.similarity)
-            continue
-        bank = copy.deepcopy(point.bank)
+    points = [point.similarity for point in run.points[:first]]
+    for point in run.points[first:]:
         chosen = chosen_positions(point.bank[0], part, seed=run.seed)
-        for route in range(bank.num_routes):
-            masks = point.bank[route]
-            generator = torch.Generator().manual_seed(1 + route)
-            others = point.bank[0] if direction == "up" else shuffled_masks(masks, generator=generator)
-            bank[route] = [
-                torch.where(where, other, mask) for where, other, mask in zip(chosen, others, masks, strict=True)
-            ]
-        points.append(ticket_similarity(bank))
+        shuffled = None if direction == "up" else drawn_masks(point.bank, shuffled_masks, first_seed=1)
+        masks = {}
+        for name in run.names:
+            others = point.bank[0] if shuffled is None else shuffled[name]
+            masks[name] = list(map(torch.where, chosen, others, point.bank[name]))
+        points.append(ticket_similarity(MaskBank.from_masks(point.bank.weight_names, masks)))
     changes = detect_collapse(points)
     when: list[str | None] = []
     for name in run.names:

@@ -29,6 +29,8 @@ from shared.report import row, table
 from shared.text_data import load_text
 
 
+# The arguments of a run that its metrics depend on.
+_EVALUATED_WITH = ("per_device_eval_batch_size", "bf16", "fp16", "seed", "route_column")
 _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
 
 
@@ -66,14 +68,7 @@ def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         _, test = load_text(data, tokenizer, route_column=saved["route_column"], seed=saved["seed"])
     with tempfile.TemporaryDirectory() as output_dir:
-        args = RTLTrainingArguments(
-            output_dir=output_dir,
-            per_device_eval_batch_size=saved["per_device_eval_batch_size"],
-            bf16=saved["bf16"],
-            fp16=saved["fp16"],
-            seed=saved["seed"],
-            route_column=saved["route_column"],
-        )
+        args = RTLTrainingArguments(output_dir=output_dir, **{name: saved[name] for name in _EVALUATED_WITH})
         metrics = RTLTrainer(model, args, eval_dataset=test, processing_class=tokenizer).evaluate()
     return {
         "metrics": metrics,

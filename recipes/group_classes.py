@@ -12,13 +12,14 @@ few. The paper embeds names by CLIP; --text_encoder takes encoders of text alone
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 from hf_rtl.clustering import group_class_names
 from hf_rtl.modeling.files import write_bytes
@@ -30,18 +31,18 @@ from shared.data_arguments import DataArguments, read_splits
 class GroupArguments:
     """What is grouped, how, and where the groups go."""
 
-    groups_file: str = field(default="groups.yaml", metadata={"help": "YAML file to write."})
-    names: list[str] = field(
-        default_factory=list, metadata={"help": "Names to group; by default those of --dataset's --label_column."}
+    groups_file: str = HfArg(default="groups.yaml", help="YAML file to write.")
+    names: list[str] = HfArg(
+        default_factory=list, help="Names to group; by default those of --dataset's --label_column."
     )
-    text_encoder: str = field(
+    text_encoder: str = HfArg(
         default="sentence-transformers/all-MiniLM-L6-v2",
-        metadata={"help": "Folder or repo id of a transformers encoder; its last states are averaged."},
+        help="Folder or repo id of a transformers encoder; its last states are averaged.",
     )
-    min_cluster_size: int = field(default=4, metadata={"help": "Least size of a cluster; outliers join one."})
-    num_neighbors: int = field(default=5, metadata={"help": "Neighbours in UMAP; more neighbours give larger groups."})
-    num_dimensions: int = field(default=2, metadata={"help": "Dimensions of UMAP's projection."})
-    seed: int = field(default=0, metadata={"help": "Seed of UMAP."})
+    min_cluster_size: int = HfArg(default=4, help="Least size of a cluster; outliers join one.")
+    num_neighbors: int = HfArg(default=5, help="Neighbours in UMAP; more neighbours give larger groups.")
+    num_dimensions: int = HfArg(default=2, help="Dimensions of UMAP's projection.")
+    seed: int = HfArg(default=0, help="Seed of UMAP.")
 
 
 def main() -> None:

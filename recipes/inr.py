@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
@@ -45,7 +46,7 @@ from shared.arguments import chosen_methods, parse, set_up
 from shared.methods import DENSE, SINGLE, SeedRuns
 from shared.models import model_of_round
 from shared.plots import draw_reconstructions, draw_scatter
-from shared.report import table, training_record, write_results
+from shared.report import print_tables, training_record, without_prefix, write_results
 from shared.scene_data import Pixels, Scene, SceneArguments, encode_regions, load_scenes
 from shared.scene_report import BALANCED, METHODS, RTL, correlations, differences, figures, images, psnr
 
@@ -54,19 +55,16 @@ from shared.scene_report import BALANCED, METHODS, RTL, correlations, difference
 class ComparisonArguments:
     """What is compared, and which images are drawn."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and batches."})
-    learning_rates: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Learning rates to run all methods with, in turn; default: --learning_rate."},
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds of weights and batches.")
+    learning_rates: list[float] = HfArg(
+        default_factory=list, help="Learning rates to run all methods with, in turn; default: --learning_rate."
     )
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
-    retraining_steps: int = field(
-        default=200, metadata={"help": "Steps of retraining per region and round, which set --max_steps."}
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Methods to run.")
+    retraining_steps: int = HfArg(default=200, help="Steps of retraining per region and round, which set --max_steps.")
+    pictured: list[str] = HfArg(
+        default_factory=list, help="Ends of the names of images to draw; default: the first two."
     )
-    pictured: list[str] = field(
-        default_factory=list, metadata={"help": "Ends of the names of images to draw; default: the first two."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 def main() -> None:
@@ -88,9 +86,8 @@ def main() -> None:
         "images": images(scenes, reports),
         "correlations": correlations(reports),
     }
-    for name, lines in tables.items():
-        if lines:
-            print(f"\n{name}", table(lines), sep="\n")
+    print()
+    print_tables(tables)
     output_dir = Path(args.output_dir)
     write_results(
         output_dir / "results.json",
@@ -166,7 +163,7 @@ class SceneRuns(SeedRuns):
             yield self._report(method, at, report)
 
     def _report(self, method: str, at: float | None, report: dict[str, Any]) -> dict[str, Any]:
-        metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
+        metrics = without_prefix(report["metrics"])
         of_regions = {name: round(metrics[f"{name}/psnr"], 4) for name in self.scene.region_names}
         return {
             "image": self.scene.name,
@@ -235,14 +232,9 @@ def draw(output_dir: Path, all_runs: Sequence[SceneRuns], comparison: Comparison
     for number, runs in enumerate(pictured, start=1):
         sparsities = torch.tensor(runs.args.target_sparsity)
         reports = list(runs.reports(RTL))
-        panels = [
-            ("PSNR (dB)", sparsities, torch.tensor([list(report["psnr_of_regions"].values()) for report in reports])),
-            (
-                "mean Jaccard similarity",
-                sparsities,
-                torch.tensor([report["similarity_of_regions"] for report in reports]),
-            ),
-        ]
+        psnrs = torch.tensor([list(report["psnr_of_regions"].values()) for report in reports])
+        similarities = torch.tensor([report["similarity_of_regions"] for report in reports])
+        panels = [("PSNR (dB)", sparsities, psnrs), ("mean Jaccard similarity", sparsities, similarities)]
         pictures.append(f"curves-{number}.png")
         route_curves(panels, runs.scene.region_names, output_dir / pictures[-1])
     middle = min(all_runs[0].args.target_sparsity, key=lambda sparsity: abs(sparsity - 0.5))

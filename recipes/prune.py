@@ -15,13 +15,14 @@ round into --output_dir. Run the same command again to continue an interrupted r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import Partition, RTLModel, RTLModelForSequenceClassification, RTLTrainer, RTLTrainingArguments
 from shared.arguments import parse, set_up
@@ -37,24 +38,20 @@ from shared.text_data import load_text
 class ModelArguments:
     """The backbone, and what tickets mask and share."""
 
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    norm_statistics: str = field(
-        default="per_route",
-        metadata={"help": "Running statistics of normalisation: per_route, or shared (the paper's)."},
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    norm_statistics: str = HfArg(
+        default="per_route", help="Running statistics of normalisation: per_route, or shared (the paper's)."
     )
-    prune_include: list[str] = field(default_factory=list, metadata={"help": "Patterns of more weights to prune."})
-    prune_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of weights never to prune."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
-    dense: bool = field(
-        default=True,
-        metadata={"help": "Also train a dense model on equally many samples, to compare the tickets with."},
+    prune_include: list[str] = HfArg(default_factory=list, help="Patterns of more weights to prune.")
+    prune_exclude: list[str] | None = HfArg(default=None, help="Patterns of weights never to prune.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
+    dense: bool = HfArg(
+        default=True, help="Also train a dense model on equally many samples, to compare the tickets with."
     )
-    sanity: bool = field(
+    sanity: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
-            "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model."
-        },
+        help="Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
+        "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model.",
     )
 
 
@@ -64,21 +61,16 @@ class Task:
     The data and the model of a run, and the baselines of its tickets.
 
     Args:
-        train, test: the data sets.
+        data (`dict`): the arguments of the trainer for its data.
         make_model (`Callable`): makes a model for these data, with the same initial weights at every call.
         controls (`Callable`): makes the reports of the controls of --sanity from a trainer after its run.
         dense (`Callable`): makes the report of a dense model alone from a trainer after its run.
-        partition ([`Partition`], *optional*): the routes of `train`, if no column has them.
-        processor (*optional*): the tokenizer to save with the models.
     """
 
-    train: Any
-    test: Any
+    data: dict[str, Any]
     make_model: Callable[..., RTLModel]
     controls: Callable[[RTLTrainer], list[dict[str, Any]]]
     dense: Callable[[RTLTrainer], list[dict[str, Any]]]
-    partition: Partition | None = None
-    processor: Any = None
 
 
 def main() -> None:
@@ -86,14 +78,7 @@ def main() -> None:
     set_up(model_arguments.threads)
     prepare = prepare_images if data.text_column is None else prepare_texts
     task = prepare(model_arguments, data, args)
-    trainer = RTLTrainer(
-        task.make_model(),
-        args,
-        train_dataset=task.train,
-        partition=task.partition,
-        eval_dataset=task.test,
-        processing_class=task.processor,
-    )
+    trainer = RTLTrainer(task.make_model(), args, **task.data)
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -110,7 +95,7 @@ def main() -> None:
     if main_process:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir)
-        report(rounds, controls, model_arguments, data, args, num_test=len(task.test))
+        report(trainer, rounds, controls, model_arguments, data)
 
 
 def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
@@ -123,12 +108,10 @@ def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTraining
         args.route_column = "label"
     make_model = partial(membership_model, model.backbone, train, **model_options(model, args))
     return Task(
-        train,
-        test,
+        {"train_dataset": train, "eval_dataset": test, "partition": partition},
         make_model,
-        controls=lambda trainer: image_controls(trainer, test, model.backbone),
-        dense=lambda trainer: dense_image_network(trainer, test, model.backbone),
-        partition=partition,
+        controls=partial(image_controls, backbone=model.backbone),
+        dense=partial(dense_image_network, backbone=model.backbone),
     )
 
 
@@ -147,12 +130,10 @@ def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingA
         **model_options(model, args),
     )
     return Task(
-        train,
-        test,
+        {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer},
         make_model,
-        controls=lambda trainer: text_controls(trainer, make_model, train, test),
-        dense=lambda trainer: dense_text_network(trainer, make_model, train, test),
-        processor=tokenizer,
+        controls=partial(text_controls, make_model=make_model),
+        dense=partial(dense_text_network, make_model=make_model),
     )
 
 
@@ -167,16 +148,10 @@ def model_options(model: ModelArguments, args: RTLTrainingArguments) -> dict[str
 
 
 def report(
-    rounds: list[dict[str, Any]],
-    controls: list[dict[str, Any]],
-    model: ModelArguments,
-    data: DataArguments,
-    args: RTLTrainingArguments,
-    *,
-    num_test: int,
+    trainer: RTLTrainer, rounds: list[dict], controls: list[dict], model: ModelArguments, data: DataArguments
 ) -> None:
     """Prints the tables, and writes `results.json` and `curve.png`."""
-    output_dir = Path(args.output_dir)
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
     rows = [row("RTL", found["sparsity"], found) for found in rounds]
     rows += [row(control["method"], control["sparsity"], control) for control in controls]
     print(table(rows))
@@ -191,7 +166,7 @@ def report(
         model=asdict(model),
         training=training_record(args),
         num_processes=args.world_size,
-        num_test=num_test,
+        num_test=len(trainer.eval_dataset),
         rounds=rounds,
         controls=controls,
         table=rows,

@@ -30,21 +30,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import SpeechUNetConfig
 from shared.arguments import chosen_methods, parse, set_up
-from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns
+from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns, independent_costs
 from shared.models import model_of_round, tickets_of_round
 from shared.plain_networks import independent_networks
-from shared.report import over_seeds, table, training_record, write_results
+from shared.report import over_seeds, print_tables, training_record, write_results
 from shared.speech_data import Mixtures, SpeechArguments, load_mixtures, stack
 from shared.speech_report import differences, enhancement_metrics, input_ratios, report_line, split, write_audio
 
@@ -59,16 +60,13 @@ METHODS = [DENSE, SINGLE, SINGLE_UNION, MULTIPLE, *TICKETS]
 class ComparisonArguments:
     """What is compared."""
 
-    channels: list[int] = field(
-        default_factory=lambda: [12, 12, 12, 24, 48],
-        metadata={"help": "Channels of the encoder's layers, by default the paper's."},
+    channels: list[int] = HfArg(
+        default_factory=lambda: [12, 12, 12, 24, 48], help="Channels of the encoder's layers, by default the paper's."
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, data and batches."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to run."})
-    shown_sparsity: float = field(
-        default=0.75, metadata={"help": "Sparsity of the tickets in spectrograms.png and audio/."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch decides."})
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Methods to run.")
+    shown_sparsity: float = HfArg(default=0.75, help="Sparsity of the tickets in spectrograms.png and audio/.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
 def main() -> None:
@@ -93,9 +91,7 @@ def main() -> None:
     tables = split(over_seeds(lines))
     others = (SINGLE, SINGLE_UNION, MULTIPLE, SHARED)
     tables["differences"] = over_seeds([differences(of_seed, PER_ROUTE, others) for of_seed in lines])
-    for title, rows in tables.items():
-        if rows:
-            print(title, table(rows), sep="\n", end="\n\n")
+    print_tables(tables)
     write_results(
         output_dir / "results.json",
         pictures=pictures,
@@ -190,15 +186,8 @@ class SpeechRuns(SeedRuns):
             tickets = tickets_of_round(trainer, report)
             return enhancement_metrics(enhanced_apart(trainer, self.test, tickets, round_index=index), self.test)
 
-        costs = report["costs"]
-        return {
-            "metrics": self.measured(MULTIPLE, report["at"], measure),
-            "at": report["at"],
-            "union": sum(report["kept"].values()),
-            "footprint": {"total_bytes": report["footprint"]["independent_bytes"]},
-            "emptied_layers": report["emptied_layers"],
-            "costs": {**costs, "trainings": costs["trainings"] - 1 + len(report["kept"])},
-        }
+        metrics = self.measured(MULTIPLE, report["at"], measure)
+        return {"metrics": metrics, "at": report["at"], **independent_costs(report)}
 
     def examples(self) -> dict[str, Tensor]:
         """The waveforms of a test mixture of every scene, `[scenes, samples]`."""

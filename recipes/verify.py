@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of recipes/prune.py")
     parser.add_argument("--results", type=Path, help="results file, if it was moved out of the folder")
-    run = parser.parse_args().run
-    results = json.loads((parser.parse_args().results or run / "results.json").read_text())
+    arguments = parser.parse_args()
+    run = arguments.run
+    results = json.loads((arguments.results or run / "results.json").read_text())
     theta0 = load_file(run / "theta0.safetensors")
     config = json.loads((run / "final" / "config.json").read_text())
     weights = [(name, tuple(shape)) for name, shape in config["prunable"]]
     checks = {
         "densities exact to the weight": densities(run, results, weights),
-        "masks nested over all events": nested(run, weights),
+        "masks nested over all events": nested(run),
         "pairwise Jaccard below 1": distinct(run, results),
         "every training started from the masked initial weights": rewound(run, results, theta0, weights),
     }
@@ -53,16 +55,14 @@ def densities(run: Path, results: dict, weights: list) -> list[str]:
     problems = []
     for report in results["rounds"]:
         expected = num_weights - round(report["sparsity"] * num_weights)
-        bank = load_file(run / report["folder"] / "model.safetensors")
-        rows = [tensor for name, tensor in sorted(bank.items()) if name.startswith("mask_bank.")]
-        for route in range(len(rows[0])):
-            kept = sum(int(np.unpackbits(row[route]).sum()) for row in rows)
+        for route, mask in enumerate(packed_masks(run / report["folder"])):
+            kept = int(np.unpackbits(mask).sum())
             if kept != expected:
                 problems.append(f"{report['folder']} route {route} keeps {kept} of {expected}")
     return problems
 
 
-def nested(run: Path, weights: list) -> list[str]:
+def nested(run: Path) -> list[str]:
     """Files of prune events that brought a pruned weight back."""
     problems = []
     for route in routes(run):
@@ -79,12 +79,10 @@ def distinct(run: Path, results: dict) -> list[str]:
     """Pairs of routes of a saved model with the same mask."""
     problems = []
     for report in results["rounds"]:
-        bank = load_file(run / report["folder"] / "model.safetensors")
-        rows = np.concatenate([bank[name] for name in sorted(bank) if name.startswith("mask_bank.")], axis=1)
-        for first in range(len(rows)):
-            for second in range(first):
-                if (rows[first] == rows[second]).all():
-                    problems.append(f"{report['folder']} routes {second} and {first}")
+        masks = packed_masks(run / report["folder"])
+        for first, second in combinations(range(len(masks)), 2):
+            if (masks[first] == masks[second]).all():
+                problems.append(f"{report['folder']} routes {first} and {second}")
     return problems
 
 
@@ -114,6 +112,12 @@ def shifted(results: dict) -> list[str]:
         for report in results["controls"]
         if report["method"] == SHIFTED and report["metrics"]["balanced_accuracy"] >= 0.6
     ]
+
+
+def packed_masks(folder: Path) -> np.ndarray:
+    """The masks of a saved model as bits, `uint8 [routes, bytes]`."""
+    tensors = load_file(folder / "model.safetensors")
+    return np.concatenate([tensors[name] for name in sorted(tensors) if name.startswith("mask_bank.")], axis=1)
 
 
 def routes(run: Path) -> list[str]:

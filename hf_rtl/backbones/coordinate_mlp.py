@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 
 class CoordinateMLPConfig(PreTrainedConfig):
@@ -102,12 +102,9 @@ class CoordinateMLP(PreTrainedModel):
         angles = (frequencies[:, None] * coordinates[:, None, :]).flatten(1)
         return torch.cat([coordinates, angles.sin(), angles.cos()], dim=1)
 
+    @can_return_tuple
     def forward(
-        self,
-        coordinates: Tensor,
-        class_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
+        self, coordinates: Tensor, class_ids: Tensor | None = None, labels: Tensor | None = None
     ) -> CoordinateMLPOutput | tuple:
         """
         Args:
@@ -127,9 +124,7 @@ class CoordinateMLP(PreTrainedModel):
         for layer in self.layers[1:]:
             hidden = layer(hidden.relu())
         loss = None if labels is None else nn.functional.mse_loss(hidden, labels)
-        output = CoordinateMLPOutput(loss=loss, logits=hidden)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return CoordinateMLPOutput(loss=loss, logits=hidden)
 
 
 AutoConfig.register(CoordinateMLPConfig.model_type, CoordinateMLPConfig, exist_ok=True)

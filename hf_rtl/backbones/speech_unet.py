@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 
 __all__ = ["SpeechUNet", "SpeechUNetConfig", "SpeechUNetOutput", "weighted_sdr_loss"]
@@ -94,20 +94,12 @@ class SpeechUNet(PreTrainedModel):
         widths = [2, *config.channels]
         layers = list(range(len(config.channels)))
         # Outermost first in both lists: layer i of the decoder undoes layer i of the encoder.
-        self.encoder = nn.ModuleList(
-            [
-                nn.Sequential(
-                    _convolution(nn.Conv2d, i, widths[i], widths[i + 1]), *_norm_and_activation(widths[i + 1])
-                )
-                for i in layers
-            ]
-        )
+        self.encoder = nn.ModuleList([_layer(nn.Conv2d, i, widths[i], widths[i + 1]) for i in layers])
         self.decoder = nn.ModuleList()
         for i in layers:
             # The innermost layer reads only the encoder's output. The others also read the encoder's at their depth.
             inputs = widths[i + 1] if i == layers[-1] else 2 * widths[i + 1]
-            convolution = _convolution(nn.ConvTranspose2d, i, inputs, widths[i], bias=i == 0)
-            self.decoder.append(nn.Sequential(convolution, *(_norm_and_activation(widths[i]) if i else ())))
+            self.decoder.append(_layer(nn.ConvTranspose2d, i, inputs, widths[i], is_last=i == 0))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,14 +111,13 @@ class SpeechUNet(PreTrainedModel):
         elif isinstance(module, nn.BatchNorm2d):
             super()._init_weights(module)
 
-    def forward(
-        self, input_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
-    ) -> SpeechUNetOutput | tuple[Tensor, ...]:
+    @can_return_tuple
+    def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SpeechUNetOutput | tuple[Tensor, ...]:
         """
         Args:
             input_values (`Tensor`): noisy waveforms `[batch, samples]`, floats, of any length and loudness.
             labels (`Tensor`, *optional*): clean waveforms `[batch, samples]`, for the loss.
-            return_dict (`bool`, *optional*): defaults to the configuration's.
+            return_dict (`bool`, *optional*): as a keyword; defaults to the configuration's.
 
         Raises:
             ValueError: waveforms of another shape.
@@ -156,9 +147,7 @@ class SpeechUNet(PreTrainedModel):
             mask * spectrum, window_length, hop_length, window=window, normalized=True, length=noisy.shape[1]
         )
         loss = None if labels is None else weighted_sdr_loss(enhanced, labels.to(noisy.dtype), noisy)
-        output = SpeechUNetOutput(loss=loss, logits=enhanced)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return SpeechUNetOutput(loss=loss, logits=enhanced)
 
     def _mask(self, spectrum: Tensor) -> Tensor:
         """The complex ratio mask of a complex spectrum, both `[batch, frequencies, frames]`."""
@@ -201,15 +190,12 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1) / (norms[0] * norms[1])
 
 
-def _convolution(kind: Any, index: int, inputs: int, outputs: int, *, bias: bool = False) -> nn.Module:
-    """The layer number `index`, counted from outside. Sizes are (time, frequency)."""
+def _layer(kind: Any, index: int, inputs: int, outputs: int, *, is_last: bool = False) -> nn.Sequential:
+    """Layer `index`, counted from outside; the last has a bias, but no norm. Sizes are (time, frequency)."""
     kernel = (3, 5) if index == 0 else (3, 3)
     padding = tuple(size // 2 for size in kernel)
-    return kind(inputs, outputs, kernel, stride=(1, 2), padding=padding, bias=bias)
-
-
-def _norm_and_activation(num_channels: int) -> tuple[nn.Module, nn.Module]:
-    return nn.BatchNorm2d(num_channels), nn.ELU()
+    convolution = kind(inputs, outputs, kernel, stride=(1, 2), padding=padding, bias=is_last)
+    return nn.Sequential(convolution, *(() if is_last else (nn.BatchNorm2d(outputs), nn.ELU())))
 
 
 AutoConfig.register(SpeechUNetConfig.model_type, SpeechUNetConfig, exist_ok=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .columns import LABEL_COLUMNS, about_transforms, find_label_column, is_truth_value, label_column, list_columns
 from .partition import Partition, Rule
 from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
-from .sampling import Passes, RouteBatchSampler, RoutedDataset
+from .sampling import Passes, RouteBatchSampler, RoutedDataset, fetch
 
 
 def find_partition(
@@ -109,6 +110,7 @@ def check_partition(partition: Partition, dataset: Any, route_names: Sequence[st
     return replace(partition, allow_empty=False)
 
 
+@dataclass(eq=False)
 class RouteData:
     """
     A data set with its partition, and the single-route batches made of it.
@@ -122,24 +124,17 @@ class RouteData:
         seed_transforms (`bool`): see [`RoutedDataset`].
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        partition: Partition,
-        *,
-        membership: bool,
-        seed: int,
-        batch_size: int,
-        seed_transforms: bool,
-    ) -> None:
-        self.dataset = dataset
-        self.partition = partition
-        self.membership = membership
-        self.seed = seed
-        self.batch_size = batch_size
-        self.seed_transforms = seed_transforms
+    dataset: Any
+    partition: Partition
+    _: KW_ONLY
+    membership: bool
+    seed: int
+    batch_size: int
+    seed_transforms: bool
+
+    def __post_init__(self) -> None:
         # Read once: it may fetch a sample, whose random transforms move the global generators on.
-        self._label_column = label_column(dataset) if membership else None
+        self._label_column = label_column(self.dataset) if self.membership else None
 
     def sampler(self, key: tuple[int, ...], **kwargs: Any) -> RouteBatchSampler:
         """Batches keyed by `key`; for the other arguments see `RouteBatchSampler`."""
@@ -169,7 +164,7 @@ class RouteData:
         batches: Any = sampler
         if kwargs.get("persistent_workers"):
             batches, kwargs["generator"] = Passes(sampler), torch.Generator()
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=RouteCollator(collate), **kwargs)
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate_route, collate), **kwargs)
 
     def endless_batches(
         self, sampler: RouteBatchSampler, collate: Callable[[list], dict], **kwargs: Any
@@ -205,7 +200,7 @@ class RouteData:
 
     def _rows(self, indices: np.ndarray, *, allow_empty: bool = False) -> RouteData:
         part = copy.copy(self)
-        part.dataset = RowSubset(self.dataset, indices.tolist())
+        part.dataset = Subset(self.dataset, indices.tolist())
         route_ids = self.partition.route_ids[indices]
         part.partition = replace(self.partition, route_ids=route_ids, allow_empty=allow_empty)
         return part
@@ -216,22 +211,6 @@ def repeat(loader: DataLoader) -> Iterator[dict[str, Any]]:
     for epoch in itertools.count():
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
         yield from loader
-
-
-class RowSubset(Subset):
-    """Some rows of a data set of dicts."""
-
-    @property
-    def column_names(self) -> list[str]:
-        return list_columns(self.dataset)
-
-
-class ConcatRows(ConcatDataset):
-    """Several data sets of dicts with the same columns, one after the other."""
-
-    @property
-    def column_names(self) -> list[str]:
-        return list_columns(self.datasets[0])
 
 
 class EvaluationData(Dataset[dict[str, Any]]):
@@ -253,10 +232,7 @@ class EvaluationData(Dataset[dict[str, Any]]):
         return self._with_route(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        if hasattr(self.dataset, "__getitems__"):
-            samples = self.dataset.__getitems__(list(indices))
-        else:
-            samples = [self.dataset[index] for index in indices]
+        samples = fetch(self.dataset, list(indices))
         return [self._with_route(sample, index) for sample, index in zip(samples, indices, strict=True)]
 
     def _with_route(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -266,31 +242,20 @@ class EvaluationData(Dataset[dict[str, Any]]):
         return {**kept, "labels" if self.membership else "route_ids": int(self.partition.route_ids[index])}
 
 
-class IntegerLabels:
+_LABELS = ("label", "labels", "label_ids")  # names that collators of transformers read
+
+
+def collate_truth_values(collate: Callable[[list], dict], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Collates samples whose labels may be truth values, as the integers that losses of classes need."""
-
-    def __init__(self, collate: Callable[[list], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-        return self.collate([self._with_integer(sample) for sample in samples])
-
-    def _with_integer(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
-        truths = {
-            name: int(sample[name])
-            for name in ("label", "labels", "label_ids")
-            if name in sample and is_truth_value(sample[name])
-        }
-        return {**sample, **truths} if truths else sample
+    return collate([{name: _as_integer(name, value) for name, value in sample.items()} for sample in samples])
 
 
-class RouteCollator:
+def _as_integer(name: str, value: Any) -> Any:
+    return int(value) if name in _LABELS and is_truth_value(value) else value
+
+
+def collate_route(collate: Callable[[list], dict], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Collates the samples of one route; the route becomes a plain `int`, which needs no device synchronisation."""
-
-    def __init__(self, collate: Callable[[list], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        (route,) = {sample["route_ids"] for sample in samples}
-        batch = self.collate([{k: v for k, v in sample.items() if k != "route_ids"} for sample in samples])
-        return {**batch, "route": route}
+    (route,) = {sample["route_ids"] for sample in samples}
+    batch = collate([{k: v for k, v in sample.items() if k != "route_ids"} for sample in samples])
+    return {**batch, "route": route}

@@ -297,10 +297,7 @@ class RoutedDataset(Dataset[dict[str, Any]]):
                     self._seed_generators(sample)
                     items.append(self.dataset[sample.index])
             return items
-        indices = [sample.index for sample in samples]
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
+        return fetch(self.dataset, [sample.index for sample in samples])
 
     def _seed_generators(self, sample: RouteSample) -> None:
         index, route, occurrence, key = sample
@@ -321,6 +318,13 @@ class RoutedDataset(Dataset[dict[str, Any]]):
             home = int(self.route_ids[sample.index])
             routed["labels"] = home if sample.route == ALL_ROUTES else int(home == sample.route)
         return routed
+
+
+def fetch(dataset: Any, indices: list[int]) -> Sequence[Any]:
+    """Samples of a map-style data set, in one call if it can give several."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
 
 
 @contextmanager

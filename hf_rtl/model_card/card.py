@@ -11,16 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import (
-    AutoModelForAudioClassification,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSemanticSegmentation,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
 from ..data.rules import load_rule
 from ..modeling.files import write_bytes
@@ -38,13 +30,13 @@ PICTURE_FILE = "similarity.png"
 TAGS = ["hf_rtl", "pruning", "sparsity", "lottery-ticket"]
 # The Hub's names of tasks. Sequence-to-sequence models have none, because transformers has no pipeline for them.
 PIPELINE_TAGS = {
-    AutoModelForImageClassification: "image-classification",
-    AutoModelForSemanticSegmentation: "image-segmentation",
-    AutoModelForAudioClassification: "audio-classification",
-    AutoModelForSequenceClassification: "text-classification",
-    AutoModelForTokenClassification: "token-classification",
-    AutoModelForMaskedLM: "fill-mask",
-    AutoModelForCausalLM: "text-generation",
+    transformers.AutoModelForImageClassification: "image-classification",
+    transformers.AutoModelForSemanticSegmentation: "image-segmentation",
+    transformers.AutoModelForAudioClassification: "audio-classification",
+    transformers.AutoModelForSequenceClassification: "text-classification",
+    transformers.AutoModelForTokenClassification: "token-classification",
+    transformers.AutoModelForMaskedLM: "fill-mask",
+    transformers.AutoModelForCausalLM: "text-generation",
 }
 _TASK_NAMES = {
     "membership": "Is this mine? A ticket against all other samples",
@@ -192,18 +184,7 @@ def check_card(model: RTLModel, run: Mapping[str, Any]) -> None:
     """Makes the card of a model and a run without writing it. Raises what `write_card` would raise of their values."""
     card, similarity = RTLCardData(), model.mask_bank.similarity().cpu()
     metadata = card_metadata(model, card, run)
-    render_page(
-        model,
-        asdict(card),
-        run,
-        similarity=similarity,
-        pipeline_tag=metadata.get("pipeline_tag"),
-        title=None,
-        with_code=False,
-        with_arguments=False,
-        rule=None,
-        picture=None,
-    )
+    render_page(model, asdict(card), run, similarity=similarity, pipeline_tag=metadata.get("pipeline_tag"))
 
 
 def write_pushed_card(

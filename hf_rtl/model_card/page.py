@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import jinja2
 import torch
 from torch import Tensor
 
+from ..modeling.files import json_values
 from ..modeling.footprint import FOOTPRINT_FORMS
 from ..modeling.modeling_rtl import RTLModel
 from . import markdown
@@ -64,11 +64,11 @@ def render_page(
     *,
     similarity: Tensor,
     pipeline_tag: str | None,
-    title: str | None,
-    picture: str | None,
-    with_code: bool,
-    with_arguments: bool,
-    rule: str | None,
+    title: str | None = None,
+    picture: str | None = None,
+    with_code: bool = False,
+    with_arguments: bool = False,
+    rule: str | None = None,
 ) -> str:
     """
     The generated part of a card.
@@ -142,85 +142,77 @@ def backbone_name(model: RTLModel) -> str:
 def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
     """A row per route, with its metrics if there is one evaluation set only; then a row for all routes."""
     bank, evaluations = model.mask_bank, run["evaluations"] if run else []
-    evaluation = evaluations[0] if len(evaluations) == 1 else None
-    by_route, overall = _last(model, evaluation)
-    columns = _measured(model, by_route)
-    samples = {"training samples": run["num_training_samples"]} if run else {}
-    samples |= {"test samples": evaluation["num_samples"]} if evaluation else {}
-
-    def line(index: str, name: str, kept: int | None, density: float, counts: Sequence[int], metrics: Mapping) -> list:
-        density_and_counts = [markdown.percent(density), *(f"{count:,}" for count in counts)]
-        measured = [markdown.number(metrics.get(metric)) for metric in columns]
-        return [index, name, "" if kept is None else f"{kept:,}", *density_and_counts, *measured]
-
-    kept, density = bank.count().tolist(), bank.density().tolist()
-    rows = [
-        line(
-            str(index),
-            markdown.text(name),
-            kept[index],
-            density[index],
-            [counts[name] for counts in samples.values()],
-            by_route.get(name, {}),
-        )
-        for index, name in enumerate(model.route_names)
-    ]
-    totals = [sum(counts.values()) for counts in samples.values()]
-    rows.append(line("", "**all routes**", None, float(bank.density().mean()), totals, overall))
-    return markdown.table(["", "route", "kept weights", "density", *samples, *columns.values()], rows, num_left=2)
+    density = bank.density()
+    columns = {
+        "": [*map(str, range(model.num_routes)), ""],
+        **_names_column(model),
+        "kept weights": [*(f"{count:,}" for count in bank.count().tolist()), ""],
+        "density": list(map(markdown.percent, [*density.tolist(), float(density.mean())])),
+    }
+    if run:
+        columns["training samples"] = _sample_cells(model, run["num_training_samples"])
+    if len(evaluations) == 1:
+        columns["test samples"] = _sample_cells(model, evaluations[0]["num_samples"])
+        by_route, overall = _last(model, evaluations[0])
+        columns |= _metric_columns(model, by_route, overall, _measured(model, by_route))
+    return _table_of_columns(columns, num_left=2)
 
 
 def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each evaluation set its name, tables that the table of routes does not cover, and all other metrics."""
-    thresholds = [f"{threshold:.3f}" for threshold in run["thresholds"] or []]
+    thresholds = [*(f"{threshold:.3f}" for threshold in run["thresholds"] or []), ""]
     pages = []
     for evaluation in run["evaluations"]:
         by_route, overall = _last(model, evaluation)
         columns = _measured(model, by_route)
         calibrated = {f"calibrated_{metric}": title for metric, title in columns.items()}
         calibrated = {metric: title for metric, title in calibrated.items() if metric in overall}
-        samples = [f"{count:,}" for count in evaluation["num_samples"].values()]
         tables = {}
         if len(run["evaluations"]) > 1 and columns:
-            tables["plain"] = _metrics_table(model, evaluation, columns, {"test samples": samples})
+            first = {"test samples": [*_sample_cells(model, evaluation["num_samples"])[:-1], ""]}
+            tables["plain"] = {**first, **_metric_columns(model, by_route, overall, columns)}
         if calibrated:
-            tables["calibrated"] = _metrics_table(model, evaluation, calibrated, {"threshold": thresholds})
+            tables["calibrated"] = {"threshold": thresholds, **_metric_columns(model, by_route, overall, calibrated)}
         in_tables = {*columns, *calibrated, "loss", "constant_tickets"}
         rest = {
             describe_metric(name, ticket_task=model.config.ticket_task, overall=True)[1]: value
             for name, value in overall.items()
             if name not in in_tables
         }
-        pages.append({"name": evaluation["name"], "tables": tables, "rest": rest})
+        texts = {kind: _table_of_columns({**_names_column(model), **table}) for kind, table in tables.items()}
+        pages.append({"name": evaluation["name"], "tables": texts, "rest": rest})
     return pages
 
 
-def _metrics_table(
-    model: RTLModel, evaluation: Mapping[str, Any], columns: Mapping[str, str], first: Mapping[str, Sequence[str]]
-) -> str:
-    """A row per route, then a row for all routes; `first` is the column before those of metrics."""
-    ((title, cells),) = first.items()
-    by_route, overall = _last(model, evaluation)
-    rows = [
-        [markdown.text(name), cell, *(markdown.number(by_route.get(name, {}).get(metric)) for metric in columns)]
-        for name, cell in zip(model.route_names, cells, strict=True)
-    ]
-    rows.append(["**all routes**", "", *(markdown.number(overall.get(metric)) for metric in columns)])
-    return markdown.table(["route", title, *columns.values()], rows)
+def _table_of_columns(columns: Mapping[str, Sequence[str]], *, num_left: int = 1) -> str:
+    return markdown.table(list(columns), list(zip(*columns.values(), strict=True)), num_left=num_left)
+
+
+def _names_column(model: RTLModel) -> dict[str, list[str]]:
+    return {"route": [*map(markdown.text, model.route_names), "**all routes**"]}
+
+
+def _sample_cells(model: RTLModel, counts: Mapping[str, int]) -> list[str]:
+    """The number of samples of every route, then of all."""
+    return [f"{count:,}" for count in [*(counts[name] for name in model.route_names), sum(counts.values())]]
+
+
+def _metric_columns(
+    model: RTLModel, by_route: Mapping[str, Mapping], overall: Mapping[str, Any], titles: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Title -> the metric of every route, then of all routes, for the metrics in `titles`."""
+    rows = [*(by_route.get(name, {}) for name in model.route_names), overall]
+    return {title: [markdown.number(row.get(metric)) for row in rows] for metric, title in titles.items()}
 
 
 def _similarity_table(model: RTLModel, similarity: Tensor) -> str:
     names = [markdown.text(name, limit=16) for name in model.route_names]
-    matrix = similarity.tolist()
+    matrix = json_values(similarity.tolist())
     rows = [
-        [name, *("1" if row == column else _similarity(value) for column, value in enumerate(matrix[row]))]
+        [name, *("1" if row == column else markdown.number(value) for column, value in enumerate(matrix[row]))]
         for row, name in enumerate(names)
     ]
     return markdown.table(["", *names], rows)
-
-
-def _similarity(value: float) -> str:
-    return markdown.number(None if math.isnan(value) else value)
 
 
 def _footprint_table(model: RTLModel) -> str:
@@ -244,7 +236,8 @@ def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
     columns = {
         (number, metric): f"{title} ({markdown.text(evaluation['name'])})" if evaluation["name"] else title
         for number, evaluation in enumerate(evaluations)
-        for metric, title in _judged_by(model, evaluation).items()
+        for metric, title in _ROUND_COLUMNS[model.config.ticket_task].items()
+        if metric in evaluation["rounds"][-1]
     }
     rows = []
     for index, report in enumerate(run["rounds"]):
@@ -264,11 +257,6 @@ def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
     return markdown.table(titles, rows)
 
 
-def _judged_by(model: RTLModel, evaluation: Mapping[str, Any]) -> dict[str, str]:
-    known = evaluation["rounds"][-1]
-    return {name: title for name, title in _ROUND_COLUMNS[model.config.ticket_task].items() if name in known}
-
-
 def _arguments_table(run: Mapping[str, Any]) -> str:
     rows = [[f"`{name}`", _value(value), _value(run["defaults"][name])] for name, value in run["arguments"].items()]
     return markdown.table(["argument", "value", "default"], rows, num_left=3)
@@ -281,9 +269,9 @@ def _value(value: Any) -> str:
 # Facts for the text
 
 
-def _last(model: RTLModel, evaluation: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _last(model: RTLModel, evaluation: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """The metrics of the last round, whose model the card describes: those of each route, and those of all routes."""
-    return split_metrics(evaluation["rounds"][-1], model.route_names) if evaluation else ({}, {})
+    return split_metrics(evaluation["rounds"][-1], model.route_names)
 
 
 def _measured(model: RTLModel, by_route: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -124,9 +124,11 @@ class Readme:
             num_breaks = before[len(before.rstrip()) :].count("\n")
             before += self.newline * max(0, (2 if before.strip() else 1) - num_breaks)
             after = self.newline
+        # Nothing in the part may be taken for a mark.
+        part = part.replace("<!-- hf_rtl:", "<!-- hf-rtl:")
         # In a comment no ">" may follow two dashes.
         record = json.dumps(note).replace("--", "-\\u002d").replace(">", "\\u003e")
-        lines = [f"<!-- hf_rtl: begin {record} -->", _NOTE, "", *_unmarked(part).strip().split("\n"), "", _END]
+        lines = [f"<!-- hf_rtl: begin {record} -->", _NOTE, "", *part.strip().split("\n"), "", _END]
         return "".join(
             (
                 f"---{self.newline}{self._changed_front(metadata)}{self.newline}---{self.newline}",
@@ -203,11 +205,6 @@ def _parsed(front: str) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return parsed if isinstance(parsed, dict) else {}
-
-
-def _unmarked(part: str) -> str:
-    """`part` without anything that could be taken for a mark."""
-    return part.replace("<!-- hf_rtl:", "<!-- hf-rtl:")
 
 
 def _noted(record: str) -> dict[str, Any]:

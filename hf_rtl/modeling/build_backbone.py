@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,9 @@ def build_backbone(
             that neither timm nor transformers knows.
         TypeError: `source` is none of these.
     """
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         if isinstance(source, PreTrainedModel):
             _refuse("an already built model", pretrained=pretrained, **kwargs)
             return source
@@ -63,22 +63,15 @@ def build_backbone(
                 f"{type(source).__name__}."
             )
         name = str(source)
-        if Path(name).is_dir():
-            return _from_repo(name, auto_class, pretrained is not False, kwargs)
         timm_name = name.removeprefix("timm/")
-        if timm.is_model(timm_name) and (name == timm_name or pretrained is False):
-            return _from_timm(timm_name.split(".")[0] if not pretrained else timm_name, auto_class, pretrained, kwargs)
-        return _from_repo(name, auto_class, pretrained is not False, kwargs)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+        of_timm = timm.is_model(timm_name) and (name == timm_name or pretrained is False)
+        if of_timm and not Path(name).is_dir():
+            config = _timm_config(timm_name.split(".")[0], kwargs)
+            created = timm_name if pretrained else config.architecture
+            return _created(created, config, auto_class, pretrained=bool(pretrained))
+        if pretrained is False:
+            return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
+        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
 
 
 def _refuse(kind: str, **arguments: Any) -> None:
@@ -109,37 +102,21 @@ def check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
 
 
 def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = copy.deepcopy(config)
+    config, is_timm = copy.deepcopy(config), isinstance(config, TimmWrapperConfig)
     for name, value in kwargs.items():
         if not hasattr(config, name):
-            hint = "; give arguments of timm.create_model as its `model_args`" if _is_timm(config) else ""
+            hint = "; give arguments of timm.create_model as its `model_args`" if is_timm else ""
             raise ValueError(f"`{name}` is no field of {type(config).__name__}{hint}.")
         setattr(config, name, value)
-    if _is_timm(config):
+    if is_timm:
         return _created(config.architecture, config, auto_class, pretrained=False)
     return auto_class.from_config(config)
 
 
-def _is_timm(config: PreTrainedConfig) -> bool:
-    return isinstance(config, TimmWrapperConfig)
-
-
-def _from_repo(name: str, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if pretrained:
-        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
-    return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
-
-
-def _from_timm(name: str, auto_class: Any, pretrained: bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    _read_timm_names(kwargs)
-    labels = {key: kwargs[key] for key in _LABEL_ARGUMENTS if kwargs.get(key) is not None}
-    model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
-    config = TimmWrapperConfig(architecture=name.split(".")[0], model_args=model_args or None, **labels)
-    return _created(name, config, auto_class, pretrained=bool(pretrained))
-
-
-def _read_timm_names(kwargs: dict[str, Any]) -> None:
-    """Changes timm's `num_classes` to `num_labels`. Raises `ValueError` for `features_only`."""
+def _timm_config(architecture: str, kwargs: dict[str, Any], **defaults: Any) -> TimmWrapperConfig:
+    """
+    The configuration that `kwargs`, of a configuration or of timm, describe; `defaults` are for fields that they lack.
+    """
     if kwargs.get("features_only"):
         raise ValueError(
             "`features_only` = True is not supported: tickets are found for an output, and such a model has none. "
@@ -151,6 +128,10 @@ def _read_timm_names(kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"`num_classes` = {num_classes} contradicts `num_labels` = {kwargs['num_labels']}; give one."
             )
+    fields = {**defaults, **kwargs}
+    labels = {key: fields[key] for key in _LABEL_ARGUMENTS if fields.get(key) is not None}
+    model_args = {key: value for key, value in kwargs.items() if key not in _LABEL_ARGUMENTS}
+    return TimmWrapperConfig(architecture=architecture, model_args=model_args or None, **labels)
 
 
 def _created(name: str, config: PreTrainedConfig, auto_class: Any, *, pretrained: bool) -> PreTrainedModel:
@@ -166,10 +147,7 @@ def _wrap_timm_model(model: nn.Module, auto_class: Any, kwargs: dict[str, Any]) 
             f"`backbone` is a {type(model).__name__}, neither a transformers model nor made by timm.create_model; "
             "register it with timm or transformers to wrap it."
         )
-    _read_timm_names(kwargs)
-    labels = {key: kwargs.pop(key) for key in _LABEL_ARGUMENTS if key in kwargs}
-    labels.setdefault("num_labels", model.num_classes)
-    config = TimmWrapperConfig(architecture=architecture, model_args=kwargs or None, **labels)
+    config = _timm_config(architecture, kwargs, num_labels=model.num_classes)
     if config.num_labels != model.num_classes:
         raise ValueError(f"`backbone` has {model.num_classes} classes, but {config.num_labels} are requested.")
     return _wrapped(model, config, auto_class)

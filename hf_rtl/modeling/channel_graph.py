@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
+from .structure import shared_tensors
+
 
 aten: Any = torch.ops.aten
 
 _CONVOLUTIONS = {aten.conv1d: 1, aten.conv2d: 2, aten.conv3d: 3}
 # Op -> number of last dimensions that it covers. Each op works on every channel by itself, and gives zero for zero.
 _SPATIAL = {
-    aten.max_pool1d: 1,
-    aten.max_pool2d: 2,
-    aten.max_pool3d: 3,
-    aten.avg_pool1d: 1,
-    aten.avg_pool2d: 2,
-    aten.avg_pool3d: 3,
-    aten.adaptive_avg_pool1d: 1,
-    aten.adaptive_avg_pool2d: 2,
-    aten.adaptive_avg_pool3d: 3,
+    **{getattr(aten, f"{kind}_pool{num}d"): num for kind in ("max", "avg", "adaptive_avg") for num in (1, 2, 3)},
     aten.upsample_nearest2d: 2,
     aten.upsample_bilinear2d: 2,
 }
+_MEANS = {aten.mean.dim, aten.sum.dim_IntList}
+_MOVES = {aten.permute.default, aten.transpose.int, aten.select.int}
 _COPIES = {aten.alias, aten.clone, aten._to_copy, aten.detach}
 _RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.flatten, aten.unflatten}
 # Pointwise ops that PyTorch does not tag as pointwise.
@@ -130,14 +126,10 @@ class ChannelGraph:
             for axis in axes:
                 if dead[axis].all():
                     dead[axis[0]] = False
-        kept = {
+        return {
             name: {dim: torch.from_numpy(np.flatnonzero(~dead[roots[ids]])) for dim, ids in dims.items()}
             for name, dims in self._layout.items()
-        }
-        return {
-            name: dims
-            for name, dims in kept.items()
-            if any(len(dims[dim]) < len(ids) for dim, ids in self._layout[name].items())
+            if any(dead[roots[ids]].any() for ids in dims.values())
         }
 
     # Channels
@@ -224,12 +216,11 @@ class ChannelGraph:
         channels = self._channels_along(x, len(_shape(x)) - num_spatial - 1)
         dim = len(_shape(node)) - num_spatial - 1
         if groups == 1:
-            return self._multiplied(weight, bias, channels, terms, dim, (0, 1))
+            return self._multiplied(weight, bias, channels, terms, dim, 0)
         if channels is None:
             return None
         ids = self._fresh(out_channels)
-        for group_in, group_out in zip(_split(channels.ids, groups), _split(ids, groups), strict=True):
-            together = group_in + group_out
+        for together in np.hstack([np.reshape(part, (groups, -1)) for part in (channels.ids, ids)]).tolist():
             self._unite(together[1:], together[:-1])
         values = channels.value.view(groups, group_inputs).repeat_interleave(out_channels // groups, dim=0)
         return self._made(weight, bias, ids, terms & (values != 0), dim, 0)
@@ -240,7 +231,7 @@ class ChannelGraph:
         channels = self._channels_along(x, len(_shape(x)) - 1)
         terms = self._tensors[weight] != 0
         terms = terms if out_dim == 0 else terms.T
-        return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, (out_dim, 1 - out_dim))
+        return self._multiplied(weight, bias, channels, terms, len(_shape(node)) - 1, out_dim)
 
     def _channels_along(self, node: Node, dim: int) -> Channels | None:
         """The channels of `node` if they lie along `dim`; others are no longer followed."""
@@ -251,27 +242,24 @@ class ChannelGraph:
         return None
 
     def _multiplied(
-        self,
-        weight: Node,
-        bias: Node | None,
-        channels: Channels | None,
-        terms: Tensor,
-        dim: int,
-        weight_dims: tuple[int, int],
+        self, weight: Node, bias: Node | None, channels: Channels | None, terms: Tensor, dim: int, out_dim: int
     ) -> Channels:
-        """The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero."""
+        """
+        The outputs of a layer, each a sum over all inputs; `terms`: `bool [outputs, inputs]`, weight not zero. The
+        matrix `weight` has the outputs along `out_dim`, 0 or 1.
+        """
         ids = self._fresh(len(terms))
         if channels is None:
             channels = self._unknown(dim, terms.shape[1])
         terms = terms & (channels.value != 0)
-        self._bind(weight, weight_dims[1], channels.ids)
+        self._bind(weight, 1 - out_dim, channels.ids)
         self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
-        return self._made(weight, bias, ids, terms, dim, weight_dims[0])
+        return self._made(weight, bias, ids, terms, dim, out_dim)
 
     def _made(
-        self, weight: Node, bias: Node | None, ids: list[int], terms: Tensor, dim: int, weight_dim: int
+        self, weight: Node, bias: Node | None, ids: list[int], terms: Tensor, dim: int, out_dim: int
     ) -> Channels:
-        self._bind(weight, weight_dim, ids)
+        self._bind(weight, out_dim, ids)
         value = torch.zeros(len(ids), dtype=torch.float64)
         if bias is not None:
             self._bind(bias, 0, ids)
@@ -281,11 +269,10 @@ class ChannelGraph:
     def _batch_norm(self, node: Node) -> Channels | None:
         target: Any = node.target
         x, *parameters = _arguments(node)[:5]
-        given = [parameter for parameter in parameters if parameter is not None]
         channels = self._channels.get(x)
-        if channels is None or channels.dim != 1 or not self._are_layers(*given):
+        if channels is None or channels.dim != 1 or not self._are_layers(*parameters):
             return None
-        for parameter in given:
+        for parameter in filter(None, parameters):
             self._bind(parameter, 0, channels.ids)
         tensors = [self._tensors.get(parameter) for parameter in parameters]
         value = target(channels.value[None], *tensors, *node.args[5:])[0][0]
@@ -326,13 +313,8 @@ class ChannelGraph:
         along = [self._channels[source].dim == dim for source in sources if source in self._channels]
         if not along or not all(along):
             return None
-        parts = []
-        for source in sources:
-            if source not in self._channels:
-                self._release([source])
-                parts.append(self._unknown(dim, _shape(source)[dim]))
-            else:
-                parts.append(self._channels[source])
+        self._release(source for source in sources if source not in self._channels)
+        parts = [self._channels.get(source) or self._unknown(dim, _shape(source)[dim]) for source in sources]
         return Channels(dim, [id for part in parts for id in part.ids], torch.cat([part.value for part in parts]))
 
     def _are_layers(self, *nodes: Node | None) -> bool:
@@ -351,23 +333,13 @@ def _rearranged(node: Node, op: Any, channels: Channels, shape: torch.Size) -> C
         if dim >= len(shape) - num_spatial:
             return None
         return Channels(dim, ids, zeros if pads_zeros else torch.full_like(value, math.nan))
-    if node.target in (aten.mean.dim, aten.sum.dim_IntList):
-        reduced = {axis % len(shape) for axis in args[0] or range(len(shape))}
-        if dim in reduced:
-            return None
-        lost = 0 if len(new_shape) == len(shape) else sum(axis < dim for axis in reduced)
-        return Channels(dim - lost, ids, zeros)
-    if node.target in (aten.permute.default, aten.transpose.int):
-        if node.target is aten.permute.default:
-            order = [axis % len(shape) for axis in args[0]]
-        else:
-            order = list(range(len(shape)))
-            one, other = args[0] % len(shape), args[1] % len(shape)
-            order[one], order[other] = other, one
-        return Channels(order.index(dim), ids, value)
-    if node.target is aten.select.int:
-        selected = args[0] % len(shape)
-        return None if selected == dim else Channels(dim - (selected < dim), ids, value)
+    if node.target in _MEANS | _MOVES:
+        # With a size that no other dimension has, the dimension of the channels is known again in the result.
+        mark = max(shape) + 1
+        marked = torch.empty((*shape[:dim], mark, *shape[dim + 1 :]), device="meta")
+        target: Any = node.target
+        sizes = target(marked, *node.args[1:], **node.kwargs).shape
+        return Channels(sizes.index(mark), ids, zeros if node.target in _MEANS else value) if mark in sizes else None
     if op in _RESHAPES or node.target in (aten.squeeze.dim, aten.squeeze.dims):
         before = math.prod(shape[:dim])
         for new_dim, size in enumerate(new_shape):
@@ -393,28 +365,15 @@ def _shape(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
 
-def _split(ids: list[int], parts: int) -> list[list[int]]:
-    size = len(ids) // parts
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
-
-
-def _tensors(model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, str], set[str]]:
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """
     Parameters and buffers under all their names; every name -> the first name of its tensor; the first names of the
     tensors that only layers of known kinds hold.
     """
-    tensors: dict[str, Tensor] = {}
-    canonical: dict[str, str] = {}
-    foreign: set[str] = set()
-    firsts: dict[int, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        known = isinstance(module, _LAYERS) and not isinstance(module, _ConvTransposeNd)
-        for attribute, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is None:
-                continue
-            name = f"{prefix}.{attribute}".lstrip(".")
-            tensors[name] = tensor
-            canonical[name] = firsts.setdefault(id(tensor), name)
-            if not known:
-                foreign.add(canonical[name])
-    return tensors, canonical, set(firsts.values()) - foreign
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    tensors, shared = {**dict(parameters), **dict(buffers)}, shared_tensors(model)
+    canonical = {name: shared.get(name, name) for name in tensors}
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in tensors}
+    foreign = {canonical[name] for name, holder in holders.items() if not isinstance(holder, _LAYERS)}
+    foreign |= {canonical[name] for name, holder in holders.items() if isinstance(holder, _ConvTransposeNd)}
+    return tensors, canonical, set(canonical.values()) - foreign

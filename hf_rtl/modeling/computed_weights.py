@@ -97,11 +97,9 @@ def changed_weights_report(backbone: nn.Module, bank: MaskBank) -> str:
             if name in layers:
                 weight = layers[name].weight.detach()
                 computed = computed_weight(layers[name], torch.where(kept.to(weight.device), weight, 0))
-                pruned, zero, size = (
-                    pruned + int((~kept).sum()),
-                    zero + int((computed == 0).sum()),
-                    size + kept.numel(),
-                )
+                pruned += int((~kept).sum())
+                zero += int((computed == 0).sum())
+                size += kept.numel()
     return (
         f"\n{size // bank.num_routes:,} of the prunable weights are in layers that standardise them: masks prune "
         f"{pruned / size:.0%} of these, and {zero / size:.0%} are zero where the layers compute"

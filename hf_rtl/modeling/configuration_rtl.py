@@ -343,15 +343,16 @@ def _checked_backbone_config(config: Any) -> PreTrainedConfig:
 
     Nothing is looked up, opened or run: a key that would need this is refused, at any depth.
     """
-    if isinstance(config, PreTrainedConfig):
-        _refuse_outside_names(config.to_dict())
-        return config
-    if not isinstance(config, Mapping):
+    content = config.to_dict() if isinstance(config, PreTrainedConfig) else config
+    if not isinstance(content, Mapping):
         raise ValueError(
             f"`backbone_config` must be a configuration or a dict with a `model_type`, got {type(config).__name__}; "
             "to start from a model's name use `RTLModelForImageClassification.from_backbone(name, …)`."
         )
-    _refuse_outside_names(config)
+    _check_model_type(content.get("model_type"), "backbone_config")
+    _refuse_keys(content, "backbone_config")
+    if isinstance(config, PreTrainedConfig):
+        return config
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 
@@ -360,11 +361,6 @@ def _check_named_code(auto_map: Any) -> None:
     own = isinstance(auto_map, Mapping) and all(_OWN_CLASS.fullmatch(str(name)) for name in auto_map.values())
     if auto_map and not own:
         raise ValueError(f"`config.auto_map` = {auto_map!r} is not allowed: it names something outside this file.")
-
-
-def _refuse_outside_names(config: Mapping[str, Any]) -> None:
-    _check_model_type(config.get("model_type"), "backbone_config")
-    _refuse_keys(config, "backbone_config")
 
 
 def _refuse_keys(value: Any, path: str) -> None:

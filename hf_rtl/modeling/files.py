@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -65,20 +66,25 @@ def read_tensors(file: Path) -> dict[str, Tensor] | None:
     return tensors if expected == hash_tensors(tensors) else None
 
 
-def move_files(source: Path, target: Path, *, last: str, stale: str) -> None:
+@contextmanager
+def written_whole(folder: Path, *, last: str, stale: str) -> Iterator[Path]:
     """
-    Moves the files of `source` into the folder `target`, each whole, the file `last` after the others. If any of them
-    match the pattern `stale`, older files in `target` that match it are from an earlier save and are removed.
+    A temporary folder to write into. At the end its files are moved into `folder`, each whole, the file `last` after
+    the others. If any of them match the pattern `stale`, older files in `folder` that match it are from an earlier
+    save and are removed; other files stay. After an error `folder` has not changed.
     """
-    target.mkdir(exist_ok=True)
-    files = sorted(source.iterdir(), key=lambda file: file.name == last)
-    written = {file.name for file in files}
-    for file in files:
-        os.replace(file, target / file.name)
-    stale_files = {file.name for file in target.glob(stale)} - written
-    if any(fnmatch(name, stale) for name in written):
-        for name in stale_files:
-            (target / name).unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp") as staging:
+        yield Path(staging)
+        folder.mkdir(exist_ok=True)
+        files = sorted(Path(staging).iterdir(), key=lambda file: file.name == last)
+        written = {file.name for file in files}
+        for file in files:
+            os.replace(file, folder / file.name)
+        stale_files = {file.name for file in folder.glob(stale)} - written
+        if any(fnmatch(name, stale) for name in written):
+            for name in stale_files:
+                (folder / name).unlink()
 
 
 @contextmanager

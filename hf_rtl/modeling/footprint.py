@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from .mask_bank import MaskBank, count_bits
+from .mask_bank import count_bits
 from .model_file import coded_masks, encode
-from .norm_statistics import NormStatistics, tracked_buffers
-from .private_parameters import PrivateParameters
-from .prunable import parameter_aliases, parameter_at
+from .norm_statistics import tracked_buffers
+from .routed_model import RoutedModel
 
 
 # Keys of `footprint` -> what the bytes hold; {} stands for the number of routes.
@@ -38,13 +36,7 @@ def human_bytes(num_bytes: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def footprint(
-    backbone: nn.Module,
-    bank: MaskBank,
-    statistics: NormStatistics | None,
-    private: PrivateParameters,
-    router: nn.Module | None,
-) -> dict[str, int]:
+def footprint(model: RoutedModel) -> dict[str, int]:
     """
     Bytes of the tensors of a routed model in every form, and of K models of one ticket each. The headers of files add
     a few kilobytes.
@@ -66,18 +58,19 @@ def footprint(
         - `independent_full_bytes`: plain models, as `extract_ticket` gives them;
         - `independent_bytes`, `independent_compact_bytes`: their kept weights with a mask as raw bits, or coded.
     """
-    aliases = parameter_aliases(backbone)
-    weights = [parameter_at(aliases[name][0]) for name in bank.weight_names]
+    bank, weights, private = model.mask_bank, model.masker.weights, model.private_parameters
     # A tied tensor has several names but is saved once.
-    saved = {tensor.data_ptr(): tensor.nbytes for tensor in backbone.state_dict().values()}
+    saved = {tensor.data_ptr(): tensor.nbytes for tensor in model.backbone.state_dict().values()}
     num_bytes = sum(saved.values())
     prunable = sum(weight.nbytes for weight in weights)
-    tracked = sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(backbone))
-    rows = 0 if statistics is None else sum(rows.nbytes for rows in statistics.rows)
-    rows_of_routes = 0 if statistics is None else rows * bank.num_routes // (bank.num_routes + 1)
     private_rows = sum(rows.nbytes for rows in private.rows)
-    replaced = sum(own.nbytes for own in private.own(backbone)) + (tracked if statistics is not None else 0)
-    routing = 0 if router is None else sum(tensor.nbytes for tensor in router.buffers())
+    replaced = sum(own.nbytes for own in private.own(model.backbone))
+    rows = 0
+    if model.norm_statistics is not None:
+        rows = sum(rows.nbytes for rows in model.norm_statistics.rows)
+        replaced += sum(module.get_buffer(name).nbytes for module, name in tracked_buffers(model.backbone))
+    rows_of_routes = rows * bank.num_routes // (bank.num_routes + 1)
+    routing = 0 if model.router is None else sum(tensor.nbytes for tensor in model.router.buffers())
 
     kept_by_any = [int(count_bits(row)) for row in bank.packed_union()]
     kept_in_all_tickets = bank.count(per_layer=True).sum(1).tolist()

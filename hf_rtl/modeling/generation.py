@@ -83,11 +83,8 @@ class RoutedGenerationMixin(RoutedModel):
                 may be several routes, an argument that only a batch of one route allows:
                 `return_dict_in_generate=True`, `streamer`, `prefix_allowed_tokens_fn`, a cache or `encoder_outputs`.
         """
-        arguments = dict(kwargs)
-        if generation_config is not None:
-            arguments["generation_config"] = generation_config
-        if inputs is not None:
-            arguments["inputs"] = inputs
+        named = {"generation_config": generation_config, "inputs": inputs}
+        arguments = kwargs | {name: value for name, value in named.items() if value is not None}
         samples = {name: value for name, value in arguments.items() if _is_of_samples(name, value)}
         check_samples(samples)
         route_ids = self._resolve_route_ids(route_ids)

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -43,27 +43,9 @@ def read_card(repo_id: str, revision: str | None, *, token: bool | str | None) -
         return b""
 
 
-class CardWriter(Protocol):
-    """What writes the pages of repositories: `hf_rtl.model_card`, which does not travel with a model's code."""
-
-    def write_pushed_card(
-        self,
-        model: Any,
-        folder: Path,
-        *,
-        repo_id: str,
-        remote: bytes,
-        tags: list[str] | None,
-        token: bool | str | None,
-    ) -> None:
-        """Writes the card of a model that is going to be pushed; `remote` is the one on the Hub."""
-
-    def tickets_page(self, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> bytes | None:
-        """`content` with the tickets of `index` in it; `None` if it is to stay."""
-
-
-# Set by `import hf_rtl`. None in code that came with a model from the Hub, which has no templates for pages.
-card_writer: CardWriter | None = None
+# The module that writes the pages of repositories, `hf_rtl.model_card`: set by `import hf_rtl`. None in code that came
+# with a model from the Hub, with which neither that module nor its templates travel.
+card_writer: Any = None
 
 
 def write_model_card(
@@ -84,20 +66,19 @@ def write_model_card(
     card_writer.write_pushed_card(model, folder, repo_id=repo_id, remote=remote, tags=tags, token=token)
 
 
-def tickets_page(index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> bytes | None:
-    """As of [`CardWriter`]; `None` without a writer."""
-    return None if card_writer is None else card_writer.tickets_page(index, content, repo_id=repo_id)
+def write_tickets_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
+    """Writes a `README.md`: `content` with the tickets of `index` in it, unless it is to stay or nothing writes it."""
+    page = None if card_writer is None else card_writer.tickets_page(index, content, repo_id=repo_id)
+    if page is not None:
+        (folder / CARD_FILE).write_bytes(page)
 
 
 def push(
     write: Callable[[Path, str, str | None], None],
     repo_id: str,
     *,
-    outdated: re.Pattern[str],
     private: bool | None,
     token: bool | str | None,
-    revision: str | None,
-    create_pr: bool,
     parent_commit: str | None,
     **arguments: Any,
 ) -> tuple[str, CommitInfo]:
@@ -108,26 +89,17 @@ def push(
         write (`Callable`): is called with a folder that it is to make and fill, the full name of the repository and
             the last commit of its branch.
         parent_commit (`str`, *optional*): hash of the commit that the branch must still be at; by default its last.
-        outdated, **arguments: as of `commit_folder`.
+        **arguments: to `commit_folder`, with `revision` and `create_pr` among them.
 
     Returns:
         The full name of the repository, and the commit.
     """
     repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    head = branch_head(repo_id, None if create_pr else revision, token=token)
+    head = branch_head(repo_id, None if arguments["create_pr"] else arguments["revision"], token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "pushed"
         write(folder, repo_id, head)
-        commit = commit_folder(
-            folder,
-            repo_id,
-            outdated=outdated,
-            parent_commit=parent_commit or head,
-            revision=revision,
-            token=token,
-            create_pr=create_pr,
-            **arguments,
-        )
+        commit = commit_folder(folder, repo_id, token=token, parent_commit=parent_commit or head, **arguments)
     return repo_id, commit
 
 

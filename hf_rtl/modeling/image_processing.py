@@ -17,7 +17,7 @@ _KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 def savable_processor(processing_class: Any) -> Any:
     """
     A tokenizer, feature extractor or image processor that can be saved: the given one, or, in place of timm's,
-    [`image_processor_from_timm`].
+    [`image_processor_from_timm`]. `None` for `None`.
 
     Raises:
         TypeError: it has no `save_pretrained`.
@@ -25,7 +25,7 @@ def savable_processor(processing_class: Any) -> Any:
     """
     if isinstance(processing_class, TimmWrapperImageProcessor):
         return image_processor_from_timm(processing_class)
-    if not hasattr(processing_class, "save_pretrained"):
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
         raise TypeError(
             "`processing_class` must be a tokenizer, feature extractor or image processor, with a `save_pretrained`, "
             f"got {type(processing_class).__name__}; in place of timm transforms, pass "

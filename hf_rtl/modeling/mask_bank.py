@@ -32,18 +32,17 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The `bool` mask of `shape` that `pack` made into `packed`, `uint8 [ceil(n/8)]`."""
-    num_weights = torch.Size(shape).numel()
-    return _look_up(_BITS.to(packed.device, torch.bool), packed)[:num_weights].view(*shape)
+    return _look_up(_BITS.to(packed.device, torch.bool), packed, shape)
 
 
 def unpack_as_integers(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `unpack`, but integers of the size of `dtype`: -1 (all bits set) where kept, 0 elsewhere."""
-    num_weights = torch.Size(shape).numel()
-    return _look_up(-_BITS.to(packed.device, integer_dtype(dtype)), packed)[:num_weights].view(*shape)
+    return _look_up(-_BITS.to(packed.device, integer_dtype(dtype)), packed, shape)
 
 
-def _look_up(table: Tensor, packed: Tensor) -> Tensor:
-    return table.index_select(0, packed.to(torch.int32)).view(-1)
+def _look_up(table: Tensor, packed: Tensor, shape: Sequence[int]) -> Tensor:
+    values = table.index_select(0, packed.to(torch.int32)).view(-1)
+    return values[: torch.Size(shape).numel()].view(*shape)
 
 
 def count_bits(packed: Tensor) -> Tensor:
@@ -142,10 +141,8 @@ class MaskBank(nn.Module):
     def exclusive(self, route: int | str) -> list[Tensor]:
         """What this ticket keeps and no other does: a list of `bool` tensors."""
         index = self.route_index(route)
-        others = [torch.cat([rows[:index], rows[index + 1 :]]) for rows in self.packed]
-        return self.unpack(
-            rows[index] & ~fold(rest, torch.bitwise_or) for rows, rest in zip(self.packed, others, strict=True)
-        )
+        others = self.packed_union([k for k in range(self.num_routes) if k != index])
+        return self.unpack(rows[index] & ~row for rows, row in zip(self.packed, others, strict=True))
 
     def packed_union(self, routes: Sequence[int] | None = None) -> list[Tensor]:
         """The union of the given routes (default all) as packed rows `uint8 [ceil(n/8)]`, one per weight."""
@@ -222,11 +219,8 @@ class MaskBank(nn.Module):
     def add_route(self, name: str, masks: Sequence[Tensor]) -> None:
         """Appends a route. Raises `ValueError` if its name is taken or its mask does not fit."""
         names = check_route_names([*self.route_names, name])
-        packed = self.pack(masks)
-        self._replace(
-            names,
-            [torch.cat([rows, row[None].to(rows.device)]) for rows, row in zip(self.packed, packed, strict=True)],
-        )
+        parts = zip(self.packed, self.pack(masks), strict=True)
+        self._replace(names, [torch.cat([rows, row[None].to(rows.device)]) for rows, row in parts])
 
     def drop_route(self, route: int | str) -> None:
         """Removes a route; later ones move up by one. Raises `ValueError` if it is unknown or the only one."""

@@ -7,15 +7,14 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .mask_bank import MaskBank, integer_dtype, unpack, unpack_as_integers
+from .mask_bank import MaskBank, fold, integer_dtype, unpack, unpack_as_integers
 from .norm_statistics import BoundStatistics
-from .offloading import Arrivals
+from .offloading import StandIn
 from .prunable import parameter_aliases, parameter_at, refuse_unmaskable
 
 
@@ -77,21 +76,19 @@ class WeightMasker:
             with ordinary_tensors():
                 self.cache[key] = [
                     unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
-                    for row, weight in zip(self._packed(key), weights, strict=True)
+                    for row, weight in zip(self.bank.packed_union(None if UNION in key else key), weights, strict=True)
                 ]
         self.cache.move_to_end(key)
         return self.cache[key]
 
-    def apply(self, route: int, *, fresh: bool, arrivals: Arrivals) -> None:
+    def apply(self, route: int, *, fresh: bool) -> Sequence[Tensor]:
         """
-        Puts the masked weights of `route` in place, until `remove`. Weights that are offloaded are added to
-        `arrivals`.
+        The masked weights of `route`, without memory where the weights are offloaded.
 
         Args:
             route (`int`): index of a route, or `UNION`.
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
-            arrivals (`dict`): see `offloading.on_arrival`.
         """
         # Located each time, since loading a model ties weights after this object is made.
         self.locate()
@@ -100,17 +97,13 @@ class WeightMasker:
         # After a write in inference mode, a backward that still needs the overwritten values would not raise.
         with ordinary_tensors():
             copies = [torch.empty_like(weight) for weight in weights] if fresh else self._persistent(weights)
-            masked = like_parameters(MaskWeights.apply(masks, copies, on_backward, *weights), weights)
-        self._put(masked)
-        for places, weight, row in zip(self.places, weights, self._packed((route,)), strict=True):
-            if weight.is_meta:
-                arrivals |= dict.fromkeys(places, partial(_masked, row))
+            return like_parameters(MaskWeights.apply(masks, copies, on_backward, *weights), weights)
 
     @torch.no_grad()
     def apply_mean(self) -> list[Tensor]:
         """
-        Multiplies every weight by the fraction of routes that keep it, and puts the products in place until `remove`.
-        Returns them; they require gradients. Masks are unpacked one at a time.
+        Every weight times the fraction of routes that keep it. The products require gradients. Masks are unpacked one
+        at a time.
         """
         self.locate()
         means = []
@@ -119,7 +112,6 @@ class WeightMasker:
             for row in rows:
                 kept += unpack(row.to(weight.device), shape)
             means.append(torch.where(kept > 0, weight * (kept / len(rows)), 0).requires_grad_())
-        self._put(means)
         return means
 
     @torch.no_grad()
@@ -137,16 +129,13 @@ class WeightMasker:
                     sums[route] += products[unpack(row.to(weight.device), weight.shape)].sum()
         return sums
 
-    def _put(self, weights: Sequence[Tensor]) -> None:
-        for places, weight in zip(self.places, weights, strict=True):
-            for module, attribute in () if weight.is_meta else places:
-                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
-                module.__dict__[attribute] = weight
-
-    def remove(self) -> None:
-        for places in self.places:
-            for module, attribute in places:
-                module.__dict__.pop(attribute, None)
+    def stand_ins(self, masked: Sequence[Tensor], route: int) -> list[StandIn]:
+        """What puts the `masked` weights of `route` into the layers, by `offloading.standing_in`."""
+        return [
+            (module, attribute, partial(_masked, rows, route) if weight.is_meta else weight)
+            for places, weight, rows in zip(self.places, masked, self.bank.packed, strict=True)
+            for module, attribute in places
+        ]
 
     def cached_bytes(self) -> int:
         return sum(mask.nbytes for masks in self.cache.values() for mask in masks)
@@ -183,19 +172,9 @@ class WeightMasker:
             for new, old in zip(found, self.places or found, strict=True)
         ]
 
-    def _packed(self, routes: tuple[int, ...]) -> list[Tensor]:
-        if UNION in routes:
-            return self.bank.packed_union()
-        if len(routes) == 1:
-            return [rows[routes[0]] for rows in self.bank.packed]
-        return self.bank.packed_union(routes)
-
     def _persistent(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        fits = len(self._copies) == len(weights) and all(
-            copy.dtype == weight.dtype and copy.device == weight.device and copy.stride() == weight.stride()
-            for copy, weight in zip(self._copies, weights, strict=True)
-        )
-        if not fits:
+        layouts = [(weight.dtype, weight.device, weight.stride()) for weight in weights]
+        if layouts != [(copy.dtype, copy.device, copy.stride()) for copy in self._copies]:
             self._copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
         return self._copies
 
@@ -216,9 +195,10 @@ def _refuse_replaced(backbone: nn.Module, name: str) -> None:
         )
 
 
-def _masked(row: Tensor, weight: Tensor) -> Tensor:
-    """`weight` with zeros where its packed mask `row` has none; no gradient flows into it."""
+def _masked(rows: Tensor, route: int, weight: Tensor) -> Tensor:
+    """`weight` with zeros where the mask of `route`, among its packed `rows`, has none; no gradient flows into it."""
     with ordinary_tensors(), torch.no_grad():
+        row = fold(rows, torch.bitwise_or) if route == UNION else rows[route]
         mask = unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
         copy = torch.empty_like(weight, requires_grad=False)
         torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
@@ -283,8 +263,7 @@ def and_masks(values: Tensor, mask: Tensor) -> Tensor:
     `values` with zeros where the integer `mask` has no bits set. The memory of `values` is reused if it is contiguous
     and no view, so only the returned tensor may be used.
     """
-    if mask.dtype != integer_dtype(values.dtype):
-        mask = mask.to(integer_dtype(values.dtype))
+    mask = mask.to(integer_dtype(values.dtype))
     bits = values.view(mask.dtype)
     if values.is_contiguous() and values._base is None:
         bits.bitwise_and_(mask)
@@ -327,9 +306,6 @@ class ActiveRoute:
         finally:
             self._owner = self._route = None
             self._lock.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ActiveRoute:
-        return ActiveRoute()
 
     def __reduce__(self):
         return ActiveRoute, ()

@@ -50,10 +50,7 @@ def compact_state(
 def coded_masks(bank: MaskBank) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The masks of all routes in compact form: codings and tensors by name, both empty if raw bits are smaller."""
     union = bank.packed_union()
-    columns = [
-        _columns(rows, unpack(row, (shape.numel(),)))
-        for rows, row, shape in zip(bank.packed, union, bank.shapes, strict=True)
-    ]
+    columns = [_columns(rows, kept.view(-1)) for rows, kept in zip(bank.packed, bank.unpack(union), strict=True)]
     codings, coded = {}, {}
     for name, packed in ((_UNION, torch.cat(union)), (_MASKS, torch.cat(columns, dim=1).view(-1))):
         codings[name], coded[name] = encode(packed)
@@ -105,9 +102,7 @@ def expand_state(
 
 def _decoded_masks(tensors: Mapping[str, Tensor], codings: Mapping[str, str], bank: MaskBank) -> list[Tensor]:
     """The packed masks, `uint8 [num_routes, ceil(n/8)]` of each weight."""
-    sizes = [-(-shape.numel() // 8) for shape in bank.shapes]
-    rows = decode(codings[_UNION], tensors[_UNION], sum(sizes)).split(sizes)
-    unions = [unpack(row, (shape.numel(),)) for row, shape in zip(rows, bank.shapes, strict=True)]
+    unions = [mask.view(-1) for mask in decode_masks(codings[_UNION], tensors[_UNION], bank)]
     counts = [int(union.sum()) for union in unions]
     groups = -(-bank.num_routes // 8)
     columns = decode(codings[_MASKS], tensors[_MASKS], groups * sum(counts)).view(groups, sum(counts))
@@ -130,9 +125,7 @@ def _columns(rows: Tensor, kept: Tensor) -> Tensor:
 def _rows(columns: Tensor, kept: Tensor, num_routes: int) -> Tensor:
     """The inverse of `_columns`: the packed masks, `uint8 [num_routes, ceil(n/8)]`."""
     groups, num_kept = columns.shape
-    bits = (
-        unpack(columns.reshape(-1), (groups, num_kept, 8)).transpose(1, 2).reshape(8 * groups, num_kept)[:num_routes]
-    )
+    bits = unpack(columns.reshape(-1), (groups, num_kept, 8)).transpose(1, 2).reshape(8 * groups, num_kept)
     masks = torch.zeros(num_routes, len(kept), dtype=torch.bool, device=kept.device)
     masks[:, kept] = bits[:num_routes]
     return torch.stack([pack(mask) for mask in masks])
@@ -184,6 +177,12 @@ def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
     if len(coded) != num_bytes:
         raise ValueError(f"a coded mask is damaged: it has {len(coded)} bytes or more, expected {num_bytes}.")
     return coded
+
+
+def decode_masks(coding: str, coded: Tensor, bank: MaskBank) -> list[Tensor]:
+    """The mask, `bool` tensors of the shapes of `bank`, whose packed rows were coded one after the other."""
+    sizes = [-(-shape.numel() // 8) for shape in bank.shapes]
+    return bank.unpack(decode(coding, coded, sum(sizes)).split(sizes))
 
 
 def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None:

@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSemanticSegmentation,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from .build_backbone import build_backbone, check_buildable
 from .computed_weights import changed_weights_report, warn_of_changed_weights
 from .configuration_rtl import RTLConfig
-from .files import move_files
+from .files import written_whole
 from .footprint import footprint
 from .generation import RoutedGenerationMixin
-from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card
+from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
 from .image_processing import savable_processor
 from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .standalone import extract_ticket
-from .ticket_files import base_fingerprint, load_tickets, save_tickets, write_page
-
-
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "parent_commit",
-    "tags",
-)
+from .ticket_files import base_fingerprint, load_tickets, save_tickets
 
 
 class RTLModel(RoutedModel):
@@ -130,7 +106,7 @@ class RTLModel(RoutedModel):
             backbone_kwargs.update(num_labels=1, problem_type="multi_label_classification")
         model = build_backbone(backbone, cls.backbone_class, pretrained=pretrained, seed=seed, **backbone_kwargs)
         if prune_exclude is None:
-            prune_exclude = _default_exclude(model)
+            prune_exclude = getattr(getattr(model, "timm_model", model), "rtl_prune_exclude", ())
         prunable = select_prunable(model, include=prune_include, exclude=prune_exclude)
         if built:
             check_buildable(model, cls.backbone_class)
@@ -170,12 +146,9 @@ class RTLModel(RoutedModel):
                 return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         # Tensors of other sizes are reported below, by name.
-        kwargs["ignore_mismatched_sizes"] = True
-        kwargs["use_safetensors"] = True
+        kwargs.update(ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
@@ -234,31 +207,29 @@ class RTLModel(RoutedModel):
             TypeError, ValueError: the model or `processing_class` cannot be saved.
         """
         self.check_savable()
-        if processing_class is not None:
-            processing_class = savable_processor(processing_class)
+        processing_class = savable_processor(processing_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_fingerprint(self)
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        of_push = inspect.signature(self.push_to_hub).parameters
+        hub_arguments = {name: value for name, value in kwargs.items() if name in of_push}
+        for name in hub_arguments.keys() - {"max_shard_size"}:
+            del kwargs[name]
         # In the original format a later `load_state_dict`, as `Trainer` does on resume, would miss renamed tensors.
         kwargs.setdefault("save_original_format", False)
         target = Path(save_directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", suffix=".tmp") as staging:
+        with written_whole(target, last="config.json", stale="model*.safetensors*") as staging:
             if compact:
                 state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank)
                 kwargs["state_dict"], self.config.compact = state, codings
             try:
-                super().save_pretrained(staging, **kwargs)
+                super().save_pretrained(str(staging), **kwargs)
             finally:
                 self.config.compact = None
             if processing_class is not None:
-                processing_class.save_pretrained(staging)
+                processing_class.save_pretrained(str(staging))
             if with_code:
-                save_code(self, Path(staging))
-            move_files(Path(staging), target, last="config.json", stale="model*.safetensors*")
+                save_code(self, staging)
         if push_to_hub:
-            if "max_shard_size" in kwargs:
-                hub_arguments["max_shard_size"] = kwargs["max_shard_size"]
             hub_arguments.update(compact=compact, processing_class=processing_class, with_code=with_code)
             self.push_to_hub(hub_arguments.pop("repo_id", target.name), **hub_arguments)
 
@@ -294,8 +265,7 @@ class RTLModel(RoutedModel):
             HfHubHTTPError, RuntimeError: the Hub refuses the push or an upload. No branch has changed then.
         """
         self.check_savable()
-        if processing_class is not None:
-            processing_class = savable_processor(processing_class)
+        processing_class = savable_processor(processing_class)
 
         def write(folder: Path, repo_id: str, head: str | None) -> None:
             self.save_pretrained(
@@ -389,15 +359,9 @@ class RTLModel(RoutedModel):
                 that differ); an unknown or a taken name; or other values for weights that other tickets keep. The
                 model has not changed then.
         """
-        self._refuse_in_context("load_tickets()")
-        self._refuse_on_view("load_tickets()")
+        self._refuse_change("load_tickets()")
         refuse_offloaded(self, "load_tickets()")
-        hub_arguments = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
+        hub_arguments = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         return load_tickets(self, Path(name_or_path).as_posix(), routes, rename=rename, **hub_arguments)
 
     def push_tickets_to_hub(
@@ -423,7 +387,7 @@ class RTLModel(RoutedModel):
 
         def write(folder: Path, repo_id: str, head: str | None) -> None:
             index = self.save_tickets(folder, routes, base_routes=base_routes)
-            write_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
+            write_tickets_page(folder, index, read_card(repo_id, head, token=token), repo_id=repo_id)
 
         return push(
             write,
@@ -491,7 +455,7 @@ class RTLModel(RoutedModel):
 
     def footprint(self) -> dict[str, int]:
         """Bytes of this model in its smallest lossless form, and of one pruned model per route; see `footprint.py`."""
-        return footprint(self.backbone, self.mask_bank, self.norm_statistics, self.private_parameters, self.router)
+        return footprint(self)
 
     def status(self) -> dict[str, Any]:
         """Routes with their densities, counts over all tickets, caches and statistics, as plain values."""
@@ -512,7 +476,31 @@ class RTLModel(RoutedModel):
         }
 
 
-class RTLModelForImageClassification(RTLModel):
+class _RTLImageModel(RTLModel):
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
+    ):
+        """
+        Args:
+            pixel_values (`Tensor`): `float [batch, channels, height, width]`.
+            labels (`Tensor`, *optional*): `int64 [batch]`, of the task, for pixels `[batch, height, width]`; for
+                `membership` 0 or 1, whether the sample is of the route, and without `route_ids` its home route.
+            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
+            **kwargs: to the backbone, and `return_dict`.
+
+        Returns:
+            The backbone's output: `logits` `[batch, num_labels]` (`membership`: `[batch, 1]`, without `route_ids`
+            `[batch, num_routes]`), for pixels `[batch, num_labels, height, width]` at the backbone's own resolution;
+            with `labels` also `loss`. Where a router decides, `route_ids` `int64 [batch]` and `route_scores`
+            `float32 [batch, num_routes]`, log probabilities.
+
+        Raises:
+            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
+        """
+        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
+
+
+class RTLModelForImageClassification(_RTLImageModel):
     """
     A ticket per route in a backbone that classifies images, from timm or transformers.
 
@@ -524,32 +512,11 @@ class RTLModelForImageClassification(RTLModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForImageClassification
+    backbone_class = transformers.AutoModelForImageClassification
     supports_membership = True
 
-    def forward(
-        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
-    ):
-        """
-        Args:
-            pixel_values (`Tensor`): `float [batch, channels, height, width]`.
-            labels (`Tensor`, *optional*): `int64 [batch]`, of the task; for `membership` 0 or 1, whether the sample is
-                of the route, and without `route_ids` its home route.
-            route_ids (*optional*): whose ticket answers; see [`RTLModel`].
-            **kwargs: to the backbone, and `return_dict`.
 
-        Returns:
-            The backbone's output: `logits` `[batch, num_labels]` (`membership`: `[batch, 1]`, without `route_ids`
-            `[batch, num_routes]`), with `labels` also `loss`. Where a router decides, `route_ids` `int64 [batch]` and
-            `route_scores` `float32 [batch, num_routes]`, log probabilities.
-
-        Raises:
-            TypeError, ValueError: unknown or missing `route_ids`, or `labels` of another kind.
-        """
-        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
-
-
-class RTLModelForSemanticSegmentation(RTLModel):
+class RTLModelForSemanticSegmentation(_RTLImageModel):
     """
     A ticket per route in a backbone that gives every pixel a label.
 
@@ -563,16 +530,7 @@ class RTLModelForSemanticSegmentation(RTLModel):
         torch.Size([2, 5, 16, 16])
     """
 
-    backbone_class = AutoModelForSemanticSegmentation
-
-    def forward(
-        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, route_ids: Any = None, **kwargs: Any
-    ):
-        """
-        As [`RTLModelForImageClassification.forward`]; `labels` are `int64 [batch, height, width]`, and `logits`
-        `[batch, num_labels, height, width]` at the backbone's own resolution.
-        """
-        return self._forward_routed(labels, route_ids, pixel_values=pixel_values, **kwargs)
+    backbone_class = transformers.AutoModelForSemanticSegmentation
 
 
 class RTLModelForAudioClassification(RTLModel):
@@ -592,7 +550,7 @@ class RTLModelForAudioClassification(RTLModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForAudioClassification
+    backbone_class = transformers.AutoModelForAudioClassification
     supports_membership = True
 
     def forward(
@@ -666,20 +624,20 @@ class RTLModelForSequenceClassification(_RTLTextModel):
         torch.Size([2, 3])
     """
 
-    backbone_class = AutoModelForSequenceClassification
+    backbone_class = transformers.AutoModelForSequenceClassification
     supports_membership = True
 
 
 class RTLModelForTokenClassification(_RTLTextModel):
     """A ticket per route in a backbone that gives every token a label: `logits` `[batch, length, num_labels]`."""
 
-    backbone_class = AutoModelForTokenClassification
+    backbone_class = transformers.AutoModelForTokenClassification
 
 
 class RTLModelForMaskedLM(_RTLTextModel):
     """A ticket per route in a backbone that fills in masked tokens: `logits` `[batch, length, vocabulary]`."""
 
-    backbone_class = AutoModelForMaskedLM
+    backbone_class = transformers.AutoModelForMaskedLM
 
 
 class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
@@ -695,7 +653,7 @@ class RTLModelForCausalLM(RoutedGenerationMixin, _RTLTextModel):
         torch.Size([2, 7])
     """
 
-    backbone_class = AutoModelForCausalLM
+    backbone_class = transformers.AutoModelForCausalLM
     _shifts_labels = True
 
 
@@ -705,7 +663,7 @@ class RTLModelForSeq2SeqLM(RoutedGenerationMixin, _RTLTextModel):
     `generate`. Its forward also takes `decoder_input_ids` or `labels`, `int64 [batch, target length]`.
     """
 
-    backbone_class = AutoModelForSeq2SeqLM
+    backbone_class = transformers.AutoModelForSeq2SeqLM
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """As the backbone's: the labels moved by one position, for `DataCollatorForSeq2Seq(model=…)`."""
@@ -730,12 +688,6 @@ def register_auto_classes() -> None:
     AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
     for task_class in TASK_CLASSES:
         task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
-
-
-def _default_exclude(backbone: PreTrainedModel) -> tuple[str, ...]:
-    """The patterns that a backbone, or the timm model in it, registers as not to be pruned."""
-    own = getattr(backbone, "timm_model", backbone)
-    return getattr(own, "rtl_prune_exclude", ())
 
 
 def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> type[RTLModel]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .route_rows import RouteRows
+
 
 # In the order in which torch's norms register them. The first two are floats, the last counts batches.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,7 +33,7 @@ def tracking_layers(backbone: nn.Module) -> list[Any]:
     return list(dict.fromkeys(module for module, _ in tracked_buffers(backbone)))
 
 
-class NormStatistics(nn.Module):
+class NormStatistics(RouteRows):
     """
     Running mean, variance and batch count of every tracking layer, per route.
 
@@ -62,32 +64,17 @@ class NormStatistics(nn.Module):
 
     def insert(self, row: Sequence[Tensor]) -> None:
         """Adds a route, after the others and before the union. `row`: one tensor per buffer, of its rows' shape."""
-        self._replace(
-            [torch.cat([rows[:-1], new[None].to(rows), rows[-1:]]) for rows, new in zip(self.rows, row, strict=True)]
-        )
+        parts = zip(list(self._buffers), self.rows, row, strict=True)
+        self._buffers.update({name: torch.cat([old[:-1], new[None].to(old), old[-1:]]) for name, old, new in parts})
         self.num_routes += 1
 
-    def drop(self, route: int) -> None:
-        """Removes the row of a route."""
-        self._replace([torch.cat([rows[:route], rows[route + 1 :]]) for rows in self.rows])
+    def drop_route(self, route: int) -> None:
+        super().drop_route(route)
         self.num_routes -= 1
 
-    def bind(self, backbone: nn.Module, route: int) -> BoundStatistics:
-        """Puts the row of `route` (-1: the union's) into the layers. Undo with `BoundStatistics.release`."""
-        return BoundStatistics(list(tracked_buffers(backbone)), [rows[route] for rows in self.rows])
-
-    def _apply(self, fn, recurse: bool = True):
-        before = self.rows
-        super()._apply(fn, recurse)
-        for name, old in zip(list(self._buffers), before, strict=True):
-            new = self.get_buffer(name)
-            if new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    def _replace(self, rows: Sequence[Tensor]) -> None:
-        for name, tensor in zip(list(self._buffers), rows, strict=True):
-            self._buffers[name] = tensor
+    def row(self, route: int) -> list[Tensor]:
+        """The row of `route` (-1: the union's): one tensor per buffer, a view."""
+        return [rows[route] for rows in self.rows]
 
     def extra_repr(self) -> str:
         return f"num_routes={self.num_routes}, num_buffers={len(self._buffers)}"
@@ -95,23 +82,18 @@ class NormStatistics(nn.Module):
 
 class BoundStatistics:
     """
-    Statistics tensors put in place of the running buffers of a backbone's layers, until `release`.
+    A row of statistics in place of the running buffers of a backbone's layers, until `release`; without `statistics`,
+    as in models that share them, the layers' own buffers.
 
     A layer of another floating point type than its row works on a cast copy, which is written back on release.
     """
 
-    def __init__(self, locations: list[tuple[nn.Module, str]], rows: list[Tensor]) -> None:
-        self._locations = locations
-        self._originals = [module.get_buffer(name) for module, name in locations]
-        self._rows = rows
-        self._bound = [row.to(own.dtype) for row, own in zip(rows, self._originals, strict=True)]
+    def __init__(self, backbone: nn.Module, statistics: NormStatistics | None, route: int) -> None:
+        self._locations = list(tracked_buffers(backbone))
+        self._originals = [module.get_buffer(name) for module, name in self._locations]
+        self._rows = self._originals if statistics is None else statistics.row(route)
+        self._bound = [row.to(own.dtype) for row, own in zip(self._rows, self._originals, strict=True)]
         self._put(self._bound)
-
-    @classmethod
-    def own(cls, backbone: nn.Module) -> BoundStatistics:
-        """The layers' own buffers, bound to themselves: for models that share their statistics."""
-        locations = list(tracked_buffers(backbone))
-        return cls(locations, [module.get_buffer(name) for module, name in locations])
 
     def detach_from_layers(self) -> None:
         """Lets the layers write into copies: a recomputed forward must not count twice (gradient checkpointing)."""

@@ -1,9 +1,11 @@
-"""Weights that accelerate's hooks bring only while a layer computes: masks are applied when they have arrived."""
+"""
+Tensors that stand in for parameters while layers compute, also for those that accelerate's hooks bring only then.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +13,8 @@ from torch import Tensor, nn
 from .prunable import parameter_at
 
 
-# (module, attribute) of a parameter -> makes what stands in for it, once it has arrived.
-Arrivals = dict[tuple[nn.Module, str], Callable[[Tensor], Tensor]]
+# Module and attribute of a parameter, and what stands in for it, or what makes that of it once it has arrived.
+StandIn = tuple[nn.Module, str, Tensor | Callable[[Tensor], Tensor]]
 
 
 def refuse_offloaded(model: nn.Module, action: str) -> None:
@@ -36,38 +38,44 @@ def refuse_offloaded_buffers(buffers: Iterable[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def on_arrival(backbone: nn.Module, arrivals: Mapping[tuple[nn.Module, str], Callable[[Tensor], Tensor]]) -> Iterator:
+def standing_in(backbone: nn.Module, stand_ins: Sequence[StandIn]) -> Iterator[None]:
     """
-    Within the context, whenever a hook of accelerate has brought a parameter of `arrivals`, what the function makes of
-    it stands in for it while the hooked module computes.
+    Within the context, tensors stand in for parameters, which stay registered. Where a function is given instead,
+    whenever a hook of accelerate has brought the parameter, what the function makes of it stands in for it while the
+    hooked module computes.
 
     Raises:
-        RuntimeError: no hook brings one of the parameters.
+        RuntimeError: no hook brings a parameter for which a function is given.
     """
+    arrivals = {(module, attribute): make for module, attribute, make in stand_ins if not isinstance(make, Tensor)}
     # A hooked module calls its hook, then `_old_forward`, then its hook again.
-    hooked: list[Any] = (
-        [module for module in backbone.modules() if "_old_forward" in module.__dict__] if arrivals else []
-    )
-    brought = {id(part) for module in hooked for part in module.modules()}
+    modules: Iterable[Any] = backbone.modules() if arrivals else ()
+    originals = {module: module._old_forward for module in modules if "_old_forward" in module.__dict__}
+    brought = {part for module in originals for part in module.modules()}
     for module, attribute in arrivals:
-        if id(module) not in brought:
+        if module not in brought:
             raise RuntimeError(
                 f"`{attribute}` of a {type(module).__name__} is on the meta device, and nothing brings it: load the "
                 "model by `from_pretrained`, or offload it by accelerate."
             )
-    originals = [module._old_forward for module in hooked]
     try:
-        for module, original in zip(hooked, originals, strict=True):
+        for module, attribute, tensor in stand_ins:
+            if isinstance(tensor, Tensor):
+                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
+                module.__dict__[attribute] = tensor
+        for module, original in originals.items():
             parts = set(module.modules())
             inside = {place: make for place, make in arrivals.items() if place[0] in parts}
-            module._old_forward = _standing_in(original, inside)
+            module._old_forward = _masked_forward(original, inside)
         yield
     finally:
-        for module, original in zip(hooked, originals, strict=True):
+        for module, attribute, _ in stand_ins:
+            module.__dict__.pop(attribute, None)
+        for module, original in originals.items():
             module._old_forward = original
 
 
-def _standing_in(forward: Callable, arrivals: Arrivals) -> Callable:
+def _masked_forward(forward: Callable, arrivals: Mapping[tuple[nn.Module, str], Callable]) -> Callable:
     """`forward`, with what `arrivals` make in place of the parameters that are there when it is called."""
 
     def masked_forward(*args: Any, **kwargs: Any) -> Any:

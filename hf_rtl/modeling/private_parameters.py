@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .mask_bank import integer_dtype
 from .masking import UNION, like_parameters, ordinary_tensors
-from .offloading import Arrivals
-from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at
+from .offloading import StandIn
+from .prunable import alias_names, heads, matching_patterns, parameter_aliases, parameter_at, refuse_unmatched
 
 
 def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Sequence[str]) -> list[str]:
@@ -30,35 +30,26 @@ def select_private(backbone: nn.Module, patterns: Sequence[str], prunable: Seque
     """
     places = parameter_aliases(backbone)
     module_names = {id(module): name for name, module in backbone.named_modules()}
-    chosen: list[str] = []
-    used: set[str] = set()
-    for name, locations in places.items():
-        names = alias_names(locations, module_names)
-        matching = matching_patterns(names, patterns)
-        if not matching:
-            continue
-        used |= matching
+    names = {name: alias_names(locations, module_names) for name, locations in places.items()}
+    matching = {name: matching_patterns(names[name], patterns) for name in places}
+    chosen = [name for name in places if matching[name]]
+    for name in chosen:
+        pattern = min(matching[name])
         if name in prunable:
             raise ValueError(
-                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: masks cover that "
-                "weight, so that every route has its own part of it already. Narrow the pattern, or leave the weight "
-                "out of the masks with `prune_exclude`."
+                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: masks cover that weight, "
+                "so that every route has its own part of it already. Narrow the pattern, or leave the weight out of "
+                "the masks with `prune_exclude`."
             )
-        if len(locations) > 1:
+        if len(places[name]) > 1:
             raise ValueError(
-                f"`private_parameters` has the pattern {min(matching)!r}, which matches {name!r}: that parameter is "
-                f"tied, it is also {', '.join(map(repr, names[1:]))}, and a tied parameter cannot be private."
+                f"`private_parameters` has the pattern {pattern!r}, which matches {name!r}: that parameter is tied, "
+                f"it is also {', '.join(map(repr, names[name][1:]))}, and a tied parameter cannot be private."
             )
-        chosen.append(name)
-    for pattern in patterns:
-        if pattern not in used:
-            free = [name for name in places if name not in prunable]
-            raise ValueError(
-                f"`private_parameters` has the pattern {pattern!r}, which matches no parameter of "
-                f"{type(backbone).__name__}; those that no mask covers are "
-                f"{', '.join(map(repr, free[:3])) or 'none'}{', …' if len(free) > 3 else ''}. Patterns are those of "
-                f"fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
-            )
+    free = [name for name in places if name not in prunable]
+    some = f"{', '.join(map(repr, free[:3])) or 'none'}{', …' if len(free) > 3 else ''}"
+    what = f"parameter of {type(backbone).__name__}; those that no mask covers are {some}"
+    refuse_unmatched("private_parameters", patterns, set().union(*matching.values()), what)
     return chosen
 
 
@@ -160,31 +151,25 @@ class PrivateParameters(nn.Module):
         kept = ([*rows.detach()[:route], *rows.detach()[route + 1 :]] for rows in self.rows)
         self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
 
-    def bind(self, backbone: nn.Module, route: int, arrivals: Arrivals, on_backward: Callable[[], Any]) -> None:
+    def stand_ins(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> list[StandIn]:
         """
-        Puts the row of `route` into the layers, until `release`. A gradient of the row calls `on_backward`. Rows for
-        parameters that are offloaded are added to `arrivals`; see `offloading.on_arrival`.
+        What puts the row of `route` into the layers, by `offloading.standing_in`. A gradient of the row calls
+        `on_backward`.
         """
         if not self.names:
-            return
+            return []
         own = self.own(backbone)
         # Called as a module, so that accelerate's hooks bring rows that are offloaded.
         bound = self(partial(_TakeRows.apply, route, own, on_backward))
-        for (module, attribute), parameter, tensor in zip(self._places(backbone), own, bound, strict=True):
-            if parameter.is_meta:
-                arrivals[module, attribute] = partial(_on_device, tensor)
-            else:
-                # An entry in `__dict__` hides the registered parameter of the same name from attribute access only.
-                module.__dict__[attribute] = tensor
+        return [
+            (module, attribute, partial(_on_device, row) if parameter.is_meta else row)
+            for (module, attribute), parameter, row in zip(self._places(backbone), own, bound, strict=True)
+        ]
 
     def forward(self, take: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
         """What `take` makes of the rows: a tensor for each parameter."""
         with ordinary_tensors():
             return like_parameters(take(*self.rows), self.rows)
-
-    def release(self, backbone: nn.Module) -> None:
-        for module, attribute in self._places(backbone):
-            module.__dict__.pop(attribute, None)
 
     def _places(self, backbone: nn.Module) -> list[tuple[nn.Module, str]]:
         places = []

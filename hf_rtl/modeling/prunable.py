@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .experts import find_routers, is_stack
@@ -17,16 +19,7 @@ from .experts import find_routers, is_stack
 
 logger = logging.getLogger(__name__)
 
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    Conv1D,
-)
+_LAYERS = (nn.Linear, _ConvNd, Conv1D)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -94,19 +87,24 @@ def select_prunable(
         )
         if (default or included) and not excluded:
             chosen.append((name, tuple(parameter.shape)))
+    some = ", ".join(repr(name) for name, _ in chosen[:3]) or "nothing here"
     for argument, patterns in (("prune_include", include), ("prune_exclude", exclude)):
-        for pattern in patterns:
-            if pattern not in used:
-                raise ValueError(
-                    f"`{argument}` has the pattern {pattern!r}, which matches no weight of {type(backbone).__name__}; "
-                    f"names look like {', '.join(repr(name) for name, _ in chosen[:3]) or 'nothing here'}. "
-                    f"Patterns are those of fnmatch and cover the whole name, as in '*{pattern.strip('*')}*'."
-                )
+        refuse_unmatched(argument, patterns, used, f"weight of {type(backbone).__name__}; names look like {some}")
     for name, _ in chosen:
         refuse_unmaskable(name, backbone.get_parameter(name))
     if not chosen:
         raise ValueError(f"{type(backbone).__name__} has no prunable weight; name some with `prune_include`.")
     return chosen
+
+
+def refuse_unmatched(argument: str, patterns: Sequence[str], used: Set[str], what: str) -> None:
+    """Raises `ValueError` for a pattern of `argument` that is not in `used`. `what`: what it could have matched."""
+    for pattern in patterns:
+        if pattern not in used:
+            raise ValueError(
+                f"`{argument}` has the pattern {pattern!r}, which matches no {what}. Patterns are those of fnmatch "
+                f"and cover the whole name, as in '*{pattern.strip('*')}*'."
+            )
 
 
 def refuse_unmaskable(name: str, weight: Tensor) -> None:
@@ -179,11 +177,10 @@ def warn_of_low_coverage(
     covered = sum(math.prod(shape) for _, shape in weights)
     total = covered + sum(sizes.values())
     if 2 * covered < total:
-        patterns: dict[str, int] = {}
+        patterns: Counter[str] = Counter()
         for name, size in sizes.items():
-            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-            patterns[pattern] = patterns.get(pattern, 0) + size
-        largest = sorted(patterns, key=lambda pattern: -patterns[pattern])
+            patterns[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] += size
+        largest = [pattern for pattern, _ in patterns.most_common()]
         logger.warning(
             f"Masks cover {covered:,} of the {total:,} weights in matrices of {type(backbone).__name__} "
             f"({covered / total:.0%}), embeddings and head left out, and sparsity is counted over these alone. "
@@ -194,12 +191,11 @@ def warn_of_low_coverage(
 
 def coverage_table(backbone: nn.Module, covered: Sequence[str]) -> str:
     """The parameters named in `covered` with shapes and sizes, their total, and the size of all others."""
-    parameters = {name: parameter_at(places[0]) for name, places in parameter_aliases(backbone).items()}
+    parameters = dict(backbone.named_parameters())
     rows = [(name, str(tuple(parameters[name].shape)), parameters[name].numel()) for name in covered]
     inside, matrices = sum(size for *_, size in rows), sum(uncovered_matrices(backbone, covered).values())
-    rows.append(("prunable", "", inside))
-    rows.append(("dense: matrices that no mask covers", "", matrices))
     outside = sum(p.numel() for p in parameters.values()) - inside - matrices
+    rows += [("prunable", "", inside), ("dense: matrices that no mask covers", "", matrices)]
     rows.append(("dense: embeddings, norms, biases, head, routers", "", outside))
     return "\n".join(f"{name:60} {shape:>24} {size:>12,}" for name, shape, size in rows)
 
@@ -224,12 +220,11 @@ def heads(backbone: nn.Module) -> Iterator[nn.Module]:
         classifier = timm_model.get_classifier()
         yield from classifier if isinstance(classifier, tuple) else (classifier,)
         return
-    base = getattr(backbone, "base_model", backbone)
-    if base is not backbone:
-        inside = {id(module) for module in base.modules()}
-        yield from (child for child in backbone.children() if id(child) not in inside)
-    get_output_embeddings: Any = getattr(backbone, "get_output_embeddings", None)
-    output_embeddings = get_output_embeddings() if get_output_embeddings is not None else None
+    base: Any = getattr(backbone, "base_model", backbone)
+    inside = {id(module) for module in base.modules()}
+    yield from (child for child in backbone.children() if id(child) not in inside)
+    get_output_embeddings: Any = getattr(backbone, "get_output_embeddings", lambda: None)
+    output_embeddings = get_output_embeddings()
     if output_embeddings is not None:
         yield output_embeddings
 

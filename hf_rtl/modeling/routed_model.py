@@ -23,7 +23,7 @@ from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
 from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
-from .offloading import Arrivals, on_arrival, refuse_offloaded, refuse_offloaded_buffers
+from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
 from .structure import check_resizing, check_structure, shared_tensors
@@ -130,8 +130,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing is changed then.
         """
-        self._refuse_in_context("append_ticket()")
-        self._refuse_on_view("append_ticket()")
+        self._refuse_change("append_ticket()")
         refuse_offloaded(self, "append_ticket()")
         self.mask_bank.check_masks(masks)
         row = dict(private_parameters or {})
@@ -164,8 +163,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: a pattern that matches nothing, a prunable weight or a tied parameter. Nothing is changed then.
         """
-        self._refuse_in_context("make_private()")
-        self._refuse_on_view("make_private()")
+        self._refuse_change("make_private()")
         refuse_offloaded(self, "make_private()")
         chosen = select_private(self.backbone, names, self.mask_bank.weight_names)
         if not set(chosen) <= set(self.private_parameters.names):
@@ -188,8 +186,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: an unknown route, or too few routes would be left.
         """
-        self._refuse_in_context("drop_route()")
-        self._refuse_on_view("drop_route()")
+        self._refuse_change("drop_route()")
         index = self.mask_bank.route_index(route)
         thresholds = self.config.thresholds
         if thresholds is not None:
@@ -197,7 +194,7 @@ class RoutedModel(PreTrainedModel):
         self.config.change_routes([name for name in self.route_names if name != self.route_names[index]], thresholds)
         self.mask_bank.drop_route(index)
         if self.norm_statistics is not None:
-            self.norm_statistics.drop(index)
+            self.norm_statistics.drop_route(index)
         self.private_parameters.drop(index)
         if self.router is not None:
             self.router.drop_route(index)
@@ -242,9 +239,8 @@ class RoutedModel(PreTrainedModel):
 
     def load_router_from_config(self, config: RTLConfig) -> None:
         """Sets the router that another configuration of these routes names, whose buffers a file will fill."""
-        router = empty_router(config)
-        fallback = UNION if config.router_fallback is None else config.router_fallback
-        self.set_router(router, threshold=config.router_threshold, fallback=fallback)
+        fallback = config.router_fallback or UNION
+        self.set_router(empty_router(config), threshold=config.router_threshold, fallback=fallback)
 
     @torch.no_grad()
     def infer_routes(self, **inputs: Any) -> RouteDecision:
@@ -262,8 +258,7 @@ class RoutedModel(PreTrainedModel):
 
     def decide(self, evidence: Tensor) -> RouteDecision:
         """The decision that follows from the router's evidence, `[batch, num_routes]`. Raises as `infer_routes`."""
-        name = self.config.router_fallback
-        fallback = UNION if name is None else self.route_index(name)
+        fallback = self.route_index(self.config.router_fallback or UNION)
         return self._require_router().decide(evidence, threshold=self.config.router_threshold, fallback=fallback)
 
     def _require_router(self) -> Router:
@@ -305,7 +300,7 @@ class RoutedModel(PreTrainedModel):
         index = self.route_index(route)
         if self.training and torch.is_grad_enabled():
             refuse_offloaded(self, "training")
-        with self._weights_in_place(index, lambda arrivals: self.masker.apply(index, fresh=fresh, arrivals=arrivals)):
+        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
             yield self
 
     @contextlib.contextmanager
@@ -315,29 +310,23 @@ class RoutedModel(PreTrainedModel):
         in the mask bank's order; they require gradients.
         """
         refuse_offloaded(self, "the mean of all masks, which the router 'entropy' differentiates,")
-        with self._weights_in_place(UNION, lambda _: self.masker.apply_mean()) as weights:
+        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
             yield weights
 
     @contextlib.contextmanager
-    def _weights_in_place(self, index: int, put: Callable[[Arrivals], Any]) -> Iterator[Any]:
+    def _weights_in_place(self, index: int, mask: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
         statistics = [module.get_buffer(name) for module, name in tracked_buffers(self.backbone)]
         refuse_offloaded_buffers([*self.mask_bank.buffers(), *statistics])
         with self.active.hold(index, wait=not self.training):
-            if self.norm_statistics is not None:
-                bound = self.norm_statistics.bind(self.backbone, index)
-            else:
-                bound = BoundStatistics.own(self.backbone)
-            arrivals: Arrivals = {}
+            bound = BoundStatistics(self.backbone, self.norm_statistics, index)
             try:
-                placed = put(arrivals)
+                weights = mask()
                 on_backward = partial(self.routes_since_update.add, index)
-                self.private_parameters.bind(self.backbone, index, arrivals, on_backward)
+                rows = self.private_parameters.stand_ins(self.backbone, index, on_backward)
                 self.active.statistics = bound
-                with on_arrival(self.backbone, arrivals):
-                    yield placed
+                with standing_in(self.backbone, [*self.masker.stand_ins(weights, index), *rows]):
+                    yield weights
             finally:
-                self.masker.remove()
-                self.private_parameters.release(self.backbone)
                 bound.release()
 
     @property
@@ -426,17 +415,16 @@ class RoutedModel(PreTrainedModel):
         check_samples(inputs)
         if self._is_in_place(route_ids, inputs):
             return self._run(inputs, labels)
-        if route_ids is None:
-            if self.config.ticket_task == "membership":
-                return self._score_all(inputs, labels)
+        if route_ids is None and not self._is_membership:
             decision = self.infer_routes(**inputs)
-            output = self._run_mixed(inputs, labels, decision.route_ids.tolist())
-            return with_decision(output, decision)
-        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
+            return with_decision(self._run_mixed(inputs, labels, decision.route_ids.tolist()), decision)
+        if self._recomputes:
             raise RuntimeError(
                 "with gradient checkpointing the masks must stay in place until backward has ended: use "
                 "`with model.route_context(route): model(…).loss.backward()`, without `route_ids`."
             )
+        if route_ids is None:
+            return self._score_all(inputs, labels)
         routes = read_route_ids(route_ids, inputs, self.route_index)
         if isinstance(routes, int):
             with self.route_context(routes, fresh=torch.is_grad_enabled()):
@@ -447,7 +435,7 @@ class RoutedModel(PreTrainedModel):
         """The backbone on one route's samples, inside a context."""
         if labels is not None:
             inputs = {**inputs, "labels": self.ticket_labels(labels) if self._is_membership else labels}
-        recomputes = self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+        recomputes = self._recomputes
         if recomputes:
             self.active.statistics.attach_to_layers()
         output = self.backbone(**inputs, return_dict=True)
@@ -464,7 +452,8 @@ class RoutedModel(PreTrainedModel):
         if labels is not None:
             inputs = {**inputs, "labels": labels}
         groups = group_by_route(routes, device_of(inputs))
-        if self.training and any(len(positions) == 1 for positions in groups.values()) and self._has_batch_statistics:
+        alone = self.training and any(len(positions) == 1 for positions in groups.values())
+        if alone and any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules()):
             raise ValueError(
                 "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
                 "samples of a route together, or call `model.eval()`."
@@ -487,8 +476,6 @@ class RoutedModel(PreTrainedModel):
 
     def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
         """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""
-        if self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone):
-            raise RuntimeError("gradient checkpointing needs one route at a time: use `route_context`.")
         columns = []
         for route in range(self.num_routes):
             with self.route_context(route, fresh=torch.is_grad_enabled()):
@@ -517,8 +504,9 @@ class RoutedModel(PreTrainedModel):
         return with_decision(output, self.infer_routes(**inputs))
 
     @property
-    def _has_batch_statistics(self) -> bool:
-        return any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules())
+    def _recomputes(self) -> bool:
+        """Whether the backward of this forward runs parts of it again."""
+        return self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
 
     @property
     def _is_membership(self) -> bool:
@@ -543,12 +531,6 @@ class RoutedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         self.backbone._set_gradient_checkpointing(enable, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings()
 
@@ -564,8 +546,7 @@ class RoutedModel(PreTrainedModel):
         Raises:
             ValueError: masks cover the embeddings, or every route has its own copy. Nothing is changed then.
         """
-        self._refuse_in_context("resize_token_embeddings()")
-        self._refuse_on_view("resize_token_embeddings()")
+        self._refuse_change("resize_token_embeddings()")
         with torch.device("meta"):
             resized = self.backbone_class.from_config(copy.deepcopy(self.config.backbone_config))
             resized.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
@@ -602,8 +583,7 @@ class RoutedModel(PreTrainedModel):
 
     def check_savable(self) -> None:
         """Raises `ValueError` or `RuntimeError` unless a saved copy could be loaded."""
-        self._refuse_in_context("save_pretrained()")
-        self._refuse_on_view("save_pretrained()")
+        self._refuse_change("save_pretrained()")
         refuse_offloaded(self, "saving")
         self.masker.locate()
         self.private_parameters.own(self.backbone)
@@ -623,6 +603,10 @@ class RoutedModel(PreTrainedModel):
             built = type(self)(copy.deepcopy(self.config))
         remedy = "Set the fields of `model.config` that describe the model, such as `num_labels`, or undo the change."
         check_structure(self, built, remedy)
+
+    def _refuse_change(self, action: str) -> None:
+        self._refuse_in_context(action)
+        self._refuse_on_view(action)
 
     def _refuse_on_view(self, action: str) -> None:
         if self._fixed_route is not None:

@@ -6,8 +6,7 @@ Routers decide which route an input takes when the caller does not say. They see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .masking import UNION
 from .prunable import heads
+from .route_rows import RouteRows
 
 
 class RouteDecision(NamedTuple):
@@ -34,7 +34,7 @@ class RouteDecision(NamedTuple):
     route_scores: Tensor
 
 
-class Router(nn.Module):
+class Router(RouteRows):
     """
     Turns evidence for every route into a decision: the probabilities of the routes are
     softmax(scale · evidence + offset), with a scale and an offset per route, fitted on samples whose route is known.
@@ -73,18 +73,6 @@ class Router(nn.Module):
         log_confidence, route_ids = scores.max(dim=1)
         confidence = log_confidence.exp()
         return RouteDecision(torch.where(confidence < threshold, fallback, route_ids), confidence, scores)
-
-    def drop_route(self, route: int) -> None:
-        """Removes a route; later ones move up by one."""
-        for name, rows in list(self.named_buffers()):
-            setattr(self, name, torch.cat([rows[:route], rows[route + 1 :]]))
-
-    def _apply(self, fn, recurse: bool = True):
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, rows in before.items():
-            setattr(self, name, rows.to(getattr(self, name).device))
-        return self
 
 
 class ScoreRouter(Router):
@@ -172,25 +160,6 @@ def _one_prediction_a_sample(output: Mapping[str, Any]) -> Tensor:
     return logits
 
 
-@contextmanager
-def recorded_head_inputs(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """
-    Collects the inputs of the layers in the backbone's head, in forwards inside the context, in the order of calls.
-    Containers do not count as layers, so the first entry is the input of the first layer.
-    """
-    recorded: list[Tensor] = []
-    parts = (module for head in heads(backbone) for module in head.modules())
-    leaves = {id(module): module for module in parts if not any(module.children())}
-    handles = [
-        leaf.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for leaf in leaves.values()
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def pooled_features(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
     The penultimate features of every sample: the first vector that is the input of a layer in the head, or else the
@@ -231,8 +200,14 @@ def _encoded(backbone: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    with recorded_head_inputs(backbone) as recorded:
+    recorded: list[Tensor] = []  # inputs of the layers in the head, in the order of calls
+    parts = {module for head in heads(backbone) for module in head.modules() if not any(module.children())}
+    handles = [part.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for part in parts]
+    try:
         output = backbone(**inputs, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     if recorded:
         # A head that averages over positions itself knows which are padding, also if the mask is of audio samples.
         return next((given for given in recorded if given.ndim == 2), recorded[0])

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from .channel_graph import ChannelGraph
 from .masking import and_masks, ordinary_tensors
 from .norm_statistics import tracked_buffers
-from .prunable import parameter_aliases, parameter_at
 from .routed_model import RoutedModel
 from .structure import save_shared_tensors
 
@@ -65,13 +64,12 @@ def extract_ticket(
     # Inference tensors could not be trained, and other kernels compute with them.
     with ordinary_tensors():
         ticket = copy.deepcopy(model.backbone)
-    aliases = parameter_aliases(ticket)
     for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True):
-        weight = parameter_at(aliases[name][0])
+        weight = ticket.get_parameter(name)
         weight.copy_(and_masks(weight.detach(), mask))
     if model.norm_statistics is not None:
-        for (module, name), rows in zip(tracked_buffers(ticket), model.norm_statistics.rows, strict=True):
-            module.get_buffer(name).copy_(rows[route])
+        for (module, name), row in zip(tracked_buffers(ticket), model.norm_statistics.row(route), strict=True):
+            module.get_buffer(name).copy_(row)
     private = model.private_parameters
     for own, rows, row in zip(private.own(ticket), private.rows, private.row(route), strict=True):
         own.copy_(row)
@@ -140,14 +138,10 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
         if not _agree(original, inputs, expected):
             logger.warning("No channels are removed: this model's code depends on how many there are.")
             kept = {}
-    before = _sizes(model), _num_parameters(model)
+    sizes, num_parameters = _sizes(model), _num_parameters(model)
     _slice(model, kept)
-    after = _sizes(model), _num_parameters(model)
-    layers = [
-        LayerChannels(name, (before[0][name][0], inputs), (before[0][name][1], outputs))
-        for name, (inputs, outputs) in after[0].items()
-    ]
-    return StructureReport(layers, (before[1], after[1]))
+    layers = [LayerChannels(name, *zip(sizes[name], smaller, strict=True)) for name, smaller in _sizes(model).items()]
+    return StructureReport(layers, (num_parameters, _num_parameters(model)))
 
 
 def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -252,9 +246,7 @@ def _set_size(module: Any) -> None:
     elif isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
     elif isinstance(module, _BatchNorm):
-        module.num_features = next(
-            tensor for tensor in (module.running_mean, module.weight) if tensor is not None
-        ).numel()
+        module.num_features = len(module.weight if module.running_mean is None else module.running_mean)
     elif isinstance(module, _ConvNd):
         if module.groups > 1:
             module.groups = module.groups * len(module.weight) // module.out_channels

@@ -6,8 +6,7 @@ import itertools
 import json
 import math
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +18,11 @@ from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_rtl import VERSION, check_format_version
-from .files import move_files, read_tensors, write_json, write_tensors
+from .files import read_tensors, write_json, write_tensors, written_whole
 from .hashing import hashes, matches_fingerprint
-from .hub import CARD_FILE, tickets_page
+from .hub import CARD_FILE, write_tickets_page
 from .mask_bank import count_bits, unpack
-from .model_file import decode, encode
+from .model_file import decode_masks, encode
 from .norm_statistics import tracked_buffers
 from .prunable import parameter_aliases
 from .routed_model import RoutedModel
@@ -34,19 +33,9 @@ INDEX_FILE = "tickets.json"
 TICKETS_PATTERN = "ticket-*.safetensors"
 
 _FILE_NAME = re.compile(r"ticket-\d{3,6}\.safetensors")
-# Tensors of a ticket's file -> whether they hold the running statistics that are floats; if not, the counts.
-_STATISTICS = {"statistics": True, "num_batches_tracked": False}
 
 
 # What tickets are made of
-
-
-def base_tensors(model: RoutedModel, routes: Sequence[int]) -> dict[str, Tensor]:
-    """The weights in the union of `routes`, the packed union, and all that no mask covers."""
-    union = model.mask_bank.packed_union(routes)
-    parts = zip(model.mask_bank.weight_names, model.masker.weights, union, strict=True)
-    kept = {name: _selected(weight, unpack(row, weight.shape)) for name, weight, row in parts}
-    return {**kept, **dense_tensors(model), "union of the masks": torch.cat(union)}
 
 
 def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
@@ -58,6 +47,16 @@ def dense_tensors(model: RoutedModel) -> dict[str, Tensor]:
     if model.norm_statistics is not None:
         others |= {module.get_buffer(name).data_ptr() for module, name in tracked_buffers(model.backbone)}
     return {name: tensor for name, tensor in model.backbone.state_dict().items() if tensor.data_ptr() not in others}
+
+
+def _rows(model: RoutedModel, route: int) -> dict[str, list[Tensor]]:
+    """The rows of a route, by the name of the tensor that has them one after the other in a ticket's file."""
+    statistics = [] if model.norm_statistics is None else model.norm_statistics.row(route)
+    return {
+        "statistics": [row for row in statistics if row.is_floating_point()],
+        "num_batches_tracked": [row for row in statistics if not row.is_floating_point()],
+        "private": model.private_parameters.row(route),
+    }
 
 
 def _selected(weight: Tensor, mask: Tensor) -> Tensor:
@@ -86,13 +85,12 @@ def save_tickets(
         The index.
     """
     base = model.mask_bank.packed_union(base_routes)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-", suffix=".tmp") as staging:
+    with written_whole(directory, last=INDEX_FILE, stale=TICKETS_PATTERN) as staging:
         tickets = []
         for number, route in enumerate(routes):
             tensors, about = _ticket(model, route, base)
             file = f"ticket-{number:03d}.safetensors"
-            write_tensors(Path(staging) / file, tensors)
+            write_tensors(staging / file, tensors)
             tickets.append({"name": model.route_names[route], "file": file, **about})
         index = {
             "format_version": TICKETS_FORMAT_VERSION,
@@ -105,23 +103,21 @@ def save_tickets(
             "dense": {name: hashes({name: tensor}) for name, tensor in dense_tensors(model).items()},
             "tickets": tickets,
         }
-        write_json(Path(staging) / INDEX_FILE, index)
+        write_json(staging / INDEX_FILE, index)
         known = directory / CARD_FILE
-        write_page(Path(staging), index, known.read_bytes() if known.exists() else b"")
-        move_files(Path(staging), directory, last=INDEX_FILE, stale=TICKETS_PATTERN)
+        write_tickets_page(staging, index, known.read_bytes() if known.exists() else b"")
     return index
 
 
 def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a ticket's file, and its entry in the index."""
-    rows = [rows[route] for rows in model.mask_bank.packed]
+    bank = model.mask_bank
+    rows = [rows[route] for rows in bank.packed]
     added = [row & ~base_row for row, base_row in zip(rows, base, strict=True)]
     tensors, coding = {}, {}
     coding["mask"], tensors["mask"] = encode(torch.cat(rows))
     in_base, values = {}, []
-    for name, weight, row, added_row in zip(
-        model.mask_bank.weight_names, model.masker.weights, rows, added, strict=True
-    ):
+    for name, weight, row, added_row in zip(bank.weight_names, model.masker.weights, rows, added, strict=True):
         values.append(_selected(weight, unpack(added_row, weight.shape)))
         read = _selected(weight, unpack(row & ~added_row, weight.shape))
         if len(read):
@@ -130,14 +126,9 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
     if num_added:
         coding["added"], tensors["added"] = encode(torch.cat(added))
         tensors["values"] = torch.cat(values)
-    if model.norm_statistics is not None:
-        statistics = [rows[route].reshape(-1) for rows in model.norm_statistics.rows]
-        for name, is_float in _STATISTICS.items():
-            parts = [row for row in statistics if row.is_floating_point() == is_float]
-            if parts:
-                tensors[name] = torch.cat(parts)
-    if model.private_parameters.names:
-        tensors["private"] = torch.cat([row.detach().reshape(-1) for row in model.private_parameters.row(route)])
+    for name, parts in _rows(model, route).items():
+        if parts:
+            tensors[name] = torch.cat([part.detach().reshape(-1) for part in parts])
     about = {
         "kept": sum(int(count_bits(row)) for row in rows),
         "added": num_added,
@@ -148,20 +139,16 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
     return tensors, about
 
 
-def write_page(folder: Path, index: Mapping[str, Any], content: bytes, *, repo_id: str | None = None) -> None:
-    """Writes a `README.md`: `content` with the tickets of `index` in it, unless it is to stay (`hub.CardWriter`)."""
-    page = tickets_page(index, content, repo_id=repo_id)
-    if page is not None:
-        (folder / CARD_FILE).write_bytes(page)
-
-
 def base_fingerprint(model: RoutedModel) -> dict[str, Any]:
     """
     The identity of the model's base: the `fingerprint` of what its tickets, except added ones, are made of, and if it
     came from the Hub, `repo` and `revision`.
     """
     own = [route for route, name in enumerate(model.route_names) if name not in model.config.added_routes]
-    tensors = base_tensors(model, own)
+    union = model.mask_bank.packed_union(own)
+    parts = zip(model.mask_bank.weight_names, model.masker.weights, union, strict=True)
+    kept = {name: _selected(weight, unpack(row, weight.shape)) for name, weight, row in parts}
+    tensors = {**kept, **dense_tensors(model), "union of the masks": torch.cat(union)}
     if model.config.base is not None and matches_fingerprint(tensors, model.config.base["fingerprint"]):
         return model.config.base
     return {"fingerprint": hashes(tensors)}
@@ -316,7 +303,7 @@ def _new_names(
         if unknown:
             raise ValueError(f"`rename` has {unknown[0]!r}, but the tickets are {', '.join(map(repr, names))}.")
         names = [rename.get(name, name) for name in names]
-    taken, result = set(known), []
+    taken = list(known)
     for name in names:
         if name in taken and rename != "auto":
             raise ValueError(
@@ -324,12 +311,11 @@ def _new_names(
                 f"`rename={{{name!r}: {_free(name, taken)!r}}}` or `rename='auto'`, or remove the old one by "
                 f"`model.drop_route({name!r})`."
             )
-        result.append(_free(name, taken))
-        taken.add(result[-1])
-    return result
+        taken.append(_free(name, taken))
+    return taken[len(known) :]
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, taken: Sequence[str]) -> str:
     candidates = (f"{name}-{number}" for number in itertools.count(2))
     return name if name not in taken else next(candidate for candidate in candidates if candidate not in taken)
 
@@ -363,15 +349,10 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
     tensors = read_tensors(folder.path(entry["file"]))
     if tensors is None:
         raise folder.damaged(entry["file"])
-    shapes, coding = model.mask_bank.shapes, entry["coding"]
-    sizes = [-(-shape.numel() // 8) for shape in shapes]
-    rows = decode(coding["mask"], tensors["mask"], sum(sizes)).split(sizes)
-    masks = [unpack(row, shape) for row, shape in zip(rows, shapes, strict=True)]
-    added = [torch.zeros_like(mask) for mask in masks]
-    values = torch.empty(0)
+    masks = decode_masks(entry["coding"]["mask"], tensors["mask"], model.mask_bank)
+    added, values = [torch.zeros_like(mask) for mask in masks], torch.empty(0)
     if entry["added"]:
-        rows = decode(coding["added"], tensors["added"], sum(sizes)).split(sizes)
-        added = [unpack(row, shape) for row, shape in zip(rows, shapes, strict=True)]
+        added = decode_masks(entry["coding"]["added"], tensors["added"], model.mask_bank)
         values = tensors["values"]
     counts = [int(mask.sum()) for mask in added]
     num_kept = sum(int(mask.sum()) for mask in masks)
@@ -379,37 +360,24 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
         (extra & ~mask).any() for extra, mask in zip(added, masks, strict=True)
     ):
         raise folder.damaged(entry["file"])
-    statistics = _split_statistics(model, folder, entry["file"], tensors)
-    private = _split_private(model, folder, entry["file"], tensors)
+    statistics, private = _read_rows(model, folder, entry["file"], tensors)
     return _Ticket(name, masks, added, list(values.split(counts)), statistics, private, entry["threshold"])
 
 
-def _split_private(
+def _read_rows(
     model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    parameters = {name: model.backbone.get_parameter(name) for name in folder.index["private_parameters"]}
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    flat = tensors.get("private", torch.empty(0))
-    if len(flat) != sum(sizes):
-        raise folder.damaged(file)
-    parts = flat.split(sizes) if sizes else ()
-    return {name: part.view(parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
-
-
-def _split_statistics(
-    model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
-) -> list[Tensor]:
-    if model.norm_statistics is None:
-        return []
-    rows = [rows[0] for rows in model.norm_statistics.rows]
-    split: dict[bool, Iterator[Tensor]] = {}
-    for name, is_float in _STATISTICS.items():
-        sizes = [row.numel() for row in rows if row.is_floating_point() == is_float]
-        flat = tensors.get(name, torch.empty(0))
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The ticket's rows of statistics, in the order of the model's buffers, and of private parameters."""
+    names, parts = folder.index["private_parameters"], {}
+    expected = {**_rows(model, 0), "private": [model.backbone.get_parameter(name) for name in names]}
+    for key, rows in expected.items():
+        flat, sizes = tensors.get(key, torch.empty(0)), [row.numel() for row in rows]
         if len(flat) != sum(sizes):
             raise folder.damaged(file)
-        split[is_float] = iter(flat.split(sizes))
-    return [next(split[row.is_floating_point()]).view(row.shape) for row in rows]
+        parts[key] = iter([part.view_as(row) for part, row in zip(flat.split(sizes), rows, strict=True)])
+    buffers = [] if model.norm_statistics is None else model.norm_statistics.rows
+    keys = ["statistics" if rows.is_floating_point() else "num_batches_tracked" for rows in buffers]
+    return [next(parts[key]) for key in keys], dict(zip(names, parts["private"], strict=True))
 
 
 def _check_same_base(

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..data.columns import has_transform, is_hf_dataset, keeping, label_column, label_values
 from ..data.partition import Partition
-from ..data.route_data import ConcatRows, EvaluationData, RowSubset
+from ..data.route_data import EvaluationData
 from ..modeling.hashing import hash_tensors
 from .randomness import Stream, seeded
 
@@ -151,9 +151,9 @@ def _unused_columns(
 def _without(dataset: Any, column: str) -> Any:
     """A data set without a column of those of `datasets` in it."""
     if isinstance(dataset, Subset):
-        return RowSubset(_without(dataset.dataset, column), dataset.indices)
+        return Subset(_without(dataset.dataset, column), dataset.indices)
     if isinstance(dataset, ConcatDataset):
-        return ConcatRows([_without(part, column) for part in dataset.datasets])
+        return ConcatDataset([_without(part, column) for part in dataset.datasets])
     return dataset.remove_columns(column) if is_hf_dataset(dataset) and column in dataset.column_names else dataset
 
 

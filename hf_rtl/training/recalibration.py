@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from ..data.route_data import EvaluationData, RouteData, RowSubset
+from ..data.route_data import EvaluationData, RouteData
 from ..modeling.masking import UNION
 from .randomness import Stream, seeded
 from .running_statistics import evaluation_losses, recalibrate, recalibrate_network
@@ -61,7 +61,7 @@ def _batches(trainer: Any, round_index: int) -> Iterator[tuple[int, dict[str, An
     order = order[: num_batches * data.batch_size]
     samples = EvaluationData(data.dataset, data.partition, membership=data.membership)
     drop_last = len(order) > data.batch_size
-    rows = RowSubset(samples, order.tolist())
+    rows = Subset(samples, order.tolist())
     for batch in DataLoader(rows, batch_size=data.batch_size, collate_fn=trainer.collate(), drop_last=drop_last):
         yield UNION, _without_labels(trainer, batch)
 

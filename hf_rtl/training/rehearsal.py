@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..data.columns import is_hf_dataset, single_labels
 from ..data.partition import Partition
-from ..data.route_data import RowSubset
 from ..model_card.card import check_card
 from ..modeling.masking import UNION
 from .callbacks import ModelCardCallback
@@ -250,7 +250,7 @@ def _sort_key(label: Any) -> Any:
 def _rows(trainer: RouteTrainer, dataset: Any, partition: Partition, indices: list[int]) -> Any:
     """Some rows of a data set; of one of `datasets`, another of `datasets`."""
     chosen = sorted(set(indices))
-    rows = dataset.select(chosen) if is_hf_dataset(dataset) else RowSubset(dataset, chosen)
+    rows = dataset.select(chosen) if is_hf_dataset(dataset) else Subset(dataset, chosen)
     part = replace(partition, route_ids=partition.route_ids[chosen], allow_empty=True)
     trainer.run_data.remember(rows, part)
     return rows

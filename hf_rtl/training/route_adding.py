@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
+from torch.utils.data import ConcatDataset
 from transformers import get_scheduler
 
 from ..data.columns import check_labels, list_columns, single_labels
 from ..data.partition import Partition
-from ..data.route_data import ConcatRows, RouteData
+from ..data.route_data import RouteData
 from ..modeling.hashing import hash_tensors
 from ..modeling.mask_bank import MaskBank
 from ..modeling.masking import UNION
@@ -128,7 +129,7 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
                 f"the data of the new route {name!r} has the columns {', '.join(list_columns(new.dataset))}, but "
                 f"that of the trainer has {', '.join(list_columns(others[0]))}; both need the same."
             )
-        chained.dataset = ConcatRows([others[0], new.dataset])
+        chained.dataset = ConcatDataset([others[0], new.dataset])
         route_ids, rule = np.concatenate([others[1].route_ids, route_ids]), others[1].rule
     # The rule of the others does not know the new route: saving the model warns of it and leaves it out.
     chained.partition = Partition(route_ids, [*route_names, name], allow_empty=True, rule=rule)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, IntegerLabels, RouteData
+from ..data.route_data import EvaluationData, RouteData, collate_truth_values
 from ..data.rules import replace_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -391,7 +392,8 @@ class RouteTrainer(Trainer):
         """The function that makes a batch of samples, without columns that the backbone does not take."""
         collate = self._get_collator_with_removed_columns(self.data_collator)
         are_classes = predicts_single_labels(self.model) and self.model.config.num_labels > 1
-        return IntegerLabels(collate) if are_classes and not self._has_own_loss(self.compute_loss_func) else collate
+        takes_integers = are_classes and not self._has_own_loss(self.compute_loss_func)
+        return partial(collate_truth_values, collate) if takes_integers else collate
 
     def collate_alone(self) -> Callable[[list], dict]:
         """`collate` with a copy of the collator, which may draw or count. The model that it may hold is not copied."""

@@ -22,7 +22,7 @@ from transformers import BertConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForSequenceClassification
 
-from .timing import in_turn, parse, ratio, report
+from .timing import draw_masks, in_turn, parse, ratio, report
 
 
 NUM_ROUTES = 8
@@ -45,10 +45,7 @@ def cases(density: float) -> list[tuple[str, RTLModel, dict[str, Tensor]]]:
     ghostnet = RTLModelForImageClassification.from_backbone("ghostnet_rtl", num_labels=10, **names)
     bert = RTLModelForSequenceClassification.from_backbone(BERT, num_labels=2, **names)
     for model in (ghostnet, bert):
-        for route in range(NUM_ROUTES):
-            model.mask_bank[route] = [
-                torch.rand(shape, generator=generator) < density for shape in model.mask_bank.shapes
-            ]
+        draw_masks(model, density, generator)
     return [
         ("ghostnet_rtl, 32x32", ghostnet, {"pixel_values": images, "labels": torch.arange(320) % 10}),
         ("BERT, 4 layers of 256, 64 tokens", bert, {"input_ids": tokens, "labels": torch.arange(64) % 2}),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 import transformers
 from tabulate import tabulate
 from transformers import TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from hf_rtl.modeling.files import write_json
@@ -48,20 +49,14 @@ WARM_UP = 10
 class ScalingArguments:
     """What is measured, and how often."""
 
-    processes: int = field(default=2, metadata={"help": "Processes to compare with one."})
-    turns: int = field(default=3, metadata={"help": "Runs of each kind."})
-    backbone: str = field(default="ghostnet_rtl", metadata={"help": "A timm name, a repo id or a folder."})
-    route_batch_size: int = field(default=128, metadata={"help": "Samples per batch, over all processes."})
-    extraction_steps: int = field(
-        default=30, metadata={"help": "Steps of a training in extraction; every route has two trainings."}
-    )
-    retraining_steps: int = field(
-        default=110, metadata={"help": f"Steps of joint retraining; the first {WARM_UP} are not timed."}
-    )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
-    measure: str | None = field(
-        default=None, metadata={"help": "Internal: run as one process of a measured run in this folder."}
-    )
+    processes: int = HfArg(default=2, help="Processes to compare with one.")
+    turns: int = HfArg(default=3, help="Runs of each kind.")
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    route_batch_size: int = HfArg(default=128, help="Samples per batch, over all processes.")
+    extraction_steps: int = HfArg(default=30, help="Steps of a training in extraction; every route has two trainings.")
+    retraining_steps: int = HfArg(default=110, help=f"Steps of joint retraining; the first {WARM_UP} are not timed.")
+    output: str | None = HfArg(default=None, help="JSON file for the results.")
+    measure: str | None = HfArg(default=None, help="Internal: run as one process of a measured run in this folder.")
 
 
 def main() -> None:
@@ -164,9 +159,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         report_to=[],
         seed=0,
     )
-    clock = StepClock()
-    extraction = ExtractionClock()
-    extraction.watch()
+    clock = Clock()
+    clock.watch_extraction()
     trainer = RTLTrainer(model, args, train_dataset=train, callbacks=[clock])
     trainer.train()
     processes = trainer.processes.gather(os.getpid())
@@ -176,8 +170,8 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
             folder / "measured.json",
             {
                 "processes": len(set(processes)),
-                "ready": extraction.ready,
-                "extraction_seconds": extraction.seconds,
+                "ready": clock.ready,
+                "extraction_seconds": clock.seconds,
                 "step_milliseconds": 1e3 * (clock.ticks[1] - clock.ticks[0]) / (arguments.retraining_steps - WARM_UP),
                 "masks": model.mask_bank.fingerprint(),
                 "device": torch.cuda.get_device_name()
@@ -187,14 +181,18 @@ def measure(arguments: ScalingArguments, data: DataArguments, folder: Path) -> N
         )
 
 
-class ExtractionClock:
-    """Times extraction in `seconds`; `ready` is the time at which all processes were ready for it."""
+class Clock(TrainerCallback):
+    """
+    Times extraction in `seconds`; `ready` is the time at which all processes were ready for it. `ticks` are the times
+    at which joint retraining had warmed up and had ended.
+    """
 
     def __init__(self) -> None:
         self.ready = 0.0
         self.seconds = 0.0
+        self.ticks: list[float] = []
 
-    def watch(self) -> None:
+    def watch_extraction(self) -> None:
         """Times every round's extraction in this process from now on."""
         find = Extraction.run
 
@@ -207,13 +205,6 @@ class ExtractionClock:
             return masks
 
         Extraction.run = run  # type: ignore[method-assign]
-
-
-class StepClock(TrainerCallback):
-    """Notes the times at which joint retraining had warmed up and had ended."""
-
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in (WARM_UP, state.max_steps):

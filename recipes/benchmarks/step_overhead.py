@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from hf_rtl import MaskedAdamW, RTLModelForImageClassification
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
-from .timing import in_turn, parse, ratio, report
+from .timing import draw_masks, in_turn, parse, ratio, report
 
 
 # (backbone, batch size, image side)
@@ -38,10 +38,8 @@ def measure(backbone: str, batch_size: int, side: int, device: torch.device, tur
     model = RTLModelForImageClassification.from_backbone(
         backbone, route_names=[f"route {k}" for k in range(NUM_ROUTES)], ticket_task="membership", seed=0
     )
-    generator = torch.Generator().manual_seed(0)
-    for route in range(NUM_ROUTES):
-        masks = [torch.rand(shape, generator=generator) < density for shape in model.mask_bank.shapes]
-        model.mask_bank[route] = masks
+    draw_masks(model, density, torch.Generator().manual_seed(0))
+    masks = model.mask_bank[0]
     dense = copy.deepcopy(model.backbone).to(device).train()
     network = copy.deepcopy(model.backbone).to(device)
     model.to(device).train()

@@ -1,4 +1,4 @@
-"""The arguments, the measuring in turns and the report of the benchmarks of steps."""
+"""The arguments, the masks, the measuring in turns and the report of the benchmarks of steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from hf_rtl import RTLModel
 from hf_rtl.modeling.files import write_json
 
 
@@ -32,6 +33,13 @@ def parse(description: str) -> tuple[argparse.Namespace, torch.device]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     return arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def draw_masks(model: RTLModel, density: float, generator: torch.Generator) -> None:
+    """Gives every route of the model random masks of a density."""
+    bank = model.mask_bank
+    for route in range(bank.num_routes):
+        bank[route] = [torch.rand(shape, generator=generator) < density for shape in bank.shapes]
 
 
 def command_line(module: str) -> str:

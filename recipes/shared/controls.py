@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from hf_rtl import RTLModel, RTLTrainer
 from hf_rtl.metrics import label_metrics, membership_metrics
 from hf_rtl.pruning import random_masks, shuffled_masks
 
-from .image_data import ImageTensors
 from .models import model_of_round, tickets_of_round
 from .plain_networks import one_vs_rest
 
@@ -24,7 +22,7 @@ from .plain_networks import one_vs_rest
 CONTROL_MASKS = {"random masks": random_masks, "layer-shuffled masks": shuffled_masks}
 
 
-def image_controls(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
+def image_controls(trainer: RTLTrainer, backbone: str) -> list[dict[str, Any]]:
     """
     Reports of the controls of a finished run, each with its `method`. Every round has three: the tickets with routes
     shifted by one, each answering for its neighbour, and random and layer-shuffled masks of the tickets' densities,
@@ -32,16 +30,16 @@ def image_controls(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> li
     """
     reports = []
     for report in trainer.rounds:
-        reports.append(_shifted(trainer, test, report))
+        reports.append(_shifted(trainer, report))
         tickets = tickets_of_round(trainer, report)
         for method in CONTROL_MASKS:
             reports.append({"method": method, **with_other_masks(trainer, report, tickets, method)})
-    return reports + dense_image_network(trainer, test, backbone)
+    return reports + dense_image_network(trainer, backbone)
 
 
-def dense_image_network(trainer: RTLTrainer, test: ImageTensors, backbone: str) -> list[dict[str, Any]]:
+def dense_image_network(trainer: RTLTrainer, backbone: str) -> list[dict[str, Any]]:
     """The report of a dense one-vs-rest model alone, trained on the batches of the first round."""
-    metrics = one_vs_rest(trainer, test, backbone)
+    metrics = one_vs_rest(trainer, trainer.eval_dataset, backbone)
     return [{"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}]
 
 
@@ -57,28 +55,26 @@ def with_other_masks(
     return trainer.retrain(masks, like=report["folder"], name=name)
 
 
-def _shifted(trainer: RTLTrainer, test: ImageTensors, report: dict[str, Any]) -> dict[str, Any]:
+def _shifted(trainer: RTLTrainer, report: dict[str, Any]) -> dict[str, Any]:
     """The report of a round in which ticket k scores for route k + 1."""
     model = model_of_round(trainer, report)
-    scores, homes = _scores(trainer, model, test)
+    scores, homes = _scores(trainer, model)
     metrics = membership_metrics(np.roll(scores, 1, axis=1), homes, model.route_names)
     return {"method": "routes shifted by one", "sparsity": report["sparsity"], "metrics": metrics}
 
 
-def _scores(trainer: RTLTrainer, model: RTLModel, test: ImageTensors) -> tuple[np.ndarray, np.ndarray]:
+def _scores(trainer: RTLTrainer, model: RTLModel) -> tuple[np.ndarray, np.ndarray]:
     """The scores of all tickets, `[N, K]`, and the route of every sample, `[N]`."""
     before, trainer.model = trainer.model, model.to(trainer.args.device)
     try:
-        loader = trainer.get_eval_dataloader(test)
+        loader = trainer.get_eval_dataloader()
         output = trainer.evaluation_loop(loader, description="Scores", prediction_loss_only=False)
     finally:
         trainer.model = before
     return output.predictions, output.label_ids
 
 
-def text_controls(
-    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
-) -> list[dict[str, Any]]:
+def text_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> list[dict[str, Any]]:
     """
     Reports of the controls of a finished run, each with its `method`: the last round with the other router; for every
     round, a single mask for all data, of the tickets' density; and a dense model.
@@ -86,7 +82,6 @@ def text_controls(
     Args:
         trainer ([`RTLTrainer`]): a trainer after `train()`. Its model keeps the other router.
         make_model (`Callable`): makes the model with given `route_names`, with the same initial weights at every call.
-        train, test (`Dataset`): the data of the run.
     """
     reports = []
     if trainer.args.router != "given":
@@ -94,30 +89,23 @@ def text_controls(
         trainer.fit_router(router)
         reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
     sparsities = sorted({0.0, *trainer.args.target_sparsity})
-    return reports + _single_mask(trainer, make_model, train, test, "single-mask", sparsities)
+    return reports + _single_mask(trainer, make_model, "single-mask", sparsities)
 
 
-def dense_text_network(
-    trainer: RTLTrainer, make_model: Callable[..., RTLModel], train: Dataset, test: Dataset
-) -> list[dict[str, Any]]:
+def dense_text_network(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> list[dict[str, Any]]:
     """The report of a dense model alone; see `text_controls`."""
-    return _single_mask(trainer, make_model, train, test, "dense", [0.0])
+    return _single_mask(trainer, make_model, "dense", [0.0])
 
 
 def _single_mask(
-    trainer: RTLTrainer,
-    make_model: Callable[..., RTLModel],
-    train: Dataset,
-    test: Dataset,
-    folder: str,
-    sparsities: list[float],
+    trainer: RTLTrainer, make_model: Callable[..., RTLModel], folder: str, sparsities: list[float]
 ) -> list[dict[str, Any]]:
     """
     Reports of iterative magnitude pruning: the same trainer and data with a single route, which has as many samples in
     extraction and in retraining as all tickets together. The round at sparsity 0 trains a dense model.
     """
     args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
-    route_ids = np.array(test[args.route_column])
+    route_ids = np.array(trainer.eval_dataset[args.route_column])
     single = RTLTrainer(
         make_model(route_names=["all"]),
         replace(
@@ -129,8 +117,8 @@ def _single_mask(
             router="given",
             route_column=None,
         ),
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
         compute_metrics=lambda output: label_metrics(output.predictions, output.label_ids, route_ids, names),
         processing_class=trainer.processing_class,
     )

@@ -4,61 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from datasets import Dataset, load_dataset
+from transformers.hf_argparser import HfArg
 
 
 @dataclass
 class DataArguments:
     """Which images or texts a recipe reads, and how they become tensors."""
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="digits",
-        metadata={
-            "help": "'digits' (scikit-learn's, without a download), a folder of idx.gz files such as that of Debian's "
-            "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10."
-        },
+        help="'digits' (scikit-learn's, without a download), a folder of idx.gz files such as that of Debian's "
+        "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10.",
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the Hub data set, if it has several."}
+    config_name: str | None = HfArg(default=None, help="Configuration of the Hub data set, if it has several.")
+    text_column: str | None = HfArg(default=None, help="Column of the texts. Without one, the data are images.")
+    max_length: int = HfArg(default=128, help="Tokens of a text; longer texts are cut.")
+    class_bounds: list[float] = HfArg(
+        default_factory=list, help="Ascending bounds that cut labels of texts into classes, if labels are numbers."
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of the texts. Without one, the data are images."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer texts are cut."})
-    class_bounds: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Ascending bounds that cut labels of texts into classes, if labels are numbers."},
-    )
-    class_names: list[str] = field(
-        default_factory=list, metadata={"help": "Names of these classes, one more than --class_bounds."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(
-        default="label", metadata={"help": "Column of the classes. For images, these are the routes."}
-    )
-    route_groups: str | None = field(
+    class_names: list[str] = HfArg(default_factory=list, help="Names of these classes, one more than --class_bounds.")
+    image_column: str = HfArg(default="image", help="Column of the images.")
+    label_column: str = HfArg(default="label", help="Column of the classes. For images, these are the routes.")
+    route_groups: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "JSON or YAML file of {route: [classes]}, each class in one; default: each class is a route."
-        },
+        help="JSON or YAML file of {route: [classes]}, each class in one; default: each class is a route.",
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="test", metadata={"help": "Split to evaluate on, not to train or calibrate on."})
-    image_size: int | None = field(default=None, metadata={"help": "Side to resize images to; default: their own."})
-    num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour."})
-    mean: float = field(default=0.5, metadata={"help": "Subtracted from pixels scaled to [0, 1]."})
-    std: float = field(default=0.5, metadata={"help": "Divisor of pixels after that."})
-    max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Draw this many training samples by seed; texts, equally many of each route."},
+    train_split: str = HfArg(default="train", help="Split to train on.")
+    test_split: str = HfArg(default="test", help="Split to evaluate on, not to train or calibrate on.")
+    image_size: int | None = HfArg(default=None, help="Side to resize images to; default: their own.")
+    num_channels: int = HfArg(default=3, help="1 for grey, 3 for colour.")
+    mean: float = HfArg(default=0.5, help="Subtracted from pixels scaled to [0, 1].")
+    std: float = HfArg(default=0.5, help="Divisor of pixels after that.")
+    max_train_samples: int | None = HfArg(
+        default=None, help="Draw this many training samples by seed; texts, equally many of each route."
     )
-    max_test_samples: int | None = field(default=None, metadata={"help": "Draw this many test samples by seed."})
+    max_test_samples: int | None = HfArg(default=None, help="Draw this many test samples by seed.")
 
     def on_card(self) -> dict[str, str]:
         """The fields of a model card on the data; none if the data are a folder of this machine."""
@@ -87,8 +71,6 @@ def read_splits(arguments: DataArguments, columns: Mapping[str, str]) -> list[Da
     Raises:
         ValueError: a split lacks one of these columns.
     """
-    from datasets import load_dataset
-
     folder = Path(arguments.dataset).expanduser()
     if folder.is_dir():
         files = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}

@@ -125,9 +125,7 @@ def _datasets(arguments: DataArguments) -> list[tuple[Any, np.ndarray, list[str]
 def _tensors(
     arguments: DataArguments, images: Any, labels: np.ndarray, names: list[str], limit: int | None, seed: int
 ) -> ImageTensors:
-    chosen = np.arange(len(labels))
-    if limit is not None and limit < len(chosen):
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:limit])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(labels))[:limit])
     pictures = images[chosen] if isinstance(images, np.ndarray) else images.select(chosen)[arguments.image_column]
     pixels = torch.stack([_pixels(picture, arguments) for picture in pictures])
     return ImageTensors(pixels, torch.from_numpy(labels[chosen]), names, mean=arguments.mean, std=arguments.std)

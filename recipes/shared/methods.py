@@ -106,3 +106,14 @@ class SeedRuns(ABC):
             file.parent.mkdir(exist_ok=True)
             write_json(file, content)
         return json.loads(file.read_text())
+
+
+def independent_costs(report: dict[str, Any], **spent: float) -> dict[str, Any]:
+    """The sizes and costs of a separate network per route, each with its ticket of a report. `spent`: other costs."""
+    trainings = report["costs"]["trainings"] - 1 + len(report["kept"])
+    return {
+        "union": sum(report["kept"].values()),
+        "footprint": {"total_bytes": report["footprint"]["independent_bytes"]},
+        "emptied_layers": report["emptied_layers"],
+        "costs": {**report["costs"], "trainings": trainings, **spent},
+    }

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -46,7 +46,7 @@ _LABELS_COLUMNS = {
 
 def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str, Any]:
     """The line of a report in tables. A report is one of `RTLTrainer.rounds`, or any dict with `metrics`."""
-    metrics = _without_prefix(report["metrics"])
+    metrics = without_prefix(report["metrics"])
     columns = _LABELS_COLUMNS if "worst_route_accuracy" in metrics else _MEMBERSHIP_COLUMNS
     line: dict[str, Any] = {"method": method, "sparsity": sparsity}
     line.update({title: metrics[key] for title, key in columns.items() if key in metrics})
@@ -62,7 +62,7 @@ def routes_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of every route's accuracy, for tickets that predict labels; with a router, a second line of that."""
     lines = []
     for report in reports:
-        metrics = _without_prefix(report["metrics"])
+        metrics = without_prefix(report["metrics"])
         for suffix, metric in (("", "/accuracy"), (", inferred", "/inferred_accuracy")):
             figures = {name.removesuffix(metric): value for name, value in metrics.items() if name.endswith(metric)}
             if figures:
@@ -70,7 +70,8 @@ def routes_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _without_prefix(metrics: dict[str, Any]) -> dict[str, Any]:
+def without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation, without the `eval_` before their names."""
     return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
 
@@ -80,6 +81,13 @@ def table(rows: list[dict[str, Any]], *, style: str = "simple") -> str:
     titles = list(dict.fromkeys([title for title in rows[0] if title in filled] + filled))
     cells = [[cell(title, line.get(title)) for title in titles] for line in rows]
     return tabulate(cells, headers=titles, tablefmt=style, disable_numparse=True)
+
+
+def print_tables(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Prints the tables that have lines, each under its name."""
+    for name, lines in tables.items():
+        if lines:
+            print(name.replace("_", " "), table(lines), sep="\n", end="\n\n")
 
 
 def over_seeds(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from datasets import load_dataset
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch.utils.data import Dataset
+from transformers.hf_argparser import HfArg
 
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -26,27 +27,23 @@ _REGIONS_SUFFIX = ".regions.png"
 class SceneArguments:
     """Which images `recipes/inr.py` reads, and how their regions are cleaned."""
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="scenes",
-        metadata={
-            "help": "A folder of parquet files with the columns image and regions (bytes of image files), name and "
-            "source; or of images beside their regions, photo.jpg and photo.regions.png, whose source is the folder's "
-            "name. Regions are an 8-bit picture: the value of a pixel is its region."
-        },
+        help="A folder of parquet files with the columns image and regions (bytes of image files), name and "
+        "source; or of images beside their regions, photo.jpg and photo.regions.png, whose source is the folder's "
+        "name. Regions are an 8-bit picture: the value of a pixel is its region.",
     )
-    names: list[str] = field(
-        default_factory=list, metadata={"help": "Read the images whose names end with one of these; default: all."}
+    names: list[str] = HfArg(
+        default_factory=list, help="Read the images whose names end with one of these; default: all."
     )
-    image_size: int = field(default=96, metadata={"help": "Longest side in pixels; larger images are reduced to it."})
-    smallest_region: float = field(
+    image_size: int = HfArg(default=96, help="Longest side in pixels; larger images are reduced to it.")
+    smallest_region: float = HfArg(
         default=0.01,
-        metadata={
-            "help": "Smallest fraction of an image that a region needs; pixels of others join the nearest region."
-        },
+        help="Smallest fraction of an image that a region needs; pixels of others join the nearest region.",
     )
-    unlabelled_in: list[str] = field(
+    unlabelled_in: list[str] = HfArg(
         default_factory=lambda: ["ADE20K"],
-        metadata={"help": "Sources in which region 0 means 'unlabelled'; its pixels join the nearest region too."},
+        help="Sources in which region 0 means 'unlabelled'; its pixels join the nearest region too.",
     )
 
 

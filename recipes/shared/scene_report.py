@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
@@ -65,9 +64,8 @@ def figures(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "regions of one colour": round(sum(report["constant_tickets"] for report in found) / num_seeds),
             }
         )
-    order = {title: number for number, title in enumerate(METHODS)}
     return sorted(
-        lines, key=lambda line: (-float(line["learning rate"]), line["sparsity"] or 0, order[line["method"]])
+        lines, key=lambda line: (-float(line["learning rate"]), line["sparsity"] or 0, METHODS.index(line["method"]))
     )
 
 
@@ -79,7 +77,7 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     lines = []
     for rate, at in dict.fromkeys((rate, at) for rate, method, at, _ in psnrs if method == RTL):
-        for other in (SINGLE, BALANCED, SINGLE_UNION, DENSE):
+        for other in METHODS[1:]:
             at_other = None if other == DENSE else at
             pairs = [
                 (psnrs[rate, RTL, at, image], psnrs[rate, other, at_other, image])
@@ -159,9 +157,10 @@ def correlations(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _grouped(lines: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
     """The lines of each key, in the order of the keys' first lines."""
-    order = {value: number for number, value in reversed(list(enumerate(map(key, lines))))}
-    together = sorted(lines, key=lambda line: order[key(line)])
-    return [(value, list(same)) for value, same in groupby(together, key)]
+    groups: dict[Any, list[Any]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return list(groups.items())
 
 
 def _mean_of_regions(reports: Sequence[dict[str, Any]]) -> float:

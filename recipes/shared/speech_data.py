@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import yaml
 from scipy.signal import resample_poly
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+from transformers.hf_argparser import HfArg
 
 
 AUDIO = (".flac", ".mp3", ".ogg", ".wav")
@@ -30,38 +31,27 @@ _LEAST_POWER = 0.1
 class SpeechArguments:
     """Which speech and noise a recipe reads, and how they are mixed."""
 
-    speech: str = field(
+    speech: str = HfArg(
         default="speech",
-        metadata={
-            "help": "Folder of clean speech: train*.parquet and test*.parquet with a column 'audio' of {bytes, path}, "
-            "or audio files, of which the last are for testing, by name."
-        },
+        help="Folder of clean speech: train*.parquet and test*.parquet with a column 'audio' of {bytes, path}, "
+        "or audio files, of which the last are for testing, by name.",
     )
-    noise: str = field(
-        default="noise", metadata={"help": "Folder of noise: a subfolder of audio files for every scene."}
-    )
-    noise_scenes: str | None = field(
+    noise: str = HfArg(default="noise", help="Folder of noise: a subfolder of audio files for every scene.")
+    noise_scenes: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "{scene: [files]} for a noise folder without subfolders, as a mapping in the configuration or as "
-            "JSON. The scenes are the routes, in this order."
-        },
+        help="{scene: [files]} for a noise folder without subfolders, as a mapping in the configuration or as "
+        "JSON. The scenes are the routes, in this order.",
     )
-    snrs: list[float] = field(
-        default_factory=lambda: [0.0, 5.0, 10.0],
-        metadata={"help": "Signal-to-noise ratios in dB, which the mixtures take in turn."},
+    snrs: list[float] = HfArg(
+        default_factory=lambda: [0.0, 5.0, 10.0], help="Signal-to-noise ratios in dB, which the mixtures take in turn."
     )
-    segment_seconds: float = field(
-        default=1.0, metadata={"help": "Length of a mixture in seconds; shorter speech is padded."}
-    )
-    sampling_rate: int = field(default=16_000, metadata={"help": "Sampling rate in Hz; all audio is resampled to it."})
-    num_train: int = field(default=300, metadata={"help": "Training mixtures of every scene."})
-    num_test: int = field(default=100, metadata={"help": "Test mixtures of every scene, the same for every seed."})
-    speech_test_fraction: float = field(
-        default=0.2, metadata={"help": "Fraction of the audio files of speech that is for testing."}
-    )
-    noise_train_fraction: float = field(
-        default=0.7, metadata={"help": "Fraction of every noise recording, from its beginning, that is for training."}
+    segment_seconds: float = HfArg(default=1.0, help="Length of a mixture in seconds; shorter speech is padded.")
+    sampling_rate: int = HfArg(default=16_000, help="Sampling rate in Hz; all audio is resampled to it.")
+    num_train: int = HfArg(default=300, help="Training mixtures of every scene.")
+    num_test: int = HfArg(default=100, help="Test mixtures of every scene, the same for every seed.")
+    speech_test_fraction: float = HfArg(default=0.2, help="Fraction of the audio files of speech that is for testing.")
+    noise_train_fraction: float = HfArg(
+        default=0.7, help="Fraction of every noise recording, from its beginning, that is for training."
     )
 
 
@@ -89,9 +79,8 @@ class Mixtures(Dataset):
 
 def stack(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of mixtures without `scene`, with `route_ids` if the samples have them, as in evaluation."""
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("input_values", "labels")}
-    if "route_ids" in samples[0]:
-        batch["route_ids"] = torch.tensor([sample["route_ids"] for sample in samples])
+    batch = default_collate(samples)
+    batch.pop("scene", None)
     return batch
 
 

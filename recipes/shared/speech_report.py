@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio
 
 from .methods import file_name
+from .report import without_prefix
 from .speech_data import Mixtures
 
 
@@ -41,7 +42,7 @@ def _means(values: Tensor, test: Mixtures) -> dict[str, float]:
 
 def report_line(report: Mapping[str, Any], scene_names: Sequence[str]) -> dict[str, Any]:
     """The line of a report, with the columns of all tables."""
-    metrics = {name.removeprefix("eval_"): value for name, value in report["metrics"].items()}
+    metrics = without_prefix(report["metrics"])
     return {
         "method": report["method"],
         "sparsity": report["at"],

@@ -259,7 +259,7 @@ def test_everything_is_back_after_an_exception(zoo, tiny_membership_model, monke
             pass
     assert_nothing_is_left(model, parameters, buffers)
     with monkeypatch.context() as patch:
-        patch.setattr(NormStatistics, "bind", fail)
+        patch.setattr(NormStatistics, "row", fail)
         with pytest.raises(Stop), model.route_context(0):
             pass
     assert_nothing_is_left(model, parameters, buffers)
