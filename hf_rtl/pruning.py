@@ -173,8 +173,8 @@ def round_schedule(
 
     Raises:
         TypeError: `num_weights` is not an integer, `prune_amount` or a target not a number.
-        ValueError: a value out of range, an unknown `prune_schedule`, targets that do not increase, or that differ by less
-            than a weight, or that keep nothing.
+        ValueError: a value out of range, an unknown `prune_schedule`, targets that do not increase, or that differ by
+            less than a weight, or that keep nothing.
 
     Example:
         >>> round_schedule(100, [0.25, 0.5], prune_schedule="constant", prune_amount=20)
