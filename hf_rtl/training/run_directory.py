@@ -24,7 +24,6 @@ from .run_identity import with_later_fields
 logger = logging.getLogger(__name__)
 
 _NUM_SHOWN = 12  # most differences that an error lists
-_LONGEST_SHOWN = 100  # characters of a value
 REPORT_FILE = "round.json"
 RETRAINED_FILE = "retrained.json"
 
@@ -231,10 +230,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
 def _in_words(path: str, old: Any, new: Any) -> str:
     if all(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) for value in (old, new)):
         return f"other {path}"  # hashes say nothing to a reader
-    before, now = json.dumps(old), json.dumps(new)
-    if max(len(before), len(now)) > _LONGEST_SHOWN:
-        return f"another {path}"
-    return f"{path}: {before} there, {now} now"
+    return f"{path}: {json.dumps(old)} there, {json.dumps(new)} now"
 
 
 def _pairs(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
