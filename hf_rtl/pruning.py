@@ -149,7 +149,7 @@ def _standard_deviation(layer: int, initial: Tensor) -> float:
 
 
 def round_schedule(
-    num_weights: int, target_sparsities: Sequence[float], *, schedule: str, amount: float
+    num_weights: int, target_sparsity: Sequence[float], *, prune_schedule: str, prune_amount: float
 ) -> list[list[int]]:
     """
     The numbers of weights kept after each prune event of each round.
@@ -159,53 +159,53 @@ def round_schedule(
 
     Args:
         num_weights (`int`): number of prunable weights.
-        target_sparsities (`Sequence[float]`): one target per round, a fraction of `num_weights`, strictly increasing
+        target_sparsity (`Sequence[float]`): one target per round, a fraction of `num_weights`, strictly increasing
             within `[0, 1)`. A first target of 0 is a round without events: dense tickets.
-        schedule (`str`): what an event removes.
-            `"geometric"`: the fraction `amount` of the surviving weights.
-            `"linear"`: the fraction `amount` of `num_weights`.
-            `"constant"`: `amount` weights (the paper's 4,096).
+        prune_schedule (`str`): what an event removes.
+            `"geometric"`: the fraction `prune_amount` of the surviving weights.
+            `"linear"`: the fraction `prune_amount` of `num_weights`.
+            `"constant"`: `prune_amount` weights (the paper's 4,096).
             A fraction is rounded to whole weights, and to one weight at least.
-        amount (`float`): strictly between 0 and 1 for the fractions, a positive whole number for `"constant"`.
+        prune_amount (`float`): strictly between 0 and 1 for the fractions, a positive whole number for `"constant"`.
 
     Returns:
         `list[list[int]]`: per round, the strictly decreasing kept counts after its events.
 
     Raises:
-        TypeError: `num_weights` is not an integer, `amount` or a target not a number.
-        ValueError: a value out of range, an unknown `schedule`, targets that do not increase, or that differ by less
-            than a weight, or that keep nothing.
+        TypeError: `num_weights` is not an integer, `prune_amount` or a target not a number.
+        ValueError: a value out of range, an unknown `prune_schedule`, targets that do not increase, or that differ by
+            less than a weight, or that keep nothing.
 
     Example:
-        >>> round_schedule(100, [0.25, 0.5], schedule="constant", amount=20)
+        >>> round_schedule(100, [0.25, 0.5], prune_schedule="constant", prune_amount=20)
         [[80, 75], [55, 50]]
     """
     num_weights = check_integer("num_weights", num_weights)
     if num_weights < 1:
         raise ValueError(f"`num_weights` is {num_weights}; at least 1 weight is needed.")
-    check_choice("schedule", schedule, PRUNE_SCHEDULES)
-    _check_amount(schedule, amount)
-    targets = _check_targets(target_sparsities)
+    check_choice("prune_schedule", prune_schedule, PRUNE_SCHEDULES)
+    _check_amount(prune_schedule, prune_amount)
+    targets = _check_targets(target_sparsity)
 
     rounds: list[list[int]] = []
     kept = num_weights
     for target in targets:
         goal = num_weights - round(target * num_weights)
         if goal == 0:
-            raise ValueError(f"`target_sparsities` has {target}, which keeps none of {num_weights} weights.")
+            raise ValueError(f"`target_sparsity` has {target}, which keeps none of {num_weights} weights.")
         if target > 0 and goal == kept:
             raise ValueError(
-                f"`target_sparsities` has {target}, which removes no weight of {num_weights} beyond the "
+                f"`target_sparsity` has {target}, which removes no weight of {num_weights} beyond the "
                 f"{num_weights - kept} removed before it."
             )
         events = []
         while kept > goal:
-            if schedule == "geometric":
-                removed = round(amount * kept)
-            elif schedule == "linear":
-                removed = round(amount * num_weights)
+            if prune_schedule == "geometric":
+                removed = round(prune_amount * kept)
+            elif prune_schedule == "linear":
+                removed = round(prune_amount * num_weights)
             else:
-                removed = int(amount)
+                removed = int(prune_amount)
             kept = max(goal, kept - max(1, removed))
             events.append(kept)
         rounds.append(events)
@@ -280,29 +280,31 @@ def _kind(value: object) -> str:
 
 
 def _check_amount(schedule: str, amount: float) -> None:
-    check_number("amount", amount)
+    check_number("prune_amount", amount)
     if schedule == "constant":
         if not (amount >= 1 and float(amount).is_integer()):
             raise ValueError(
-                f"`amount` is {amount}; schedule 'constant' removes a positive whole number of weights per event, as "
-                "in `amount=4096`. For a fraction use schedule 'linear' or 'geometric'."
+                f"`prune_amount` is {amount}; `prune_schedule` 'constant' removes a positive whole number of weights "
+                "per event, as in `prune_amount=4096`. For a fraction use 'linear' or 'geometric'."
             )
     elif not 0 < amount < 1:
+        hint = f"Did you mean {amount / 100:g}? " if 1 < amount < 100 else ""
         raise ValueError(
-            f"`amount` is {amount}; schedule {schedule!r} takes a fraction strictly between 0 and 1, as in "
-            "`amount=0.2`. For a number of weights use schedule 'constant'."
+            f"`prune_amount` is {amount}; `prune_schedule` {schedule!r} takes a fraction strictly between 0 and 1, as "
+            f"in `prune_amount=0.2`. {hint}For a number of weights use 'constant'."
         )
 
 
-def _check_targets(target_sparsities: Sequence[float]) -> list[float]:
-    if isinstance(target_sparsities, numbers.Real):
-        raise TypeError(f"`target_sparsities` is {target_sparsities}; a list is needed: `[{target_sparsities}]`.")
-    targets = [check_number(f"target_sparsities[{k}]", target) for k, target in enumerate(target_sparsities)]
+def _check_targets(target_sparsity: Sequence[float]) -> list[float]:
+    if isinstance(target_sparsity, numbers.Real):
+        raise TypeError(f"`target_sparsity` is {target_sparsity}; a list is needed: `[{target_sparsity}]`.")
+    targets = [check_number(f"target_sparsity[{k}]", target) for k, target in enumerate(target_sparsity)]
     if not targets:
-        raise ValueError("`target_sparsities` is empty; it needs one target per round, as in `[0.25, 0.5, 0.75]`.")
+        raise ValueError("`target_sparsity` is empty; it needs one target per round, as in `[0.25, 0.5, 0.75]`.")
     for position, target in enumerate(targets):
         if not 0 <= target < 1:
-            raise ValueError(f"`target_sparsities` has {target}; allowed are fractions from 0 to below 1.")
+            hint = f" Did you mean {target / 100:g}?" if 1 < target < 100 else ""
+            raise ValueError(f"`target_sparsity` has {target}; allowed are fractions from 0 to below 1.{hint}")
         if position > 0 and target <= targets[position - 1]:
-            raise ValueError(f"`target_sparsities` are {targets}; they must increase strictly.")
+            raise ValueError(f"`target_sparsity` are {targets}; they must increase strictly.")
     return targets

@@ -30,8 +30,8 @@ NUM_WEIGHTS = sum(SIZES)
 ROUTES = ["cat", "dog", "owl", "fox"]
 # Weights kept after each prune event: by the default schedule, and by one of equal steps such as the paper's.
 SCHEDULES = {
-    "geometric": round_schedule(NUM_WEIGHTS, [0.95], schedule="geometric", amount=0.2)[0],
-    "linear": round_schedule(NUM_WEIGHTS, [0.95], schedule="linear", amount=0.05)[0],
+    "geometric": round_schedule(NUM_WEIGHTS, [0.95], prune_schedule="geometric", prune_amount=0.2)[0],
+    "linear": round_schedule(NUM_WEIGHTS, [0.95], prune_schedule="linear", prune_amount=0.05)[0],
 }
 
 

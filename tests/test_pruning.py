@@ -188,7 +188,7 @@ def test_prune_refuses_bad_input():
 
 
 def test_constant_schedule_of_the_paper():
-    rounds = round_schedule(125_832, [0.25, 0.5, 0.75], schedule="constant", amount=4096)
+    rounds = round_schedule(125_832, [0.25, 0.5, 0.75], prune_schedule="constant", prune_amount=4096)
     assert [len(events) for events in rounds] == [8, 8, 8]
     assert [events[-1] for events in rounds] == [94_374, 62_916, 31_458]
     assert rounds[0] == [125_832 - 4096 * event for event in range(1, 8)] + [94_374]
@@ -196,54 +196,61 @@ def test_constant_schedule_of_the_paper():
 
 
 def test_geometric_and_linear_schedules():
-    assert round_schedule(100, [0.5, 0.6], schedule="geometric", amount=0.2) == [[80, 64, 51, 50], [40]]
-    assert round_schedule(100, [0.5, 0.75], schedule="linear", amount=0.2) == [[80, 60, 50], [30, 25]]
+    assert round_schedule(100, [0.5, 0.6], prune_schedule="geometric", prune_amount=0.2) == [[80, 64, 51, 50], [40]]
+    assert round_schedule(100, [0.5, 0.75], prune_schedule="linear", prune_amount=0.2) == [[80, 60, 50], [30, 25]]
     # A fraction of less than half a weight still removes one, so that every schedule ends.
-    assert round_schedule(5, [0.8], schedule="geometric", amount=0.01) == [[4, 3, 2, 1]]
-    assert round_schedule(5, [0.8], schedule="linear", amount=0.01) == [[4, 3, 2, 1]]
+    assert round_schedule(5, [0.8], prune_schedule="geometric", prune_amount=0.01) == [[4, 3, 2, 1]]
+    assert round_schedule(5, [0.8], prune_schedule="linear", prune_amount=0.01) == [[4, 3, 2, 1]]
 
 
 def test_targets_are_counted_on_the_original_number():
     # round() takes halves to even: 2.5 -> 2 removed, 7.5 -> 8 removed.
-    assert round_schedule(10, [0.25, 0.75], schedule="linear", amount=0.999) == [[8], [2]]
-    assert round_schedule(10, [0.0, 0.3], schedule="constant", amount=4096.0) == [[], [7]]
+    assert round_schedule(10, [0.25, 0.75], prune_schedule="linear", prune_amount=0.999) == [[8], [2]]
+    assert round_schedule(10, [0.0, 0.3], prune_schedule="constant", prune_amount=4096.0) == [[], [7]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"amount": 0.0}, ValueError, "`amount` is 0.0; schedule 'geometric' takes a fraction"),
-        ({"amount": 1.0}, ValueError, "`amount` is 1.0"),
-        ({"amount": float("nan")}, ValueError, "`amount` is nan"),
-        ({"amount": 4096}, ValueError, "use schedule 'constant'"),
-        ({"amount": 1.0, "schedule": "linear"}, ValueError, "schedule 'linear' takes a fraction"),
-        ({"amount": 0.2, "schedule": "constant"}, ValueError, "positive whole number"),
-        ({"amount": 1.5, "schedule": "constant"}, ValueError, "positive whole number"),
-        ({"amount": float("inf"), "schedule": "constant"}, ValueError, "positive whole number"),
-        ({"amount": "0.2"}, TypeError, "`amount` must be a number, got '0.2', a `str`"),
+        ({"prune_amount": 0.0}, ValueError, "`prune_amount` is 0.0; `prune_schedule` 'geometric' takes a fraction"),
+        ({"prune_amount": 1.0}, ValueError, "`prune_amount` is 1.0"),
+        ({"prune_amount": float("nan")}, ValueError, "`prune_amount` is nan"),
+        ({"prune_amount": 4096}, ValueError, "use 'constant'"),
+        ({"prune_amount": 1.0, "prune_schedule": "linear"}, ValueError, "`prune_schedule` 'linear' takes a fraction"),
+        ({"prune_amount": 0.2, "prune_schedule": "constant"}, ValueError, "positive whole number"),
+        ({"prune_amount": 1.5, "prune_schedule": "constant"}, ValueError, "positive whole number"),
+        ({"prune_amount": float("inf"), "prune_schedule": "constant"}, ValueError, "positive whole number"),
+        ({"prune_amount": "0.2"}, TypeError, "`prune_amount` must be a number, got '0.2', a `str`"),
         (
-            {"schedule": "cubic"},
+            {"prune_schedule": "cubic"},
             ValueError,
-            "one of 'geometric', 'linear', 'constant', got 'cubic'",
+            "`prune_schedule` must be one of .*, got 'cubic'",
         ),
-        ({"target_sparsities": []}, ValueError, "`target_sparsities` is empty"),
-        ({"target_sparsities": 0.5}, TypeError, r"a list is needed: `\[0.5\]`"),
-        ({"target_sparsities": ["0.5"]}, TypeError, "`target_sparsities\\[0\\]` must be a number, got '0.5', a `str`"),
-        ({"target_sparsities": [0.5, 1.0]}, ValueError, "`target_sparsities` has 1.0"),
-        ({"target_sparsities": [-0.1]}, ValueError, "`target_sparsities` has -0.1"),
-        ({"target_sparsities": [float("nan")]}, ValueError, "`target_sparsities` has nan"),
-        ({"target_sparsities": [0.5, 0.5]}, ValueError, "must increase strictly"),
-        ({"target_sparsities": [0.5, 0.0]}, ValueError, "must increase strictly"),
-        ({"target_sparsities": [0.001]}, ValueError, "removes no weight of 100"),
-        ({"target_sparsities": [0.5, 0.501]}, ValueError, "beyond the 50 removed before it"),
-        ({"target_sparsities": [0.999]}, ValueError, "keeps none of 100 weights"),
+        ({"target_sparsity": []}, ValueError, "`target_sparsity` is empty"),
+        ({"target_sparsity": 0.5}, TypeError, r"a list is needed: `\[0.5\]`"),
+        ({"target_sparsity": ["0.5"]}, TypeError, "`target_sparsity\\[0\\]` must be a number, got '0.5', a `str`"),
+        ({"target_sparsity": [0.5, 1.0]}, ValueError, "`target_sparsity` has 1.0"),
+        ({"target_sparsity": [90.0]}, ValueError, "`target_sparsity` has 90.0; .* Did you mean 0.9\\?"),
+        ({"prune_amount": 20}, ValueError, "`prune_amount` is 20; .* Did you mean 0.2\\?"),
+        ({"target_sparsity": [-0.1]}, ValueError, "`target_sparsity` has -0.1"),
+        ({"target_sparsity": [float("nan")]}, ValueError, "`target_sparsity` has nan"),
+        ({"target_sparsity": [0.5, 0.5]}, ValueError, "must increase strictly"),
+        ({"target_sparsity": [0.5, 0.0]}, ValueError, "must increase strictly"),
+        ({"target_sparsity": [0.001]}, ValueError, "removes no weight of 100"),
+        ({"target_sparsity": [0.5, 0.501]}, ValueError, "beyond the 50 removed before it"),
+        ({"target_sparsity": [0.999]}, ValueError, "keeps none of 100 weights"),
         ({"num_weights": 0}, ValueError, "`num_weights` is 0"),
         ({"num_weights": 1e6}, TypeError, "`num_weights` must be an int, got 1000000.0, a `float`"),
     ],
 )
 def test_round_schedule_refuses_bad_input(arguments, error, message):
-    arguments = {"num_weights": 100, "target_sparsities": [0.5], "schedule": "geometric", "amount": 0.2} | arguments
-    num_weights, targets = arguments.pop("num_weights"), arguments.pop("target_sparsities")
+    arguments = {
+        "num_weights": 100,
+        "target_sparsity": [0.5],
+        "prune_schedule": "geometric",
+        "prune_amount": 0.2,
+    } | arguments
+    num_weights, targets = arguments.pop("num_weights"), arguments.pop("target_sparsity")
     with pytest.raises(error, match=message):
         round_schedule(num_weights, targets, **arguments)
 

@@ -211,10 +211,15 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
         if not good:
             if _is_replaced(dataset, index, column, value):
                 return
+            way_out = "Correct the label, or filter the sample out"
+            if integers and isinstance(value, str):
+                way_out = f"`dataset.class_encode_column({column!r})` numbers text labels in sorted order"
+            elif integers and isinstance(value, int) and value >= num_labels:
+                most = max(other for other in values if isinstance(other, int))
+                way_out = f"Build the model with `num_labels={most + 1}`, or correct the label"
             raise ValueError(
                 f"Column {column!r} has the label {value!r} at sample {index}; needed is {allowed}: the model has "
-                f"`num_labels` = {num_labels}, and the label of sample 0 is {values[0]!r}. Correct the label, or "
-                "filter the sample out."
+                f"`num_labels` = {num_labels}, and the label of sample 0 is {values[0]!r}. {way_out}."
             )
 
 

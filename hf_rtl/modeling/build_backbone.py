@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,19 @@ from .structure import check_structure
 _LABEL_ARGUMENTS = ("num_labels", "id2label", "label2id", "problem_type")
 
 
+@contextlib.contextmanager
+def _without_list_of_classes() -> Iterator[None]:
+    """A context in which a configuration of another task is refused without the hundred classes that would do."""
+    try:
+        yield
+    except ValueError as error:
+        text, is_listed, _ = str(error).partition("\nModel type should be one of")
+        if not is_listed:
+            raise
+        raise ValueError(f"{text} Use the `RTLModelFor…` class of a task that this backbone has.") from None
+
+
+@_without_list_of_classes()
 def build_backbone(
     source: str | Path | PreTrainedConfig | nn.Module,
     auto_class: Any,
@@ -47,7 +63,7 @@ def build_backbone(
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds accelerators too
         if isinstance(source, PreTrainedModel):
             _refuse("an already built model", pretrained=pretrained, **kwargs)
             return source
@@ -69,9 +85,23 @@ def build_backbone(
             config = _timm_config(timm_name.split(".")[0], kwargs)
             created = timm_name if pretrained else config.architecture
             return _created(created, config, auto_class, pretrained=bool(pretrained))
-        if pretrained is False:
-            return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
-        return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
+        try:
+            if pretrained is False:
+                return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
+            return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
+        except OSError as error:
+            raise OSError(f"`backbone` = {name!r} is {_what_it_is_not(name)}. As a repo id: {error}") from error
+
+
+def _what_it_is_not(name: str) -> str:
+    """Why a name is neither a timm name nor a folder, with what comes close to it."""
+    path = Path(name).expanduser()
+    if len(path.parts) > 1 and path.parent.is_dir():
+        beside = sorted(other.name for other in path.parent.iterdir())
+        close = get_close_matches(path.name, beside, n=3)
+        return f"no folder; {str(path.parent)!r} has {', '.join(map(repr, close or beside[:3])) or 'nothing in it'}"
+    close = get_close_matches(name, timm.list_models(), n=3)
+    return "no timm name and no folder" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
 
 
 def _refuse(kind: str, **arguments: Any) -> None:

@@ -25,6 +25,7 @@ from .footprint import footprint
 from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
 from .image_processing import savable_processor
+from .mask_bank import check_route_names
 from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
@@ -55,6 +56,8 @@ class RTLModel(RoutedModel):
     training_run: dict[str, Any] | None = None
     # After a training: the rule by which new data gets its routes (see `partition.Rule`).
     partition_rule: Any = None
+    # Whether a trainer has moved its weights.
+    was_trained = False
     # The commit on the Hub that the model was loaded from; the repository's name is `name_or_path`.
     loaded_commit: str | None = None
 
@@ -96,6 +99,7 @@ class RTLModel(RoutedModel):
         Raises:
             ValueError: arguments that contradict each other, or a pattern that matches nothing.
         """
+        route_names = check_route_names(route_names if isinstance(route_names, str) else list(route_names))
         built = isinstance(backbone, PreTrainedModel)
         if ticket_task == "membership" and not built:
             if backbone_kwargs.get("num_labels", 1) != 1:
@@ -114,7 +118,7 @@ class RTLModel(RoutedModel):
         warn_of_changed_weights(model, prunable)
         config = RTLConfig(
             backbone_config=model.config,
-            route_names=list(route_names),
+            route_names=route_names,
             ticket_task=ticket_task,
             norm_statistics=norm_statistics,
             private_parameters=private_parameters,
@@ -128,7 +132,8 @@ class RTLModel(RoutedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any):
         """
-        As `PreTrainedModel.from_pretrained`, for a folder or a repo id, but stricter: missing masks are an error.
+        As `PreTrainedModel.from_pretrained`, for a folder or a repo id, but stricter: missing masks are an error. The
+        directory of a finished run stands for the model in its `final/`.
 
         Raises:
             ValueError: the checkpoint lacks a tensor, its masks are incomplete, damaged or of another model, it was
@@ -140,6 +145,14 @@ class RTLModel(RoutedModel):
                 "without, extract a ticket, `model.extract_ticket(route).save_pretrained(folder)`, and load that: "
                 "`AutoModel….from_pretrained(folder, quantization_config=…)`."
             )
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / "run.json").exists() and not (folder / "config.json").exists():
+            if not (folder / "final").exists():
+                rounds = ", ".join(repr(str(path.parent)) for path in sorted(folder.glob("round-*/config.json")))
+                raise ValueError(
+                    f"{str(folder)!r} holds a run that is not finished; its models are {rounds or 'not yet made'}."
+                )
+            pretrained_model_name_or_path = folder / "final"
         if cls is RTLModel:
             saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
             if saved_class is not RTLModel:

@@ -128,11 +128,19 @@ class RoutedModel(PreTrainedModel):
                 base stays what it was without them.
 
         Raises:
-            ValueError: the name is taken, or a mask or a private parameter does not fit. Nothing is changed then.
+            ValueError: the name is taken, or a mask, the statistics or a private parameter do not fit. Nothing is
+                changed then.
         """
         self._refuse_change("append_ticket()")
         refuse_offloaded(self, "append_ticket()")
         self.mask_bank.check_masks(masks)
+        rows = [] if self.norm_statistics is None else self.norm_statistics.row(UNION)
+        expected, found = ([tuple(tensor.shape) for tensor in tensors] for tensors in (rows, statistics))
+        if found != expected:
+            raise ValueError(
+                f"`statistics` has tensors of shapes {found}, expected {expected}: the row of a route, such as "
+                "`model.norm_statistics.row(0)`, or nothing if all routes share statistics."
+            )
         row = dict(private_parameters or {})
         self._check_private_row(row)
         thresholds = self.config.thresholds

@@ -43,12 +43,14 @@ class _MaskedOptimizer(Optimizer):
         One update for the routes trained since the last one; the union of their tickets masks it.
 
         Raises:
-            RuntimeError: no route was trained since the last `step` or `zero_grad`.
+            RuntimeError: no route was trained since the last `step` or `zero_grad`, or no parameter has a gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not _has_gradient([parameter for group in self.param_groups for parameter in group["params"]]):
+            raise RuntimeError("no parameter has a gradient; call `loss.backward()` before `step()`.")
         masked_parameters = self.routed_model.masked_parameters
         masks: dict[Tensor, Tensor] = {}
         if _has_gradient(masked_parameters):
@@ -296,7 +298,7 @@ def mask_updates(optimizer: Optimizer, model: RTLModel) -> Optimizer:
 
 
 def _has_gradient(parameters: Sequence[Tensor]) -> bool:
-    """Whether any masked parameter has a gradient; if none has, none moves, and no route needs to be trained."""
+    """Whether any parameter has a gradient. If no masked one has, none moves, and no route needs to be trained."""
     return any(parameter.grad is not None for parameter in parameters)
 
 

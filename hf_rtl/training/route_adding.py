@@ -146,7 +146,10 @@ def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbe
     theta0 = {name: tensor.detach().clone() for name, tensor in named_state(network)}
     ticket_trainer = trainer.ticket_trainer(theta0, network, frozen=trainer.model.mask_bank.union())
     (kept,) = round_schedule(
-        bank.num_weights, args.target_sparsity[-1:], schedule=args.prune_schedule, amount=args.prune_amount
+        bank.num_weights,
+        args.target_sparsity[-1:],
+        prune_schedule=args.prune_schedule,
+        prune_amount=args.prune_amount,
     )
     sampler = data.sampler((Stream.RETRAINING, 0), routes=[route])
     num_steps = args.max_steps

@@ -167,6 +167,7 @@ class RouteTrainer(Trainer):
         """Trains all tickets with a fresh optimizer, schedule and scaler, or continues a checkpoint in `folder`."""
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
+        self.model.was_trained = True
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler)
         set_seed(derive_seed(self.args.seed, Stream.RETRAINING, self._require_round().index))

@@ -222,11 +222,15 @@ def _differences_of(saved: Mapping[str, Any] | None, configuration: Mapping[str,
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    differences = [
-        f"{path}: {json.dumps(old)} there, {json.dumps(new)} now" for path, old, new in _pairs(saved, current)
-    ]
+    differences = [_in_words(path, old, new) for path, old, new in _pairs(saved, current)]
     more = len(differences) - _NUM_SHOWN
     return "; ".join(differences[:_NUM_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _in_words(path: str, old: Any, new: Any) -> str:
+    if all(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) for value in (old, new)):
+        return f"other {path}"  # hashes say nothing to a reader
+    return f"{path}: {json.dumps(old)} there, {json.dumps(new)} now"
 
 
 def _pairs(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

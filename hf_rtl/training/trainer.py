@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import EvalPrediction, TrainOutput, align_special_tokens
 
+from ..data.columns import is_hf_dataset, label_column
 from ..data.partition import Partition
 from ..model_card.card import RTLCardData, write_card
 from ..model_card.run_record import write_run
@@ -32,7 +33,7 @@ from .result_table import result_table
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
 from .route_trainer import RouteTrainer
-from .run_data import RunData, check_arguments, check_trainable
+from .run_data import RunData, check_arguments, check_trainable, predicts_single_labels
 from .run_directory import RunDirectory
 from .run_report import describe_run
 from .ticket_trainer import named_state
@@ -114,6 +115,7 @@ class RTLTrainer(RouteTrainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        self._name_labels(train_dataset)
         own = (compute_metrics, *(kwargs.get(name) for name in _OF_EVALUATION))
         self.has_own_evaluation = any(function is not None for function in own)
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
@@ -126,6 +128,18 @@ class RTLTrainer(RouteTrainer):
         # The weights at the first call of `train()`; later calls, also after an error, start from the same weights.
         self._initial: dict[str, Tensor] | None = None
 
+    def _name_labels(self, dataset: Any) -> None:
+        """Names the model's labels as the `ClassLabel` column of the data does, unless they have names."""
+        config = self.model.config
+        unnamed = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+        if is_hf_dataset(dataset) and predicts_single_labels(self.model) and config.id2label == unnamed:
+            column = label_column(dataset)
+            names = getattr(dataset.features.get(column), "names", [])
+            if len(names) == config.num_labels:
+                config.id2label = dict(enumerate(names))
+                config.label2id = {name: index for index, name in enumerate(names)}
+                self.progress.say(f"labels are named as in column {column!r}: {', '.join(names)}")
+
     def plan(self) -> Plan:
         """The plan of `train()`. Raises `ValueError` if sparsities and model do not fit, or data are missing."""
         data = self.run_data.require_training()
@@ -133,8 +147,8 @@ class RTLTrainer(RouteTrainer):
         schedule = round_schedule(
             num_weights,
             self.args.target_sparsity,
-            schedule=self.args.prune_schedule,
-            amount=self.args.prune_amount,
+            prune_schedule=self.args.prune_schedule,
+            prune_amount=self.args.prune_amount,
         )
         accumulation = self.args.gradient_accumulation_steps
         sampler = data.sampler((), gradient_accumulation_steps=accumulation, world_size=self.args.world_size)
@@ -184,6 +198,7 @@ class RTLTrainer(RouteTrainer):
         self._align_tokens()
         self.model.check_savable()
         if self._initial is None:
+            self._refuse_trained_model()
             state = named_state(self.model.backbone)
             self._initial = {name: tensor.detach().cpu().clone() for name, tensor in state}
             self.given_config = self.model.config.to_dict()
@@ -206,6 +221,17 @@ class RTLTrainer(RouteTrainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
+
+    def _refuse_trained_model(self) -> None:
+        """Raises `ValueError` if the weights of the model are no θ0: all rounds would start from trained weights."""
+        model = self.model
+        is_trained = model.was_trained or int(model.mask_bank.count().min()) < model.mask_bank.num_weights
+        if is_trained and not self.args.rewind_to_current:
+            raise ValueError(
+                "the model was trained, or holds tickets, so its weights are not the initial ones that every round "
+                "starts from. Build it anew with `from_backbone`, as for the first run; or set "
+                "`rewind_to_current=True` if these weights are meant as θ0 of another run."
+            )
 
     def _say_results(self) -> None:
         """Prints a table of every route at every sparsity for each evaluation set, and where the model is."""

@@ -173,6 +173,10 @@ class RTLTrainingArguments(TrainingArguments):
         default=0,
         metadata={"help": "Rewind to the weights after this many dense steps on all data; 0: to the initial weights."},
     )
+    rewind_to_current: bool = field(
+        default=False,
+        metadata={"help": "Take the weights of a model that was trained or holds tickets as θ0; else it is refused."},
+    )
     allow_disconnected: bool = field(
         default=False,
         metadata={
@@ -223,12 +227,16 @@ class RTLTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         # Any number of weights will do: this call raises for targets and amounts out of range.
-        round_schedule(2**24, self.target_sparsity, schedule=self.prune_schedule, amount=self.prune_amount)
+        round_schedule(2**24, self.target_sparsity, prune_schedule=self.prune_schedule, prune_amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), minimum=minimum)
         for name in ("extraction_epochs", "calibration_fraction", "router_threshold"):
             check_number(name, getattr(self, name))
+        if self.max_steps != -1:
+            check_integer("max_steps", self.max_steps, minimum=1)
+        if not 0 <= check_number("num_train_epochs", self.num_train_epochs) < math.inf:
+            raise ValueError(f"`num_train_epochs` must not be negative, got {self.num_train_epochs}.")
         if not 0 < self.extraction_epochs < math.inf:
             raise ValueError(f"`extraction_epochs` must be positive, got {self.extraction_epochs}.")
         if not 0 <= self.calibration_fraction < 1:

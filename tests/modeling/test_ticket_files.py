@@ -582,3 +582,16 @@ def test_the_base_is_known_after_casts_and_compaction_and_not_after_training(tmp
     dropped.drop_route("ant")
     dropped.save_pretrained(tmp_path / "dropped")
     assert dropped.config.base != base
+
+
+@pytest.mark.parametrize("statistics", [(), [torch.zeros(8)], "of another model"])
+def test_a_ticket_with_other_statistics_changes_nothing(statistics):
+    model = make_model()
+    if statistics == "of another model":
+        statistics = [torch.zeros(2, *row.shape) for row in model.norm_statistics.row(0)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`statistics` has tensors of shapes .*, expected .*\.row\(0\)"):
+        model.append_ticket("dusk", model.mask_bank[0], statistics=statistics)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert model.config.route_names == model.route_names

@@ -41,7 +41,7 @@ def test_folders_differ_even_where_sparsities_are_printed_alike():
 
 @pytest.mark.parametrize("retrain_every_round", [True, False])
 def test_a_plan_counts_trainings_and_steps(retrain_every_round):
-    schedule = round_schedule(1000, [0.25, 0.5, 0.75], schedule="constant", amount=100)
+    schedule = round_schedule(1000, [0.25, 0.5, 0.75], prune_schedule="constant", prune_amount=100)
     assert [len(events) for events in schedule] == [3, 3, 3]
     rounds = make_rounds(schedule, [0.25, 0.5, 0.75], retrain_every_round=retrain_every_round)
     plan = Plan(rounds, 1000, {"a": 10, "b": 20}, extraction_steps=[3, 5], retraining_steps=7)
