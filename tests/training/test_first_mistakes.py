@@ -57,7 +57,7 @@ MISTAKES = {
     ),
     "text labels": (
         lambda path: trainer(path, scans(text=True)),
-        r"the label 'disc' at sample 0;.*`dataset.class_encode_column\('label'\)` numbers text labels",
+        r"the label 'disc' at sample 0;.*Name the labels, as in `from_backbone\(…, id2label=\{0: 'disc', 1: 's",
     ),
     "a name beside one of timm's": (
         lambda path: from_backbone("small_net_for_test"),
