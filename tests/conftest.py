@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E40
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 import hf_rtl  # noqa: E402
+from tests.pictures import put_picture  # noqa: E402
 
 
 transformers.utils.logging.disable_progress_bar()
@@ -55,6 +56,14 @@ def _imported_modules_are_not_collected() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cards_have_a_ready_picture() -> Iterator[None]:
+    """`tests/model_card/test_written_cards.py` has a card with a picture of its own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hf_rtl.plots.similarity_heatmap", put_picture)
+        yield
 
 
 @pytest.fixture(autouse=True)
