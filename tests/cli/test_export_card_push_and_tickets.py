@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig
 
 from hf_rtl import ByCentres, RTLModel, RTLModelForImageClassification, load_rule, save_rule
 from hf_rtl_cli.main import main
+from tests.training.small_runs import SMALL_NET
 
 
 ROUTES = ["cat", "dog", "owl"]
@@ -23,7 +24,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def model() -> RTLModelForImageClassification:
     model = RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=ROUTES, ticket_task="membership", seed=0
+        SMALL_NET, route_names=ROUTES, ticket_task="membership", seed=0
     )
     generator = torch.Generator().manual_seed(0)
     for route in range(3):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 RECIPES = ROOT / "recipes"
 SMALL = [
     *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "2"),
-    *("--extraction_steps", "2", "--max_train_samples", "400", "--max_test_samples", "100", "--use_cpu"),
+    *("--extraction_steps", "2", "--max_train_samples", "200", "--max_test_samples", "100", "--use_cpu"),
 ]
 MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node.yaml"), "--num_processes", "2"]
 
@@ -47,57 +47,40 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """
-    Two launchers, one after the other, since load delays the end of a process: `"failing"`,
-    `torchrun --nproc_per_node 2`, whose processes print which `hf_rtl` they have, before process 0 raises; and
-    `"alone"`, the recipe by `accelerate launch --cpu --num_processes 2`.
+    What the command `accelerate launch --cpu --num_processes 2` prints, and the results of the recipe that it starts;
+    before the recipe, its process prints which `hf_rtl` it has.
     """
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("alone", "failing")}
-    script = folders["failing"] / "fails.py"
-    run = str(folders["failing"] / "run")
+    folder = tmp_path_factory.mktemp("alone")
+    script = folder / "recipe.py"
     script.write_text(
-        "from tests.child_processes import package_file; print(package_file())\n"
-        f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n"
+        "import runpy, sys\nfrom tests.child_processes import package_file\n"
+        f"print(package_file())\nsys.path.insert(0, {str(RECIPES)!r})\n"
+        f"runpy.run_path({str(RECIPES / 'prune.py')!r}, run_name='__main__')\n"
     )
-    recipe = [str(RECIPES / "prune.py"), *SMALL, "--output_dir", str(folders["alone"] / "run")]
-    lines = {
-        "alone": [*ACCELERATE, "--cpu", "--num_processes", "2", *recipe],
-        "failing": [*TORCH, "--standalone", "--nproc_per_node", "2", str(script)],
-    }
-    started: dict[str, Command] = {}
-    for name in ("failing", "alone"):
-        started[name] = Command(lines[name], folders[name])
-        if name == "failing":
-            started[name].process.wait(180)
-    yield started
-    for command in started.values():
+    line = [*ACCELERATE, "--cpu", "--num_processes", "2", str(script), *SMALL, "--output_dir", str(folder / "run")]
+    command = Command(line, folder)
+    try:
+        code, printed = command.end()
+    finally:
         command.stop()
-
-
-@pytest.fixture(scope="module")
-def alone(commands: dict[str, Command]) -> tuple[str, dict]:
-    """What a run in one process prints, and its results."""
-    code, printed = commands["alone"].end()
     assert code == 0, printed
-    folder = Path(commands["alone"].process.args[-1])
-    return printed, json.loads((folder / "results.json").read_text())
+    return printed, json.loads((folder / "run" / "results.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def failed(commands: dict[str, Command]) -> str:
-    """What is printed when process 0 of 2 raises."""
-    code, printed = commands["failing"].end()
-    assert code != 0, printed
-    return printed
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(alone: tuple[str, dict]) -> None:
+    assert alone[0].splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
 
 
-def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(failed: str) -> None:
-    assert failed.splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 2
-
-
-def test_under_a_launcher_the_first_failure_is_shown(failed: str) -> None:
+def test_under_a_launcher_the_first_failure_is_shown(machines: list[Launcher], tmp_path: Path) -> None:
     """A launcher ends all processes as soon as one ends, but not before the failed one has shown its error."""
+    script = tmp_path / "fails.py"
+    run = str(tmp_path / "run")
+    script.write_text(f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n")
+    machines.append(Launcher([*TORCH, "--standalone", "--nproc_per_node", "2", str(script)], tmp_path / "log"))
+    assert machines[0].wait() != 0
+    failed = machines[0].printed()
     assert failed.count("ValueError: something is wrong with sample 17") == 1
     assert re.findall(r"Root Cause.*?rank +: (\d)", failed, re.DOTALL) == ["0"]
 

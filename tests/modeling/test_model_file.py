@@ -116,9 +116,19 @@ def model(kind, fill_masks):
     return model
 
 
-@pytest.mark.slow
+# `make test-long` tries all types with all kinds.
+SHORT = [("timm", torch.bfloat16), ("tied", torch.bfloat16), ("t5", torch.float16), ("bert", torch.float16)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=[] if dtype == torch.float32 or (kind, dtype) in SHORT else pytest.mark.long)
+        for kind in ("timm", "bert", "t5", "tied")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_a_compact_file_gives_the_same_tickets(kind, model, dtype, tmp_path):
     model.to(dtype)
     model.save_pretrained(tmp_path / "full")
