@@ -267,7 +267,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
     """Fits every router to tickets with random masks. Returns tensors and metrics; the last batch is not full."""
     of_labels = ticket_task == "labels"
     model = RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
+        SMALL_NET, route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
     )
     generator = torch.Generator().manual_seed(0)
     for route in range(3):
@@ -310,7 +310,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
         return step(self, batch)
 
     with patch.object(Extraction, "search", watched_search), patch.object(TicketTrainer, "step", watched_step):
-        return {**train(folder, "vit", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
+        return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
 
 
 def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -47,10 +47,10 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """
-    What the command `accelerate launch --cpu --num_processes 2` prints, and the results of the recipe that it starts;
-    before the recipe, its process prints which `hf_rtl` it has.
+    `accelerate launch --cpu --num_processes 2` with a script that prints which `hf_rtl` its process has, and then runs
+    the recipe.
     """
     folder = tmp_path_factory.mktemp("alone")
     script = folder / "recipe.py"
@@ -61,28 +61,61 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     )
     line = [*ACCELERATE, "--cpu", "--num_processes", "2", str(script), *SMALL, "--output_dir", str(folder / "run")]
     command = Command(line, folder)
-    try:
-        code, printed = command.end()
-    finally:
-        command.stop()
+    yield command
+    command.stop()
+
+
+@pytest.fixture(scope="module")
+def alone(command: Command) -> tuple[str, dict]:
+    """What `command` prints, and the results of the recipe."""
+    code, printed = command.end()
     assert code == 0, printed
-    return printed, json.loads((folder / "run" / "results.json").read_text())
-
-
-def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(alone: tuple[str, dict]) -> None:
-    assert alone[0].splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
+    return printed, json.loads(Path(command.process.args[-1], "results.json").read_text())
 
 
 def test_under_a_launcher_the_first_failure_is_shown(machines: list[Launcher], tmp_path: Path) -> None:
-    """A launcher ends all processes as soon as one ends, but not before the failed one has shown its error."""
+    """
+    A launcher ends all processes as soon as one ends, but not before the failed one has shown its error. The first of
+    these tests, since load delays the end of a process.
+    """
     script = tmp_path / "fails.py"
     run = str(tmp_path / "run")
     script.write_text(f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n")
     machines.append(Launcher([*TORCH, "--standalone", "--nproc_per_node", "2", str(script)], tmp_path / "log"))
-    assert machines[0].wait() != 0
+    assert machines[0].wait() not in (None, 0)
     failed = machines[0].printed()
     assert failed.count("ValueError: something is wrong with sample 17") == 1
     assert re.findall(r"Root Cause.*?rank +: (\d)", failed, re.DOTALL) == ["0"]
+
+
+def test_a_machine_whose_process_is_killed_ends_the_other(
+    command: Command, machines: list[Launcher], tmp_path: Path
+) -> None:
+    """
+    Through the configuration file for several machines, on CPUs by `--use_cpu` alone. `command`, which takes long to
+    start, does so meanwhile.
+    """
+    port = free_port()
+    for machine in range(2):
+        line = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "40"]
+        line += ["--output_dir", str(tmp_path / "run")]
+        machines.append(Launcher(line, tmp_path / f"log-{machine}", impatient=True))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/extraction/event-*/*.safetensors")):
+        assert time.monotonic() < deadline and all(launcher.process.is_alive() for launcher in machines)
+        time.sleep(0.1)
+    assert re.findall(r"^processes +(\d+)$", machines[0].printed(), re.MULTILINE) == ["2"]
+    number = re.search(r"process number (\d+)", machines[1].printed())
+    assert number is not None
+    os.kill(int(number[1]), signal.SIGKILL)
+    start = time.monotonic()
+    assert all(launcher.wait(60) not in (None, 0) for launcher in machines)
+    assert time.monotonic() - start < 60
+    assert "process 0 ends: process 1 on" in machines[0].printed()
+
+
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(alone: tuple[str, dict]) -> None:
+    assert alone[0].splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
 
 
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
@@ -117,24 +150,3 @@ def test_two_machines_find_the_masks_of_one_process(
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["num_processes"] == 2
     assert results["rounds"][0]["mask_fingerprint"] == alone[1]["rounds"][0]["mask_fingerprint"]
-
-
-def test_a_machine_whose_process_is_killed_ends_the_other(machines: list[Launcher], tmp_path: Path) -> None:
-    """Through the configuration file for several machines, on CPUs by `--use_cpu` alone."""
-    port = free_port()
-    for machine in range(2):
-        command = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "40"]
-        command += ["--output_dir", str(tmp_path / "run")]
-        machines.append(Launcher(command, tmp_path / f"log-{machine}", impatient=True))
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/extraction/event-*/*.safetensors")):
-        assert time.monotonic() < deadline and all(launcher.process.is_alive() for launcher in machines)
-        time.sleep(0.1)
-    assert re.findall(r"^processes +(\d+)$", machines[0].printed(), re.MULTILINE) == ["2"]
-    number = re.search(r"process number (\d+)", machines[1].printed())
-    assert number is not None
-    os.kill(int(number[1]), signal.SIGKILL)
-    start = time.monotonic()
-    assert all(launcher.wait(60) not in (None, 0) for launcher in machines)
-    assert time.monotonic() - start < 60
-    assert "process 0 ends: process 1 on" in machines[0].printed()

@@ -229,10 +229,12 @@ def pruned():
     model.mask_bank["dog"] = mask
     text = io.StringIO()
     handler, logger = logging.StreamHandler(text), logging.getLogger("hf_rtl")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(logger, "handlers", [handler])
-        patched.setattr(logger, "level", logging.INFO)
-        ticket = model.extract_ticket("dog", prune_structure=True)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    ticket = model.extract_ticket("dog", prune_structure=True)
+    logger.removeHandler(handler)
+    logger.setLevel(level)
     return model, ticket, text.getvalue()
 
 
