@@ -16,6 +16,11 @@ from pages import card, render_card
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from tests.recipes.commands import RECIPES, run
+from tests.training.small_runs import SMALL_NET
+
+
+SMALL = ("--backbone", SMALL_NET, "--image_size", 16)
+NUM_WEIGHTS = 72 + 864 + 1296
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder, "--route_groups", groups),
         *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
-        *("--max_train_samples", 200, "--max_test_samples", 80),
+        *("--max_train_samples", 120, "--max_test_samples", 60, *SMALL),
     )
     return folder, result.stdout
 
@@ -50,7 +55,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, str]) -> None:
     folder, printed = digits_run
     results = json.loads((folder / "results.json").read_text())
-    assert "370,320 weights" in printed and "30% after 1 prune events; 60% after 2 prune events" in printed
+    assert f"{NUM_WEIGHTS:,} weights" in printed and "30% after 1 prune events; 60% after 2 prune events" in printed
     assert [report["sparsity"] for report in results["rounds"]] == [0.3, 0.6]
     assert {control["method"] for control in results["controls"]} == {
         "random masks",
@@ -60,7 +65,7 @@ def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, 
     }
     for report in results["rounds"]:
         assert f"{report['metrics']['eval_balanced_accuracy']:.3f}" in printed
-        assert set(report["kept"].values()) == {370320 - round(report["sparsity"] * 370320)}
+        assert set(report["kept"].values()) == {NUM_WEIGHTS - round(report["sparsity"] * NUM_WEIGHTS)}
     assert (folder / "curve.png").stat().st_size > 10_000
 
 
@@ -126,7 +131,7 @@ def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--route_groups", file, "--output_dir", folder),
         *("--target_sparsity", 0.3, "--num_train_epochs", 1, "--extraction_steps", 1),
-        *("--max_train_samples", 300, "--max_test_samples", 60),
+        *("--max_train_samples", 120, "--max_test_samples", 60, *SMALL),
     ).stdout
     # By default a dense model is trained too, since tickets must be compared with one.
     assert [control["method"] for control in json.loads((folder / "results.json").read_text())["controls"]] == [
