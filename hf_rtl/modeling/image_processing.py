@@ -1,12 +1,12 @@
-"""Ordinary image processors in place of timm's own, which cannot be saved."""
+"""Image processors: ordinary ones in place of timm's own, which cannot be saved, and the images that they make."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import BitImageProcessorPil, TimmWrapperImageProcessor
+from transformers import BitImageProcessorPil, PreTrainedModel, TimmWrapperImageProcessor
 from transformers.image_utils import PILImageResampling
 
 
@@ -89,3 +89,32 @@ def image_processor_from_timm(source: TimmWrapperImageProcessor | Mapping[str, A
         image_std=list(config["std"]),
         do_convert_rgb=num_channels == 3,
     )
+
+
+def processed_shape(settings: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """
+    Channels, height and width of the images that an image processor with these settings makes, the content of
+    `preprocessor_config.json`. `None` where they are not set, or depend on the image.
+    """
+    size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
+    if not isinstance(size, Mapping) or not (settings.get("do_center_crop") or settings.get("do_resize")):
+        size = {}
+    mean = settings.get("image_mean")
+    num_channels = 3 if settings.get("do_convert_rgb") else None
+    if settings.get("do_normalize") and isinstance(mean, Sequence):
+        num_channels = len(mean)
+    return num_channels, size.get("height"), size.get("width")
+
+
+def configured_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images in the configuration of a model that takes `pixel_values`."""
+    config: Any = model.config
+    timm_model: Any = getattr(model, "timm_model", None)
+    if timm_model is not None:
+        channels, *size = timm_model.pretrained_cfg["input_size"]
+        channels = (config.model_args or {}).get("in_chans", channels)
+        size = (config.model_args or {}).get("img_size", size)
+    else:
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width

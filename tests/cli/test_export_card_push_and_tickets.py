@@ -125,6 +125,19 @@ def test_a_graph_takes_inputs_of_the_models_type(call, tmp_path):
     assert torch.allclose(graph(pixel_values=images)["logits"], expected, atol=1e-2)
 
 
+def test_a_graph_takes_the_images_of_the_saved_processor(call, model, folder, tmp_path):
+    crop = {"do_center_crop": True, "crop_size": {"height": 24, "width": 40}, "do_convert_rgb": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(crop))
+    printed = call("export", folder, "--route", "owl", tmp_path / "owl", "--format", "torch-export")
+    assert printed.splitlines()[-1] == "Its graph takes pixel_values [any, 3, 24, 40]."
+    images = torch.ones(3, 3, 24, 40)
+    graph = torch.export.load(tmp_path / "owl" / "model.pt2").module()
+    assert torch.allclose(graph(pixel_values=images)["logits"], model(images, route_ids="owl").logits, atol=1e-5)
+    shape = "pixel_values=2x3x32x32"
+    arguments = ("export", folder, "--route", "owl", tmp_path / "given", "--format", "torch-export", "--input", shape)
+    assert call(*arguments, "--json")["inputs"] == {"pixel_values": [None, 3, 32, 32]}
+
+
 def test_what_export_refuses(fails, folder, tmp_path):
     assert "unknown route 'cow'; the routes are 'cat', 'dog', 'owl'" in fails(
         "export", folder, "--route", "cow", tmp_path / "cow"
