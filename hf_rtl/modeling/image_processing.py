@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import BitImageProcessorPil, PreTrainedModel, TimmWrapperImageProcessor
+import torch
+from transformers import BaseImageProcessor, BitImageProcessorPil, PreTrainedModel, TimmWrapperImageProcessor
 from transformers.image_utils import PILImageResampling
 
+
+logger = logging.getLogger(__name__)
 
 _INTERPOLATIONS = {"bilinear": PILImageResampling.BILINEAR, "bicubic": PILImageResampling.BICUBIC}
 _KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
@@ -118,3 +123,35 @@ def configured_shape(model: PreTrainedModel) -> tuple[int, int, int]:
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
     height, width = (size, size) if isinstance(size, int) else size
     return channels, height, width
+
+
+def warn_of_unfitting_processor(processing_class: Any, backbone: PreTrainedModel, auto_class: Any) -> None:
+    """
+    Logs a warning if an image processor makes images that `backbone` refuses, in contrast to those of the size in its
+    configuration. Nothing is computed: a copy that `auto_class` builds is asked on torch's meta device.
+    """
+    processor = getattr(processing_class, "image_processor", processing_class)
+    if not isinstance(processor, BaseImageProcessor) or backbone.main_input_name != "pixel_values":
+        return
+    own = configured_shape(backbone)
+    made = tuple(size or other for size, other in zip(processed_shape(processor.to_dict()), own, strict=True))
+    if made == own:
+        return
+    with torch.device("meta"):
+        copied = auto_class.from_config(copy.deepcopy(backbone.config)).eval()
+    if _takes(copied, own) and not _takes(copied, made):
+        logger.warning(
+            f"the processor makes images of {' x '.join(map(str, made))} (channels, height, width), which the "
+            f"backbone refuses: its configuration says {' x '.join(map(str, own))}. Change the processor, or make the "
+            "backbone for such images, as by `in_chans=1` or `img_size=32` of timm, `num_channels=1` or "
+            "`image_size=32` of transformers."
+        )
+
+
+@torch.no_grad()
+def _takes(model: PreTrainedModel, shape: tuple[int, ...]) -> bool:
+    try:
+        model(pixel_values=torch.empty(2, *shape, device="meta"))
+    except Exception:  # whatever that model's code raises
+        return False
+    return True
