@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluate
 import pytest
 
 from hf_rtl import load_rule
 from pages import card, render_card
+from shared import arguments
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from tests.recipes.commands import RECIPES, run
@@ -110,6 +112,42 @@ def test_an_unknown_key_is_refused_with_the_closest_name(
     config.write_text("target_sparsities: [0.5]\n")
     assert run_here("prune.py", "--config", config) == 2
     assert "did you mean 'target_sparsity'" in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_read_is_one_line(
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2\n")
+    for config, reason in ((tmp_path / "nope.yaml", "No such file"), (broken, "expected ',' or ']'")):
+        assert run_here("prune.py", "--config", config) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"prune.py: error: --config {config} cannot be read: " in line and reason in line
+
+
+@pytest.mark.parametrize("said", ["the run in 'd' was stopped: run the same command again", ""])
+def test_a_stopped_recipe_is_one_line(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt(*[said] if said else [])
+
+    with pytest.raises(SystemExit) as ended:
+        arguments.run_main(stopped)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 130 and line.startswith(said) and "the same command again" in line
+
+
+def test_recipes_that_train_can_be_stopped() -> None:
+    trains = [file for file in RECIPES.glob("*.py") if "set_up(" in file.read_text() and file.stem != "group_classes"]
+    assert len(trains) == 5 and all(file.read_text().endswith("    run_main(main)\n") for file in trains)
+
+
+def test_a_model_that_was_made_in_python_is_evaluated_there(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit, match="data.json is missing.*RTLModel.from_pretrained.*model.*evaluate"):
+        evaluate.evaluate(tmp_path / "model", None)
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(SystemExit, match="training_args.json is missing"):
+        evaluate.evaluate(tmp_path / "model", None)
 
 
 def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
