@@ -284,6 +284,7 @@ def trainer(tmp_path_factory):
     args = RTLTrainingArguments(
         output_dir=str(tmp_path_factory.mktemp("secret-folder") / "run"),
         target_sparsity=[0.2, 0.4],
+        rewind_to_current=True,  # the model has masks
         prune_amount=0.3,
         extraction_steps=1,
         max_steps=2,

@@ -24,6 +24,7 @@ def make_trainer(*, partition: Partition | None = None, **arguments: Any) -> RTL
     settings = {
         "output_dir": str(Path("run").absolute()),
         "target_sparsity": [0.2, 0.4],
+        "rewind_to_current": True,  # the model has masks
         "prune_amount": 0.3,
         "extraction_steps": 1,
         "max_steps": 1,
