@@ -3,8 +3,33 @@
 import matplotlib
 import pytest
 import torch
+from matplotlib.text import Text
 
 from hf_rtl.plots import layer_profile, route_curves, similarity_heatmap
+
+
+LONG = [f"{name} hospital of the {index}th district" for index, name in enumerate(("north", "south", "west") * 8)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The texts of saved figures, each with its box in pixels."""
+    texts, draw = [], Text.draw
+
+    def record(text, renderer):
+        draw(text, renderer)
+        if text.get_visible() and text.get_text():
+            texts.append((text, text.get_window_extent(renderer)))
+
+    monkeypatch.setattr(Text, "draw", record)
+    return texts
+
+
+def find_clipped(drawn, file):
+    """The texts that are not whole inside the picture that they were drawn in."""
+    height, width, _ = matplotlib.image.imread(file).shape
+    assert drawn
+    return [t.get_text() for t, box in drawn if min(box.p0) < 0 or box.x1 > width or box.y1 > height]
 
 
 def make_matrix(num_routes):
@@ -34,6 +59,37 @@ def test_colours_are_of_pairs_alone(tmp_path):
     for name, diagonal in (("one", 1.0), ("two", 0.0)):
         similarity_heatmap(make_matrix(3).fill_diagonal_(diagonal), ["a", "b", "c"], tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("names", [["north", "south", "west"], LONG[:3], LONG], ids=len)
+@pytest.mark.parametrize("label", ["similarity", "Jaccard similarity of two tickets, shallow layers"], ids=len)
+def test_no_label_of_a_heatmap_is_clipped(tmp_path, drawn, names, label):
+    similarity_heatmap(make_matrix(len(names)), names, tmp_path / "similarity.png", label=label)
+    assert find_clipped(drawn, tmp_path / "similarity.png") == []
+
+
+def test_no_label_of_other_pictures_is_clipped(tmp_path, drawn):
+    sparsity, layers = torch.linspace(0.2, 0.9, 5), torch.stack([make_matrix(3)] * 24)
+    layer_profile(layers, layers / 2, LONG, tmp_path / "a.png")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+    drawn.clear()
+    route_curves([("accuracy", sparsity, make_matrix(24)[:5, :10])], LONG[:10], tmp_path / "a.png")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+
+
+def test_long_names_that_differ_stay_different(tmp_path, drawn):
+    for names in (["x" * 40 + end for end in "abc"], [start + "x" * 40 for start in "abc"]):
+        drawn.clear()
+        similarity_heatmap(make_matrix(3), names, tmp_path / "similarity.png")
+        labels = {text.get_text() for text, _ in drawn if "x" in text.get_text()}
+        assert len(labels) == 3 and set(map(len, labels)) == {20}
+
+
+@pytest.mark.parametrize("chance, start", [(0.2, 0.2), (0.99, 0.9), (float("nan"), 0.9), (None, 0)])
+def test_the_scale_goes_from_chance_to_one(tmp_path, drawn, chance, start):
+    by_chance = None if chance is None else torch.full((3, 3), chance).fill_diagonal_(0)
+    similarity_heatmap(0.885 + make_matrix(3) / 100, ["a", "b", "c"], tmp_path / "similarity.png", chance=by_chance)
+    assert drawn[0][0].get_figure().axes[0].images[0].get_clim() == pytest.approx((start, 1))
 
 
 def test_two_empty_masks_are_no_number(tmp_path):

@@ -175,7 +175,8 @@ def write_card(
     if has_picture:
         from ..plots import similarity_heatmap
 
-        similarity_heatmap(similarity, model.route_names, target / PICTURE_FILE)
+        chance = model.mask_bank.chance_similarity()
+        similarity_heatmap(similarity, model.route_names, target / PICTURE_FILE, chance=chance)
     write_bytes(file, content)
     return file
 

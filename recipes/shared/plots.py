@@ -135,7 +135,9 @@ def draw_points(
         heatmap = torch.tensor(matrix[np.ix_(order, order)])
         file = "similarity.png" if depth == "all" else f"similarity-{depth}.png"
         where = "" if depth == "all" else f", {depth} layers"
-        similarity_heatmap(heatmap, ordered, folder / file, label=f"Jaccard similarity of two tickets{where}")
+        label = f"Jaccard similarity of two tickets{where}"
+        # The scale of all layers, so that pictures of different depths can be compared.
+        similarity_heatmap(heatmap, ordered, folder / file, chance=bank.chance_similarity(), label=label)
     if classes is not None:
         heatmap = torch.tensor(classes[np.ix_(order, order)])
         similarity_heatmap(heatmap, ordered, folder / "class_similarity.png", label="similarity of two classes")
