@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,9 @@ def route_curves(
 ) -> None:
     """
     Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is never half-written.
-    Colours are those of Okabe and Ito, which colour-blind readers can distinguish, each with its own marker for grey
-    print; from the ninth route on, lines are dashed. More than 16 routes are all grey, with their mean in black.
+    Twelve routes have colours that colour-blind readers can distinguish, each with its own marker for grey print; the
+    lines of twelve more are dashed. If there are still more, all are grey, with their mean in black. A single point is
+    no curve, and drawn as a table.
 
     Args:
         panels: for each quantity its name, the sparsities `[P]`, ascending, and the values `[P, K]`; NaN are left out.
@@ -170,6 +171,13 @@ def route_curves(
     """
     from matplotlib.figure import Figure
 
+    if len(panels[0][1]) == 1:
+        columns = {"route": list(names)}
+        for quantity, _, values in panels:
+            columns[quantity] = [f"{value:.3f}" for value in values[0].tolist()]
+        if chance is not None:
+            columns[f"{chance[0]} by chance"] = [f"{float(chance[1]):.3f}"] * len(names)
+        return draw_table(columns, file, title=f"sparsity of a ticket: {float(panels[0][1]):.1%}")
     figure = Figure(figsize=(7.5, 1.0 + 2.6 * len(panels)), layout="constrained")
     many = len(names) > len(_COLOURS) * len(_LINES)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -179,9 +187,7 @@ def route_curves(
             known = ~values[:, route].isnan()
             style = {"color": "#b0b0b0", "linewidth": 0.8}
             if not many:
-                line, number = divmod(route, len(_COLOURS))
-                style = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": _LINES[line]}
-                style |= {"label": _label(name), "linewidth": 1.3, "markersize": 5}
+                style = {**line_style(route), "label": _label(name), "linewidth": 1.3, "markersize": 5}
             axes.plot(percent[known], values[known, route], **style)
         if many:
             axes.plot(percent, values.nanmean(1), color="black", marker="o", markersize=4, label="mean over routes")
@@ -199,6 +205,30 @@ def route_curves(
         list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8, handlelength=3
     )
     save_png(figure, file)
+
+
+def draw_table(columns: Mapping[str, Sequence[str]], file: Path, *, title: str) -> None:
+    """Draws a table of texts, title -> cells, as a PNG. `file` is never half-written."""
+    from matplotlib.figure import Figure
+
+    cells = {_label(title, limit=40): [_label(cell, limit=40) for cell in column] for title, column in columns.items()}
+    widths = [max(map(len, [title, *column])) + 2 for title, column in cells.items()]
+    rows = list(zip(*cells.values(), strict=True))
+    figure = Figure(figsize=(max(0.09 * sum(widths), 4.0), 0.85 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+    places: dict[str, Any] = {"cellLoc": "left", "colLoc": "left", "bbox": (0, 0, 1, 1), "edges": "B"}
+    drawn = axes.table(rows, colLabels=list(cells), colWidths=widths, **places)
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    save_png(figure, file)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a curve by its number. Twelve differ in colour and marker, then dashes differ."""
+    line, colour = divmod(number, len(_COLOURS))
+    return {"color": _COLOURS[colour], "marker": _MARKERS[colour], "linestyle": _LINES[line % len(_LINES)]}
 
 
 def save_png(figure: Any, file: Path) -> None:
