@@ -19,8 +19,10 @@ _MAX_NUMBERED = 12  # most routes for which every cell shows its number
 _MAX_NAMED = 60  # most routes for which every row shows its name
 _TURNED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 # Eight colours of Okabe and Ito, then four of Tol, which colour-blind readers can distinguish too.
-_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-_COLOURS += ("#332288", "#882255", "#999933", "#661100")
+_COLOURS = (
+    *("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"),
+    *("#332288", "#882255", "#999933", "#661100"),
+)
 _MARKERS = "os^vD<>PX*ph"
 _LINES = ("-", "--")
 _LEAST_RANGE = 0.1  # of a scale of similarities: noise stays below it
@@ -80,7 +82,7 @@ def similarity_heatmap(
     if num_routes <= _MAX_NUMBERED:
         for row, column in (~values.isnan()).nonzero().tolist():
             value = float(values[row, column])
-            red, green, blue, _ = image.to_rgba(value)
+            red, green, blue, _ = image.cmap(image.norm(value))
             is_dark = row != column and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
             axes.text(
                 column,
