@@ -80,10 +80,9 @@ def similarity_heatmap(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if num_routes <= _MAX_NUMBERED:
-        colours = image.cmap(image.norm(of_pairs.numpy()))
         for row, column in (~values.isnan()).nonzero().tolist():
             value = float(values[row, column])
-            red, green, blue, _ = colours[row, column]
+            red, green, blue, _ = image.cmap((value - low) / (1 - low))
             is_dark = row != column and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
             axes.text(
                 column,
