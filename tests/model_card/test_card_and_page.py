@@ -150,7 +150,8 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
             alike = int((mask & other).sum()) / int((mask | other).sum())
             assert row[name] == ("1" if mask is other else f"{alike:.3f}")
     union, core = torch.stack(masks).any(0).sum(), torch.stack(masks).all(0).sum()
-    assert f"{int(union):,} weights" in page and f"{int(core):,} (" in page
+    assert f"At least one ticket keeps {int(union):,} weights (" in page
+    assert f"all tickets keep {int(core):,} (" in page
 
     footprint = model.footprint()
     sizes = {row["bytes"]: row["of 3 plain networks"] for row in table_with(page, "bytes")}
@@ -170,6 +171,20 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
         "max_steps": ("1234", "-1"),
     }
     assert "torch 1.2.3" in page and "2 processes" in page and "Seed 42" in page
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.5, 1.0])
+def test_lines_of_sizes_do_not_contradict_each_other(tmp_path, keep):
+    """A line that names other lines is their sum, and none says that it is the least: coded masks may take less."""
+    model = make_model()
+    for name in model.route_names:
+        model.mask_bank[name] = [torch.rand(shape) < keep for shape in model.mask_bank.shapes]
+    (rows,) = [rows for rows in tables(read_page(write_card(model, tmp_path))) if "bytes" in rows[0]]
+    lines = {words: int(size.replace(",", "")) for words, size, *_ in rows[1:]}
+    (number,) = [number for number, words in enumerate(lines) if "the sum of the three lines below" in words]
+    sizes = list(lines.values())
+    assert sizes[number] == sum(sizes[number + 1 : number + 4])
+    assert not any(re.search("the least|the most|smallest|largest", words) for words in lines)
 
 
 def test_calibrated_metrics_have_a_table_of_their_own(tmp_path):
