@@ -5,6 +5,7 @@ from .clustering import partition_by_class_names, partition_by_features
 from .data.partition import Partition
 from .data.partition_by import partition_by_column, partition_by_function, partition_by_groups, partition_by_label
 from .data.rules import ByCentres, ByColumn, ByGroups, load_rule, save_rule
+from .get_model import get_rtl_model
 from .modeling import hub
 from .modeling.configuration_rtl import VERSION, RTLConfig
 from .modeling.image_processing import image_processor_from_timm
@@ -52,6 +53,7 @@ __all__ = [
     "RTLTrainerCallback",
     "RTLTrainingArguments",
     "backbones",
+    "get_rtl_model",
     "image_processor_from_timm",
     "load_rule",
     "mask_updates",

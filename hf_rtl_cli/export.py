@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedModel
 
 from hf_rtl.modeling.footprint import human_bytes
+from hf_rtl.modeling.image_processing import configured_shape, processed_shape
 from hf_rtl.modeling.standalone import make_example_inputs
 
 from .models import PROCESSOR_FILES, check_free, copy_beside, load_model, written_model
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--format onnx needs two more packages: pip install onnx onnxscript")
     model = load_model(args.model, revision=args.revision, token=args.token)
     model.mask_bank.route_index(args.route)
-    inputs = _example_inputs(args.input, model.backbone) if args.input or args.format != "folder" else None
+    inputs = _example_inputs(args, model.backbone) if args.input or args.format != "folder" else None
     ticket = model.extract_ticket(args.route, prune_structure=args.prune_structure, example_inputs=inputs).eval()
     with written_model(out) as staging:
         copy_beside(args.model, staging, PROCESSOR_FILES, revision=args.revision, token=args.token)
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "folder": str(out),
         "route": args.route,
         "format": args.format,
+        "inputs": {} if inputs is None else {name: _fixed_sizes(tensor) for name, tensor in inputs.items()},
         "class": type(ticket).__name__,
         "num_parameters": ticket.num_parameters(),
         "num_parameters_before": model.backbone.num_parameters(),
@@ -61,25 +63,48 @@ def text(values: dict[str, Any], args: argparse.Namespace) -> str:
     total = human_bytes(sum(values["files"].values()))
     before = values["num_parameters_before"]
     smaller = f" of {before:,}" if values["num_parameters"] != before else ""
-    return (
+    lines = [
         f"Ticket {printable(values['route'])!r} is in {values['folder']}: {values['class']}, "
         f"{values['num_parameters']:,}{smaller} parameters, {total}."
-    )
+    ]
+    for name, sizes in values["inputs"].items():
+        lines.append(f"Its graph takes {name} [{', '.join('any' if size is None else str(size) for size in sizes)}].")
+    return "\n".join(lines)
 
 
-def _example_inputs(given: list[str] | None, backbone: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of the given shapes, by default of shapes that the backbone takes, in its floating point dtype."""
-    if given:
-        inputs = dict(map(_input, given))
+def _example_inputs(args: argparse.Namespace, backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """
+    Inputs of the given shapes, by default images as the processor beside the model makes them, or inputs of shapes
+    that the backbone takes; in its floating point dtype.
+    """
+    name = backbone.main_input_name
+    if args.input:
+        inputs = dict(map(_input, args.input))
+    elif name == "pixel_values":
+        made = processed_shape(_processor_settings(args))
+        shape = [size or own for size, own in zip(made, configured_shape(backbone), strict=True)]
+        inputs = {name: torch.randn(2, *shape)}
     else:
         try:
             inputs = make_example_inputs(backbone)
         except ValueError:
-            name = backbone.main_input_name
             raise ValueError(
                 f"{type(backbone).__name__} does not define its input size: add for example --input {name}=2x16000"
             ) from None
     return {name: x.to(backbone.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def _processor_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the image processor beside the model; none without one."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(args.model, revision=args.revision, token=args.token)[0]
+    except OSError:
+        return {}
+
+
+def _fixed_sizes(tensor: Tensor) -> list[int | None]:
+    """The sizes of a graph input, `None` where any size will do: the batch, and every size of tokens."""
+    return [size if number and tensor.is_floating_point() else None for number, size in enumerate(tensor.shape)]
 
 
 def _input(given: str) -> tuple[str, Tensor]:
@@ -100,8 +125,10 @@ def _export(ticket: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path,
     """Writes the graph of `ticket`, for any batch size and any number of tokens."""
     ticket.config.use_cache = False
     module = _PlainOutputs(ticket).eval()
-    free = {name: [0] if tensor.is_floating_point() else range(tensor.ndim) for name, tensor in inputs.items()}
-    sizes = {name: dict.fromkeys(dimensions, torch.export.Dim.AUTO) for name, dimensions in free.items()}
+    sizes = {
+        name: {number: torch.export.Dim.AUTO for number, size in enumerate(_fixed_sizes(tensor)) if size is None}
+        for name, tensor in inputs.items()
+    }
     try:
         with torch.no_grad():
             program = torch.export.export(

@@ -111,7 +111,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--input",
         metavar="NAME=SIZES",
         action="append",
-        help="name and sizes of a graph input, such as pixel_values=2x3x32x32; default: from the configuration",
+        help="name and sizes of a graph input, such as pixel_values=2x3x32x32; default: as the saved processor makes "
+        "them, or from the configuration",
     )
     _add_new_folder(export)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers.utils import has_file
 
 from hf_rtl import RTLModel
-from hf_rtl.data.rules import remove_unfitting_rule
+from hf_rtl.data.rules import follow_routes
 from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
@@ -124,12 +124,12 @@ def _write(model: RTLModel, folder: Path, args: argparse.Namespace, changed: lis
     form = saved_form(args.model, revision=args.revision, token=args.token)
     if args.out is None:
         model.save_pretrained(folder, **form)
-        remove_unfitting_rule(folder, model.route_names)
+        follow_routes(folder, model.route_names, shown=folder)
     else:
         with written_model(folder) as staging:
             copy_beside(args.model, staging, revision=args.revision, token=args.token)
             model.save_pretrained(staging, **form)
-            remove_unfitting_rule(staging, model.route_names)
+            follow_routes(staging, model.route_names, shown=folder)
     if (folder / CARD_FILE).is_file():
         print(f"README.md still describes the earlier model; `hf-rtl card {folder}` updates it.", file=sys.stderr)
     return {"folder": str(folder), "tickets": changed, "routes": model.route_names}

@@ -38,7 +38,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
 from hf_rtl.metrics import membership_metrics
-from shared.arguments import chosen_methods, parse, set_up
+from shared.arguments import chosen_methods, parse, run_main, set_up
 from shared.controls import CONTROL_MASKS, with_other_masks
 from shared.data_arguments import DataArguments
 from shared.image_data import channels_last, load_images
@@ -267,4 +267,4 @@ def forward_flops(trainer: RTLTrainer) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -37,7 +37,7 @@ from hf_rtl import MaskBank, RTLTrainer, RTLTrainingArguments
 from hf_rtl.analysis import Change, detect_collapse, ticket_similarity
 from hf_rtl.class_similarity import load_class_similarity
 from hf_rtl.pruning import random_masks, shuffled_masks
-from shared.arguments import parse, set_up
+from shared.arguments import parse, run_main, set_up
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from shared.models import membership_model
@@ -329,4 +329,4 @@ def alignment_rows(run: Run, classes: np.ndarray) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

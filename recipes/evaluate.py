@@ -57,7 +57,22 @@ def main() -> None:
 
 
 def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
-    """The metrics of the model in `folder` on its test data, with its density and sizes for the table."""
+    """
+    The metrics of the model in `folder` on its test data, with its density and sizes for the table.
+
+    Raises:
+        SystemExit: the model is not in the folder of a run of `prune.py`, which says what the test data are.
+    """
+    missing = [
+        file for file in (folder.absolute().parent / "data.json", folder / "training_args.json") if not file.exists()
+    ]
+    if missing:
+        raise SystemExit(
+            f"{missing[0]} is missing, which recipes/prune.py writes at its end: evaluate.py takes the models of its "
+            "runs, such as runs/digits/final. For a model that was made in Python: "
+            f"RTLTrainer(RTLModel.from_pretrained({str(folder)!r}), RTLTrainingArguments(output_dir='evaluation'), "
+            "eval_dataset=test).evaluate()"
+        )
     model = RTLModel.from_pretrained(folder)
     data = DataArguments.load(folder.absolute().parent)
     data.dataset = dataset or data.dataset

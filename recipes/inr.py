@@ -42,7 +42,7 @@ from transformers.trainer_utils import EvalPrediction
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import CoordinateMLPConfig
 from hf_rtl.plots import route_curves
-from shared.arguments import chosen_methods, parse, set_up
+from shared.arguments import chosen_methods, parse, run_main, set_up
 from shared.methods import DENSE, SINGLE, SeedRuns
 from shared.models import model_of_round
 from shared.plots import draw_reconstructions, draw_scatter
@@ -244,4 +244,4 @@ def draw(output_dir: Path, all_runs: Sequence[SceneRuns], comparison: Comparison
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from hf_rtl import Partition, RTLModel, RTLModelForSequenceClassification, RTLTrainer, RTLTrainingArguments
-from shared.arguments import parse, set_up
+from shared.arguments import parse, run_main, set_up
 from shared.controls import dense_image_network, dense_text_network, image_controls, text_controls
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
@@ -180,4 +180,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -41,7 +41,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.backbones import SpeechUNetConfig
-from shared.arguments import chosen_methods, parse, set_up
+from shared.arguments import chosen_methods, parse, run_main, set_up
 from shared.methods import DENSE, MULTIPLE, SINGLE, SINGLE_UNION, SeedRuns, independent_costs
 from shared.models import model_of_round, tickets_of_round
 from shared.plain_networks import independent_networks
@@ -230,4 +230,4 @@ def _enhanced(network: nn.Module, noisy: Tensor, batch_size: int, device: torch.
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 # Read by the libraries when they are imported.
@@ -35,6 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E40
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 import hf_rtl  # noqa: E402
+from tests.pictures import put_picture  # noqa: E402
 
 
 transformers.utils.logging.disable_progress_bar()
@@ -49,12 +51,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist loadfile`, but one worker has all tests with a Hub, whose clients take long to start."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/hub" if nodeid.startswith("tests/hub/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _imported_modules_are_not_collected() -> Iterator[None]:
     """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cards_have_a_ready_picture() -> Iterator[None]:
+    """`tests/model_card/test_written_cards.py` has a card with a picture of its own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hf_rtl.plots.similarity_heatmap", put_picture)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,18 @@ import tempfile
 
 import sklearn.metrics  # noqa: F401
 
+import hf_rtl.plots
 from hf_rtl.model_card import write_card
 from tests.distributed import runs
+from tests.pictures import put_picture
 
 
 # Reading fonts, compiling in loading and so on take more time than all else in a run of these tests.
 with tempfile.TemporaryDirectory() as folder:
     runs.make_model("timm").save_pretrained(folder)
     write_card(folder)
+
+hf_rtl.plots.similarity_heatmap = put_picture
 
 # accelerate collects garbage before every training, which would visit everything that is imported.
 gc.collect()

@@ -33,6 +33,8 @@ SCHEDULES = {
     "geometric": round_schedule(NUM_WEIGHTS, [0.95], prune_schedule="geometric", prune_amount=0.2)[0],
     "linear": round_schedule(NUM_WEIGHTS, [0.95], prune_schedule="linear", prune_amount=0.05)[0],
 }
+# `make test-long` tries more of them.
+SEEDS = [*range(5), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(5, 20))]
 
 
 def make_bank(masks):
@@ -192,7 +194,7 @@ def trajectory(schedule, make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_and_shuffled_masks_raise_no_alarm(schedule, seed):
     scores = torch.rand(4, NUM_WEIGHTS, generator=torch.Generator().manual_seed(seed))
 
@@ -214,7 +216,7 @@ def test_random_and_shuffled_masks_raise_no_alarm(schedule, seed):
         assert max(np.abs(point.excess).max() for point in points) < 0.05
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_masks_of_very_few_weights_raise_no_alarm(seed):
     """With so few weights, chance alone moves similarity by more than 0.05."""
     generator = torch.Generator().manual_seed(seed)
@@ -254,7 +256,7 @@ def test_smooth_trends_raise_no_alarm_with_some_noise(schedule, trend, seed):
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("direction", ["up", "down"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_a_planted_collapse_is_found_in_the_masks(schedule, direction, seed):
     """From 70 % on, tickets become equal, or keep weights that no other ticket has."""
 

@@ -193,8 +193,9 @@ def test_class_names_are_grouped_by_their_meaning(tmp_path):
 
 @pytest.mark.slow
 def test_the_projection_depends_on_the_seed_alone():
-    first, second, third = (clustering.reduce_dimensions(encode(NAMES), 5, 2, seed) for seed in (0, 0, 1))
-    assert first.shape == (18, 2)
+    points = encode(NAMES[:9])
+    first, second, third = (clustering.reduce_dimensions(points, 5, 2, seed) for seed in (0, 0, 1))
+    assert first.shape == (9, 2)
     assert (first == second).all()
     assert (first != third).any()
 

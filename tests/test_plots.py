@@ -40,7 +40,7 @@ def make_matrix(num_routes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_routes", [1, 2, 12, 13, 100])
+@pytest.mark.parametrize("num_routes", [1, 12, 13, 100])
 def test_a_heatmap_of_any_number_of_routes_is_a_png(tmp_path, num_routes):
     names = [f"$route_{index}^$" for index in range(num_routes)]
     similarity_heatmap(make_matrix(num_routes), names, tmp_path / "new" / "similarity.png")
@@ -105,7 +105,7 @@ def test_a_matrix_of_other_routes_is_refused_and_nothing_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("num_layers", [1, 3, 60])
+@pytest.mark.parametrize("num_layers", [1, 60])
 def test_a_profile_of_any_number_of_layers_is_a_png(tmp_path, num_layers):
     layers = torch.stack([make_matrix(3)] * num_layers)
     layers[0, 0, 1] = torch.nan  # both masks are empty there
@@ -129,7 +129,7 @@ def test_a_profile_shows_similarity_chance_and_names(tmp_path):
     assert shown["one"] == shown["same"] and len(set(shown.values())) == 4
 
 
-@pytest.mark.parametrize("num_routes", [1, 12, 24, 25])
+@pytest.mark.parametrize("num_routes", [1, 24, 25])
 def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
     sparsity = torch.linspace(0.2, 0.9, 5)
     values = torch.rand(5, num_routes, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -181,11 +181,12 @@ def single_labels(dataset: Any) -> Sequence[Any] | None:
     return values if values and all(isinstance(value, (int, str)) for value in values) else None
 
 
-def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> None:
+def check_labels(dataset: Any, num_labels: int, names: Collection[str] = (), *, may_ignore: bool = False) -> None:
     """
     Raises `ValueError`, which names the first bad sample, unless all labels suit a model that predicts `num_labels` of
     a sample: all integers below `num_labels`; if there is a single one, finite numbers; or `num_labels` finite numbers
-    a sample. A data set may have no label column. With `may_ignore` a label may be -100, which losses leave out.
+    a sample. Labels of classes may also be among their `names`. A data set may have no label column. With `may_ignore`
+    a label may be -100, which losses leave out.
 
     Labels that a transform of `datasets` makes are not checked: it would have to run on every sample.
     """
@@ -201,7 +202,8 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
     for index, value in enumerate(values):
         is_number = isinstance(value, (int, float)) and np.isfinite(value)
         if integers:
-            good = isinstance(value, int) and (0 <= value < num_labels or (may_ignore and value == -100))
+            is_integer = isinstance(value, int) and (0 <= value < num_labels or (may_ignore and value == -100))
+            good = is_integer or (isinstance(value, str) and value in names)
         elif several:
             numbers = np.asarray(value)
             good = numbers.shape == (num_labels,) and numbers.dtype.kind in "biuf" and np.isfinite(numbers).all()
@@ -213,7 +215,8 @@ def check_labels(dataset: Any, num_labels: int, *, may_ignore: bool = False) -> 
                 return
             way_out = "Correct the label, or filter the sample out"
             if integers and isinstance(value, str):
-                way_out = f"`dataset.class_encode_column({column!r})` numbers text labels in sorted order"
+                texts = sorted({other for other in values if isinstance(other, str)})
+                way_out = f"Name the labels, as in `from_backbone(…, id2label={dict(enumerate(texts))})`"
             elif integers and isinstance(value, int) and value >= num_labels:
                 most = max(other for other in values if isinstance(other, int))
                 way_out = f"Build the model with `num_labels={most + 1}`, or correct the label"

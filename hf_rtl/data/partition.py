@@ -177,9 +177,11 @@ def routes_of_values(source: str, values: list[Any], route_names: list[str] | No
         return _integer_routes(source, values, route_names)
     known = route_names or sorted(set(values))
     ids = {name: route for route, name in enumerate(known)}
-    unknown = next((value for value in values if value not in ids), None)
-    if unknown is not None:
-        raise ValueError(f"{source} {unknown!r}; `route_names` allows {', '.join(map(repr, known))}.")
+    unknown = sorted(set(values) - ids.keys())
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        named = ", ".join(map(repr, unknown[:5]))
+        raise ValueError(f"{source} {named}{more}; `route_names` allows {', '.join(map(repr, known))}.")
     return np.array([ids[value] for value in values], dtype=np.int64), known
 
 

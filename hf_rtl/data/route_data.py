@@ -245,12 +245,18 @@ class EvaluationData(Dataset[dict[str, Any]]):
 _LABELS = ("label", "labels", "label_ids")  # names that collators of transformers read
 
 
-def collate_truth_values(collate: Callable[[list], dict], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collates samples whose labels may be truth values, as the integers that losses of classes need."""
-    return collate([{name: _as_integer(name, value) for name, value in sample.items()} for sample in samples])
+def collate_classes(
+    collate: Callable[[list], dict], label2id: Mapping[str, int], samples: list[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Collates samples whose labels may be truth values or names, as the integers that losses of classes need."""
+    return collate(
+        [{name: _as_integer(name, value, label2id) for name, value in sample.items()} for sample in samples]
+    )
 
 
-def _as_integer(name: str, value: Any) -> Any:
+def _as_integer(name: str, value: Any, label2id: Mapping[str, int]) -> Any:
+    if name in _LABELS and isinstance(value, str):
+        return label2id[value]
     return int(value) if name in _LABELS and is_truth_value(value) else value
 
 

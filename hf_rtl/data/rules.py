@@ -227,33 +227,78 @@ def load_rule(
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = _downloaded(folder.as_posix(), revision, token)
-    file = folder / RULE_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no rule: it has no {RULE_FILE}, which `save_rule` writes.")
-    values = _read_json(file)
-    try:
-        rule = rule_from_dict(values, (_has_tensors(values) and read_tensors(folder / TENSORS_FILE)) or {})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    rule = _read_rule(folder, folder)
     if route_names is None and (folder / CONFIG_FILE).exists():
         route_names = _read_json(folder / CONFIG_FILE).get("route_names")
-    if route_names is not None and rule.route_names != list(route_names):
-        raise ValueError(
-            f"{file} is a rule for other routes, {', '.join(map(repr, rule.route_names))}, than those of the model, "
-            f"{', '.join(map(repr, route_names))}; make a partition into these routes, and save its rule."
-        )
+    if route_names is not None:
+        _check_routes(rule, list(route_names), folder)
     return rule
+
+
+def _read_rule(folder: Path, shown: Path) -> Rule:
+    """The rule in a folder, whatever the routes of the model; errors call the folder `shown`."""
+    if not (folder / RULE_FILE).exists():
+        raise FileNotFoundError(f"{str(shown)!r} holds no rule: it has no {RULE_FILE}, which `save_rule` writes.")
+    values = _read_json(folder / RULE_FILE, shown / RULE_FILE)
+    try:
+        return rule_from_dict(values, (_has_tensors(values) and read_tensors(folder / TENSORS_FILE)) or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{shown / RULE_FILE}: {error}") from error
+
+
+def _check_routes(rule: Rule, route_names: list[str], shown: Path) -> None:
+    if rule.route_names != route_names:
+        raise ValueError(
+            f"{shown / RULE_FILE} is a rule for other routes, {', '.join(map(repr, rule.route_names))}, than those of "
+            f"the model, {', '.join(map(repr, route_names))}; make a partition into these routes, and save its rule."
+        )
 
 
 def remove_unfitting_rule(folder: Path, route_names: Sequence[str]) -> None:
     """Removes the rule in a folder, with a warning, if it is damaged or for other routes."""
+    _keep_fitting_rule(folder, route_names, folder)
+
+
+def follow_routes(folder: Path, route_names: Sequence[str], *, shown: Path) -> None:
+    """
+    Brings the rule in a folder up to date with routes that were dropped or added. It follows the order of the routes.
+    A rule that also has other routes stays for when these come back; [`load_rule`] refuses it until then. One that
+    lacks a route is removed, with a warning. Warnings call the folder `shown`.
+    """
     try:
-        load_rule(folder, route_names)
+        rule = _read_rule(folder, shown)
+    except (FileNotFoundError, ValueError):
+        rule = None
+    if rule is not None and set(rule.route_names) > set(route_names):
+        others = [name for name in rule.route_names if name not in route_names]
+        logger.warning(
+            f"the rule of the partition, {shown / RULE_FILE}, stays for when {', '.join(map(repr, others))} are added "
+            "again; `load_rule` refuses it until then."
+        )
+        return
+    if rule is not None and set(rule.route_names) == set(route_names) and rule.route_names != list(route_names):
+        save_rule(folder, _reordered(rule, route_names))
+    _keep_fitting_rule(folder, route_names, shown)
+
+
+def _keep_fitting_rule(folder: Path, route_names: Sequence[str], shown: Path) -> None:
+    try:
+        _check_routes(_read_rule(folder, shown), list(route_names), shown)
     except FileNotFoundError:
         return
     except ValueError as error:
         logger.warning(f"the rule of the partition is left out: {error}")
         remove_rule(folder)
+
+
+def _reordered(rule: Rule, route_names: Sequence[str]) -> Rule:
+    """The rule for the same routes in another order."""
+    if isinstance(rule, ByCentres):
+        return ByCentres(rule.centres[[rule.route_names.index(name) for name in route_names]], list(route_names))
+    assert isinstance(rule, (ByColumn, ByGroups))
+    # Not a `ByColumn`: integers without class names would be the routes at other positions than before.
+    groups = rule.groups if isinstance(rule, ByGroups) else {name: [name] for name in rule.route_names}
+    return ByGroups(rule.column, {name: groups[name] for name in route_names})
 
 
 def replace_rule(folder: Path, rule: Rule | None, route_names: Sequence[str]) -> None:
@@ -288,11 +333,11 @@ def _has_tensors(values: Any) -> bool:
     return isinstance(values, Mapping) and values.get("kind") == ByCentres.kind
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, shown: Path | None = None) -> Any:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
+        raise ValueError(f"{shown or file} is damaged: {error}.") from error
 
 
 def rule_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Rule:

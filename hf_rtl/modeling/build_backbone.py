@@ -50,7 +50,8 @@ def build_backbone(
             timm model, whose weights are copied.
         auto_class (`type`): the transformers Auto class of the task.
         pretrained (`bool`, *optional*): whether to load weights. Defaults to `True` for repo ids and folders, and to
-            `False` for plain timm names.
+            `False` for plain timm names, whose weights timm fetches: of its best tag, or of `"resnet18.a1_in1k"`.
+            Without another number of labels they keep their head.
         seed (`int`, *optional*): seed of newly initialised weights; a timm model then has the weights that
             `timm.create_model` gives after `torch.manual_seed(seed)`. The global generator does not change.
         **kwargs: fields of the backbone's configuration. For timm names, all but label arguments go to
@@ -59,6 +60,7 @@ def build_backbone(
     Raises:
         ValueError: an argument that the kind of `source` does not allow, or a model that contradicts the arguments or
             that neither timm nor transformers knows.
+        OSError: there is no such repo or folder, or the weights are not in the cache and cannot be fetched.
         TypeError: `source` is none of these.
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -82,14 +84,17 @@ def build_backbone(
         timm_name = name.removeprefix("timm/")
         of_timm = timm.is_model(timm_name) and (name == timm_name or pretrained is False)
         if of_timm and not Path(name).is_dir():
+            if pretrained:
+                return _pretrained_timm(timm_name, auto_class, kwargs)
             config = _timm_config(timm_name.split(".")[0], kwargs)
-            created = timm_name if pretrained else config.architecture
-            return _created(created, config, auto_class, pretrained=bool(pretrained))
+            return _created(config.architecture, config, auto_class, pretrained=False)
         try:
             if pretrained is False:
                 return _from_config(AutoConfig.from_pretrained(name), auto_class, kwargs)
             return auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **kwargs)
         except OSError as error:
+            if timm.is_model(timm_name) and not Path(name).is_dir():
+                raise _not_fetched(name, name, error) from error
             raise OSError(f"`backbone` = {name!r} is {_what_it_is_not(name)}. As a repo id: {error}") from error
 
 
@@ -102,6 +107,30 @@ def _what_it_is_not(name: str) -> str:
         return f"no folder; {str(path.parent)!r} has {', '.join(map(repr, close or beside[:3])) or 'nothing in it'}"
     close = get_close_matches(name, timm.list_models(), n=3)
     return "no timm name and no folder" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
+
+
+def _pretrained_timm(name: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The timm model `name` with its weights, also those of its head unless `kwargs` ask for other labels."""
+    architecture = name.split(".")[0]
+    try:
+        weights = timm.get_pretrained_cfg(name)
+        has_head = weights.num_classes and not any(kwargs.get(key) for key in ("num_classes", *_LABEL_ARGUMENTS[:3]))
+        config = _timm_config(architecture, kwargs, **({"num_labels": weights.num_classes} if has_head else {}))
+        return _created(name, config, auto_class, pretrained=True)
+    except RuntimeError as error:
+        known = ", ".join(map(repr, timm.list_pretrained(f"{architecture}.*"))) or "none, so leave out `pretrained`"
+        raise ValueError(f"`backbone` = {name!r} with `pretrained=True`: {error} timm has {known}.") from error
+    except OSError as error:
+        raise _not_fetched(name, weights.hf_hub_id or weights.url, error) from error
+
+
+def _not_fetched(name: str, source: str, error: OSError) -> OSError:
+    reason = str(error).strip().partition("\n")[0]
+    return OSError(
+        f"the weights of `backbone` = {name!r} could not be fetched from {source!r}, and are not in the cache: "
+        f"{reason} Run this once with a network, or copy the cache (`HF_HOME`) of a machine that has them; "
+        "`pretrained=False` makes new weights."
+    )
 
 
 def _refuse(kind: str, **arguments: Any) -> None:
@@ -196,4 +225,6 @@ def _wrapped(model: nn.Module, config: PreTrainedConfig, auto_class: Any) -> Pre
             "`in_chans=1`."
         )
     wrapper.timm_model.load_state_dict(model.state_dict())
+    # Of the weights' tag, with the size and the normalisation of the images that they were trained on.
+    wrapper.timm_model.pretrained_cfg = model.pretrained_cfg
     return wrapper

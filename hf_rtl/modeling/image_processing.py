@@ -1,14 +1,19 @@
-"""Ordinary image processors in place of timm's own, which cannot be saved."""
+"""Image processors: ordinary ones in place of timm's own, which cannot be saved, and the images that they make."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import BitImageProcessorPil, TimmWrapperImageProcessor
+import torch
+from transformers import BaseImageProcessor, BitImageProcessorPil, PreTrainedModel, TimmWrapperImageProcessor
 from transformers.image_utils import PILImageResampling
 
+
+logger = logging.getLogger(__name__)
 
 _INTERPOLATIONS = {"bilinear": PILImageResampling.BILINEAR, "bicubic": PILImageResampling.BICUBIC}
 _KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
@@ -89,3 +94,64 @@ def image_processor_from_timm(source: TimmWrapperImageProcessor | Mapping[str, A
         image_std=list(config["std"]),
         do_convert_rgb=num_channels == 3,
     )
+
+
+def processed_shape(settings: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """
+    Channels, height and width of the images that an image processor with these settings makes, the content of
+    `preprocessor_config.json`. `None` where they are not set, or depend on the image.
+    """
+    size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
+    if not isinstance(size, Mapping) or not (settings.get("do_center_crop") or settings.get("do_resize")):
+        size = {}
+    mean = settings.get("image_mean")
+    num_channels = 3 if settings.get("do_convert_rgb") else None
+    if settings.get("do_normalize") and isinstance(mean, Sequence):
+        num_channels = len(mean)
+    return num_channels, size.get("height"), size.get("width")
+
+
+def configured_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images in the configuration of a model that takes `pixel_values`."""
+    config: Any = model.config
+    timm_model: Any = getattr(model, "timm_model", None)
+    if timm_model is not None:
+        channels, *size = timm_model.pretrained_cfg["input_size"]
+        channels = (config.model_args or {}).get("in_chans", channels)
+        size = (config.model_args or {}).get("img_size", size)
+    else:
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
+
+
+def warn_of_unfitting_processor(processing_class: Any, backbone: PreTrainedModel, auto_class: Any) -> None:
+    """
+    Logs a warning if an image processor makes images that `backbone` refuses, in contrast to those of the size in its
+    configuration. Nothing is computed: a copy that `auto_class` builds is asked on torch's meta device.
+    """
+    processor = getattr(processing_class, "image_processor", processing_class)
+    if not isinstance(processor, BaseImageProcessor) or backbone.main_input_name != "pixel_values":
+        return
+    own = configured_shape(backbone)
+    made = tuple(size or other for size, other in zip(processed_shape(processor.to_dict()), own, strict=True))
+    if made == own:
+        return
+    with torch.device("meta"):
+        copied = auto_class.from_config(copy.deepcopy(backbone.config)).eval()
+    if _takes(copied, own) and not _takes(copied, made):
+        logger.warning(
+            f"the processor makes images of {' x '.join(map(str, made))} (channels, height, width), which the "
+            f"backbone refuses: its configuration says {' x '.join(map(str, own))}. Change the processor, or make the "
+            "backbone for such images, as by `in_chans=1` or `img_size=32` of timm, `num_channels=1` or "
+            "`image_size=32` of transformers."
+        )
+
+
+@torch.no_grad()
+def _takes(model: PreTrainedModel, shape: tuple[int, ...]) -> bool:
+    try:
+        model(pixel_values=torch.empty(2, *shape, device="meta"))
+    except Exception:  # whatever that model's code raises
+        return False
+    return True

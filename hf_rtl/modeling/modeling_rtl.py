@@ -24,7 +24,7 @@ from .files import written_whole
 from .footprint import footprint
 from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
-from .image_processing import savable_processor
+from .image_processing import savable_processor, warn_of_unfitting_processor
 from .mask_bank import check_route_names
 from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
@@ -221,6 +221,7 @@ class RTLModel(RoutedModel):
         """
         self.check_savable()
         processing_class = savable_processor(processing_class)
+        warn_of_unfitting_processor(processing_class, self.backbone, self.backbone_class)
         self.config.mask_fingerprint = self.mask_bank.fingerprint()
         self.config.base = base_fingerprint(self)
         of_push = inspect.signature(self.push_to_hub).parameters

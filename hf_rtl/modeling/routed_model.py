@@ -273,9 +273,10 @@ class RoutedModel(PreTrainedModel):
         if self.router is None:
             raise ValueError(
                 "`route_ids` is missing, and the router is 'given', so it is unknown which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; a "
-                "pipeline, which passes none, takes `model.with_route(route)` as its model. `RTLTrainer.fit_router` "
-                "makes a router that decides."
+                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; "
+                "pipelines, except that for text generation, do not pass it on and need a view, `pipeline(task, "
+                f"model=model.with_route({self.route_names[0]!r}), …)`. `RTLTrainer.fit_router` makes a router that "
+                "decides."
             )
         if self.training:
             raise ValueError(

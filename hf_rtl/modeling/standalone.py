@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.pytorch_utils import Conv1D
 
 from .channel_graph import ChannelGraph
+from .image_processing import configured_shape
 from .masking import and_masks, ordinary_tensors
 from .norm_statistics import tracked_buffers
 from .routed_model import RoutedModel
@@ -144,7 +145,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     return StructureReport(layers, (num_parameters, _num_parameters(model)))
 
 
-def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
+def make_example_inputs(model: Any) -> dict[str, Tensor]:
     """
     Inputs that `model` takes: random images of the size in its configuration, or its `dummy_inputs` of tokens.
 
@@ -153,22 +154,13 @@ def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
     """
     name = getattr(model, "main_input_name", None)
     if name == "input_ids":
-        return dict(model.dummy_inputs)  # type: ignore[arg-type]
+        return dict(model.dummy_inputs)
     if name != "pixel_values":
         raise ValueError(
             f"`example_inputs` cannot be made for {type(model).__name__}, which takes {name!r}: give the arguments of "
             "a forward, as in `example_inputs={'input_values': torch.randn(2, 16000)}`."
         )
-    config: Any = model.config
-    timm_model: Any = getattr(model, "timm_model", None)
-    if timm_model is not None:
-        channels, *size = timm_model.pretrained_cfg["input_size"]
-        channels = (config.model_args or {}).get("in_chans", channels)
-        size = (config.model_args or {}).get("img_size", size)
-    else:
-        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
-    height, width = (size, size) if isinstance(size, int) else size
-    return {name: torch.randn(2, channels, height, width)}
+    return {name: torch.randn(2, *configured_shape(model))}
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from ..analysis import TicketSimilarity, ticket_similarity
@@ -123,6 +126,13 @@ def describe_tickets(num_kept: int, num_weights: int, point: TicketSimilarity) -
     else:
         parts.append("no emptied layer")
     return ", ".join(parts)
+
+
+def keep_log_of_tensorboard(callbacks: Sequence[TrainerCallback], output_dir: str) -> None:
+    """Makes TensorBoard's log one of the run. By default it would lie in the folder of the first round's model."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(output_dir, default_logdir())
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _data_with(
     if not membership:
         single = isinstance(model, SINGLE_PREDICTION_CLASSES)
         if single and not trainer._has_own_loss(trainer.compute_loss_func):
-            check_labels(dataset, model.config.num_labels, may_ignore=True)
+            check_labels(dataset, model.config.num_labels, model.config.label2id, may_ignore=True)
         alone.check("labels", single_labels(dataset) if single else None)
     _check_calibration(run_data, calibration_dataset, args.calibration_fraction)
     own, held_out = route_data(model, args, dataset, alone), None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import default_logdir
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from ..data.partition import Partition
-from ..data.route_data import EvaluationData, RouteData, collate_truth_values
+from ..data.route_data import EvaluationData, RouteData, collate_classes
 from ..data.rules import replace_rule
 from ..data.sampling import ALL_ROUTES, RouteBatchSampler
 from ..metrics import calibrate_thresholds
@@ -40,7 +37,7 @@ from .optim import masked_optimizer
 from .pending_evaluation import evaluate_if_pending, kept_if_it_fails, remove_pending
 from .plan import Round
 from .processes import Processes
-from .progress import RunProgress
+from .progress import RunProgress, keep_log_of_tensorboard
 from .randomness import Stream, derive_seed, seeded
 from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
@@ -93,10 +90,7 @@ class RouteTrainer(Trainer):
         self.progress = RunProgress(model.route_names, show=show, prints_logs=replaced is not None)
         if self.progress.show:
             self.add_callback(self.progress)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                # By default it would choose the folder of the first round's model.
-                callback.logging_dir = os.path.join(args.output_dir, default_logdir())
+        keep_log_of_tensorboard(self.callback_handler.callbacks, args.output_dir)
         # The current round, and the number of steps of the rounds before it, for the log.
         self.current_round: Round | None = None
         self._steps_before = 0
@@ -394,7 +388,7 @@ class RouteTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         are_classes = predicts_single_labels(self.model) and self.model.config.num_labels > 1
         takes_integers = are_classes and not self._has_own_loss(self.compute_loss_func)
-        return partial(collate_truth_values, collate) if takes_integers else collate
+        return partial(collate_classes, collate, self.model.config.label2id) if takes_integers else collate
 
     def collate_alone(self) -> Callable[[list], dict]:
         """`collate` with a copy of the collator, which may draw or count. The model that it may hold is not copied."""

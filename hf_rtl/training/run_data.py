@@ -24,6 +24,7 @@ from ..data.columns import (
 )
 from ..data.partition import Partition
 from ..data.route_data import RouteData, check_partition, find_partition, route_columns
+from ..data.rules import ByColumn, ByGroups
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.offloading import refuse_offloaded
 from .evaluation import SINGLE_PREDICTION_CLASSES, check_router
@@ -64,6 +65,10 @@ class RunData:
         has_own_loss: bool = False,
     ) -> None:
         self.training: RouteData | None = None
+        if partition is None and args.route_column is None and train_dataset is not None:
+            rule = model.partition_rule
+            if isinstance(rule, (ByColumn, ByGroups)) and rule.column in list_columns(train_dataset):
+                partition = rule.assign(train_dataset)
         self.calibration_dataset = calibration_dataset
         # If `args` name no column, the rule of this partition assigns other data too.
         self._given_partition = partition
@@ -99,7 +104,7 @@ class RunData:
             for dataset in (*evaluated, calibration_dataset):
                 if dataset is not None:
                     if predicts_single_labels(model) and not (has_collator or has_own_loss):
-                        check_labels(dataset, model.config.num_labels)
+                        check_labels(dataset, model.config.num_labels, model.config.label2id)
                     # Thresholds and routers are fitted for every route.
                     allow_empty = dataset is not calibration_dataset
                     self.remember(dataset, self._find_partition(model, args, dataset, allow_empty))
@@ -312,7 +317,7 @@ def _check_labels(model: RTLModel, dataset: Any, partition: Partition, has_colla
         labels = single_labels(dataset)
     partition.check(model.config.ticket_task, labels)
     if predicts_single_labels(model) and not (has_collator or has_own_loss):
-        check_labels(dataset, model.config.num_labels, may_ignore=True)
+        check_labels(dataset, model.config.num_labels, model.config.label2id, may_ignore=True)
 
 
 def _check_batches(args: RTLTrainingArguments, data: RouteData) -> None:

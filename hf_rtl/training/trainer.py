@@ -20,7 +20,7 @@ from ..model_card.card import RTLCardData, write_card
 from ..model_card.run_record import write_run
 from ..modeling.files import read_tensors, write_bytes
 from ..modeling.hub import CARD_FILE, MODEL_FILES, branch_head, commit_folder, read_card
-from ..modeling.image_processing import savable_processor
+from ..modeling.image_processing import savable_processor, warn_of_unfitting_processor
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import round_schedule
 from .callbacks import ModelCardCallback
@@ -93,6 +93,7 @@ class RTLTrainer(RouteTrainer):
             check_trainable(model, args)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
+            warn_of_unfitting_processor(kwargs["processing_class"], model.backbone, model.backbone_class)
         run_data = RunData(
             model,
             args,

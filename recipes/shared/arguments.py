@@ -1,11 +1,12 @@
-"""The start of a recipe: its arguments, from a YAML file and the command line, and the settings of its output."""
+"""The start and the end of a recipe: its arguments, from a YAML file and the command line, its output, Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     Instances of `classes`: field defaults, overridden by `defaults`, by `--config FILE` and by the command line.
 
     Raises:
-        SystemExit: an argument or a key of the file is unknown. The message names the closest known key.
+        SystemExit: an argument or a key of the file is unknown, or the file cannot be read. The message names the
+            closest known key.
     """
     parser = HfArgumentParser(list(classes), description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the arguments below")
@@ -35,7 +37,10 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     parser.set_defaults(**(defaults or {}))
     config = parser.parse_known_args()[0].config
     if config is not None:
-        values = yaml.safe_load(config.read_text()) or {}
+        try:
+            values = yaml.safe_load(config.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.exit(2, f"{parser.prog}: error: --config {config} cannot be read: {' '.join(str(error).split())}\n")
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -47,6 +52,15 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
     return tuple(
         cls(**{name: arguments[name] for name in cls.__dataclass_fields__ if name in arguments}) for cls in classes
     )
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a recipe that trains. Ctrl-C ends it with one line that says how to go on, and with the exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "Stopped. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
 
 
 def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ResNetConfig
 
-from hf_rtl import ByCentres, RTLModel, RTLModelForImageClassification, load_rule, save_rule
+from hf_rtl import ByCentres, ByColumn, ByGroups, RTLModel, RTLModelForImageClassification, load_rule, save_rule
 from hf_rtl_cli.main import main
+from tests.training.small_runs import SMALL_NET
 
 
 ROUTES = ["cat", "dog", "owl"]
@@ -23,7 +24,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def model() -> RTLModelForImageClassification:
     model = RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=ROUTES, ticket_task="membership", seed=0
+        SMALL_NET, route_names=ROUTES, ticket_task="membership", seed=0
     )
     generator = torch.Generator().manual_seed(0)
     for route in range(3):
@@ -125,6 +126,19 @@ def test_a_graph_takes_inputs_of_the_models_type(call, tmp_path):
     assert torch.allclose(graph(pixel_values=images)["logits"], expected, atol=1e-2)
 
 
+def test_a_graph_takes_the_images_of_the_saved_processor(call, model, folder, tmp_path):
+    crop = {"do_center_crop": True, "crop_size": {"height": 24, "width": 40}, "do_convert_rgb": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(crop))
+    printed = call("export", folder, "--route", "owl", tmp_path / "owl", "--format", "torch-export")
+    assert printed.splitlines()[-1] == "Its graph takes pixel_values [any, 3, 24, 40]."
+    images = torch.ones(3, 3, 24, 40)
+    graph = torch.export.load(tmp_path / "owl" / "model.pt2").module()
+    assert torch.allclose(graph(pixel_values=images)["logits"], model(images, route_ids="owl").logits, atol=1e-5)
+    shape = "pixel_values=2x3x32x32"
+    arguments = ("export", folder, "--route", "owl", tmp_path / "given", "--format", "torch-export", "--input", shape)
+    assert call(*arguments, "--json")["inputs"] == {"pixel_values": [None, 3, 32, 32]}
+
+
 def test_what_export_refuses(fails, folder, tmp_path):
     assert "unknown route 'cow'; the routes are 'cat', 'dog', 'owl'" in fails(
         "export", folder, "--route", "cow", tmp_path / "cow"
@@ -180,22 +194,51 @@ def test_tickets_are_listed_saved_dropped_and_added(call, model, folder, tmp_pat
     assert (folder / "preprocessor_config.json").is_file()
 
 
-def test_a_rule_goes_along_until_the_routes_change(call, folder, tmp_path, caplog):
+def test_a_rule_goes_along_as_long_as_it_has_the_routes(call, folder, tmp_path, caplog):
     rule = ByCentres(torch.eye(3, dtype=torch.float64), ROUTES)
     save_rule(folder, rule)
     tickets = call("tickets", "save", folder, tmp_path / "tickets", "--route", "owl", "--json")["tickets"]
     copy = tmp_path / "copy"
     call("tickets", "add", folder, tmp_path / "tickets", "--rename", "owl=eagle", "--out", copy)
     assert tickets == ["owl"] and not list(copy.glob("partition.*"))
-    assert "the rule of the partition is left out: " in caplog.text and "'owl', than those of the model" in caplog.text
+    assert f"the rule of the partition is left out: {copy / 'partition.json'} is a rule for other" in caplog.text
+    assert "'owl', than those of the model" in caplog.text
     assert load_rule(folder).to_dict() == rule.to_dict()
     call("tickets", "drop", copy, "--route", "eagle", "--out", tmp_path / "again")
     assert not list((tmp_path / "again").glob("partition.*"))
 
     assert len(list(folder.glob("partition.*"))) == 2
     call("tickets", "drop", folder, "--route", "owl")
-    assert not list(folder.glob("partition.*"))
+    assert f"{folder / 'partition.json'}, stays for when 'owl' are added again" in caplog.text
     assert call("inspect", folder, "--json")["rule"] is None
+    call("tickets", "add", folder, tmp_path / "tickets")
+    assert load_rule(folder).to_dict() == rule.to_dict()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ByColumn("kind", ROUTES),
+        ByGroups("kind", {"cat": ["lion", "puma"], "dog": ["pug"], "owl": ["owl"]}),
+        ByCentres(torch.eye(3, dtype=torch.float64), ROUTES),
+    ],
+)
+def test_a_dropped_ticket_comes_back_with_the_rule(call, folder, tmp_path, rule):
+    save_rule(folder, rule)
+    data = torch.eye(3, dtype=torch.float64)
+    if not isinstance(rule, ByCentres):
+        data = [{"kind": kind} for kind in (ROUTES if isinstance(rule, ByColumn) else ["puma", "pug", "owl"])]
+    before = rule.assign(data)
+    call("tickets", "save", folder, tmp_path / "tickets", "--route", "cat")
+    fewer, again = tmp_path / "fewer", tmp_path / "again"
+    call("tickets", "drop", folder, "--route", "cat", "--out", fewer)
+    with pytest.raises(ValueError, match="is a rule for other routes"):
+        load_rule(fewer)
+    call("tickets", "add", fewer, tmp_path / "tickets", "--out", again)
+    after = load_rule(again).assign(data)
+    assert after.route_names == ["dog", "owl", "cat"]
+    names = [[part.route_names[route] for route in part.route_ids] for part in (before, after)]
+    assert names[0] == names[1]
 
 
 def test_a_changed_model_can_go_elsewhere_and_stays_compact(call, model, folder, tmp_path):
@@ -229,7 +272,10 @@ def test_what_tickets_refuse(call, fails, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_changed_model_keeps_its_code(call, model, folder, tmp_path, elsewhere):
+def test_a_changed_model_keeps_its_code(call, folder, tmp_path, elsewhere):
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=ROUTES, ticket_task="membership", seed=0
+    )  # code goes along with stock backbones only
     model.save_pretrained(folder, with_code=True)
     code = {file.name for file in folder.glob("*.py")}
     call("tickets", "save", folder, tmp_path / "tickets", "--route", "cat")

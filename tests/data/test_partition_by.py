@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, Subset, random_split
 
 from hf_rtl.data.columns import list_columns
 from hf_rtl.data.partition_by import partition_by_column, partition_by_function, partition_by_label
+from hf_rtl.data.route_data import find_partition
 from hf_rtl.data.rules import ByColumn
 from tests.data.small_data import DictDataset, both_kinds, hf_dataset, make
 
@@ -42,6 +43,19 @@ def test_strings_are_sorted_or_looked_up(kind):
         partition_by_column(dataset, "scene", route_names=["street", "metro", "park"])
     with pytest.raises(ValueError, match="'scene' has 'park'; `route_names` allows 'street', 'metro'"):
         partition_by_column(dataset, "scene", route_names=["street", "metro"], allow_empty=True)
+
+
+@both_kinds
+def test_all_values_that_are_no_routes_are_named(kind):
+    values = [f"ward {number}" for number in range(8)] * 2
+    for dataset in (make({"ward": values}, kind), hf_dataset({"ward": [0, 1] * 8}, ward=["ward 0", "ward 1"])):
+        with pytest.raises(ValueError, match="Column 'ward' has 'ward 1'.*; `route_names` allows 'ward 0'") as refused:
+            find_partition(dataset, route_column="ward", route_names=["ward 0", "x"], ticket_task="labels")
+    assert "'ward 1';" in str(refused.value)
+    with pytest.raises(ValueError, match="'ward 3', 'ward 4', 'ward 5', 'ward 6', 'ward 7'; `route"):
+        partition_by_column(make({"ward": values}, kind), "ward", route_names=["ward 0", "ward 1", "ward 2"])
+    with pytest.raises(ValueError, match="'ward 1', 'ward 2', 'ward 3', 'ward 4', 'ward 5' and 2 more; `route"):
+        partition_by_column(make({"ward": values}, kind), "ward", route_names=["ward 0"])
 
 
 def test_tensors_and_numpy_scalars_count_as_their_values():

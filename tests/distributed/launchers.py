@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing import Process
 from pathlib import Path
@@ -107,4 +109,11 @@ def _work(unbuffered: str, script: str, *arguments: str) -> None:
     print("process number", os.getpid(), flush=True)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        # As in an interpreter. Torch would catch it, and show it with the cause.
+        traceback.print_exc()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+        os._exit(1)

@@ -30,6 +30,7 @@ from hf_rtl.training.extraction import Extraction  # noqa: E402
 from hf_rtl.training.processes import Processes  # noqa: E402
 from hf_rtl.training.running_statistics import running_statistics  # noqa: E402
 from hf_rtl.training.ticket_trainer import TicketTrainer  # noqa: E402
+from tests.training.small_runs import SMALL_NET  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -40,7 +41,7 @@ _ = create_model  # loads timm's models before the fork
 
 class Images(Dataset):
     """
-    Images of 8 x 8 whose colour shows the route, with random noise drawn from torch's global generator at every fetch.
+    Images of 16 x 16 whose colour shows the route, with noise that torch's global generator draws at every fetch.
 
     Args:
         number (`int`): the number of images.
@@ -62,7 +63,7 @@ class Images(Dataset):
             self.labels = [index % 3 for index in range(number)]
         else:
             self.labels = [route for route, size in enumerate(sizes) for _ in range(size)]
-        self.images = torch.randn(len(self.labels), 3, 8, 8, generator=generator, dtype=dtype)
+        self.images = torch.randn(len(self.labels), 3, 16, 16, generator=generator, dtype=dtype)
         for index, label in enumerate(self.labels):
             self.images[index, label] += 1
         self.noise = noise
@@ -84,16 +85,19 @@ class Domains(Images):
 
 
 def make_model(kind: str, **options: Any) -> RTLModelForImageClassification:
-    """A network with batch norm (`"timm"`) or a transformer (`"vit"`), with three membership routes."""
-    backbone: Any = "test_resnet"
+    """
+    A small or larger network with batch norm (`"timm"`, `"resnet"`) or a transformer (`"vit"`), with three membership
+    routes.
+    """
+    backbone: Any = {"timm": SMALL_NET, "resnet": "test_resnet"}.get(kind)
     if kind == "vit":
         backbone = ViTConfig(
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=24,
-            image_size=8,
-            patch_size=4,
+            image_size=16,
+            patch_size=8,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -263,7 +267,7 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
     """Fits every router to tickets with random masks. Returns tensors and metrics; the last batch is not full."""
     of_labels = ticket_task == "labels"
     model = RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
+        SMALL_NET, route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
     )
     generator = torch.Generator().manual_seed(0)
     for route in range(3):
@@ -306,7 +310,7 @@ def search_unequal_routes(folder: str, options: dict[str, Any]) -> dict[str, Any
         return step(self, batch)
 
     with patch.object(Extraction, "search", watched_search), patch.object(TicketTrainer, "step", watched_step):
-        return {**train(folder, "vit", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
+        return {**train(folder, "timm", {"data": Images(sizes=[24, 8, 12]), **options}), "steps": steps}
 
 
 def compute_differently(folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -422,7 +426,7 @@ def fill_the_disk(folder: str, place: str, options: dict[str, Any]) -> dict[str,
         "model": (RTLTrainer, "recalibrate", 2**16),
     }[place]
     with patch.object(owner, name, limited(getattr(owner, name), size)):
-        return train(folder, "timm", options)
+        return train(folder, "resnet", options)
 
 
 def exhaust_memory(folder: str) -> dict[str, Any]:

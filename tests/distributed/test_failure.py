@@ -20,22 +20,22 @@ def started(folder, team, pattern, number=1):
         time.sleep(0.01)
 
 
-def continues(folder, world_size, whole):
+def continues(folder, kind, world_size, whole):
     """Whether the run in `folder`, continued, ends as the uninterrupted one of the result `whole`."""
     logs = folder.with_name("logs-again")
-    again = launch(runs.train, str(folder), "timm", OPTIONS, world_size=world_size, logs=logs)
+    again = launch(runs.train, str(folder), kind, OPTIONS, world_size=world_size, logs=logs)
     assert [result["world_size"] for result in again] == [world_size] * world_size
     return all((again[0]["state"][name] == value).all() for name, value in whole["state"].items())
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """World size -> the result of process 0 of a run with `OPTIONS`."""
+    """(kind of network, world size) -> the result of process 0 of a run with `OPTIONS`."""
 
     @functools.cache
-    def made(world_size):
+    def made(kind, world_size):
         folder = tmp_path_factory.mktemp(f"whole-{world_size}")
-        arguments = (str(folder / "run"), "timm", OPTIONS)
+        arguments = (str(folder / "run"), kind, OPTIONS)
         return launch(runs.train, *arguments, world_size=world_size, logs=folder / "logs")[0]
 
     return made
@@ -61,7 +61,7 @@ def test_what_was_finished_before_a_failure_is_not_lost(tmp_path, uninterrupted)
     assert team.wait(60) == [1, 1]
     masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
     assert len(masks) == 3
-    assert continues(folder, 2, uninterrupted(2))
+    assert continues(folder, "timm", 2, uninterrupted("timm", 2))
     assert all(path.read_bytes() == content for path, content in masks.items())
 
 
@@ -84,8 +84,8 @@ def test_a_process_that_is_killed_ends_all(say, tmp_path, place, rank):
 
 def test_a_process_may_be_busy_for_long(tmp_path):
     """The others wait for it: the extraction of one route may take hours more than that of another."""
-    options = {"target_sparsity": [0.3], "max_steps": 1, "ddp_timeout": 3}
-    results = launch(runs.dawdle, str(tmp_path / "run"), 4.5, options, world_size=2, logs=tmp_path / "logs")
+    options = {"target_sparsity": [0.3], "max_steps": 1, "ddp_timeout": 2}
+    results = launch(runs.dawdle, str(tmp_path / "run"), 3.5, options, world_size=2, logs=tmp_path / "logs")
     assert [result["world_size"] for result in results] == [2, 2]
 
 
@@ -102,7 +102,7 @@ def test_a_full_disk_is_said_in_words_and_nothing_finished_is_lost(tmp_path, uni
     assert not list(folder.rglob(".*.tmp"))
     masks = {path: path.read_bytes() for path in folder.glob("extraction/event-*/*")}
     assert len(masks) == {"extraction": 0, "checkpoint": 3, "model": 3}[place]
-    assert continues(folder, 1, uninterrupted(1))
+    assert continues(folder, "resnet", 1, uninterrupted("resnet", 1))
     assert all(path.read_bytes() == content for path, content in masks.items())
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 RECIPES = ROOT / "recipes"
 SMALL = [
     *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "2"),
-    *("--extraction_steps", "2", "--max_train_samples", "400", "--max_test_samples", "100", "--use_cpu"),
+    *("--extraction_steps", "2", "--max_train_samples", "200", "--max_test_samples", "100", "--use_cpu"),
 ]
 MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node.yaml"), "--num_processes", "2"]
 
@@ -47,59 +47,75 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """
-    Two launchers, one after the other, since load delays the end of a process: `"failing"`,
-    `torchrun --nproc_per_node 2`, whose processes print which `hf_rtl` they have, before process 0 raises; and
-    `"alone"`, the recipe by `accelerate launch --cpu --num_processes 2`.
+    `accelerate launch --cpu --num_processes 2` with a script that prints which `hf_rtl` its process has, and then runs
+    the recipe.
     """
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("alone", "failing")}
-    script = folders["failing"] / "fails.py"
-    run = str(folders["failing"] / "run")
+    folder = tmp_path_factory.mktemp("alone")
+    script = folder / "recipe.py"
     script.write_text(
-        "from tests.child_processes import package_file; print(package_file())\n"
-        f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n"
+        "import runpy, sys\nfrom tests.child_processes import package_file\n"
+        f"print(package_file())\nsys.path.insert(0, {str(RECIPES)!r})\n"
+        f"runpy.run_path({str(RECIPES / 'prune.py')!r}, run_name='__main__')\n"
     )
-    recipe = [str(RECIPES / "prune.py"), *SMALL, "--output_dir", str(folders["alone"] / "run")]
-    lines = {
-        "alone": [*ACCELERATE, "--cpu", "--num_processes", "2", *recipe],
-        "failing": [*TORCH, "--standalone", "--nproc_per_node", "2", str(script)],
-    }
-    started: dict[str, Command] = {}
-    for name in ("failing", "alone"):
-        started[name] = Command(lines[name], folders[name])
-        if name == "failing":
-            started[name].process.wait(180)
-    yield started
-    for command in started.values():
-        command.stop()
+    line = [*ACCELERATE, "--cpu", "--num_processes", "2", str(script), *SMALL, "--output_dir", str(folder / "run")]
+    command = Command(line, folder)
+    yield command
+    command.stop()
 
 
 @pytest.fixture(scope="module")
-def alone(commands: dict[str, Command]) -> tuple[str, dict]:
-    """What a run in one process prints, and its results."""
-    code, printed = commands["alone"].end()
+def alone(command: Command) -> tuple[str, dict]:
+    """What `command` prints, and the results of the recipe."""
+    code, printed = command.end()
     assert code == 0, printed
-    folder = Path(commands["alone"].process.args[-1])
-    return printed, json.loads((folder / "results.json").read_text())
+    return printed, json.loads(Path(command.process.args[-1], "results.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def failed(commands: dict[str, Command]) -> str:
-    """What is printed when process 0 of 2 raises."""
-    code, printed = commands["failing"].end()
-    assert code != 0, printed
-    return printed
-
-
-def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(failed: str) -> None:
-    assert failed.splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 2
-
-
-def test_under_a_launcher_the_first_failure_is_shown(failed: str) -> None:
-    """A launcher ends all processes as soon as one ends, but not before the failed one has shown its error."""
+def test_under_a_launcher_the_first_failure_is_shown(machines: list[Launcher], tmp_path: Path) -> None:
+    """
+    A launcher ends all processes as soon as one ends, but not before the failed one has shown its error. The first of
+    these tests, since load delays the end of a process.
+    """
+    script = tmp_path / "fails.py"
+    run = str(tmp_path / "run")
+    script.write_text(f"from tests.distributed import runs; runs.fail({run!r}, 'vit', 'extraction', 0, {{}})\n")
+    machines.append(Launcher([*TORCH, "--standalone", "--nproc_per_node", "2", str(script)], tmp_path / "log"))
+    assert machines[0].wait() not in (None, 0)
+    failed = machines[0].printed()
     assert failed.count("ValueError: something is wrong with sample 17") == 1
     assert re.findall(r"Root Cause.*?rank +: (\d)", failed, re.DOTALL) == ["0"]
+
+
+def test_a_machine_whose_process_is_killed_ends_the_other(
+    command: Command, machines: list[Launcher], tmp_path: Path
+) -> None:
+    """
+    Through the configuration file for several machines, on CPUs by `--use_cpu` alone. `command`, which takes long to
+    start, does so meanwhile.
+    """
+    port = free_port()
+    for machine in range(2):
+        line = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "40"]
+        line += ["--output_dir", str(tmp_path / "run")]
+        machines.append(Launcher(line, tmp_path / f"log-{machine}", impatient=True))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/extraction/event-*/*.safetensors")):
+        assert time.monotonic() < deadline and all(launcher.process.is_alive() for launcher in machines)
+        time.sleep(0.1)
+    assert re.findall(r"^processes +(\d+)$", machines[0].printed(), re.MULTILINE) == ["2"]
+    number = re.search(r"process number (\d+)", machines[1].printed())
+    assert number is not None
+    os.kill(int(number[1]), signal.SIGKILL)
+    start = time.monotonic()
+    assert all(launcher.wait(60) not in (None, 0) for launcher in machines)
+    assert time.monotonic() - start < 60
+    assert "process 0 ends: process 1 on" in machines[0].printed()
+
+
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(alone: tuple[str, dict]) -> None:
+    assert alone[0].splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
 
 
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
@@ -134,24 +150,3 @@ def test_two_machines_find_the_masks_of_one_process(
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["num_processes"] == 2
     assert results["rounds"][0]["mask_fingerprint"] == alone[1]["rounds"][0]["mask_fingerprint"]
-
-
-def test_a_machine_whose_process_is_killed_ends_the_other(machines: list[Launcher], tmp_path: Path) -> None:
-    """Through the configuration file for several machines, on CPUs by `--use_cpu` alone."""
-    port = free_port()
-    for machine in range(2):
-        command = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "40"]
-        command += ["--output_dir", str(tmp_path / "run")]
-        machines.append(Launcher(command, tmp_path / f"log-{machine}", impatient=True))
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/extraction/event-*/*.safetensors")):
-        assert time.monotonic() < deadline and all(launcher.process.is_alive() for launcher in machines)
-        time.sleep(0.1)
-    assert re.findall(r"^processes +(\d+)$", machines[0].printed(), re.MULTILINE) == ["2"]
-    number = re.search(r"process number (\d+)", machines[1].printed())
-    assert number is not None
-    os.kill(int(number[1]), signal.SIGKILL)
-    start = time.monotonic()
-    assert all(launcher.wait(60) not in (None, 0) for launcher in machines)
-    assert time.monotonic() - start < 60
-    assert "process 0 ends: process 1 on" in machines[0].printed()

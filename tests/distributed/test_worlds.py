@@ -84,14 +84,14 @@ def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say,
 
 @pytest.mark.slow
 def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
-    whole = launch(runs.train, str(tmp_path / "whole"), "vit", SHORT, world_size=1, logs=tmp_path / "logs")
+    whole = launch(runs.train, str(tmp_path / "whole"), "timm", SHORT, world_size=1, logs=tmp_path / "logs")
     for first, then in ((2, 1), (1, 2)):
         folder, logs = str(tmp_path / f"{first}-{then}"), tmp_path / f"logs-{first}-{then}"
-        broken = Team(runs.fail, (folder, "vit", "extraction", 0, SHORT), world_size=first, logs=logs)
+        broken = Team(runs.fail, (folder, "timm", "extraction", 0, SHORT), world_size=first, logs=logs)
         assert any(broken.wait(60))
         done = len(list((tmp_path / f"{first}-{then}").glob("extraction/event-*/*")))
         assert 0 < done < 9
-        results = launch(runs.train, folder, "vit", SHORT, world_size=then, logs=logs)
+        results = launch(runs.train, folder, "timm", SHORT, world_size=then, logs=logs)
         assert [result["world_size"] for result in results] == [then] * then
         assert {result["fingerprint"] for result in results} == {whole[0]["fingerprint"]}
 
@@ -137,9 +137,9 @@ def test_processes_that_would_find_other_tickets_are_refused_before_the_work(tmp
 
 @pytest.mark.slow
 def test_all_processes_stop_at_a_collapse_that_the_first_one_sees(say, tmp_path):
-    made = run_in_worlds(say, runs.stop_at_collapse, tmp_path, [1, 2], "vit", {"max_steps": 3})
+    made = run_in_worlds(say, runs.stop_at_collapse, tmp_path, [1, 2], "timm", {"max_steps": 3})
     options = {"max_steps": 3, **ONE_ROUND}
-    short = launch(runs.train, str(tmp_path / "short"), "vit", options, world_size=2, logs=tmp_path)
+    short = launch(runs.train, str(tmp_path / "short"), "timm", options, world_size=2, logs=tmp_path)
     for results in made.values():
         # Only the first process looks; all have the same metrics.
         assert [result["num_points"] for result in results] == [3, 0][: len(results)]
@@ -191,7 +191,7 @@ def test_an_evaluation_before_training_does_not_take_the_processes_apart(say, tm
     states = []
     for function in (runs.train, runs.evaluate_and_train):
         folder = tmp_path / function.__name__
-        made = run_in_worlds(say, function, folder, [2], "vit", {"max_steps": 3, **ONE_ROUND})
+        made = run_in_worlds(say, function, folder, [2], "timm", {"max_steps": 3, **ONE_ROUND})
         states += [result["state"] for result in made[2]]
     for name, tensor in states[0].items():
         assert all(np.array_equal(tensor, other[name]) for other in states), name
@@ -199,7 +199,7 @@ def test_an_evaluation_before_training_does_not_take_the_processes_apart(say, tm
 
 @pytest.mark.slow
 def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
-    made = run_in_worlds(say, runs.train_watched, tmp_path, [1, 3], "vit", ONE_ROUND)
+    made = run_in_worlds(say, runs.train_watched, tmp_path, [1, 3], "timm", ONE_ROUND)
     alone = made[1][0]["batches"]
     assert [batch["route"] for batch in alone] == [0, 1, 2] * 2
     for number, whole in enumerate(alone):

@@ -33,9 +33,9 @@ def test_a_user_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, 
     pushed = {}
     cases = {
         "timm": {},
-        "vit": {"max_shard_size": "20KB"},
+        "vit": {"max_shard_size": "10KB"},
         "gpt2": {"ticket_task": "labels"},
-        "bert": {"max_shard_size": "20KB", "compact": True},
+        "bert": {"max_shard_size": "10KB", "compact": True},
     }
     for kind, options in cases.items():
         name = f"org/code-{kind}"
@@ -68,13 +68,12 @@ def test_a_user_who_trusts_the_code_needs_no_hf_rtl(hub, run, bare_environment, 
     assert b"- mine" in card and b"hf_rtl:" not in card  # The code that is pushed does not write cards.
 
 
-@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
-def test_with_hf_rtl_no_code_of_a_repository_is_run(hub, run, tmp_path, options):
-    name = f"org/marked-{options.get('trust_remote_code')}"
-    pushed = run(push_with_processor, name, "timm", with_code=True)
-    have_code_leave(tmp_path / "executed", hub.repos[name])
-    loaded, executed = run(pull_executed, name, str(tmp_path / "executed"), **options)
-    assert loaded == [pushed] * 4 and not executed
+def test_with_hf_rtl_no_code_of_a_repository_is_run(hub, run, tmp_path):
+    pushed = run(push_with_processor, "org/marked", "vit", with_code=True)
+    have_code_leave(tmp_path / "executed", hub.repos["org/marked"])
+    for options in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}):
+        loaded, executed = run(pull_executed, "org/marked", str(tmp_path / "executed"), **options)
+        assert loaded == [pushed] * 4 and not executed
 
 
 def test_code_that_is_not_ours_is_refused_where_ours_is(hub, run, tmp_path):

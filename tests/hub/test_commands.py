@@ -6,7 +6,7 @@ import pytest
 
 from tests.hub.clients.commands import command, save
 from tests.hub.clients.repositories import pull, push
-from tests.hub.clients.runs import train
+from tests.hub.clients.runs import SHORT, train
 from tests.hub.processes import ClientError
 from tests.hub.server import ConnectionCut, File, HubError
 
@@ -32,7 +32,7 @@ def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
 def test_errors_of_the_hub_are_one_line(hub, run, monkeypatch, tmp_path):
     run(push, "org/mine")
     # Weights that no other test has pushed, since the Hub does not ask for files that it has.
-    run(save, str(tmp_path / "model"), seed=97, max_shard_size="20KB")
+    run(save, str(tmp_path / "model"), seed=97, max_shard_size="10KB")
     before = dict(hub.repos["org/mine"].refs)
     for method, page, error, said in (
         ("PUT", "/", HubError(400, "the line was cut"), "Error while uploading .* the line was cut"),
@@ -90,7 +90,7 @@ def test_a_models_code_is_pushed_with_it(hub, run, tmp_path, options):
 
 
 def test_the_page_keeps_what_is_known_of_the_run(hub, run, tmp_path):
-    run(train)
+    run(train, **SHORT)
     folder = next(tmp_path.glob("process-*/run/final"))
     run(command, "push", str(folder), "org/of-a-run")
     pushed = hub.repos["org/of-a-run"].at("main").files
@@ -101,7 +101,7 @@ def test_the_page_keeps_what_is_known_of_the_run(hub, run, tmp_path):
 
 
 def test_the_card_of_a_repository_goes_on_from_its_own(hub, run, tmp_path):
-    run(train)
+    run(train, **SHORT)
     folder = next(tmp_path.glob("process-*/run/final"))
     run(command, "push", str(folder), "org/carded")
     repo = hub.repos["org/carded"]

@@ -4,7 +4,7 @@ import pytest
 
 from tests.hub.clients.pipelines import ask
 from tests.hub.clients.repositories import pull
-from tests.hub.clients.runs import push_untrained, retrain_then_push, train, train_then_push
+from tests.hub.clients.runs import SHORT, push_untrained, retrain_then_push, train, train_then_push
 from tests.hub.processes import ClientError
 
 
@@ -47,7 +47,7 @@ def test_a_trainer_pushes_its_final_model_with_the_processor(hub, run, check_fin
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
 def test_a_training_that_pushes_does_it_once_at_its_end(check_final, run, strategy):
     name = f"alice/{strategy}"
-    trained = run(train, push_to_hub=True, hub_strategy=strategy, hub_model_id=strategy)
+    trained = run(train, push_to_hub=True, hub_strategy=strategy, hub_model_id=strategy, **SHORT)
     check_final(name, trained)
 
 
@@ -59,11 +59,12 @@ def test_checkpoints_are_not_pushed(hub, run, strategy):
 
 
 def test_a_push_follows_its_arguments(hub, run):
-    run(train_then_push, {"private": True}, hub_model_id="org/told")
+    run(train_then_push, {"private": True}, hub_model_id="org/told", **SHORT)
     assert hub.repos["org/told"].private
-    run(train_then_push, {"token": "hf_ann"}, hub_model_id="org/told-token", hub_private_repo=True)
+    run(train_then_push, {"token": "hf_ann"}, hub_model_id="org/told-token", hub_private_repo=True, **SHORT)
     assert hub.repos["org/told-token"].private and hub.repos["org/told-token"].at("main").author == "ann"
-    run(train, push_to_hub=True, hub_model_id="org/told-branch", hub_revision="runs", hub_token="hf_ann", user=None)
+    there = {"hub_model_id": "org/told-branch", "hub_revision": "runs", "hub_token": "hf_ann"}
+    run(train, push_to_hub=True, user=None, **there, **SHORT)
     repo = hub.repos["org/told-branch"]
     assert set(repo.at("runs").files) == MODEL_FILES | {".gitattributes"}
     assert set(repo.at("main").files) == {".gitattributes"}
@@ -73,13 +74,13 @@ def test_a_push_follows_its_arguments(hub, run):
 
 def test_a_push_upon_another_state_is_refused_and_changes_nothing(hub, run):
     with pytest.raises(ClientError, match="A commit has happened since"):
-        run(train_then_push, {"parent_commit": "0" * 40}, hub_model_id="org/stale-run")
+        run(train_then_push, {"parent_commit": "0" * 40}, hub_model_id="org/stale-run", **SHORT)
     (created,) = hub.repos["org/stale-run"].history()
     assert set(created.files) == {".gitattributes"}
 
 
 def test_a_control_is_not_pushed_in_place_of_the_run(run, check_final):
-    check_final("org/control", run(retrain_then_push, hub_model_id="org/control"))
+    check_final("org/control", run(retrain_then_push, hub_model_id="org/control", **SHORT))
 
 
 def test_a_run_that_has_not_ended_has_nothing_to_push(hub, run):

@@ -25,28 +25,31 @@ def weight_files(files):
     return {path for path in files if path.endswith((".safetensors", ".safetensors.index.json"))}
 
 
-@pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
-def test_a_pushed_model_comes_back_bit_for_bit(hub, run, kind, tmp_path):
-    name = f"org/whole-{kind}"
-    pushed = run(push, name, kind)
+@pytest.fixture(scope="module", params=["timm", "vit", "bert"])
+def whole(request, _clients, tmp_path_factory):
+    """The name of a repository with a model and its processor, what was pushed, and the folder of that process."""
+    name, folder = f"org/whole-{request.param}", tmp_path_factory.mktemp("whole")
+    return name, _clients.run(push_with_processor, (name, request.param), {}, folder, "hf_alice"), folder
+
+
+def test_a_pushed_model_comes_back_bit_for_bit(hub, run, whole, tmp_path):
+    name, pushed, _ = whole
     assert len({str(output) for output in pushed["outputs"].values()}) == 3  # else any mask would do
     assert run(pull, name) == pushed
     pulled_to = [path for path in tmp_path.glob("*/cache/hub/*") if any(path.rglob("model.safetensors"))]
-    assert pulled_to == [tmp_path / "process-2" / "cache" / "hub" / f"models--org--whole-{kind}"]
+    assert pulled_to == [tmp_path / "process-1" / "cache" / "hub" / name.replace("org/", "models--org--")]
     push_commit, created = hub.repos[name].history()
     assert (push_commit.author, push_commit.parent) == ("alice", created.oid)
 
 
-@pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
-def test_nothing_that_is_pushed_can_be_executed_or_gives_away_who_pushed_it(hub, run, kind, tmp_path):
-    name = f"org/content-{kind}"
-    run(push_with_processor, name, kind)
+def test_nothing_that_is_pushed_can_be_executed_or_gives_away_who_pushed_it(hub, whole):
+    name, _, folder = whole
     files = hub.repos[name].at("main").files
     assert {PurePosixPath(path).suffix or path for path in files} <= {
         *(".safetensors", ".json", ".md", ".png", ".gitattributes")
     }
     for path, file in files.items():
-        assert b"hf_alice" not in file.data and str(tmp_path).encode() not in file.data, path
+        assert b"hf_alice" not in file.data and str(folder).encode() not in file.data, path
 
 
 def test_revisions_are_branches_tags_and_commits(hub, run):
@@ -94,7 +97,7 @@ def test_a_model_in_a_subfolder(run):
 def test_sharded_weights_replace_whole_ones_and_the_other_way_round(hub, run):
     """Loading takes any `model.safetensors` that it finds, even an old one."""
     name = "org/shards"
-    for seed, options in enumerate([{}, {"max_shard_size": "20KB"}, {"max_shard_size": "30KB"}, {}]):
+    for seed, options in enumerate([{}, {"max_shard_size": "10KB"}, {"max_shard_size": "15KB"}, {}]):
         pushed = run(push, name, seed=seed, **options)
         files = hub.repos[name].at("main").files
         if options:
@@ -108,7 +111,7 @@ def test_sharded_weights_replace_whole_ones_and_the_other_way_round(hub, run):
 
 
 def test_saving_pushes_as_it_saves(hub, run):
-    run(push_after_saving, "org/saved", private=True, commit_message="First", max_shard_size="20KB")
+    run(push_after_saving, "org/saved", private=True, commit_message="First", max_shard_size="10KB")
     repo = hub.repos["org/saved"]
     assert repo.private and repo.at("main").title == "First"
     assert len(weight_files(repo.at("main").files)) > 2 and "preprocessor_config.json" in repo.at("main").files

@@ -14,12 +14,21 @@ from tests.hub.server import File, HubError
 def base(hub, _clients, tmp_path_factory):
     """A model on the Hub, `org/ticket-base`."""
     name = "org/ticket-base"
+    _clients.run(push, (name, "vit"), {}, tmp_path_factory.mktemp("base"), "hf_alice")
+    return name
+
+
+@pytest.fixture(scope="module")
+def base_with_statistics(hub, _clients, tmp_path_factory):
+    """A model with batch norm on the Hub, `org/ticket-base-with-statistics`."""
+    name = "org/ticket-base-with-statistics"
     _clients.run(push, (name, "timm"), {}, tmp_path_factory.mktemp("base"), "hf_alice")
     return name
 
 
 @pytest.mark.long
-def test_a_strangers_ticket_in_three_lines(hub, run, base, tmp_path):
+def test_a_strangers_ticket_in_three_lines(hub, run, base_with_statistics, tmp_path):
+    base = base_with_statistics
     author = run(push_tickets, base, "bob/moths", routes=["moth"], added="moth", user="bob")
     user = run(pull_with_tickets, base, "bob/moths", user="ann")
     assert user["route_names"] == ["ant", "bee", "cat", "moth"]
@@ -37,7 +46,8 @@ def test_a_strangers_ticket_in_three_lines(hub, run, base, tmp_path):
     assert f"base_model: {base}" in page and "load_tickets('bob/moths')" in page and "| moth |" in page
 
 
-def test_only_the_tickets_that_are_asked_for_are_downloaded(run, base, tmp_path):
+def test_only_the_tickets_that_are_asked_for_are_downloaded(run, base_with_statistics, tmp_path):
+    base = base_with_statistics
     run(push_tickets, base, "org/tickets")
     whole = run(pull, base)
     user = run(pull_with_tickets, base, "org/tickets", ["bee"], drop="bee")
@@ -133,7 +143,7 @@ def test_other_tickets_than_those_of_this_base_are_refused(run, base):
         run(pull_with_tickets, base, base)
     with pytest.raises(ClientError, match="RepositoryNotFoundError"):
         run(pull_with_tickets, base, "org/no-such-tickets")
-    run(push, "org/other-base", "timm", seed=5)
+    run(push, "org/other-base", seed=5)
     run(push_tickets, "org/other-base", "org/others")
     message = r"ValueError: the tickets of 'org/others' were made from another base, which is 'org/other-base' at rev"
     with pytest.raises(ClientError, match=message):

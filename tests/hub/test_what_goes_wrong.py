@@ -6,13 +6,12 @@ import pytest
 from safetensors.torch import load, save
 
 from tests.hub.clients.repositories import call, pull, pull_impatiently, push, push_view
-from tests.hub.clients.runs import train_then_push, train_then_push_twice
+from tests.hub.clients.runs import SHORT, train_then_push, train_then_push_twice
 from tests.hub.processes import ClientError
 from tests.hub.server import ConnectionCut, File, HubError
 
 
 LOADERS = ("RTLModel", "AutoModelForImageClassification")
-SHORT = {"target_sparsity": [0.2], "max_steps": 1, "save_strategy": "no"}  # a training
 
 
 @pytest.fixture
@@ -194,16 +193,15 @@ def test_a_push_that_fails_changes_nothing(hub, run, fail, request_):
     # The second of several uploads fails, after the first has succeeded.
     failed = fail(REQUESTS[request_], after=1 if request_ == "an upload" else 0)
     with pytest.raises(ClientError, match="the line was cut"):
-        run(push, name, seed=len(name), max_shard_size="20KB")
+        run(push, name, seed=len(name), max_shard_size="10KB")
     assert failed and hub.repos[name].refs == before
     fail(REQUESTS[request_], times=0)
-    assert run(pull, name) == pushed
     # The same push can be done again.
-    again = run(push, name, seed=len(name), max_shard_size="20KB")
+    again = run(push, name, seed=len(name), max_shard_size="10KB")
     assert again != pushed and run(pull, name) == again
 
 
-@pytest.mark.parametrize("request_", list(REQUESTS)[1:])
+@pytest.mark.parametrize("request_", list(REQUESTS)[2:])
 def test_a_trainers_push_that_fails_changes_nothing_and_can_be_done_again(hub, run, fail, request_):
     name = "org/run-" + request_.replace(" ", "-")
     run(push, name, "vit", seed=3)
@@ -267,7 +265,7 @@ def is_config(method, path):
 
 @pytest.mark.parametrize(
     "matches, after, options",
-    [(is_weights, 0, {}), (is_weights, 1, {"max_shard_size": "20KB"}), (is_config, 0, {})],
+    [(is_weights, 0, {}), (is_weights, 1, {"max_shard_size": "10KB"}), (is_config, 0, {})],
     ids=["weights", "the-second-shard", "the-configuration"],
 )
 def test_a_pull_that_fails_leaves_the_cache_usable(hub, run, fail, tmp_path, matches, after, options):

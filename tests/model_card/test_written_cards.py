@@ -15,10 +15,12 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 import hf_rtl.model_card.card
+import hf_rtl.plots
 from hf_rtl import ByColumn, RTLTrainer, RTLTrainingArguments, save_rule
 from hf_rtl.model_card import RTLCardData, write_card
 from tests.child_processes import ROOT
 from tests.model_card.cards import faults, make_model, python_blocks, read_page, table_with
+from tests.pictures import draw_similarity
 
 
 # How to use it
@@ -118,6 +120,14 @@ def test_a_model_with_a_folder_is_enough(tmp_path):
     file = write_card(model, tmp_path / "new", license="mit")
     assert file == tmp_path / "new" / "README.md" and "mine" in ModelCard.load(file).data.tags
     assert {path.name for path in file.parent.iterdir()} == {"README.md", "similarity.png"}
+
+
+def test_the_picture_is_of_the_models_tickets(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_rtl.plots, "similarity_heatmap", draw_similarity)
+    model = make_model()
+    write_card(model, tmp_path)
+    draw_similarity(model.mask_bank.similarity(), model.route_names, tmp_path / "expected")
+    assert (tmp_path / "similarity.png").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 @pytest.mark.parametrize(

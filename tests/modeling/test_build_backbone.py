@@ -121,3 +121,54 @@ def test_names_that_users_of_timm_give():
         RTLModelForImageClassification.from_backbone("test_resnet", num_classes=7, num_labels=3, **ROUTES)
     with pytest.raises(ValueError, match="`features_only` = True is not supported"):
         RTLModelForImageClassification.from_backbone("test_resnet", features_only=True, num_labels=3, **ROUTES)
+
+
+# Named weights of timm
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The weights of a `test_resnet`, in place of every download from the Hub, and the repositories asked for."""
+    weights, asked = timm.create_model("test_resnet").state_dict(), []
+
+    def download(repo, *args, **kwargs):
+        asked.append(repo)
+        return copy.deepcopy(weights)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+    return weights, asked
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k"])
+def test_named_weights_are_timms(hub, name):
+    weights, asked = hub
+    model = RTLModelForImageClassification.from_backbone(name, pretrained=True, **ROUTES)
+    assert asked == ["timm/test_resnet.r160_in1k"] and model.config.num_labels == 1000
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.backbone.timm_model.state_dict().items())
+    assert model.backbone.timm_model.pretrained_cfg["tag"] == "r160_in1k"
+
+
+def test_named_weights_with_another_head_and_other_channels(hub, monkeypatch):
+    weights, _ = hub
+    model = RTLModelForImageClassification.from_backbone("test_resnet", pretrained=True, num_labels=3, **ROUTES)
+    own = model.backbone.timm_model.state_dict()
+    assert own["fc.weight"].shape[0] == 3
+    assert all(torch.equal(own[key], weights[key]) for key in weights if not key.startswith("fc."))
+    model = RTLModelForImageClassification.from_backbone(
+        "test_resnet", route_names=["x", "y"], ticket_task="membership", pretrained=True, in_chans=1
+    )
+    given = weights["conv1.0.weight"].sum(1, keepdim=True)
+    assert torch.allclose(model.backbone.timm_model.get_parameter("conv1.0.weight"), given, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "timm/test_resnet.r160_in1k"])
+def test_weights_that_cannot_be_fetched(name):
+    message = f"(?s)weights of `backbone` = '{name}' could not be fetched from 'timm/test_resnet.r160_in1k'.*HF_HOME"
+    with pytest.raises(OSError, match=message):
+        RTLModelForImageClassification.from_backbone(name, pretrained=True, **ROUTES)
+
+
+def test_weights_that_timm_does_not_have():
+    for name, known in (("test_resnet.best", "timm has 'test_resnet.r160_in1k'"), ("ghostnet_rtl", "timm has none")):
+        with pytest.raises(ValueError, match=f"`backbone` = '{name}' with `pretrained=True`: .* {known}"):
+            RTLModelForImageClassification.from_backbone(name, pretrained=True, **ROUTES)

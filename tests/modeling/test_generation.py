@@ -143,8 +143,7 @@ def test_one_route_is_its_ticket(build, kind, route):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_beams, num_sequences", [(3, 2), (2, 1)])
+@pytest.mark.parametrize("kind, num_beams, num_sequences", [*((kind, 3, 2) for kind in KINDS), ("gpt2", 2, 1)])
 def test_beams_and_several_sequences_of_a_sample(build, kind, num_beams, num_sequences):
     model, inputs = build(kind)
     options = {"max_new_tokens": NUM_NEW, "num_beams": num_beams, "num_return_sequences": num_sequences}

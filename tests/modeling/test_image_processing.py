@@ -1,14 +1,23 @@
 """Image processors that replace timm's, against timm's transforms."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_model_data_config
-from transformers import AutoImageProcessor, BertTokenizer, TimmWrapperImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BertTokenizer,
+    ConvNextConfig,
+    TimmWrapperConfig,
+    TimmWrapperImageProcessor,
+    ViTImageProcessor,
+)
 
-from hf_rtl import RTLModel, image_processor_from_timm
+from hf_rtl import RTLModel, RTLModelForImageClassification, image_processor_from_timm
 
 
 CONFIG = {
@@ -144,3 +153,35 @@ def test_a_processor_that_cannot_be_saved_leaves_the_folder_alone(
     with pytest.raises(error, match=message):
         tiny_membership_model.save_pretrained(tmp_path / "model", processing_class=processing_class)
     assert list(tmp_path.iterdir()) == []
+
+
+CONVNEXT = ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, image_size=224, num_labels=3)
+GRAY_PROCESSOR = image_processor_from_timm({**CONFIG, **GRAY})
+
+
+@pytest.mark.parametrize(
+    "backbone, processor, warned",
+    [
+        ("test_resnet", GRAY_PROCESSOR, "images of 1 x 28 x 28 .*says 3 x 160 x 160"),
+        ("test_resnet", image_processor_from_timm(CONFIG), ""),
+        ("test_vit", image_processor_from_timm(CONFIG), ""),  # timm's test_vit takes images of any size
+        ("fixed_vit", image_processor_from_timm(CONFIG), "images of 3 x 32 x 32 .*says 3 x 160 x 160"),
+        ("vit", ViTImageProcessor(size={"height": 16, "width": 16}), "images of 3 x 16 x 16 .*says 3 x 8 x 8"),
+        ("vit", ViTImageProcessor(size={"height": 8, "width": 8}), ""),
+        ("vit", ViTImageProcessor(do_resize=False), ""),
+        (CONVNEXT, image_processor_from_timm(CONFIG), ""),
+    ],
+)
+def test_a_processor_that_contradicts_the_backbone_is_warned_of_once(
+    backbone, processor, warned, tiny_vit_config, tmp_path, caplog
+):
+    backbone = tiny_vit_config if backbone == "vit" else backbone
+    if backbone == "fixed_vit":
+        backbone = TimmWrapperConfig(architecture="test_vit", model_args={"dynamic_img_size": False})
+    model = RTLModelForImageClassification.from_backbone(backbone, route_names=["x", "y"], ticket_task="labels")
+    caplog.clear()
+    model.save_pretrained(tmp_path, processing_class=processor)
+    (tmp_path / "words.txt").write_text("[UNK]\n[SEP]\n[PAD]\n[CLS]\n[MASK]\n")
+    model.save_pretrained(tmp_path, processing_class=BertTokenizer(str(tmp_path / "words.txt")))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(warned) and all(re.search(warned, message) for message in messages)

@@ -19,6 +19,7 @@ from hf_rtl import (
     RTLModelForSequenceClassification,
 )
 from hf_rtl.modeling.model_file import coded_masks, compact_state, expand_state
+from tests.training.small_runs import SMALL_NET
 
 
 SHAPES = [("a", (3, 5)), ("b", (2, 2, 3, 3)), ("c", (7,)), ("d", (64,))]
@@ -91,7 +92,7 @@ def models(kind, routes=("x", "y", "z")):
 
         name = "bert.embeddings.word_embeddings.weight"  # also the output projection's
         return RTLModelForMaskedLM.from_backbone(BertConfig(**small, vocab_size=40), prune_include=[name], **options)
-    return RTLModelForImageClassification.from_backbone("test_resnet", num_labels=4, **options)
+    return RTLModelForImageClassification.from_backbone(SMALL_NET, num_labels=4, **options)
 
 
 def inputs(kind):
@@ -116,9 +117,19 @@ def model(kind, fill_masks):
     return model
 
 
-@pytest.mark.slow
+# `make test-long` tries all types with all kinds.
+SHORT = [("timm", torch.bfloat16), ("tied", torch.bfloat16), ("t5", torch.float16), ("bert", torch.float16)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=[] if dtype == torch.float32 or (kind, dtype) in SHORT else pytest.mark.long)
+        for kind in ("timm", "bert", "t5", "tied")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_a_compact_file_gives_the_same_tickets(kind, model, dtype, tmp_path):
     model.to(dtype)
     model.save_pretrained(tmp_path / "full")
@@ -246,8 +257,8 @@ def damage_config(folder, **changes):
     "change, message",
     [
         (lambda tensors: tensors.pop("compact.union"), r"lacks 1 tensor\(s\) of masks \(compact.union\)"),
-        (lambda tensors: tensors.pop("compact.w0003"), r"has \(0,\) weights of .*, of which the tickets keep"),
-        (lambda tensors: tensors.update({"compact.w0003": torch.zeros(2, 3)}), r"has \(2, 3\) weights"),
+        (lambda tensors: tensors.pop("compact.w0001"), r"has \(0,\) weights of .*, of which the tickets keep"),
+        (lambda tensors: tensors.update({"compact.w0001": torch.zeros(2, 3)}), r"has \(2, 3\) weights"),
         (lambda tensors: tensors.update({"compact.masks": tensors["compact.masks"][:-40]}), "damaged"),
         (lambda tensors: tensors.update({"compact.union": tensors["compact.union"].float()}), "uint8"),
         (lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("bias"))), "lacks 1 tensor"),

@@ -12,6 +12,7 @@ from hf_rtl.model_card.readme import Readme
 from hf_rtl.model_card.ticket_page import tickets_page
 from hf_rtl.modeling.model_file import decode
 from hf_rtl.modeling.ticket_files import read_index
+from tests.training.small_runs import SMALL_NET
 
 
 ROUTES = ["ant", "bee", "cat"]
@@ -21,8 +22,9 @@ def make_model(kind="timm", *, seed=0, keep=0.3, routes=ROUTES, **options):
     """A model with random masks and, as after training, different statistics for each route."""
     generator = torch.Generator().manual_seed(seed)
     options = {"route_names": routes, "ticket_task": "labels", "seed": seed, "num_labels": 4, **options}
-    if kind == "timm":
-        model = RTLModelForImageClassification.from_backbone("test_resnet", **options)
+    if kind in ("timm", "resnet"):
+        backbone = {"timm": SMALL_NET, "resnet": "test_resnet"}[kind]
+        model = RTLModelForImageClassification.from_backbone(backbone, **options)
     else:
         from transformers import BertConfig
 
@@ -57,7 +59,7 @@ def add_ticket(model, name, *, seed=1, keep=0.2):
 
 @torch.no_grad()
 def outputs(model, route, kind="timm"):
-    if kind == "timm":
+    if kind in ("timm", "resnet"):
         generator = torch.Generator().manual_seed(0)
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator).to(model.dtype)}
     else:
@@ -79,9 +81,18 @@ def assert_unchanged(model, before):
 # Loading into copies of the base
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("copy", ["full", "compact", "bfloat16", "float16", "bfloat16 and back"])
-@pytest.mark.parametrize("kind", ["timm", "bert", "tied"])
+COPIES = ["full", "compact", "bfloat16", "float16", "bfloat16 and back"]
+SHORT = [("bert", "full"), ("bert", "float16"), ("tied", "compact"), ("tied", "bfloat16 and back")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "copy"),
+    [
+        pytest.param(kind, copy, marks=[] if kind == "timm" or (kind, copy) in SHORT else pytest.mark.long)
+        for kind in ("timm", "bert", "tied")
+        for copy in COPIES
+    ],
+)
 def test_tickets_added_to_a_copy_answer_as_where_they_were_made(kind, copy, tmp_path):
     base = make_model(kind)
     base.save_pretrained(tmp_path / "base", compact=copy == "compact")
@@ -157,7 +168,7 @@ def test_statistics_that_are_shared_are_of_the_base(tmp_path):
 
 @pytest.mark.slow
 def test_tickets_of_several_authors_meet_in_one_model(tmp_path):
-    make_model(keep=0.1).save_pretrained(tmp_path / "base")
+    make_model("resnet", keep=0.1).save_pretrained(tmp_path / "base")
     for seed, name in enumerate(["dog", "eel"]):
         author = RTLModel.from_pretrained(tmp_path / "base")
         masks = add_ticket(author, name, seed=seed, keep=0.001)
@@ -267,7 +278,7 @@ def test_other_pages_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("keep", [0.5, 0.25, 0.1])
 def test_a_ticket_takes_about_a_bit_per_weight_and_less_where_it_is_sparse(keep, tmp_path):
-    model = make_model(keep=keep)
+    model = make_model("resnet", keep=keep)
     model.save_tickets(tmp_path)
     entropy = -keep * math.log2(keep) - (1 - keep) * math.log2(1 - keep)
     for file in tmp_path.glob("*.safetensors"):
@@ -283,7 +294,7 @@ def test_a_ticket_takes_about_a_bit_per_weight_and_less_where_it_is_sparse(keep,
 @pytest.mark.parametrize(
     "change, tensor",
     [
-        (lambda model: model.masker.weights[3], None),
+        (lambda model: model.masker.weights[1], None),
         (lambda model: dict(model.backbone.named_parameters())["timm_model.fc.weight"], "timm_model.fc.weight"),
         (lambda model: dict(model.backbone.named_parameters())["timm_model.fc.bias"], "timm_model.fc.bias"),
     ],
@@ -292,10 +303,10 @@ def test_a_ticket_takes_about_a_bit_per_weight_and_less_where_it_is_sparse(keep,
 def test_another_base_is_refused_naming_what_differs(change, tensor, dtype, tmp_path):
     make_model().save_tickets(tmp_path, ["bee"])
     user = make_model(routes=["ant", "wasp", "cat"]).to(dtype)
-    name = tensor or user.mask_bank.weight_names[3]
+    name = tensor or user.mask_bank.weight_names[1]
     with torch.no_grad():
         changed = change(user)
-        position = int(make_model().mask_bank["bee"][3].view(-1).nonzero()[0]) if tensor is None else 0
+        position = int(make_model().mask_bank["bee"][1].view(-1).nonzero()[0]) if tensor is None else 0
         changed.view(-1)[position] += 1
     before = copy_state(user)
     with pytest.raises(ValueError, match=rf"from another base than this model: .* 1 tensor\(s\) differ \({name}\)"):

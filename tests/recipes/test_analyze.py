@@ -53,6 +53,11 @@ def refused(monkeypatch, capsys):
     return refused
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr("shared.plots.draw_points", lambda *arguments: None)
+
+
 @pytest.mark.slow
 def test_a_run_is_analysed(finished_run, tmp_path, call):
     trainer, folder = finished_run
@@ -118,7 +123,7 @@ def test_saved_models_are_analysed_by_sparsity(finished_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call):
+def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call, without_pictures):
     _, folder = finished_run
     shutil.copytree(folder, tmp_path / "run")
     shutil.move(tmp_path / "run" / "extraction", tmp_path / "elsewhere")
@@ -134,8 +139,15 @@ def test_a_run_whose_events_are_gone_has_its_rounds(finished_run, tmp_path, call
 
 
 @pytest.mark.slow
-def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, call):
+def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, call, monkeypatch):
     _, folder = finished_run
+
+    def draw_all_layers(matrix, names, file, **options):
+        if file.name == "similarity.png":
+            similarity_heatmap(matrix, names, file, **options)
+
+    monkeypatch.setattr("shared.plots.similarity_heatmap", draw_all_layers)
+    monkeypatch.setattr("shared.plots.route_curves", lambda *arguments, **options: None)
     for name, sparsity in (("last", []), ("also", ["--at", 0.61]), ("first", ["--at", 0.1])):
         call(folder, "--output_dir", tmp_path / name, *sparsity)
     drawn = {name: (tmp_path / name / "similarity.png").read_bytes() for name in ("last", "also", "first")}
@@ -143,7 +155,7 @@ def test_heatmaps_are_of_the_masks_that_are_asked_for(finished_run, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_sharp_change_is_said(finished_run, tmp_path, call, monkeypatch):
+def test_a_sharp_change_is_said(finished_run, tmp_path, call, monkeypatch, without_pictures):
     _, folder = finished_run
     change = analyze.Change(3, 0.552, "down", 0.4, 0.41, 0.1)
     monkeypatch.setattr(analyze, "detect_collapse", lambda points: {"ant": change})
@@ -189,8 +201,8 @@ def test_analyses_of_seeds_are_made_into_a_card(finished_run, tmp_path, call, mo
     _, folder = finished_run
     classes = tmp_path / "classes.csv"
     classes.write_text(CLASSES)
-    for name in ("one", "two"):
-        call(folder, "--class_similarity", classes, "--output_dir", tmp_path / name)
+    call(folder, "--class_similarity", classes, "--output_dir", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
     changed = json.loads((tmp_path / "two" / "analysis.json").read_text())
     changed["points"][0]["excess"] = {route: 0.5 for route in ROUTES}
     changed["points"][0]["alignment"]["deep"]["rho"] = None

@@ -15,25 +15,31 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, roc_auc_score
 from transformers.trainer_utils import EvalPrediction
 
+from hf_rtl import RTLTrainer
 from pages import card
 from shared.report import table
 from tests.recipes.commands import RECIPES
+from tests.training.small_runs import SMALL_NET
+
+
+NUM_WEIGHTS = 72 + 864 + 1296  # of the small network, for one channel
 
 
 @pytest.mark.slow
 def test_tickets_are_compared_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     groups = tmp_path / "groups.yaml"
     groups.write_text("low: [0, 1, 2, 3]\nmiddle: [4, 5, 6]\nhigh: [7, 8, 9]\n")
     arguments = (
         *("--config", RECIPES / "configs/digits.yaml", "--seeds", 0, "--route_groups", groups),
+        *("--backbone", SMALL_NET, "--image_size", 32),
         *("--target_sparsity", 0.5, "--extraction_steps", 1, "--num_train_epochs", 1, "--competing_epochs", 1),
-        *("--route_batch_size", 24, "--max_train_samples", 250, "--max_test_samples", 100),
+        *("--route_batch_size", 24, "--max_train_samples", 120, "--max_test_samples", 60),
         *("--output_dir", tmp_path / "run"),
     )
     monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, arguments)])
+    monkeypatch.setattr(RTLTrainer, "create_model_card", lambda trainer: None)
     baselines.main()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     of = {report["method"]: report for report in results["runs"]["0"]}
@@ -49,9 +55,9 @@ def test_tickets_are_compared_over_seeds(
     flops = {method: report["costs"]["kFLOPs an image"] for method, report in of.items()}
     assert flops["per route"] == pytest.approx(3 * flops["dense"], rel=0.01)
 
-    half, union = 370320 // 2, of["per route"]["union"]
-    assert of["dense"]["union"] == 370320 and of["one-vs-rest"]["union"] == of["IMP single"]["union"] == half
-    assert of["IMP multiple"]["union"] == 3 * half and half < union < 370320
+    half, union = NUM_WEIGHTS // 2, of["per route"]["union"]
+    assert of["dense"]["union"] == NUM_WEIGHTS and of["one-vs-rest"]["union"] == of["IMP single"]["union"] == half
+    assert of["IMP multiple"]["union"] == 3 * half and half < union < NUM_WEIGHTS
     assert of["IMP single, union"]["union"] == pytest.approx(union, abs=1)
     assert (
         of["shared"]["mask_fingerprint"] == of["competing"]["mask_fingerprint"] == of["per route"]["mask_fingerprint"]

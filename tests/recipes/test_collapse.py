@@ -14,6 +14,7 @@ from hf_rtl import MaskBank, RTLTrainer
 from hf_rtl.analysis import Change, detect_collapse, ticket_similarity
 from hf_rtl.pruning import prune
 from shared.points import Point
+from tests.training.small_runs import SMALL_NET
 
 
 SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
@@ -158,8 +159,19 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "similarity.csv").write_text(",low,middle,high\nlow,1,.5,.1\nmiddle,.5,1,.5\nhigh,.1,.5,1\n")
     monkeypatch.chdir(tmp_path)
     arguments = [
-        *("--num_channels", "1", "--backbone", "test_resnet", "--route_groups", "groups.yaml", "--seeds", "5"),
-        *("--max_train_samples", "60", "--max_test_samples", "30", "--extraction_steps", "1", "--max_steps", "3"),
+        *(
+            "--num_channels",
+            "1",
+            "--backbone",
+            SMALL_NET,
+            "--image_size",
+            "16",
+            "--route_groups",
+            "groups.yaml",
+            "--seeds",
+            "5",
+        ),
+        *("--max_train_samples", "60", "--max_test_samples", "30", "--extraction_steps", "1", "--max_steps", "1"),
         *("--route_batch_size", "4", "--target_sparsity", "0.3", "0.5", "0.7", "--prune_amount", "0.6"),
         *("--scopes", "layer", "--num_random_runs", "1"),
         *("--class_similarity", str(tmp_path / "similarity.csv")),

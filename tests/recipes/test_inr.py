@@ -17,7 +17,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_rtl import RTLModel, RTLTrainingArguments
+from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from shared.scene_data import Pixels, Scene, SceneArguments, clean_regions, encode_regions, load_scenes
 from shared.scene_report import psnr
 
@@ -166,6 +166,7 @@ def run(folder: Path, output_dir: Path, *arguments: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         command = ["inr.py", "--config", str(config), "--dataset", str(folder), "--output_dir", str(output_dir)]
         patch.setattr(sys, "argv", [*command, "--use_cpu", "--report_to", "none", *arguments])
+        patch.setattr(RTLTrainer, "create_model_card", lambda trainer: None)
         inr.main()
     return json.loads((output_dir / "results.json").read_text())
 
@@ -317,8 +318,11 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_read_back(results: tuple[Path, dict[str, Any]], folder: Path) -> None:
+def test_a_finished_run_is_read_back(
+    results: tuple[Path, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output_dir, found = results
+    monkeypatch.setattr(inr, "draw", lambda *arguments: [])
     files = {file: file.stat().st_mtime_ns for file in output_dir.glob("rate-*/*/*/round-*/model.safetensors")}
     again = run(folder, output_dir, *SMALL)
     assert {file: file.stat().st_mtime_ns for file in files} == files and len(files) == 2 * (2 + 3 + 2 + 2)

@@ -9,13 +9,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluate
 import pytest
 
 from hf_rtl import load_rule
 from pages import card, render_card
+from shared import arguments
 from shared.data_arguments import DataArguments
 from shared.image_data import load_images
 from tests.recipes.commands import RECIPES, run
+from tests.training.small_runs import SMALL_NET
+
+
+SMALL = ("--backbone", SMALL_NET, "--image_size", 16)
+NUM_WEIGHTS = 72 + 864 + 1296
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--sanity", "--output_dir", folder, "--route_groups", groups),
         *("--target_sparsity", 0.3, 0.6, "--num_train_epochs", 1, "--extraction_steps", 2),
-        *("--max_train_samples", 200, "--max_test_samples", 80),
+        *("--max_train_samples", 120, "--max_test_samples", 60, *SMALL),
     )
     return folder, result.stdout
 
@@ -50,7 +57,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, str]) -> None:
     folder, printed = digits_run
     results = json.loads((folder / "results.json").read_text())
-    assert "370,320 weights" in printed and "30% after 1 prune events; 60% after 2 prune events" in printed
+    assert f"{NUM_WEIGHTS:,} weights" in printed and "30% after 1 prune events; 60% after 2 prune events" in printed
     assert [report["sparsity"] for report in results["rounds"]] == [0.3, 0.6]
     assert {control["method"] for control in results["controls"]} == {
         "random masks",
@@ -60,7 +67,7 @@ def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, 
     }
     for report in results["rounds"]:
         assert f"{report['metrics']['eval_balanced_accuracy']:.3f}" in printed
-        assert set(report["kept"].values()) == {370320 - round(report["sparsity"] * 370320)}
+        assert set(report["kept"].values()) == {NUM_WEIGHTS - round(report["sparsity"] * NUM_WEIGHTS)}
     assert (folder / "curve.png").stat().st_size > 10_000
 
 
@@ -107,6 +114,42 @@ def test_an_unknown_key_is_refused_with_the_closest_name(
     assert "did you mean 'target_sparsity'" in capsys.readouterr().err
 
 
+def test_a_configuration_that_cannot_be_read_is_one_line(
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2\n")
+    for config, reason in ((tmp_path / "nope.yaml", "No such file"), (broken, "expected ',' or ']'")):
+        assert run_here("prune.py", "--config", config) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"prune.py: error: --config {config} cannot be read: " in line and reason in line
+
+
+@pytest.mark.parametrize("said", ["the run in 'd' was stopped: run the same command again", ""])
+def test_a_stopped_recipe_is_one_line(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt(*[said] if said else [])
+
+    with pytest.raises(SystemExit) as ended:
+        arguments.run_main(stopped)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 130 and line.startswith(said) and "the same command again" in line
+
+
+def test_recipes_that_train_can_be_stopped() -> None:
+    trains = [file for file in RECIPES.glob("*.py") if "set_up(" in file.read_text() and file.stem != "group_classes"]
+    assert len(trains) == 5 and all(file.read_text().endswith("    run_main(main)\n") for file in trains)
+
+
+def test_a_model_that_was_made_in_python_is_evaluated_there(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit, match="data.json is missing.*RTLModel.from_pretrained.*model.*evaluate"):
+        evaluate.evaluate(tmp_path / "model", None)
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(SystemExit, match="training_args.json is missing"):
+        evaluate.evaluate(tmp_path / "model", None)
+
+
 def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
     file = tmp_path / "groups.yaml"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
@@ -126,7 +169,7 @@ def test_a_run_on_groups_saves_which_class_is_in_which(tmp_path: Path) -> None:
         "prune.py",
         *("--config", RECIPES / "configs/digits.yaml", "--route_groups", file, "--output_dir", folder),
         *("--target_sparsity", 0.3, "--num_train_epochs", 1, "--extraction_steps", 1),
-        *("--max_train_samples", 300, "--max_test_samples", 60),
+        *("--max_train_samples", 120, "--max_test_samples", 60, *SMALL),
     ).stdout
     # By default a dense model is trained too, since tickets must be compared with one.
     assert [control["method"] for control in json.loads((folder / "results.json").read_text())["controls"]] == [

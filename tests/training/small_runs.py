@@ -74,17 +74,18 @@ class SmallNet(nn.Module):
         return self.fc(self.drop(x.mean((2, 3))))
 
 
+SMALL_NET = "small_net_for_tests"
 default_cfgs = generate_default_cfgs({"small_net_for_tests.untrained": {"num_classes": 2, "classifier": "fc"}})
 
 
 @register_model
 def small_net_for_tests(pretrained=False, **arguments):
-    return build_model_with_cfg(SmallNet, "small_net_for_tests", pretrained, **arguments)
+    return build_model_with_cfg(SmallNet, SMALL_NET, pretrained, **arguments)
 
 
 def image_model(seed=0, routes=ROUTES, ticket_task="membership", drop_rate=0.2, **arguments):
     return RTLModelForImageClassification.from_backbone(
-        "small_net_for_tests",
+        SMALL_NET,
         route_names=routes,
         ticket_task=ticket_task,
         seed=seed,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file
-from transformers import BertConfig
+from transformers import BertConfig, BitImageProcessorPil
 
 from hf_rtl import MaskedAdamW, MaskedSGD, RTLModel, RTLModelForImageClassification, RTLTrainer
 from tests.training.small_runs import DOMAINS, ROUTES, Images, arguments, image_model, make_labels_trainer, run
@@ -57,7 +57,7 @@ MISTAKES = {
     ),
     "text labels": (
         lambda path: trainer(path, scans(text=True)),
-        r"the label 'disc' at sample 0;.*`dataset.class_encode_column\('label'\)` numbers text labels",
+        r"the label 'disc' at sample 0;.*Name the labels, as in `from_backbone\(…, id2label=\{0: 'disc', 1: 's",
     ),
     "a name beside one of timm's": (
         lambda path: from_backbone("small_net_for_test"),
@@ -147,3 +147,18 @@ def test_differences_between_runs_are_said_in_words(tmp_path):
     message = str(refused.value)
     assert "learning_rate: 0.001 there, 0.5 now" in message and "other initial_weights" in message
     assert not re.search("[0-9a-f]{20}", message) and len(message) < 900
+
+
+def test_a_processor_for_other_images_is_warned_of(tmp_path, caplog):
+    for num_channels, warned in ((1, True), (3, False)):
+        caplog.clear()
+        values = (0.5,) * num_channels
+        processor = BitImageProcessorPil(
+            size={"height": 16, "width": 16},
+            do_center_crop=False,
+            image_mean=values,
+            image_std=values,
+            do_convert_rgb=num_channels == 3,
+        )
+        RTLTrainer(image_model(), arguments(tmp_path), train_dataset=Images(24), processing_class=processor)
+        assert ("the processor makes images of 1 x 16 x 16" in caplog.text) == warned

@@ -243,7 +243,7 @@ def test_the_hospitals_evaluate_as_with_fresh_statistics(tmp_path, steps, seed):
         for route in range(3):
             own = [sample["pixel_values"] for sample in train if sample["h"] == route]
             with model.route_context(route):
-                for _ in range(60):
+                for _ in range(40):
                     model(pixel_values=torch.stack([own[i] for i in generator.choice(len(own), 32, replace=False)]))
     fresh = made.evaluate()["eval_mean_route_accuracy"]
     print(f"{steps} steps, seed {seed}: as trained {as_trained:.3f}, ours {ours:.3f}, fresh {fresh:.3f}")

@@ -29,27 +29,47 @@ from tests.training.small_runs import (
 )
 
 
-# Place -> steps of joint retraining left to do, without and with checkpoints of every step.
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1}
+# (place, whether there are checkpoints of every step) -> steps of joint retraining left to do.
 PLACES = {
-    ("prune", 5): (6, 6),  # in the middle of the second round's extraction
-    ("step", 4): (12, 9),  # in the middle of the first joint retraining
-    ("step", 9): (6, 4),  # in the middle of the second joint retraining
-    ("evaluation", 2): (0, 0),  # the model is saved before
-    ("report_round", 1): (12, 6),  # the model is saved, but its report is not
+    (("prune", 5), False): 6,  # in the middle of the second round's extraction
+    (("step", 4), False): 12,  # in the middle of the first joint retraining
+    (("step", 4), True): 9,
+    (("step", 9), False): 6,  # in the middle of the second joint retraining
+    (("step", 9), True): 4,
+    (("evaluation", 2), True): 0,  # the model is saved before
+    (("report_round", 1), False): 12,  # the model is saved, but its report is not
+    (("report_round", 1), True): 6,
 }
 
 
+@pytest.fixture(scope="module")
+def break_off(tmp_path_factory):
+    """`break_off(folder, place, **values)` fills `folder` with a run that broke off at `place`, which runs once."""
+
+    @functools.cache
+    def broken(place, values):
+        folder = tmp_path_factory.mktemp("broken") / "run"
+        with pytest.MonkeyPatch.context() as patched:
+            interrupt(patched, folder, place, **dict(values))
+        return folder
+
+    def break_off(folder, place, **values):
+        shutil.copytree(broken(place, tuple(values.items())), folder)
+
+    return break_off
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, monkeypatch, place, checkpoints):
-    saving = {"save_strategy": "steps", "save_steps": 1} if checkpoints else {}
-    interrupt(monkeypatch, tmp_path / "run", place, **saving)
+@pytest.mark.parametrize(("place", "checkpoints"), PLACES)
+def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, break_off, place, checkpoints):
+    saving = CHECKPOINTS if checkpoints else {}
+    break_off(tmp_path / "run", place, **saving)
     assert "final/model.safetensors" not in contents(tmp_path / "run")
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded], **saving)
     assert contents(tmp_path / "run") == contents(finished.folder)
-    assert recorded.calls["step_end"] == PLACES[place][checkpoints]
+    assert recorded.calls["step_end"] == PLACES[place, checkpoints]
     reports = [json.loads((tmp_path / "run" / name / "round.json").read_text()) for name in ROUNDS]
     for report, expected in zip(reports, finished.rounds, strict=True):
         for key in ("kept", "union", "mask_fingerprint", "steps", "started_from"):
@@ -62,7 +82,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(finished, tmp_path, mon
 @pytest.mark.slow
 def test_the_same_trainer_continues_an_interrupted_run(finished, tmp_path, monkeypatch):
     """The trainer's model has been trained by then; θ0 must not have changed."""
-    for place in (("step", 4), ("step", 9), ("recalibrate", 2)):
+    for place in (("step", 9), ("recalibrate", 2)):
         made = interrupt(monkeypatch, tmp_path / place[0] / str(place[1]), place)
         if place[0] == "step":
             made.remove_callback(StopAtStep)
@@ -102,8 +122,8 @@ def test_an_interruption_of_recalibration_leaves_the_layers_as_they_were(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch):
-    interrupt(monkeypatch, tmp_path / "run", ("step", 9))
+def test_a_damaged_mask_is_made_again(finished, tmp_path, break_off):
+    break_off(tmp_path / "run", ("step", 9))
     for event, route, damage in ((0, 1, "altered"), (1, 0, "cut"), (2, 2, "missing")):
         file = RunDirectory(tmp_path / "run").mask_file(event, route)
         content = bytearray(file.read_bytes())
@@ -119,18 +139,18 @@ def test_a_damaged_mask_is_made_again(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_damaged_initial_weights_are_written_again(finished, tmp_path, monkeypatch):
-    interrupt(monkeypatch, tmp_path / "run", ("step", 4))
+def test_damaged_initial_weights_are_written_again(finished, tmp_path, break_off):
+    break_off(tmp_path / "run", ("step", 4))
     (tmp_path / "run" / "theta0.safetensors").write_bytes(b"short")
     run(tmp_path / "run")
     assert contents(tmp_path / "run") == contents(finished.folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torn", ["no state", "half a state", "an altered optimizer", "no seal"])
-def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_path, monkeypatch, torn):
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
-    interrupt(monkeypatch, tmp_path / "run", ("step", 5), **saving)
+@pytest.mark.parametrize("torn", ["half a state", "an altered optimizer", "no seal"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_path, break_off, torn):
+    saving = {**CHECKPOINTS, "save_total_limit": 3}
+    break_off(tmp_path / "run", ("step", 5), **saving)
     checkpoint = tmp_path / "run" / ROUNDS[0] / "checkpoint-4"
     state = (checkpoint / "trainer_state.json").read_text()
     if torn == "no seal":
@@ -140,7 +160,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_
         content[len(content) // 2] ^= 1
         (checkpoint / "optimizer.pt").write_bytes(content)
     else:
-        (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2] if torn == "half a state" else "")
+        (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2])
     recorded = Recorder()
     run(tmp_path / "run", callbacks=[recorded], **saving)
     assert recorded.calls["step_end"] == 3 + 6
@@ -148,8 +168,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(finished, tmp_
 
 
 @pytest.mark.slow
-def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path, monkeypatch):
-    interrupt(monkeypatch, tmp_path / "run", ("step", 8))
+def test_a_failure_in_the_second_round_keeps_the_first_whole(finished, tmp_path, break_off):
+    break_off(tmp_path / "run", ("step", 9))
     first = files(tmp_path / "run" / ROUNDS[0])
     assert first["model.safetensors"] == (finished.folder / ROUNDS[0] / "model.safetensors").read_bytes()
     assert {"config.json", "round.json", "training_args.json"} <= set(first)

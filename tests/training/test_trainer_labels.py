@@ -245,7 +245,7 @@ def sequence_run(folder, config, **options):
     [
         T5Config(**SEQUENCES, d_kv=8, d_ff=24, num_layers=1, num_heads=2),
         MarianConfig(**SEQUENCES, **LAYERS),
-        PegasusConfig(**SEQUENCES, **LAYERS),
+        pytest.param(PegasusConfig(**SEQUENCES, **LAYERS), marks=pytest.mark.long),
     ],
     ids=lambda config: config.model_type,
 )

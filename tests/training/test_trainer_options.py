@@ -62,7 +62,7 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
     made = []
     for columns in (DOMAINS, DOMAINS[::2]):
         data = {"train": Images(24, columns=columns), "evaluate": Images(12, 1, columns), "route_column": "domain"}
-        made.append(run(tmp_path / str(len(columns)), **data))
+        made.append(run(tmp_path / str(len(columns)), target_sparsity=[0.3], **data))
     assert timeless(made[0].rounds[-1]["metrics"]) == timeless(made[1].rounds[-1]["metrics"])
     assert "eval_ant/auroc" in made[0].rounds[-1]["metrics"]
 
@@ -70,7 +70,7 @@ def test_membership_of_a_column_that_is_no_label(tmp_path):
 @pytest.mark.slow
 def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
     """
-    A first batch, two prune events of three routes, two epochs of joint retraining, and three evaluations each start
+    A first batch, a prune event of three routes, two epochs of joint retraining, and three evaluations each start
     workers. With persistent workers both phases share one set, and evaluation has one. The rehearsal's evaluation, of
     other samples, starts its own.
     """
@@ -84,14 +84,14 @@ def test_workers_that_fetch_data_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", start)
 
     def files_of_run(name, **values):
-        several = {"extraction_steps": 4, "prune_amount": 0.17, "num_train_epochs": 2, "eval_strategy": "epoch"}
+        several = {"extraction_steps": 4, "num_train_epochs": 2, "eval_strategy": "epoch"}
         starts.clear()
         run(tmp_path / name, target_sparsity=[0.3], **several, **values)
         return contents(tmp_path / name)
 
     plain = files_of_run("plain")
     assert files_of_run("workers", dataloader_num_workers=2) == plain
-    assert len(starts) == 1 + 2 * 3 + 2 + 3 + 1
+    assert len(starts) == 1 + 3 + 2 + 3 + 1
     assert files_of_run("persistent", dataloader_num_workers=2, dataloader_persistent_workers=True) == plain
     assert len(starts) == 2 + 1
 

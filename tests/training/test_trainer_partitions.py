@@ -209,9 +209,8 @@ def test_what_has_no_rule_leaves_none(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [("step", 4), ("report_round", 1), ("evaluation", 2)])
-def test_a_run_is_continued_with_its_partition_only(finished, tmp_path, monkeypatch, place):
-    interrupt(monkeypatch, tmp_path / "run", place, **grouped())
+def test_a_run_is_continued_with_its_partition_only(finished, tmp_path, monkeypatch):
+    interrupt(monkeypatch, tmp_path / "run", ("step", 4), **grouped())
     before = contents(tmp_path / "run")
     other = grouped()
     other["options"]["partition"] = Partition(np.roll(np.arange(24) % 3, 1), ROUTES)

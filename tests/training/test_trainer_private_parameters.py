@@ -89,7 +89,7 @@ def test_frozen_private_parameters_are_not_trained_in_either_phase(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [("step", 3), ("step", 9), ("evaluation", 1)])
+@pytest.mark.parametrize("place", [("step", 9), ("evaluation", 1)])
 def test_an_interrupted_run_ends_as_one_that_was_not(private_run, tmp_path, monkeypatch, place):
     options = {"save_strategy": "steps", "save_steps": 2}
     interrupt(monkeypatch, tmp_path / "run", place, model=private_model(), **options)

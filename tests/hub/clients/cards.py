@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rtl import RTLModelForImageClassification, RTLTrainer
 from tests.hub.clients.models import ROUTES
-from tests.hub.clients.runs import make_trainer
+from tests.hub.clients.runs import SHORT, make_trainer
 
 
 FINAL_CARD = Path("run/final/README.md")
@@ -41,7 +41,7 @@ def create_with_card(name: str, content: str) -> None:
 
 
 def train_pushed(name: str) -> RTLTrainer:
-    trainer = make_trainer(hub_model_id=name)
+    trainer = make_trainer(hub_model_id=name, **SHORT)
     trainer.train()
     trainer.push_to_hub(license="mit")
     return trainer
@@ -116,7 +116,7 @@ def train_from_hub(backbone: str, name: str) -> None:
         if target.endswith("-both"):  # a folder with the name of the repository
             plain.save_pretrained(backbone)
         model = RTLModelForImageClassification.from_backbone(source, route_names=ROUTES, ticket_task="membership")
-        made = make_trainer(hub_model_id=target, output_dir=str(Path(target).absolute()))
+        made = make_trainer(hub_model_id=target, output_dir=str(Path(target).absolute()), **SHORT)
         trainer = RTLTrainer(model, made.args, train_dataset=made.train_dataset)
         trainer.train()
         trainer.push_to_hub()

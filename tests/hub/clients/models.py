@@ -45,12 +45,12 @@ def make_model(
     """
     routes = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     if kind == "bert":
         config = BertConfig(**small, vocab_size=len(WORDS), max_position_embeddings=12)
         model = RTLModelForSequenceClassification.from_backbone(config, **routes, **labels)
     elif kind == "gpt2":
-        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "vocab_size": len(WORDS)}
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12, "vocab_size": len(WORDS)}
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
         config = GPT2Config(**sizes, **tokens, tie_word_embeddings=False, initializer_range=1.0)
         model = RTLModelForCausalLM.from_backbone(config, **routes)

@@ -9,7 +9,7 @@ import torch
 
 from hf_rtl import ByCentres, ByColumn, Partition, RTLModel, RTLTrainer, load_rule
 from tests.hub.clients.models import ROUTES, log_messages
-from tests.hub.clients.runs import make_trainer
+from tests.hub.clients.runs import SHORT, make_trainer
 
 
 FEATURES = np.random.default_rng(0).normal(size=(24, 5))
@@ -22,7 +22,7 @@ RULES = {
 
 def trained(kind: str, **arguments: Any) -> RTLTrainer:
     """A trainer after a training whose partition has a rule of `kind`."""
-    trainer = make_trainer(partition=Partition(np.arange(24) % 3, ROUTES, rule=RULES[kind]), **arguments)
+    trainer = make_trainer(partition=Partition(np.arange(24) % 3, ROUTES, rule=RULES[kind]), **SHORT, **arguments)
     trainer.train()
     return trainer
 

@@ -12,6 +12,10 @@ from hf_rtl import Partition, RTLTrainer, RTLTrainingArguments
 from tests.hub.clients.models import describe, make_model, timm_processor
 
 
+# Arguments of a training of one round without checkpoints.
+SHORT = {"target_sparsity": [0.2], "save_strategy": "no"}
+
+
 def make_trainer(*, partition: Partition | None = None, **arguments: Any) -> RTLTrainer:
     """Two rounds of a small network on noise, in the folder `run`."""
     generator = torch.Generator().manual_seed(0)
@@ -22,7 +26,7 @@ def make_trainer(*, partition: Partition | None = None, **arguments: Any) -> RTL
         "target_sparsity": [0.2, 0.4],
         "prune_amount": 0.3,
         "extraction_steps": 1,
-        "max_steps": 2,
+        "max_steps": 1,
         "route_batch_size": 8,
         "save_strategy": "steps",
         "save_steps": 1,
