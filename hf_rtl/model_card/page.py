@@ -52,7 +52,7 @@ _RESULTS = {
     "membership": (
         *("balanced_accuracy", "worst_balanced_accuracy"),
         *("calibrated_balanced_accuracy", "worst_calibrated_balanced_accuracy"),
-        *("f1", "worst_f1", "auroc", "worst_auroc", "accuracy", "route_accuracy"),
+        *("auroc", "worst_auroc", "accuracy", "route_accuracy"),
     ),
     "labels": (
         *("accuracy", "mean_route_accuracy", "worst_route_accuracy"),
@@ -387,9 +387,8 @@ def list_results(metrics: Mapping[str, Any], route_names: Sequence[str], *, tick
     """The metrics for the metadata: those of `_RESULTS`, and the user's own over all routes."""
     by_route, overall = split_metrics(metrics, route_names)
     if ticket_task == "membership":
-        for name in ("f1", "auroc"):
-            measured = [values[name] for values in by_route.values() if values.get(name) is not None]
-            overall[f"worst_{name}"] = min(measured, default=None)
+        measured = [values["auroc"] for values in by_route.values() if values.get("auroc") is not None]
+        overall["worst_auroc"] = min(measured, default=None)
     ours = {name: overall.get(name) for name in _RESULTS[ticket_task]}
     own = {
         name: value
