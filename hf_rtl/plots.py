@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,37 @@ from .modeling.files import write_bytes
 _MAX_NUMBERED = 12  # most routes for which every cell shows its number
 _MAX_NAMED = 60  # most routes for which every row shows its name
 _TURNED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-_MARKERS = "os^vD<>P"
+# Eight colours of Okabe and Ito, then four of Tol, which colour-blind readers can distinguish too.
+_COLOURS = (
+    *("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"),
+    *("#332288", "#882255", "#999933", "#661100"),
+)
+_MARKERS = "os^vD<>PX*ph"
 _LINES = ("-", "--")
+_LEAST_RANGE = 0.1  # of a scale of similarities: noise stays below it
 
 
 def similarity_heatmap(
-    matrix: Tensor, names: Sequence[str], file: Path, *, label: str = "Jaccard similarity of two tickets"
+    matrix: Tensor,
+    names: Sequence[str],
+    file: Path,
+    *,
+    chance: Tensor | None = None,
+    label: str = "Jaccard similarity of two tickets",
 ) -> None:
     """
     Draws the similarity of every pair of tickets, as a PNG. `file` is never half-written.
 
     Light is similar and dark is different, in colours that keep their order for colour-blind readers and in grey
-    print. The scale spans the values of pairs; the diagonal, always 1, is left white.
+    print. The scale goes from chance, at most 0.9, to 1, so a difference looks as large as it is. The diagonal, always
+    1, is left white.
 
     Args:
         matrix (`Tensor`): `[K, K]`, from `MaskBank.similarity()`. NaN, for two empty masks, is left white.
         names (`Sequence[str]`): K names.
         file (`Path`): where to write, such as `similarity.png`.
+        chance (`Tensor`, *optional*): `[K, K]`, from `MaskBank.chance_similarity()`; the scale begins at the mean over
+            pairs. Without it, it begins at 0.
         label (`str`): what the values are, if not similarities of tickets.
 
     Raises:
@@ -49,17 +63,15 @@ def similarity_heatmap(
         )
     from matplotlib.figure import Figure
 
-    values = matrix.detach().cpu().double()
-    of_pairs = values.masked_fill(torch.eye(num_routes, dtype=torch.bool), torch.nan)
-    known = of_pairs[~of_pairs.isnan()]
-    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    if low == high:
-        low, high = max(0.0, low - 0.05), min(1.0, high + 0.05)
+    values, itself = matrix.detach().cpu().double(), torch.eye(num_routes, dtype=torch.bool)
+    of_pairs = values.masked_fill(itself, torch.nan)
+    by_chance = 0.0 if chance is None else float(chance.cpu().double().masked_fill(itself, torch.nan).nanmean())
+    low = min(1 - _LEAST_RANGE, by_chance)  # `min` takes the first if the other is NaN, as without pairs
     height = 2.2 + 0.42 * min(max(num_routes, 4), 24)
     # Not through pyplot, which keeps figures and chooses a backend.
-    figure = Figure(figsize=(height + 1, height), layout="constrained")
+    figure = Figure(figsize=(height + 1, height), layout="compressed")
     axes = figure.subplots()
-    image = axes.imshow(of_pairs.numpy(), cmap="cividis", vmin=low, vmax=high)
+    image = axes.imshow(of_pairs.numpy(), cmap="cividis", vmin=low, vmax=1)
     ticks = list(range(0, num_routes, -(-num_routes // _MAX_NAMED)))
     labels = [_label(names[index]) for index in ticks]
     size = 9 if num_routes <= 24 else 6
@@ -68,21 +80,20 @@ def similarity_heatmap(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if num_routes <= _MAX_NUMBERED:
-        digits = 2 if high - low >= 0.1 else 3
         for row, column in (~values.isnan()).nonzero().tolist():
             value = float(values[row, column])
-            red, green, blue, _ = image.cmap((value - low) / (high - low))
+            red, green, blue, _ = image.cmap((value - low) / (1 - low))
             is_dark = row != column and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
             axes.text(
                 column,
                 row,
-                "1" if row == column else f"{value:.{digits}f}".removeprefix("0"),
+                "1" if row == column else f"{value:.2f}".removeprefix("0"),
                 ha="center",
                 va="center",
                 fontsize=8,
                 color="white" if is_dark else "black",
             )
-    figure.colorbar(image, ax=axes, shrink=0.8).set_label(label)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label(textwrap.fill(label, 36))
     save_png(figure, file)
 
 
@@ -126,7 +137,7 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
     axes.plot(layers, by_chance.nanmean(1), color="#636363", linestyle="--", label="by chance, at these densities")
     ticks = list(range(0, num_layers, -(-num_layers // _MAX_NAMED)))
     shared = os.path.commonprefix(list(names)).rfind(".") + 1
-    labels = [_layer_label(names[index][shared:]) for index in ticks]
+    labels = [_label(names[index][shared:].removesuffix(".weight"), limit=24) for index in ticks]
     axes.set_xticks(ticks, labels, fontsize=7, **_TURNED)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("Jaccard similarity of two tickets")
@@ -146,8 +157,9 @@ def route_curves(
 ) -> None:
     """
     Draws quantities of every route against sparsity, one below the other, as a PNG. `file` is never half-written.
-    Colours are those of Okabe and Ito, which colour-blind readers can distinguish, each with its own marker for grey
-    print; from the ninth route on, lines are dashed. More than 16 routes are all grey, with their mean in black.
+    Twelve routes have colours that colour-blind readers can distinguish, each with its own marker for grey print; the
+    lines of twelve more are dashed. If there are still more, all are grey, with their mean in black. A single point is
+    no curve, and drawn as a table.
 
     Args:
         panels: for each quantity its name, the sparsities `[P]`, ascending, and the values `[P, K]`; NaN are left out.
@@ -161,6 +173,13 @@ def route_curves(
     """
     from matplotlib.figure import Figure
 
+    if len(panels[0][1]) == 1:
+        columns = {"route": list(names)}
+        for quantity, _, values in panels:
+            columns[quantity] = [f"{value:.3f}" for value in values[0].tolist()]
+        if chance is not None:
+            columns[f"{chance[0]} by chance"] = [f"{float(chance[1]):.3f}"] * len(names)
+        return draw_table(columns, file, title=f"sparsity of a ticket: {float(panels[0][1]):.1%}")
     figure = Figure(figsize=(7.5, 1.0 + 2.6 * len(panels)), layout="constrained")
     many = len(names) > len(_COLOURS) * len(_LINES)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -170,9 +189,7 @@ def route_curves(
             known = ~values[:, route].isnan()
             style = {"color": "#b0b0b0", "linewidth": 0.8}
             if not many:
-                line, number = divmod(route, len(_COLOURS))
-                style = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": _LINES[line]}
-                style |= {"label": _label(name), "linewidth": 1.3, "markersize": 5}
+                style = {**line_style(route), "label": _label(name), "linewidth": 1.3, "markersize": 5}
             axes.plot(percent[known], values[known, route], **style)
         if many:
             axes.plot(percent, values.nanmean(1), color="black", marker="o", markersize=4, label="mean over routes")
@@ -192,6 +209,30 @@ def route_curves(
     save_png(figure, file)
 
 
+def draw_table(columns: Mapping[str, Sequence[str]], file: Path, *, title: str) -> None:
+    """Draws a table of texts, title -> cells, as a PNG. `file` is never half-written."""
+    from matplotlib.figure import Figure
+
+    cells = {_label(title, limit=40): [_label(cell, limit=40) for cell in column] for title, column in columns.items()}
+    widths = [max(map(len, [title, *column])) + 2 for title, column in cells.items()]
+    rows = list(zip(*cells.values(), strict=True))
+    figure = Figure(figsize=(max(0.09 * sum(widths), 4.0), 0.85 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+    places: dict[str, Any] = {"cellLoc": "left", "colLoc": "left", "bbox": (0, 0, 1, 1), "edges": "B"}
+    drawn = axes.table(rows, colLabels=list(cells), colWidths=widths, **places)
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    save_png(figure, file)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a curve by its number. Twelve differ in colour and marker, then dashes differ."""
+    line, colour = divmod(number, len(_COLOURS))
+    return {"color": _COLOURS[colour], "marker": _MARKERS[colour], "linestyle": _LINES[line % len(_LINES)]}
+
+
 def save_png(figure: Any, file: Path) -> None:
     """Writes a matplotlib figure whole or not at all; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -199,12 +240,8 @@ def save_png(figure: Any, file: Path) -> None:
     write_bytes(file, buffer.getvalue())
 
 
-def _layer_label(name: str) -> str:
-    """A weight's name without `.weight`, for an axis. Only the end of a long name is kept, since ends differ."""
-    name = name.removesuffix(".weight")
-    return (name if len(name) <= 24 else f"…{name[-23:]}").replace("$", r"\$")
-
-
-def _label(name: str) -> str:
-    """A name for an axis, cut if it is long. `$` is escaped, since matplotlib reads `$x$` as mathematics."""
-    return (name if len(name) <= 20 else f"{name[:19]}…").replace("$", r"\$")
+def _label(name: str, *, limit: int = 20) -> str:
+    """A name for an axis, cut in the middle if it is long. `$` is escaped: matplotlib reads `$x$` as mathematics."""
+    if len(name) > limit:
+        name = f"{name[: limit // 2]}…{name[1 - limit // 2 :]}"
+    return name.replace("$", r"\$")

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if plot is not None and args.per_layer:
         plots.layer_profile(jaccard, chance, bank.weight_names, plot)
     elif plot is not None:
-        plots.similarity_heatmap(jaccard, bank.route_names, plot)
+        plots.similarity_heatmap(jaccard, bank.route_names, plot, chance=chance)
     if args.csv is not None:
         write_bytes(Path(args.csv), _csv(values).encode())
     return values

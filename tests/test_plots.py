@@ -1,10 +1,37 @@
 """Pictures of masks."""
 
+import itertools
+
 import matplotlib
 import pytest
 import torch
+from matplotlib.text import Text
 
-from hf_rtl.plots import layer_profile, route_curves, similarity_heatmap
+from hf_rtl.plots import draw_table, layer_profile, line_style, route_curves, similarity_heatmap
+
+
+LONG = [f"{name} hospital of the {index}th district" for index, name in enumerate(("north", "south", "west") * 8)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The texts of saved figures -> their boxes in pixels."""
+    texts, draw = {}, Text.draw
+
+    def record(text, renderer):
+        draw(text, renderer)
+        if text.get_visible() and text.get_text():
+            texts[text] = text.get_window_extent(renderer)
+
+    monkeypatch.setattr(Text, "draw", record)
+    return texts
+
+
+def find_clipped(drawn, file):
+    """The texts that are not whole inside the picture that they were drawn in."""
+    height, width, _ = matplotlib.image.imread(file).shape
+    assert drawn
+    return [t.get_text() for t, box in drawn.items() if min(box.p0) < 0 or box.x1 > width or box.y1 > height]
 
 
 def make_matrix(num_routes):
@@ -34,6 +61,37 @@ def test_colours_are_of_pairs_alone(tmp_path):
     for name, diagonal in (("one", 1.0), ("two", 0.0)):
         similarity_heatmap(make_matrix(3).fill_diagonal_(diagonal), ["a", "b", "c"], tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("names", [["north", "south", "west"], LONG[:3], LONG], ids=len)
+@pytest.mark.parametrize("label", ["similarity", "Jaccard similarity of two tickets, shallow layers"], ids=len)
+def test_no_label_of_a_heatmap_is_clipped(tmp_path, drawn, names, label):
+    similarity_heatmap(make_matrix(len(names)), names, tmp_path / "similarity.png", label=label)
+    assert find_clipped(drawn, tmp_path / "similarity.png") == []
+
+
+def test_no_label_of_other_pictures_is_clipped(tmp_path, drawn):
+    sparsity, layers = torch.linspace(0.2, 0.9, 5), torch.stack([make_matrix(3)] * 24)
+    layer_profile(layers, layers / 2, LONG, tmp_path / "a.png")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+    drawn.clear()
+    route_curves([("accuracy", sparsity, make_matrix(24)[:5, :10])], LONG[:10], tmp_path / "a.png")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+
+
+def test_long_names_that_differ_stay_different(tmp_path, drawn):
+    for names in (["x" * 40 + end for end in "abc"], [start + "x" * 40 for start in "abc"]):
+        drawn.clear()
+        similarity_heatmap(make_matrix(3), names, tmp_path / "similarity.png")
+        labels = {text.get_text() for text in drawn if "x" in text.get_text()}
+        assert len(labels) == 3 and set(map(len, labels)) == {20}
+
+
+@pytest.mark.parametrize("chance, start", [(0.2, 0.2), (0.99, 0.9), (float("nan"), 0.9), (None, 0)])
+def test_the_scale_goes_from_chance_to_one(tmp_path, drawn, chance, start):
+    by_chance = None if chance is None else torch.full((3, 3), chance).fill_diagonal_(0)
+    similarity_heatmap(0.885 + make_matrix(3) / 100, ["a", "b", "c"], tmp_path / "similarity.png", chance=by_chance)
+    assert next(iter(drawn)).get_figure().axes[0].images[0].get_clim() == pytest.approx((start, 1))
 
 
 def test_two_empty_masks_are_no_number(tmp_path):
@@ -71,7 +129,7 @@ def test_a_profile_shows_similarity_chance_and_names(tmp_path):
     assert shown["one"] == shown["same"] and len(set(shown.values())) == 4
 
 
-@pytest.mark.parametrize("num_routes", [1, 16, 17])
+@pytest.mark.parametrize("num_routes", [1, 24, 25])
 def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
     sparsity = torch.linspace(0.2, 0.9, 5)
     values = torch.rand(5, num_routes, generator=torch.Generator().manual_seed(0))
@@ -81,6 +139,32 @@ def test_curves_of_any_number_of_routes_are_a_png(tmp_path, num_routes):
     route_curves(panels, names, tmp_path / "new" / "curves.png", marked=[(2, 0)])
     height, width, _ = matplotlib.image.imread(tmp_path / "new" / "curves.png").shape
     assert min(height, width) > 400 and max(height, width) < 2500
+
+
+def test_the_first_twelve_curves_repeat_neither_colour_nor_marker_and_dashes_tell_twelve_more():
+    styles = [line_style(number) for number in range(24)]
+    assert all(len({style[part] for style in styles[:12]}) == 12 for part in ("color", "marker"))
+    assert len({tuple(style.values()) for style in styles}) == 24
+
+
+def test_a_single_point_is_drawn_as_a_table(tmp_path, drawn):
+    sparsity, values = torch.tensor([0.5]), torch.tensor([[0.75, torch.nan]])
+    panels = [("accuracy", sparsity, values), ("similarity", sparsity, values / 3)]
+    route_curves(panels, ["$day$", "night"], tmp_path / "a.png", chance=("similarity", torch.tensor([0.125])))
+    shown = [text.get_text() for text in drawn if text.get_text().strip()]
+    assert shown[-1] == "sparsity of a ticket: 50.0%"
+    assert sorted(shown[:-1]) == sorted(
+        ["route", "accuracy", "similarity", "similarity by chance"]
+        + [r"\$day\$", "0.750", "0.250", "0.125", "night", "nan", "nan", "0.125"]
+    )
+
+
+@pytest.mark.parametrize("names", [["a", "b"], LONG], ids=len)
+def test_no_cell_of_a_table_is_clipped_or_runs_into_the_next(tmp_path, drawn, names):
+    draw_table({"route": names, **dict.fromkeys(LONG[:3], names)}, tmp_path / "a.png", title="at a sparsity of 50 %")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+    pairs = itertools.combinations(drawn.items(), 2)
+    assert [(a.get_text(), b.get_text()) for (a, box), (b, other) in pairs if box.overlaps(other)] == []
 
 
 @pytest.mark.slow

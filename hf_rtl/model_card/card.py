@@ -18,7 +18,7 @@ from ..data.rules import load_rule
 from ..modeling.files import write_bytes
 from ..modeling.hub import CARD_FILE
 from ..modeling.modeling_rtl import RTLModel
-from .page import HUB_METRICS, backbone_name, describe_metric, render_page, split_metrics
+from .page import HUB_METRICS, backbone_name, describe_metric, list_results, render_page
 from .readme import ALL_ROUTES_LABEL, Readme
 from .run_record import ARGUMENTS_FILE, copy_run, read_run, was_trained_by
 
@@ -175,7 +175,8 @@ def write_card(
     if has_picture:
         from ..plots import similarity_heatmap
 
-        similarity_heatmap(similarity, model.route_names, target / PICTURE_FILE)
+        chance = model.mask_bank.chance_similarity()
+        similarity_heatmap(similarity, model.route_names, target / PICTURE_FILE, chance=chance)
     write_bytes(file, content)
     return file
 
@@ -222,7 +223,7 @@ def _to_change(file: Path, remote: bytes | None) -> Readme:
 
 
 def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The YAML part of a card: given fields, facts of the model, and results of each route and of all routes."""
+    """The YAML part of a card: given fields, facts of the model, and results over all routes and of the worst."""
     pipeline_tag = card.pipeline_tag or PIPELINE_TAGS.get(model.backbone_class)
     results = list(_eval_results(model, card, run, pipeline_tag or "other"))
     data = ModelCardData(
@@ -245,31 +246,27 @@ def card_metadata(model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | N
 def _eval_results(
     model: RTLModel, card: RTLCardData, run: Mapping[str, Any] | None, task: str
 ) -> Iterator[EvalResult]:
-    """Yields every metric of the last round as a result for the Hub."""
+    """Yields the results of the last round for the Hub."""
     datasets = _listed(card.datasets)
     ticket_task = model.config.ticket_task
     for evaluation in run["evaluations"] if run else []:
-        by_route, overall = split_metrics(evaluation["rounds"][-1], model.route_names)
-        subjects = {**{f"route {name}": metrics for name, metrics in by_route.items()}, ALL_ROUTES_LABEL: overall}
-        for whose, metrics in subjects.items():
-            for name, value in metrics.items():
-                if value is None or name in ("loss", "constant_tickets"):
-                    continue
-                kind, words = describe_metric(name, ticket_task=ticket_task, overall=whose == ALL_ROUTES_LABEL)
-                # The Hub identifies a result by its configuration, so it names evaluation set and route.
-                config = ", ".join(part for part in (card.dataset_config, evaluation["name"], whose) if part)
-                yield EvalResult(
-                    task_type=task,
-                    task_name=_TASK_NAMES[ticket_task],
-                    dataset_type=datasets[0] if datasets else "unknown",
-                    dataset_name=card.dataset_name or (datasets[0] if datasets else "not named"),
-                    dataset_config=config,
-                    dataset_split=card.dataset_split,
-                    dataset_revision=card.dataset_revision,
-                    metric_type=kind,
-                    metric_name=words,
-                    metric_value=value,
-                )
+        # The Hub identifies a result by its configuration, so it names the evaluation set.
+        config = ", ".join(part for part in (card.dataset_config, evaluation["name"], ALL_ROUTES_LABEL) if part)
+        found = list_results(evaluation["rounds"][-1], model.route_names, ticket_task=ticket_task)
+        for name, value in found.items():
+            kind, words = describe_metric(name, ticket_task=ticket_task, overall=True)
+            yield EvalResult(
+                task_type=task,
+                task_name=_TASK_NAMES[ticket_task],
+                dataset_type=datasets[0] if datasets else "unknown",
+                dataset_name=card.dataset_name or (datasets[0] if datasets else "not named"),
+                dataset_config=config,
+                dataset_split=card.dataset_split,
+                dataset_revision=card.dataset_revision,
+                metric_type=kind,
+                metric_name=words,
+                metric_value=value,
+            )
 
 
 def _title(model: RTLModel, card: RTLCardData) -> str:

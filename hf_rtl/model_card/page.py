@@ -29,14 +29,36 @@ _PIPELINES = {
 }
 
 _DECISIONS = {"balanced_accuracy": "bal. acc.", "precision": "precision", "recall": "recall", "f1": "F1"}
+# The metrics of a route in tables, in this order; those of other names follow.
 _COLUMNS = {
-    "membership": {**_DECISIONS, "auroc": "AUROC"},
+    "membership": {
+        **_DECISIONS,
+        "auroc": "AUROC",
+        "precision_at_recall_80": "prec. at recall .8",
+        "route_recall": "routes found",
+        "routed_precision_at_recall_80": "router: prec. at recall .8",
+    },
     "labels": {
         "accuracy": "accuracy",
         "inferred_accuracy": "acc., route inferred",
         "union_accuracy": "acc. of the union",
         "route_recall": "routes found",
+        "routed_precision_at_recall_80": "router: prec. at recall .8",
     },
+}
+# The metrics in the metadata: over all routes, and of the worst route. Those of every route are in tables alone, so
+# that the metadata are as long for a hundred routes as for two.
+_RESULTS = {
+    "membership": (
+        *("balanced_accuracy", "worst_balanced_accuracy"),
+        *("calibrated_balanced_accuracy", "worst_calibrated_balanced_accuracy"),
+        *("auroc", "worst_auroc", "accuracy", "route_accuracy"),
+    ),
+    "labels": (
+        *("accuracy", "mean_route_accuracy", "worst_route_accuracy"),
+        *("inferred_mean_route_accuracy", "inferred_worst_route_accuracy"),
+        *("union_mean_route_accuracy", "union_worst_route_accuracy", "route_accuracy"),
+    ),
 }
 # The metrics in the table of rounds.
 _ROUND_COLUMNS = {
@@ -173,7 +195,7 @@ def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]
             tables["plain"] = {**first, **_metric_columns(model, by_route, overall, columns)}
         if calibrated:
             tables["calibrated"] = {"threshold": thresholds, **_metric_columns(model, by_route, overall, calibrated)}
-        in_tables = {*columns, *calibrated, "loss", "constant_tickets"}
+        in_tables = {*columns, *calibrated, *_NO_METRICS}
         rest = {
             describe_metric(name, ticket_task=model.config.ticket_task, overall=True)[1]: value
             for name, value in overall.items()
@@ -275,9 +297,12 @@ def _last(model: RTLModel, evaluation: Mapping[str, Any]) -> tuple[dict[str, dic
 
 
 def _measured(model: RTLModel, by_route: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The columns of a table of metrics: those that at least one route has."""
-    known = {metric for metrics in by_route.values() for metric in metrics}
-    return {metric: title for metric, title in _COLUMNS[model.config.ticket_task].items() if metric in known}
+    """The columns of a table of metrics: those that at least one route has, without a calibrated threshold."""
+    found = dict.fromkeys(metric for metrics in by_route.values() for metric in metrics)
+    known = _COLUMNS[model.config.ticket_task]
+    columns = {metric: title for metric, title in known.items() if metric in found}
+    others = [name for name in found if name not in known and name != "loss" and not name.startswith("calibrated_")]
+    return columns | {name: markdown.text(name) for name in others}
 
 
 def _shared(model: RTLModel, similarity: Tensor) -> dict[str, float]:
@@ -339,6 +364,7 @@ _ROUTER_METRICS = {
     "routed_precision_at_recall_80": ("precision", "Precision of the router's score at recall 0.8"),
     "fallback_fraction": ("fallback_fraction", "Samples that the router was too unsure of, sent to the fallback"),
 }
+_NO_METRICS = ("loss", "constant_tickets")
 HUB_METRICS = {"accuracy", "precision", "recall", "f1", "roc_auc"}
 
 
@@ -355,6 +381,21 @@ def split_metrics(
         else:
             overall[name] = value
     return {route: found for route, found in by_route.items() if found}, overall
+
+
+def list_results(metrics: Mapping[str, Any], route_names: Sequence[str], *, ticket_task: str) -> dict[str, float]:
+    """The metrics for the metadata: those of `_RESULTS`, and the user's own over all routes."""
+    by_route, overall = split_metrics(metrics, route_names)
+    if ticket_task == "membership":
+        measured = [values["auroc"] for values in by_route.values() if values.get("auroc") is not None]
+        overall["worst_auroc"] = min(measured, default=None)
+    ours = {name: overall.get(name) for name in _RESULTS[ticket_task]}
+    own = {
+        name: value
+        for name, value in overall.items()
+        if name not in _NO_METRICS and describe_metric(name, ticket_task=ticket_task, overall=True)[1] == name
+    }
+    return {name: value for name, value in {**ours, **own}.items() if value is not None}
 
 
 def describe_metric(name: str, *, ticket_task: str, overall: bool) -> tuple[str, str]:

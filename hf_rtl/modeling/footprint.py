@@ -12,13 +12,13 @@ from .routed_model import RoutedModel
 
 # Keys of `footprint` -> what the bytes hold; {} stands for the number of routes.
 FOOTPRINT_FORMS = {
-    "full_bytes": "files as `save_pretrained` writes them: all weights, raw masks",
-    "compact_bytes": "files of `compact=True`: without what no ticket keeps, masks coded",
-    "total_bytes": "the least that all tickets need: the three lines below",
-    "union_bytes": "weights that any ticket keeps",
+    "full_bytes": "files as `save_pretrained` writes them: all weights, masks as raw bits",
+    "compact_bytes": "files of `compact=True`: weights that at least one ticket keeps, masks coded",
+    "total_bytes": "all tickets with masks as raw bits: the sum of the three lines below",
+    "union_bytes": "weights that at least one ticket keeps",
     "mask_bytes": "masks, as raw bits",
     "dense_bytes": "what no mask covers, with every route's statistics",
-    "coded_mask_bytes": "masks, coded",
+    "coded_mask_bytes": "masks, coded as in the files of `compact=True`",
     "tickets_bytes": "ticket files of all routes, for those who have the weights",
     "independent_full_bytes": "{} independent models: plain networks, one per route",
     "independent_bytes": "{} independent models of their kept weights, and a mask as raw bits",
@@ -43,7 +43,7 @@ def footprint(model: RoutedModel) -> dict[str, int]:
 
     Returns:
         What the tickets need:
-        - `union_bytes`: weights that any ticket keeps;
+        - `union_bytes`: weights that at least one ticket keeps;
         - `mask_bytes`, `coded_mask_bytes`: masks as raw bits, and as the compact form has them;
         - `dense_bytes`: what no mask covers, that is the other parameters and buffers, the statistics and private
           parameters of all routes, and the router;

@@ -131,7 +131,7 @@ class MaskBank(nn.Module):
         return self.unpack(rows[index] for rows in self.packed)
 
     def union(self) -> list[Tensor]:
-        """What any ticket keeps: a list of `bool` tensors."""
+        """What at least one ticket keeps: a list of `bool` tensors."""
         return self.unpack(self.packed_union())
 
     def core(self) -> list[Tensor]:
@@ -160,7 +160,7 @@ class MaskBank(nn.Module):
         return self.count(per_layer=per_layer).double() / sizes
 
     def union_count(self) -> int:
-        """Number of weights that any ticket keeps: the paper's "#Params" (section 4.1)."""
+        """Number of weights that at least one ticket keeps: the paper's "#Params" (section 4.1)."""
         return sum(int(count_bits(row)) for row in self.packed_union())
 
     def core_count(self) -> int:

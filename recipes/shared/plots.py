@@ -19,14 +19,12 @@ from torch import Tensor
 
 from hf_rtl import MaskBank
 from hf_rtl.analysis import Change, similarity_by_depth
-from hf_rtl.plots import route_curves, save_png, similarity_heatmap
+from hf_rtl.plots import draw_table, line_style, route_curves, save_png, similarity_heatmap
 
 from .points import Point
+from .report import cell, over_seeds
 
 
-# Ten markers, which differ in grey too, and colours that colour-blind readers can tell apart.
-_MARKERS = "osD^vX*Pp<"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Spectrograms show levels down to this many decibels below the loudest.
 _RANGE = 60.0
 
@@ -34,19 +32,23 @@ _RANGE = 60.0
 def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], file: Path) -> None:
     """
     Draws balanced accuracy of every method (of labels, accuracy) and the tickets' mean similarity, against sparsity.
+    The tickets' lines come first. Of a single sparsity there is no curve but a table.
     """
+    title = "bal. acc." if "bal. acc." in rows[0] else "accuracy"
+    if len(similarities) == 1:
+        tickets = {**rows[0], "mean similarity": next(iter(similarities.values()))}
+        return _draw_lines([tickets, *rows[1:]], [title, "mean similarity"], file)
     figure = Figure(figsize=(6, 6))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    title = "bal. acc." if "bal. acc." in rows[0] else "accuracy"
     methods = list(dict.fromkeys(line["method"] for line in rows))
-    for method, marker in zip(methods, _MARKERS, strict=False):
+    for number, method in enumerate(methods):
         points = [(line["sparsity"], line[title]) for line in rows if line["method"] == method]
         known = [(100 * sparsity, value) for sparsity, value in points if sparsity is not None]
         if known:
-            upper.plot(*zip(*known, strict=True), marker=marker, label=method)
+            upper.plot(*zip(*known, strict=True), **line_style(number), label=method)
         for sparsity, value in points:
             if sparsity is None:
-                upper.axhline(value, linestyle="--", color="grey", label=method)
+                upper.axhline(value, linestyle=":", color=line_style(number)["color"], label=method)
     upper.set_ylabel("balanced accuracy" if title == "bal. acc." else "accuracy")
     upper.legend(fontsize="small")
     lower.plot([100 * sparsity for sparsity in similarities], list(similarities.values()), marker="o", color="black")
@@ -61,28 +63,28 @@ def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], fi
 def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], file: Path) -> None:
     """
     Draws columns of the tables of several seeds against sparsity, one panel per column: means, with the sample
-    standard deviation as bars. A method that is not pruned is a horizontal line.
+    standard deviation as bars. A method that is not pruned is a horizontal line. Of a single sparsity there is no
+    curve but a table.
     """
+    if len({line["sparsity"] for line in tables[0] if line["sparsity"]}) == 1:
+        return _draw_lines(over_seeds(tables), titles, file)
     figure = Figure(figsize=(7, 3 * len(titles)))
     all_axes = figure.subplots(len(titles), 1, sharex=True, squeeze=False)
     methods = list(dict.fromkeys(line["method"] for line in tables[0]))
     for axes, title in zip(all_axes[:, 0], titles, strict=True):
-        for number, (method, marker) in enumerate(zip(methods, _MARKERS, strict=False)):
+        for number, method in enumerate(methods):
             points: dict[float, list[float]] = {}
             for line in (line for lines in tables for line in lines if line["method"] == method):
                 if line.get(title) is not None:
                     points.setdefault(line["sparsity"], []).append(line[title])
-            style = {"color": _COLOURS[number % len(_COLOURS)], "label": method, "linewidth": 1.2}
+            style = {**line_style(number), "label": method, "linewidth": 1.2}
             means = {sparsity: mean(values) for sparsity, values in points.items()}
             if list(means) == [0.0]:
-                axes.axhline(means[0.0], linestyle="--", **style)
+                axes.axhline(means[0.0], **{**style, "linestyle": ":", "marker": ""})
             elif means:
                 bars = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
                 percent = [100 * sparsity + 0.25 * (number - len(methods) / 2) for sparsity in means]
-                line_style = "-" if number < len(_COLOURS) else "-."
-                axes.errorbar(
-                    percent, list(means.values()), bars, marker=marker, markersize=5, linestyle=line_style, **style
-                )
+                axes.errorbar(percent, list(means.values()), bars, markersize=5, **style)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
     all_axes[-1, 0].set_xlabel("sparsity of a ticket (%)")
@@ -90,6 +92,12 @@ def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], 
     figure.legend(handles, labels, loc="upper center", ncols=4, fontsize="small", frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 / len(titles)))
     figure.savefig(file, dpi=110)
+
+
+def _draw_lines(lines: list[dict[str, Any]], titles: Sequence[str], file: Path) -> None:
+    """Draws the lines of methods as a table: method, sparsity, and the columns of these titles."""
+    columns = {title: [cell(title, line.get(title)) for line in lines] for title in ("method", "sparsity", *titles)}
+    draw_table(columns, file, title="one sparsity, so no curves")
 
 
 def draw_points(
@@ -135,7 +143,9 @@ def draw_points(
         heatmap = torch.tensor(matrix[np.ix_(order, order)])
         file = "similarity.png" if depth == "all" else f"similarity-{depth}.png"
         where = "" if depth == "all" else f", {depth} layers"
-        similarity_heatmap(heatmap, ordered, folder / file, label=f"Jaccard similarity of two tickets{where}")
+        label = f"Jaccard similarity of two tickets{where}"
+        # The scale of all layers, so that pictures of different depths can be compared.
+        similarity_heatmap(heatmap, ordered, folder / file, chance=bank.chance_similarity(), label=label)
     if classes is not None:
         heatmap = torch.tensor(classes[np.ix_(order, order)])
         similarity_heatmap(heatmap, ordered, folder / "class_similarity.png", label="similarity of two classes")

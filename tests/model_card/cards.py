@@ -19,7 +19,7 @@ from hf_rtl.training.run_report import describe_run
 
 SPECIFICATION = yaml.safe_load(Path(__file__).with_name("specification.yaml").read_text())
 HOSTILE = ["a|b", "T-shirt/top", "<b>x</b>", "ünïcødé 漢字", "`*_[x](y)", "- yes: no", '"\\', "x" * 200]
-MEMBERSHIP = ["balanced_accuracy", "precision", "recall", "f1", "auroc"]
+MEMBERSHIP = ["balanced_accuracy", "precision", "recall", "f1", "auroc", "precision_at_recall_80"]
 
 
 def make_model(ticket_task="membership", route_names=("cat", "dog", "owl")):

@@ -94,11 +94,11 @@ def test_a_run_is_analysed(finished_run, tmp_path, call):
     assert found["order"] in (["bee", "ant", "cat"], ["cat", "ant", "bee"])  # similar routes are neighbours
     order = [ROUTES.index(name) for name in found["order"]]
     masks = torch.tensor(expected.jaccard[np.ix_(order, order)])
-    for name, values, label in (
-        ("similarity.png", masks, "Jaccard similarity of two tickets"),
-        ("class_similarity.png", torch.tensor(matrix[np.ix_(order, order)]), "similarity of two classes"),
+    for name, values, chance, label in (
+        ("similarity.png", masks, bank.chance_similarity(), "Jaccard similarity of two tickets"),
+        ("class_similarity.png", torch.tensor(matrix[np.ix_(order, order)]), None, "similarity of two classes"),
     ):
-        similarity_heatmap(values, found["order"], tmp_path / name, label=label)
+        similarity_heatmap(values, found["order"], tmp_path / name, chance=chance, label=label)
         assert (tmp_path / name).read_bytes() == (folder / "analysis" / name).read_bytes()
     assert [line.split()[:2] for line in printed.splitlines() if line.split()[:1] == ["bee"]] == [["bee", "none"]]
     drawn = {file.name for file in (folder / "analysis").glob("*.png")}
