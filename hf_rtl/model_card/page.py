@@ -128,6 +128,7 @@ def render_page(
         pipeline=(pipeline_tag, *_PIPELINES[pipeline_tag]) if pipeline_tag in _PIPELINES else None,
         routes_table=_routes_table(model, run),
         evaluations=_evaluations(model, run) if run else [],
+        with_chance=any(evaluation.get("chance") for evaluation in evaluations),
         constant_tickets=max((int(metrics.get("constant_tickets") or 0) for metrics in last), default=0),
         shared=_shared(model, similarity),
         similarity_table=_similarity_table(model, similarity) if 1 < model.num_routes <= _MAX_COMPARED else None,
@@ -175,8 +176,7 @@ def _routes_table(model: RTLModel, run: Mapping[str, Any] | None) -> str:
         columns["training samples"] = _sample_cells(model, run["num_training_samples"])
     if len(evaluations) == 1:
         columns["test samples"] = _sample_cells(model, evaluations[0]["num_samples"])
-        by_route, overall = _last(model, evaluations[0])
-        columns |= _metric_columns(model, by_route, overall, _measured(model, by_route))
+        columns |= _measured_columns(model, evaluations[0])
     return _table_of_columns(columns, num_left=2)
 
 
@@ -192,7 +192,7 @@ def _evaluations(model: RTLModel, run: Mapping[str, Any]) -> list[dict[str, Any]
         tables = {}
         if len(run["evaluations"]) > 1 and columns:
             first = {"test samples": [*_sample_cells(model, evaluation["num_samples"])[:-1], ""]}
-            tables["plain"] = {**first, **_metric_columns(model, by_route, overall, columns)}
+            tables["plain"] = {**first, **_measured_columns(model, evaluation)}
         if calibrated:
             tables["calibrated"] = {"threshold": thresholds, **_metric_columns(model, by_route, overall, calibrated)}
         in_tables = {*columns, *calibrated, *_NO_METRICS}
@@ -225,6 +225,19 @@ def _metric_columns(
     """Title -> the metric of every route, then of all routes, for the metrics in `titles`."""
     rows = [*(by_route.get(name, {}) for name in model.route_names), overall]
     return {title: [markdown.number(row.get(metric)) for row in rows] for metric, title in titles.items()}
+
+
+def _measured_columns(model: RTLModel, evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Title -> the metric of every route, then of all routes; after the accuracy what is reached by chance."""
+    by_route, overall = _last(model, evaluation)
+    columns = _metric_columns(model, by_route, overall, _measured(model, by_route))
+    first, chance = next(iter(columns), None), evaluation.get("chance")  # the runs of before have no chance levels
+    if chance is None or first not in ("bal. acc.", "accuracy"):
+        return columns
+    counts = evaluation["num_samples"]
+    mean = sum(level * counts[name] for name, level in chance.items() if level is not None) / sum(counts.values())
+    by_chance = [markdown.number(level) for level in [*(chance[name] for name in model.route_names), mean]]
+    return {first: columns.pop(first), "by chance": by_chance, **columns}
 
 
 def _similarity_table(model: RTLModel, similarity: Tensor) -> str:

@@ -94,6 +94,7 @@ def describe_run(
     *,
     training: Partition,
     evaluations: Mapping[str, Partition],
+    chance: Mapping[str, Mapping[str, float] | None] | None = None,
 ) -> dict[str, Any]:
     """
     The record of a run for its card, as JSON values. About machine and user it names only the environment of a round.
@@ -105,6 +106,8 @@ def describe_run(
         training ([`Partition`]): partition of the training data.
         evaluations (`Mapping[str, Partition]`): name of an evaluation set, `""` for a single one -> its partition;
             empty if the run evaluated nothing.
+        chance (`Mapping[str, Mapping[str, float] | None]`, *optional*): name of an evaluation set -> its
+            `chance_levels`.
     """
     values = args.to_dict()
     defaults = {field.name: _default(field) for field in fields(RTLTrainingArguments)}
@@ -124,6 +127,7 @@ def describe_run(
             {
                 "name": name,
                 "num_samples": _num_samples(model, partition),
+                "chance": (chance or {}).get(name),
                 "data": (reports[-1].get("evaluation") or {}).get("data", {}).get(name) if reports else None,
                 "rounds": [_metrics(report["metrics"], prefixes[name], list(prefixes.values())) for report in reports],
             }

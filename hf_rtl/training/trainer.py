@@ -236,14 +236,18 @@ class RTLTrainer(RouteTrainer):
 
     def _say_results(self) -> None:
         """Prints a table of every route at every sparsity for each evaluation set, and where the model is."""
-        for name, dataset in evaluation_sets(self).items():
-            chance = chance_levels(self.model, dataset, self.eval_partition(dataset))
+        for name, chance in self._chance().items():
             prefix = f"eval_{name}_" if name else "eval_"
             text = result_table(self.rounds, self.model.route_names, prefix=prefix, chance=chance)
             self.progress.say(f"\n{name}\n{text}" if name else f"\n{text}")
         self.progress.say(
             f"\nthe model with its {self.model.num_routes} tickets is in {str(self.run_directory.final_folder)!r}"
         )
+
+    def _chance(self) -> dict[str, dict[str, float] | None]:
+        """Name of an evaluation set -> its `chance_levels`."""
+        sets = evaluation_sets(self).items()
+        return {name: chance_levels(self.model, data, self.eval_partition(data)) for name, data in sets}
 
     def _align_tokens(self) -> None:
         """Sets the tokenizer's special tokens in the model, as `Trainer` does before its first step."""
@@ -256,13 +260,13 @@ class RTLTrainer(RouteTrainer):
         self.save_model(str(self.run_directory.final_folder), _internal_call=True)
         self.model.partition_rule = data.partition.rule
         if self.is_world_process_zero():
-            evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             self.model.training_run = describe_run(
                 self.model,
                 self.args,
                 self.rounds,
                 training=data.partition,
-                evaluations={name: self.eval_partition(data) for name, data in evaluated.items() if data is not None},
+                evaluations={name: self.eval_partition(part) for name, part in evaluation_sets(self).items()},
+                chance=self._chance(),
             )
             write_run(self.run_directory.final_folder, self.model.training_run)
         try:

@@ -183,6 +183,11 @@ def test_tables_say_what_masks_and_metrics_are(tmp_path, ticket_task):
     assert (overall["training samples"], overall["test samples"]) == ("303", "30")
     assert overall["density"] == f"{100 * int(torch.stack(masks).sum()) / torch.stack(masks).numel():.1f} %"
 
+    assert list(overall).index("by chance") == list(overall).index(next(iter(columns))) + 1
+    chance = ["0.500"] * 4 if ticket_task == "membership" else ["0.400", "0.300", "0.300", "0.333"]
+    assert [row["by chance"] for row in [*routes, overall]] == chance
+    assert ("says the same to every sample" if ticket_task == "membership" else "its route's commonest label") in page
+
     for row, mask in zip(table_with(page, *model.route_names), masks, strict=True):
         for name, other in zip(model.route_names, masks, strict=True):
             alike = int((mask & other).sum()) / int((mask | other).sum())
@@ -234,6 +239,16 @@ def test_calibrated_metrics_have_a_table_of_their_own(tmp_path):
         assert row["F1"] == f"{metrics[f'{name}/calibrated_f1']:.3f}"
         assert row["bal. acc."] == f"{metrics[f'{name}/calibrated_balanced_accuracy']:.3f}"
     assert overall["precision"] == f"{metrics['calibrated_precision']:.3f}" and "AUROC" not in overall
+
+
+def test_a_run_of_before_has_no_chance(tmp_path):
+    with_run(make_model(), tmp_path)
+    run = json.loads((tmp_path / "training_run.json").read_text())
+    before = {name: value for name, value in run["evaluations"][0].items() if name != "chance"}
+    for evaluation in (before, {**before, "chance": None}):
+        write_run(tmp_path, {**run, "evaluations": [evaluation]})
+        page = read_page(write_card(tmp_path))
+        assert "by chance" not in table_with(page, "kept weights")[0] and "By chance" not in page
 
 
 def test_thresholds_are_those_that_were_measured(tmp_path):

@@ -326,6 +326,9 @@ def test_a_training_ends_with_a_card(trainer):
         (f"{100 * report['sparsity']:.1f} %", f"{report['metrics']['eval_near_by_balanced_accuracy']:.3f}")
         for report in trainer.rounds
     ]
+    assert [row["by chance"] for row in table_with(card.text.partition("### On near\\_by")[2], "by chance")] == [
+        "0.500"
+    ] * 4
     assert "### On near\n" in card.text and "### On near\\_by\n" in card.text
     counts = [row["training samples"] for row in table_with(card.text, "kept weights")]
     assert counts == [*map(str, trainer.run_data.training.partition.counts.tolist()), "21"]
