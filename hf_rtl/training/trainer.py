@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import EvalPrediction, TrainOutput, align_special_tokens
 
-from ..data.columns import is_hf_dataset, label_column
+from ..data.columns import is_hf_dataset, keeping, label_column
 from ..data.partition import Partition
 from ..model_card.card import RTLCardData, write_card
 from ..model_card.run_record import write_run
@@ -236,7 +236,7 @@ class RTLTrainer(RouteTrainer):
 
     def _say_results(self) -> None:
         """Prints a table of every route at every sparsity for each evaluation set, and where the model is."""
-        for name, chance in self._chance().items():
+        for name, chance in self._chance().items() if self.progress.show else ():
             prefix = f"eval_{name}_" if name else "eval_"
             text = result_table(self.rounds, self.model.route_names, prefix=prefix, chance=chance)
             self.progress.say(f"\n{name}\n{text}" if name else f"\n{text}")
@@ -247,7 +247,8 @@ class RTLTrainer(RouteTrainer):
     def _chance(self) -> dict[str, dict[str, float] | None]:
         """Name of an evaluation set -> its `chance_levels`."""
         sets = evaluation_sets(self).items()
-        return {name: chance_levels(self.model, data, self.eval_partition(data)) for name, data in sets}
+        with keeping(self.run_data.kept_columns):
+            return {name: chance_levels(self.model, data, self.eval_partition(data)) for name, data in sets}
 
     def _align_tokens(self) -> None:
         """Sets the tokenizer's special tokens in the model, as `Trainer` does before its first step."""
