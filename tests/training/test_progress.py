@@ -5,14 +5,18 @@ import logging
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from transformers.utils.logging import EmptyTqdm
 
+from hf_rtl import Partition
+from hf_rtl.training.evaluation import chance_levels
 from hf_rtl.training.progress import RunProgress
 from hf_rtl.training.result_table import result_table
-from tests.training.small_runs import make_labels_trainer
+from tests.training.small_runs import ROUTES, image_model, make_labels_trainer
 
 
 SPOKEN = {"disable_tqdm": False, "target_sparsity": [0.3, 0.6], "logging_steps": 2}
@@ -186,3 +190,30 @@ def test_tensorboard_has_one_log_of_all_rounds_with_the_metrics_of_routes_in_gro
     for name in made.model.route_names:
         expected = [report["metrics"][f"eval_{name}/accuracy"] for report in made.rounds]
         assert [event.value for event in log.Scalars(f"eval/{name}/accuracy")] == pytest.approx(expected)
+
+
+class Bars(TrainerCallback):
+    """Keeps the bar that transformers would draw at the start of a joint retraining."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = transformers.utils.logging.tqdm(range(3))
+
+
+def test_transformers_draws_no_bars_within_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    bars = Bars()
+    make_labels_trainer(tmp_path, callbacks=[bars], max_steps=1).train()
+    assert isinstance(bars.bar, EmptyTqdm) and list(bars.bar) == [0, 1, 2]
+    after = transformers.utils.logging.tqdm(range(3), disable=True)
+    assert not isinstance(after, EmptyTqdm)
+
+
+@pytest.mark.parametrize("names", [None, ["no", "yes"]])
+def test_chance_is_the_share_of_the_commonest_label_of_a_route(names):
+    labels, routes = [0, 1, 1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1, 1, 1]
+    samples = [{"label": label if names is None else names[label]} for label in labels]
+    model = image_model(ticket_task="labels", num_labels=2)
+    found = chance_levels(model, samples, Partition(np.array(routes), ROUTES, allow_empty=True))
+    assert found["ant"] == 2 / 3 and found["bee"] == 3 / 5 and np.isnan(found["cat"])
+    regression = image_model(ticket_task="labels", num_labels=1)
+    assert chance_levels(regression, samples, Partition(np.array(routes), ROUTES, allow_empty=True)) is None
