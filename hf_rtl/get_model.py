@@ -95,9 +95,12 @@ def _class_of_task(dataset: Any, labels: str | None) -> type[RTLModel]:
         return RTLModelForImageClassification
     if columns & set(_AUDIO_COLUMNS):
         return RTLModelForAudioClassification
+    first = np.asarray((label_values(dataset) or [None])[0])
     if labels is not None and columns & set(_TEXT_COLUMNS):
-        is_single = single_labels(dataset) is not None
-        return RTLModelForSequenceClassification if is_single else RTLModelForTokenClassification
+        if first.ndim == 0:
+            return RTLModelForSequenceClassification
+        if first.dtype.kind in "iu":
+            return RTLModelForTokenClassification
     raise ValueError(
         f"the columns {', '.join(map(repr, sorted(columns)))} do not say the task. Name its class, as in "
         "`get_rtl_model(…, model_class=RTLModelForCausalLM)`."
@@ -109,6 +112,9 @@ def _label_options(dataset: Any, labels: str | None) -> dict[str, Any]:
     values = label_values(dataset)
     if labels is None or not values:
         return {}
+    if isinstance(values[0], float):
+        _say("num_labels", f"1, since column {labels!r} has numbers that are no classes")
+        return {"num_labels": 1}
     if single_labels(dataset) is None:
         flat = np.concatenate([np.ravel(value) for value in values])
         options = {"num_labels": int(flat.max()) + 1} if flat.dtype.kind in "iu" else {}

@@ -78,6 +78,7 @@ def test_the_columns_say_the_class_of_the_task():
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     columns = {"input_ids": [[1, 2], [3, 4]] * 3, "domain": list("aabbcc")}
     for labels, name, num_labels in (
+        ([0.5, 2.0] * 3, "SequenceClassification", 1),
         ([0, 2] * 3, "SequenceClassification", 3),
         ([[0, 3], [-100, 1]] * 3, "TokenClassification", 4),
     ):
@@ -88,6 +89,8 @@ def test_the_columns_say_the_class_of_the_task():
         ValueError, match=r"columns 'domain', 'input_ids' do not say the task.*model_class=RTLModelForC"
     ):
         get_rtl_model(bert, Dataset.from_dict(columns), route_column="domain")
+    with pytest.raises(ValueError, match="'input_ids', 'labels' do not say the task"):
+        get_rtl_model(bert, Dataset.from_dict({**columns, "labels": [[0.0, 1.0]] * 6}), route_column="domain")
     with pytest.raises(ValueError, match="`route_column` must be given: the data set has none of the usual"):
         get_rtl_model(bert, Dataset.from_dict(columns))
 

@@ -225,6 +225,6 @@ def _wrapped(model: nn.Module, config: PreTrainedConfig, auto_class: Any) -> Pre
             "`in_chans=1`."
         )
     wrapper.timm_model.load_state_dict(model.state_dict())
-    # Of the weights' tag, with the size and the normalisation of the images that they were trained on.
+    # This configuration has the size and the normalisation of the images that the weights were trained on.
     wrapper.timm_model.pretrained_cfg = model.pretrained_cfg
     return wrapper
