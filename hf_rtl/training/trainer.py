@@ -213,7 +213,7 @@ class RTLTrainer(RouteTrainer):
                 output = rounds.run(heartbeat)
                 self._save_final()
         except KeyboardInterrupt:
-            # Without the hundred lines of where torch was.
+            # The frames of torch would be a hundred lines, and say nothing to the user.
             raise KeyboardInterrupt(
                 f"the run in {self.args.output_dir!r} was stopped. What is finished is kept: call `train()` again, or "
                 "run the same command again, to go on."
