@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ _MEANS = {aten.mean.dim, aten.sum.dim_IntList}
 _MOVES = {aten.permute.default, aten.transpose.int, aten.select.int}
 _COPIES = {aten.alias, aten.clone, aten._to_copy, aten.detach}
 _RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.flatten, aten.unflatten}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 # Pointwise ops that PyTorch does not tag as pointwise.
 _POINTWISE = {aten.hardswish, aten.log_sigmoid}
 _LAYERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
@@ -73,10 +75,18 @@ class ChannelGraph:
     Args:
         exported (`torch.export.ExportedProgram`): of `model` in evaluation mode, functional.
         prefix (`str`): what stands before the names of parameters in `exported`.
-        model (`nn.Module`): the network, float64.
+        model (`nn.Module`): the network, float64. On the device `"meta"` all weights count as other than zero.
+        follows_splits (`bool`, defaults to `True`): whether channels are followed where a tensor is split along them.
     """
 
-    def __init__(self, exported: torch.export.ExportedProgram, prefix: str, model: nn.Module) -> None:
+    def __init__(
+        self, exported: torch.export.ExportedProgram, prefix: str, model: nn.Module, *, follows_splits: bool = True
+    ) -> None:
+        self._follows_splits = follows_splits
+        self._parts: dict[Node, list[Channels]] = {}
+        # Channels of sums, as in a residual stream, and the dimensions of weights along which they read channels.
+        self._added: list[int] = []
+        self._inputs: set[tuple[str, int]] = set()
         self._parents: list[int] = []
         self._fixed: list[int] = []
         self._readers: list[_Reader] = []
@@ -95,7 +105,9 @@ class ChannelGraph:
             if node.op == "placeholder":
                 if node.name in names and names[node.name] in tensors:
                     self._names[node] = canonical[names[node.name]]
-                    self._tensors[node] = tensors[names[node.name]]
+                    tensor = tensors[names[node.name]]
+                    ones = torch.ones((), dtype=torch.float64)
+                    self._tensors[node] = ones.expand(tensor.shape) if tensor.is_meta else tensor
             elif node.op == "call_function":
                 self._follow(node)
             elif node.op == "output":
@@ -104,18 +116,42 @@ class ChannelGraph:
         # If the outputs do not depend on all parameters, it is unknown what else reads channels.
         self.unread = sorted({canonical[name] for name, _ in model.named_parameters()} - read)
 
+    def units(self) -> list[dict[tuple[str, int], np.ndarray]]:
+        """
+        Groups of channels that can be removed one by one without any other: name of a parameter or buffer and a
+        dimension -> `int64 [num_units, n]`, the indices along it of each unit of the group. Channels are left out that
+        something reads that is not understood, or that are added to others, as in a residual stream.
+        """
+        fixed, added = ({self._root(id) for id in ids} for ids in (self._all_fixed(), self._added))
+        places: dict[int, dict[tuple[str, int], list[int]]] = {}
+        for name, dims in self._layout.items():
+            for dim, ids in dims.items():
+                for index, id in enumerate(ids):
+                    places.setdefault(self._root(id), {}).setdefault((name, dim), []).append(index)
+        groups: dict[tuple, list[dict[tuple[str, int], list[int]]]] = {}
+        for root, found in places.items():
+            if root not in fixed | added and self._inputs & found.keys():
+                key = tuple((place, len(indices)) for place, indices in found.items())
+                groups.setdefault(key, []).append(found)
+        return [{place: np.array([unit[place] for unit in units]) for place in units[0]} for units in groups.values()]
+
+    def reads(self, name: str, dim: int) -> bool:
+        """Whether the parameter `name` multiplies the channels along `dim`, rather than making them."""
+        return (name, dim) in self._inputs
+
+    def _all_fixed(self) -> list[int]:
+        misused = (ids for name in self._misused & self._layout.keys() for ids in self._layout[name].values())
+        return [*self._fixed, *chain.from_iterable(misused)]
+
     def kept(self) -> dict[str, dict[int, Tensor]]:
         """
         Name of a parameter or buffer -> dimension -> indices to keep along it, `int64`; only of those that lose any.
 
         At least one channel is kept in every layer.
         """
-        for name in self._misused & self._layout.keys():
-            for ids in self._layout[name].values():
-                self._fixed += ids
         roots = np.array([self._root(id) for id in range(len(self._parents))], dtype=np.int64)
         dead = np.ones(len(roots), dtype=bool)
-        dead[roots[np.array(self._fixed, dtype=np.int64)]] = False
+        dead[roots[np.array(self._all_fixed(), dtype=np.int64)]] = False
         # Backwards: whether a layer's outputs matter must be known before its inputs are judged.
         for reader in reversed(self._readers):
             read = reader.terms[~dead[roots[reader.outputs]]].any(axis=0)
@@ -174,11 +210,28 @@ class ChannelGraph:
     def _follow(self, node: Node) -> None:
         if node.target is aten._assert_tensor_metadata.default:
             return
+        if self._follows_splits and self._split(node):
+            return
         channels = self._result(node)
         if channels is None:
             self._release(node.all_input_nodes)
         else:
             self._channels[node] = channels
+
+    def _split(self, node: Node) -> bool:
+        """Whether `node` splits a tensor along its channels, or takes a part of one that was."""
+        source, sizes, dim = _arguments(node)[:3]
+        if node.target is operator.getitem and source in self._parts:
+            self._channels[node] = self._parts[source][sizes]
+            return True
+        if node.target not in _SPLITS or source not in self._channels:
+            return False
+        channels = self._channels[source]
+        if (dim or 0) % len(_shape(source)) != channels.dim:
+            return False
+        parts = zip(_in_parts(channels.ids, sizes), channels.value.split(sizes), strict=True)
+        self._parts[node] = [Channels(channels.dim, ids, value) for ids, value in parts]
+        return True
 
     def _result(self, node: Node) -> Channels | None:
         op, args = getattr(node.target, "overloadpacket", node.target), _arguments(node)
@@ -253,6 +306,7 @@ class ChannelGraph:
             channels = self._unknown(dim, terms.shape[1])
         terms = terms & (channels.value != 0)
         self._bind(weight, 1 - out_dim, channels.ids)
+        self._inputs.add((self._names[weight], 1 - out_dim))
         self._readers.append(_Reader(channels.ids, ids, terms.numpy()))
         return self._made(weight, bias, ids, terms, dim, out_dim)
 
@@ -291,6 +345,8 @@ class ChannelGraph:
         self._release(others)
         first, *rest = tracked.values()
         for channels in rest:
+            if node.target is not aten.mul.Tensor and [*map(self._root, channels.ids)] != [*map(self._root, first.ids)]:
+                self._added += first.ids
             self._unite(channels.ids, first.ids)
         value = torch.full((size,), math.nan, dtype=torch.float64)
         known = ~torch.stack([channels.value for channels in tracked.values()]).isnan().any(0)
@@ -349,6 +405,10 @@ def _rearranged(node: Node, op: Any, channels: Channels, shape: torch.Size) -> C
                 repeated = np.repeat(ids, repeats).tolist()
                 return Channels(new_dim, repeated, value.repeat_interleave(repeats))
     return None
+
+
+def _in_parts(ids: list[int], sizes: int | list[int]) -> list[list[int]]:
+    return [part.tolist() for part in torch.tensor(ids).split(sizes)]
 
 
 def _is_pointwise(target: Any) -> bool:

@@ -123,7 +123,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     inputs = {name: _double(tensor) for name, tensor in inputs.items()}
     # Constants are computed in float64, so that rounding decides nothing.
     original = copy.deepcopy(model).to("cpu", torch.float64).eval()
-    exported = torch.export.export(_TensorOutputs(original), (), inputs, strict=False).run_decompositions({})
+    exported = torch.export.export(TensorOutputs(original), (), inputs, strict=False).run_decompositions({})
     graph = ChannelGraph(exported, "model.", original)
     kept = graph.kept()
     if graph.unread:
@@ -134,13 +134,13 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
         )
         kept = {}
     elif kept:
-        expected = _TensorOutputs(original)(**inputs)
-        _slice(original, kept)
+        expected = TensorOutputs(original)(**inputs)
+        slice_channels(original, kept)
         if not _agree(original, inputs, expected):
             logger.warning("No channels are removed: this model's code depends on how many there are.")
             kept = {}
     sizes, num_parameters = _sizes(model), _num_parameters(model)
-    _slice(model, kept)
+    slice_channels(model, kept)
     layers = [LayerChannels(name, *zip(sizes[name], smaller, strict=True)) for name, smaller in _sizes(model).items()]
     return StructureReport(layers, (num_parameters, _num_parameters(model)))
 
@@ -172,7 +172,7 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-class _TensorOutputs(nn.Module):
+class TensorOutputs(nn.Module):
     """Gives only the tensors that a model returns, since `torch.export` refuses caches."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -199,7 +199,7 @@ def _double(tensor: Tensor) -> Tensor:
 def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tensor, ...]) -> bool:
     """Whether `model` still runs and gives `expected`: its own code may depend on the number of channels."""
     try:
-        outputs = _TensorOutputs(model)(**inputs)
+        outputs = TensorOutputs(model)(**inputs)
     except Exception:  # whatever that code raises
         return False
     # In float64, as outputs may be `bool`.
@@ -210,7 +210,7 @@ def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tenso
     )
 
 
-def _slice(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+def slice_channels(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Keeps the indices `kept` of parameters and buffers, wherever they are registered, and sets layers' sizes."""
     names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sliced: dict[int, Tensor] = {}

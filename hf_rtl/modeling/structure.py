@@ -19,7 +19,7 @@ def check_structure(model: nn.Module, built: nn.Module, remedy: str) -> None:
         built (`nn.Module`): what the model's configuration builds; it may be on the device `"meta"`.
         remedy (`str`): the sentence of the error that says what to do.
     """
-    found, expected = _shapes(model), _shapes(built)
+    found, expected = tensor_shapes(model), tensor_shapes(built)
     shared = shared_tensors(built)
     for name, source in shared_tensors(model).items():
         if shared.get(name) != source:
@@ -81,7 +81,8 @@ def save_shared_tensors(model: nn.Module) -> None:
         model.register_state_dict_post_hook(copy_shared)
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
+def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of all parameters and buffers that a model saves."""
     # Quantised modules of torch keep other values than tensors in their state.
     state = model.state_dict().items()
     return {name: list(tensor.shape) for name, tensor in state if isinstance(tensor, Tensor)}
