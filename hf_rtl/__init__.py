@@ -23,6 +23,7 @@ from .modeling.modeling_rtl import (
     register_auto_classes,
 )
 from .training.callbacks import CollapseMonitor, RTLTrainerCallback
+from .training.find_tickets import find_tickets
 from .training.optim import MaskedAdamW, MaskedSGD, mask_updates
 from .training.trainer import RTLTrainer
 from .training.training_args import RTLTrainingArguments
@@ -53,6 +54,7 @@ __all__ = [
     "RTLTrainerCallback",
     "RTLTrainingArguments",
     "backbones",
+    "find_tickets",
     "get_rtl_model",
     "image_processor_from_timm",
     "load_rule",

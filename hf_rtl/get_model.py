@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import timm
 from torch import nn
+from transformers import PreTrainedModel
 
 from .data.columns import find_label_column, label_column, label_values, list_columns, read_column, single_labels
 from .data.partition_by import partition_by_column
 from .modeling.modeling_rtl import (
+    TASK_CLASSES,
     RTLModel,
     RTLModelForAudioClassification,
     RTLModelForImageClassification,
@@ -71,7 +73,7 @@ def get_rtl_model(
         why = "the label says the route" if column == labels else "the label is another column than the route"
         _say("ticket_task", f"{ticket_task!r}, since {why}")
     if model_class is None:
-        model_class = _class_of_task(dataset, labels)
+        model_class = _class_of_model(backbone) or _class_of_task(dataset, labels)
         _say("model_class", model_class.__name__)
     is_built = isinstance(backbone, nn.Module)
     if ticket_task == "labels" and not is_built and not {"num_labels", "num_classes", "id2label"} & options.keys():
@@ -87,6 +89,17 @@ def _say(name: str, choice: str) -> None:
     """Prints a choice on the first process, unless logging asks for silence."""
     if os.environ.get("RANK", "0") == "0" and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING):
         print(f"{name:13}{choice}")
+
+
+def _class_of_model(backbone: Any) -> type[RTLModel] | None:
+    """The class for a built model, whose own class says its task."""
+    for task_class in reversed(TASK_CLASSES) if isinstance(backbone, PreTrainedModel) else ():
+        mapping: Any = task_class.backbone_class._model_mapping
+        if type(backbone.config) in mapping:
+            classes = mapping[type(backbone.config)]
+            if type(backbone) in (classes if isinstance(classes, tuple) else (classes,)):
+                return task_class
+    return None
 
 
 def _class_of_task(dataset: Any, labels: str | None) -> type[RTLModel]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from .modeling.checks import check_choice, check_integer, check_number
 
 
-PRUNE_SCOPES = ("global", "layer", "global_normalised")
+PRUNE_SCOPES = ("global", "layer", "global_normalised", "row")
+UNIT_SCOPES = ("layer", "global")
 PRUNE_SCHEDULES = ("geometric", "linear", "constant")
 
 
@@ -29,9 +30,11 @@ def prune(
     num_kept: int,
     scope: str = "global",
     reference: Sequence[Tensor] | None = None,
+    scores: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """
-    Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (paper, section 2, Algorithm 1).
+    Keeps exactly `num_kept` of the surviving weights, those of largest magnitude (paper, section 2, Algorithm 1), or
+    those of largest score.
 
     Among equal magnitudes the earlier position is kept. The arguments are not changed.
 
@@ -46,8 +49,12 @@ def prune(
             survivors than its share keeps them all, and the others share the rest in the same way.
             `"global_normalised"`: all survivors together, each magnitude divided by the (population) standard
             deviation of its layer in `reference`, in `float64`.
+            `"row"`: the survivors of the same row, an index of the first dimension. Layers have their shares as in
+            `"layer"`, and rows have theirs of a layer's share in the same way.
         reference (`Sequence[Tensor]`, *optional*): the initial weights θ0, of the shapes of `weights`, read only by
             `"global_normalised"`, which needs them.
+        scores (`Sequence[Tensor]`, *optional*): floats of the shapes of `weights` that are ranked in place of
+            magnitudes, such as those of `weight_activity`.
 
     Returns:
         `list[Tensor]`: new `bool` masks, nested in `masks`.
@@ -67,18 +74,24 @@ def prune(
         )
     check_choice("scope", scope, PRUNE_SCOPES)
 
+    ranked = "weights" if scores is None else "scores"
+    if scores is not None:
+        _check_weights("scores", scores, masks)
     magnitudes = []
-    for layer, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+    for layer, (weight, mask) in enumerate(zip(scores or weights, masks, strict=True)):
         survivors = weight[mask].abs()
         if survivors.isnan().any():
-            raise ValueError(f"`weights[{layer}]` has NaN among its surviving weights, so they cannot be ranked.")
+            raise ValueError(f"`{ranked}[{layer}]` has NaN among its surviving weights, so they cannot be ranked.")
         # Half types are ranked in float32: exact, and supported on every device.
         magnitudes.append(survivors.to(torch.promote_types(survivors.dtype, torch.float32)))
 
-    if scope == "layer":
+    if scope in ("layer", "row"):
         limits = [layer_magnitudes.numel() for layer_magnitudes in magnitudes]
         counts = _proportional_counts(num_kept, [mask.numel() for mask in masks], limits)
-        kept = [_largest(values, count) for values, count in zip(magnitudes, counts, strict=True)]
+        if scope == "row":
+            kept = [_largest_of_rows(*layer) for layer in zip(magnitudes, masks, counts, strict=True)]
+        else:
+            kept = [_largest(values, count) for values, count in zip(magnitudes, counts, strict=True)]
     else:
         if scope == "global_normalised":
             if reference is None:
@@ -107,6 +120,117 @@ def _largest(magnitudes: Tensor, num_kept: int) -> Tensor:
     tied = (magnitudes == threshold).nonzero().squeeze(1)
     kept[tied[: num_kept - int(kept.sum())]] = True
     return kept
+
+
+def _largest_of_rows(magnitudes: Tensor, mask: Tensor, num_kept: int) -> Tensor:
+    """The same among the survivors of each row of `mask`, whose shares of `num_kept` are in proportion."""
+    rows = mask.flatten(1)
+    counts = _proportional_counts(num_kept, [rows.shape[1]] * len(rows), rows.sum(1).tolist())
+    values = torch.full(rows.shape, -math.inf, dtype=magnitudes.dtype, device=mask.device)
+    order = values.masked_scatter_(rows, magnitudes).argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(rows.shape[1], device=mask.device) < torch.tensor(counts, device=mask.device)[:, None]
+    return torch.zeros_like(rows).scatter_(1, order, first)[rows]
+
+
+@torch.no_grad()
+def prune_units(
+    scores: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    *,
+    sparsity: float,
+    scope: str = "layer",
+    round_to: int = 8,
+) -> list[Tensor]:
+    """
+    Keeps the surviving units of largest score: whole neurons or channels, in place of single weights.
+
+    Args:
+        scores (`Sequence[Tensor]`): a score for every unit, `[num_units]` per layer.
+        kept (`Sequence[Tensor]`): the survivors so far, `bool [num_units]` per layer.
+        sparsity (`float`): the share of all units that is removed, those removed before included.
+        scope (`str`, defaults to `"layer"`): what scores are ranked against.
+            `"layer"`: the units of the same layer, so that layers of one size keep as many units.
+            `"global"`: all units together.
+        round_to (`int`, defaults to 8): with scope `"layer"` a layer keeps a multiple of this number, the nearest one,
+            the larger of two as near, at least one multiple, and at most all of its units.
+
+    Returns:
+        `list[Tensor]`: the units that are kept, `bool`, nested in `kept`; the first ones among equals.
+
+    Raises:
+        ValueError: a sparsity outside `[0, 1)`, scores that are not finite, an unknown `scope`, a layer that would
+            keep no unit, or one with fewer survivors than it should keep.
+    """
+    check_choice("scope", scope, UNIT_SCOPES)
+    round_to = check_integer("round_to", round_to, minimum=1)
+    (sparsity,) = _check_targets([sparsity])
+    for layer, (values, survivors) in enumerate(zip(scores, kept, strict=True)):
+        if not values[survivors].isfinite().all():
+            raise ValueError(f"`scores[{layer}]` are not all finite, so its units cannot be ranked.")
+    sizes = [len(survivors) for survivors in kept]
+    if scope == "layer":
+        counts = [_rounded(size - sparsity * size, round_to, size) for size in sizes]
+        for layer, (count, survivors) in enumerate(zip(counts, kept, strict=True)):
+            if count > survivors.sum():
+                raise ValueError(
+                    f"`sparsity` = {sparsity} keeps {count} units of layer {layer}, which has only "
+                    f"{int(survivors.sum())} left; give a larger sparsity than the one before."
+                )
+        chosen = [
+            _largest(values[survivors], count) for values, survivors, count in zip(scores, kept, counts, strict=False)
+        ]
+    else:
+        count = sum(sizes) - round(sparsity * sum(sizes))
+        every = torch.cat([values[layer] for values, layer in zip(scores, kept, strict=True)])
+        chosen = list(_largest(every, count).split([int(layer.sum()) for layer in kept]))
+    found = [torch.zeros_like(layer).masked_scatter_(layer, one) for layer, one in zip(kept, chosen, strict=True)]
+    for layer, units in enumerate(found):
+        if not units.any():
+            raise ValueError(
+                f"`sparsity` = {sparsity} would remove all units of layer {layer}. Lower it, or use `scope='layer'`."
+            )
+    return found
+
+
+def _rounded(count: float, multiple: int, limit: int) -> int:
+    return min(limit, max(multiple, math.floor(count / multiple + 0.5) * multiple))
+
+
+def unit_activity(squares: Sequence[Tensor], readers: Sequence[Tensor]) -> Tensor:
+    """
+    The score of every unit by how much it contributes on data: the sum over its readers of the mean of h², where h is
+    what the reader is given, times the squared norm of the reader's weights for it.
+
+    Args:
+        squares (`Sequence[Tensor]`): for each reader, the mean of h² over samples and positions, `[num_units, n]`.
+        readers (`Sequence[Tensor]`): for each reader, its weights for each unit, `[num_units, n, …]`.
+
+    Returns:
+        `float64 [num_units]`.
+    """
+    parts = (
+        mean.double() * weight.double().square().flatten(2).sum(2)
+        for mean, weight in zip(squares, readers, strict=False)
+    )
+    return torch.stack([part.sum(1) for part in parts]).sum(0)
+
+
+def weight_activity(weight: Tensor, squares: Tensor) -> Tensor:
+    """
+    The score |w| · ‖x‖ of every weight (Wanda, arXiv 2306.11695), where ‖x‖ is the norm of the input that it
+    multiplies, over samples and positions.
+
+    Args:
+        weight (`Tensor`): `[outputs, inputs, …]`, for a convolution with its kernel.
+        squares (`Tensor`): the sum of x² for each of these, `[inputs, …]`; of a convolution with groups `[groups *
+            inputs, …]`.
+
+    Returns:
+        `float64`, of the shape of `weight`.
+    """
+    groups = squares.shape[0] // weight.shape[1]
+    norms = squares.double().sqrt().view(groups, 1, *weight.shape[1:])
+    return (weight.double().abs().view(groups, -1, *weight.shape[1:]) * norms).view(weight.shape)
 
 
 def _proportional_counts(total: int, sizes: list[int], limits: list[int]) -> list[int]:

@@ -345,7 +345,8 @@ class ChannelGraph:
         self._release(others)
         first, *rest = tracked.values()
         for channels in rest:
-            if node.target is not aten.mul.Tensor and [*map(self._root, channels.ids)] != [*map(self._root, first.ids)]:
+            same = [*map(self._root, channels.ids)] == [*map(self._root, first.ids)]
+            if node.target is not aten.mul.Tensor and not same:
                 self._added += first.ids
             self._unite(channels.ids, first.ids)
         value = torch.full((size,), math.nan, dtype=torch.float64)

@@ -30,6 +30,7 @@ from .model_file import align, check_loaded, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
+from .small_ticket import refit_ticket, remove_units
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, save_tickets
 
@@ -428,6 +429,8 @@ class RTLModel(RoutedModel):
         self,
         route: int | str,
         *,
+        small: bool = False,
+        refit: Any = None,
         prune_structure: bool = False,
         example_inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
@@ -455,7 +458,10 @@ class RTLModel(RoutedModel):
         self._refuse_in_context("extract_ticket()")
         refuse_offloaded(self, "extract_ticket()")
         index = self.route_index(route)
-        return extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
+        ticket = extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
+        if refit is not None:
+            refit_ticket(ticket, extract_ticket(self, index, masked=False), refit, example_inputs)
+        return remove_units(ticket, example_inputs) if small else ticket
 
     # What is here
 

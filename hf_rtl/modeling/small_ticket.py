@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, default_data_collator
 
+from .refit import can_refit, refit
 from .standalone import TensorOutputs, make_example_inputs, refuse_to_save, slice_channels
 from .structure import tensor_shapes
 from .units import UnitLayer, find_units
@@ -45,6 +49,7 @@ def remove_units(ticket: PreTrainedModel, example_inputs: Mapping[str, Tensor] |
         kept = [_at_least(mask, max(1, int(mask.sum()))) for mask in used]
     else:
         counts = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
+        assert counts is not None
         kept = [_at_least(mask, count) for mask, count in zip(used, counts, strict=True)]
         small.config = config
     slice_channels(small, _kept_indices(layers, kept))
@@ -52,6 +57,38 @@ def remove_units(ticket: PreTrainedModel, example_inputs: Mapping[str, Tensor] |
     if config is None and not all(mask.all() for mask in kept):
         small.save_pretrained = small.push_to_hub = refuse_to_save
     return small
+
+
+@torch.no_grad()
+def refit_ticket(
+    ticket: PreTrainedModel, dense: PreTrainedModel, data: Any, example_inputs: Mapping[str, Tensor] | None = None
+) -> None:
+    """
+    Solves anew, in place, the weights of a ticket that read units, so that they give what all units of the network
+    without masks give; see [`refit`].
+
+    Args:
+        ticket (`PreTrainedModel`): a plain model in which some units are read by zeros only.
+        dense (`PreTrainedModel`): the same without masks; it changes.
+        data: a map-style data set of what the model takes, or batches of it that can be read several times, such as a
+            `DataLoader`.
+        example_inputs (`Mapping[str, Tensor]`, *optional*): see `remove_units`.
+    """
+    layers = find_units(ticket, example_inputs)
+    names = set(inspect.signature(ticket.forward).parameters) - {"labels", "kwargs"}
+    loader = data if not hasattr(data, "__getitem__") else DataLoader(data, 16, collate_fn=default_data_collator)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for batch in loader:
+            yield {name: value.to(ticket.device) for name, value in batch.items() if name in names}
+
+    refit(dense, layers, [used_units(ticket, layer) for layer in layers], batches)
+    for layer in filter(partial(can_refit, ticket), layers):
+        reader = layer.readers[0][0].rpartition(".")[0]
+        for own, solved in zip(
+            ticket.get_submodule(reader).parameters(), dense.get_submodule(reader).parameters(), strict=True
+        ):
+            own.copy_(solved)
 
 
 def used_units(network: nn.Module, layer: UnitLayer) -> Tensor:
@@ -180,7 +217,9 @@ def _check_outputs(ticket: PreTrainedModel, small: nn.Module, example_inputs: Ma
             for one, other in zip(*outputs, strict=True)
         )
     except Exception as error:
-        raise ValueError(f"{type(ticket).__name__} cannot lose units: its code needs the sizes that it has.") from error
+        raise ValueError(
+            f"{type(ticket).__name__} cannot lose units: its code needs the sizes that it has."
+        ) from error
     finally:
         for model, mode in modes:
             model.train(mode)

@@ -58,14 +58,21 @@ class StructureReport:
 
 @torch.no_grad()
 def extract_ticket(
-    model: RoutedModel, route: int, *, prune_structure: bool, example_inputs: Mapping[str, Tensor] | None
+    model: RoutedModel,
+    route: int,
+    *,
+    masked: bool = True,
+    prune_structure: bool = False,
+    example_inputs: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """See [`RTLModel.extract_ticket`]; `route` is an index, or -1 for the union."""
+    """
+    See [`RTLModel.extract_ticket`]; `route` is an index, or -1 for the union. If not `masked`, all weights are kept.
+    """
     model.masker.locate()
     # Inference tensors could not be trained, and other kernels compute with them.
     with ordinary_tensors():
         ticket = copy.deepcopy(model.backbone)
-    for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True):
+    for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True) if masked else ():
         weight = ticket.get_parameter(name)
         weight.copy_(and_masks(weight.detach(), mask))
     if model.norm_statistics is not None:

@@ -1,0 +1,172 @@
+"""Tickets in one pass: each keeps the units or weights of a trained model that do most on the data of its route."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from tabulate import tabulate
+from torch import Tensor
+from transformers import DataCollatorWithPadding, default_data_collator
+from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from ..data.route_data import find_partition
+from ..get_model import get_rtl_model
+from ..modeling.checks import check_choice, check_integer
+from ..modeling.modeling_rtl import RTLModel
+from ..modeling.units import GRANULARITIES, UnitLayer
+from ..pruning import prune_units
+from .one_pass import Calibration, Search
+from .randomness import seeded
+
+
+logger = logging.getLogger(__name__)
+
+CRITERIA = ("activity", "magnitude")
+
+
+def find_tickets(
+    model: Any,
+    dataset: Any,
+    *,
+    sparsity: float,
+    route_column: str | None = None,
+    granularity: str = "neuron",
+    criterion: str = "activity",
+    scope: str | None = None,
+    round_to: int = 8,
+    refit: bool = False,
+    ridge: float = 1e-2,
+    num_batches: int = 8,
+    batch_size: int = 16,
+    data_collator: Callable[[list], dict[str, Any]] | None = None,
+    processing_class: Any = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> RTLModel:
+    """
+    Finds a ticket per route of a trained model in one pass over a few batches of each route, without training.
+
+    Args:
+        model: a trained model, a repo id, a folder or a timm name, as for [`get_rtl_model`]; or an [`RTLModel`], whose
+            tickets become smaller. A built model is wrapped, and not copied.
+        dataset (map-style data set of dicts): samples of all routes, with what the model takes.
+        sparsity (`float`): the share of units, or of prunable weights, that is removed from each ticket.
+        route_column (`str`, *optional*): the column with the route of a sample; see [`get_rtl_model`].
+        granularity (`str`, defaults to `"neuron"`): what is removed: whole `"neuron"`s of feed-forward blocks, whole
+            `"channel"`s between convolutions, or single weights, `"weight"`; see [`find_units`].
+        criterion (`str`, defaults to `"activity"`): `"activity"` on the data, see [`unit_activity`] and
+            [`weight_activity`]; or `"magnitude"`: the norm of all weights of a unit, or of a weight.
+        scope (`str`, *optional*): what is ranked together, see [`prune_units`] and [`prune`]. Defaults to `"layer"`
+            for units, to `"row"` for the activity and `"global"` for the magnitude of weights.
+        round_to (`int`, defaults to 8): layers keep a multiple of this number of units.
+        refit (`bool`, defaults to `False`): whether the weights that read units are solved anew for each route, see
+            [`refit`]. They become private parameters of the routes.
+        ridge (`float`, defaults to 0.01): see [`refit`].
+        num_batches (`int`, defaults to 8), batch_size (`int`, defaults to 16): samples of each route; at most all.
+        data_collator (`Callable`, *optional*): makes a batch of samples. By default pads with the tokenizer
+            `processing_class`, or else stacks.
+        processing_class (*optional*): the tokenizer.
+        example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, for [`find_units`].
+        seed (`int`, defaults to 0): which samples are drawn.
+        **options: the same as for [`get_rtl_model`].
+
+    Returns:
+        [`RTLModel`]: in evaluation mode. With several processes all find the same tickets, also for another number of
+        processes.
+
+    Raises:
+        TypeError, ValueError: a route without samples, a granularity that the model does not have, activities that are
+            not finite, or what `get_rtl_model` and `prune_units` refuse. A routed model has not changed then.
+
+    Example:
+        >>> model = find_tickets(language_model, dataset, route_column="language", sparsity=0.5, refit=True)
+        >>> model.extract_ticket("fr", small=True).save_pretrained("french")
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("criterion", criterion, CRITERIA)
+    for name, value in (("num_batches", num_batches), ("batch_size", batch_size)):
+        check_integer(name, value, minimum=1)
+    if refit and granularity == "weight":
+        raise ValueError("`refit` is for units: use `granularity='neuron'`, or leave it out.")
+    routed = model
+    if not isinstance(model, RTLModel):
+        routed = get_rtl_model(model, dataset, route_column=route_column, **options)
+    if route_column is None and routed.partition_rule is not None:
+        partition = routed.partition_rule.assign(dataset)
+    else:
+        task = routed.config.ticket_task
+        partition = find_partition(
+            dataset, route_column=route_column, route_names=routed.route_names, ticket_task=task, allow_empty=True
+        )
+    collate = data_collator or (
+        default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
+    )
+    data = Calibration(dataset, partition, _without_other_columns(routed, collate), num_batches, batch_size, seed)
+    data.check()
+    search = Search(routed, data, example_inputs)
+    with seeded((seed, 0), routed.device):
+        if granularity == "weight":
+            scope = scope or ("row" if criterion == "activity" else "global")
+            masks = [search.prune_weights(route, sparsity, criterion, scope) for route in search.routes()]
+        else:
+            layers = search.unit_layers(granularity)
+            kept = [
+                prune_units(
+                    search.unit_scores(route, layers, criterion),
+                    search.surviving_units(route, layers),
+                    sparsity=sparsity,
+                    scope=scope or "layer",
+                    round_to=round_to,
+                )
+                for route in search.routes()
+            ]
+            masks = [search.mask_of_units(route, layers, units) for route, units in enumerate(kept)]
+            if refit:
+                routed = search.refitted(layers, kept, masks, ridge)
+    if not refit:
+        for route, mask in enumerate(masks):
+            routed.mask_bank[route] = mask
+    routed.partition_rule = partition.rule
+    if granularity != "weight":
+        _say(_report(routed, layers, kept, sparsity))
+    return routed.eval()
+
+
+def _without_other_columns(model: RTLModel, collate: Callable[[list], dict[str, Any]]) -> Callable[[list], dict]:
+    """`collate` without columns that the backbone does not take, and without labels that it does not need."""
+    backbone: PreTrainedModel = model.backbone
+    names = set(inspect.signature(backbone.forward).parameters)
+    if not backbone.config.is_encoder_decoder:
+        names -= {"labels"}
+    return RemoveColumnsCollator(collate, names - {"kwargs"})
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING):
+        print(text)
+
+
+def _report(model: RTLModel, layers: Sequence[UnitLayer], kept: Sequence[Sequence[Tensor]], sparsity: float) -> str:
+    """What was asked, and what the tickets have: units, prunable weights and parameters that were removed."""
+    num_units = sum(layer.num_units for layer in layers)
+    sizes = {name: parameter.shape for name, parameter in model.backbone.named_parameters()}
+    total = sum(shape.numel() for shape in sizes.values())
+    density = model.mask_bank.density().tolist()
+    rows = []
+    for route, name in enumerate(model.route_names):
+        shares = {weight: 1.0 for weight in sizes}
+        for layer, units in zip(layers, kept[route], strict=True):
+            for (weight, _), _places in layer.places.items():
+                if weight in shares:
+                    shares[weight] *= float(units.double().mean())
+        removed = 1 - sum(int(units.sum()) for units in kept[route]) / num_units
+        left = sum(share * sizes[weight].numel() for weight, share in shares.items())
+        rows.append([name, f"{removed:.1%}", f"{1 - density[route]:.1%}", f"{1 - left / total:.1%}"])
+    headers = [f"removed (asked: {sparsity:.1%} of units)", "units", "prunable weights", "all parameters"]
+    return tabulate(rows, headers=headers, colalign=("left", "right", "right", "right"))

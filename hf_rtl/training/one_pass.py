@@ -1,0 +1,229 @@
+"""What the tickets of a routed model keep, decided in one pass over a few batches of each route."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..data.partition import Partition
+from ..data.sampling import fetch
+from ..modeling.modeling_rtl import RTLModel
+from ..modeling.refit import can_refit
+from ..modeling.refit import refit as refit_units
+from ..modeling.units import UnitLayer, find_units
+from ..pruning import prune, unit_activity, weight_activity
+from .activity import Sums, add_up, input_squares
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A few batches of every route, the same at every reading, and dealt out whole to the processes."""
+
+    dataset: Any
+    partition: Partition
+    collate: Callable[[list], dict[str, Any]]
+    num_batches: int
+    batch_size: int
+    seed: int
+
+    def check(self) -> None:
+        counts = self.partition.counts.tolist()
+        empty = [name for name, count in zip(self.partition.route_names, counts, strict=True) if not count]
+        if empty:
+            raise ValueError(f"the data have no sample of {', '.join(map(repr, empty))}; every route needs some.")
+
+    def batches(self, route: int, device: torch.device) -> Iterator[dict[str, Any]]:
+        """This process's batches of a route, on the device."""
+        state = PartialState()
+        own = np.flatnonzero(self.partition.route_ids == route)
+        chosen = np.random.default_rng([self.seed, route]).permutation(own)[: self.num_batches * self.batch_size]
+        starts = range(0, len(chosen), self.batch_size)
+        for start in starts[state.process_index :: state.num_processes]:
+            samples = fetch(self.dataset, chosen[start : start + self.batch_size].tolist())
+            batch = self.collate(list(samples))
+            yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def gather_in_order(own: list[Any]) -> list[Any]:
+    """What the processes made of their batches, in the order of the batches."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return own
+    parts = gather_object([own])
+    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+
+
+class Search:
+    """What the tickets of a routed model keep."""
+
+    def __init__(self, model: RTLModel, data: Calibration, example_inputs: Mapping[str, Tensor] | None) -> None:
+        self.model = model
+        self.data = data
+        self.example_inputs = example_inputs
+        self.bank = model.mask_bank
+
+    def routes(self) -> Iterable[int]:
+        shown = PartialState().is_main_process and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING)
+        return tqdm(range(self.bank.num_routes), unit="route", disable=None if shown else True, leave=False)
+
+    # Units
+
+    def unit_layers(self, granularity: str) -> list[UnitLayer]:
+        """The layers of units whose readers all have masks. The others are named in the log."""
+        found = [layer for layer in find_units(self.model.backbone, self.example_inputs) if layer.kind == granularity]
+        covered = set(self.bank.weight_names)
+        layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
+        left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]
+        if not layers:
+            raise ValueError(
+                f"{type(self.model.backbone).__name__} has no {granularity} that can be pruned"
+                + (
+                    f": masks do not cover what reads {', '.join(left)}."
+                    if left
+                    else "; choose another `granularity`."
+                )
+            )
+        if left:
+            logger.info("Not prunable, since masks do not cover what reads them: %s", ", ".join(left))
+        return layers
+
+    def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:
+        masks = dict(zip(self.bank.weight_names, self.bank[route], strict=True))
+        return [
+            torch.stack(
+                [_by_unit(masks[name], dim, layer.places[name, dim]).any(1) for name, dim in layer.readers]
+            ).any(0)
+            for layer in layers
+        ]
+
+    def unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
+        weights = self._masked_weights(route)
+        if criterion == "magnitude":
+            return [
+                torch.stack(
+                    [
+                        _by_unit(weights[name], dim, units).double().square().sum(1)
+                        for (name, dim), units in layer.places.items()
+                        if name in weights
+                    ]
+                ).sum(0)
+                for layer in layers
+            ]
+        readers = list(dict.fromkeys(name for layer in layers for name, _ in layer.readers))
+        sums = self._activity(route, readers, per_weight=False)
+        return [
+            unit_activity(
+                [(sums[name][0] / sums[name][1])[layer.places[name, dim]] for name, dim in layer.readers],
+                [weights[name].cpu().movedim(dim, 0)[layer.places[name, dim]] for name, dim in layer.readers],
+            )
+            for layer in layers
+        ]
+
+    def mask_of_units(self, route: int, layers: Sequence[UnitLayer], kept: Sequence[Tensor]) -> list[Tensor]:
+        """The mask of a route without all weights of the units that are not kept."""
+        masks = dict(zip(self.bank.weight_names, [mask.cpu() for mask in self.bank[route]], strict=True))
+        for layer, units in zip(layers, kept, strict=True):
+            for (name, dim), places in layer.places.items():
+                if name in masks:
+                    masks[name].index_fill_(dim, places[~units].flatten(), False)
+        return list(masks.values())
+
+    def refitted(
+        self,
+        layers: Sequence[UnitLayer],
+        kept: Sequence[Sequence[Tensor]],
+        masks: Sequence[Sequence[Tensor]],
+        ridge: float,
+    ) -> RTLModel:
+        """A model whose routes have readers of their own, solved anew."""
+        model, config = self.model, self.model.config
+        backbone = model.backbone
+        readers = [name for layer in layers if can_refit(backbone, layer) for name, _ in layer.readers]
+        biases = [f"{name.rpartition('.')[0]}.bias" for name in readers]
+        own = [*readers, *(name for name in biases if name in dict(backbone.named_parameters()))]
+        refitted = type(model).from_backbone(
+            backbone,
+            route_names=model.route_names,
+            ticket_task=config.ticket_task,
+            norm_statistics=config.norm_statistics,
+            private_parameters=[*config.private_parameters, *own],
+            prune_include=config.prune_include,
+            prune_exclude=[*config.prune_exclude, *readers],
+        )
+        for route in self.routes():
+            found = dict(zip(self.bank.weight_names, masks[route], strict=True))
+            refitted.mask_bank[route] = [found[name] for name in refitted.mask_bank.weight_names]
+            ticket = model.extract_ticket(route)
+            batches = partial(self.data.batches, route, model.device)
+            refit_units(ticket, layers, kept[route], batches, ridge=ridge, gather=gather_in_order)
+            private = refitted.private_parameters
+            with torch.no_grad():
+                for name, rows in zip(private.names, private.rows, strict=True):
+                    rows[route].copy_(ticket.get_parameter(name))
+        return refitted
+
+    # Weights
+
+    def prune_weights(self, route: int, sparsity: float, criterion: str, scope: str) -> list[Tensor]:
+        weights = self._masked_weights(route)
+        masks = [mask.to(self.model.device) for mask in self.bank[route]]
+        scores = None
+        if criterion == "activity":
+            sums = self._activity(route, list(weights), per_weight=True)
+            scores = [self._weight_scores(name, weight, sums[name][0]) for name, weight in weights.items()]
+        # Rows are outputs; `Conv1D` has them along the second dimension.
+        turned = [isinstance(self._layer(name), Conv1D) for name in weights]
+
+        def turn(tensors: Iterable[Tensor]) -> list[Tensor]:
+            return [tensor.T if other else tensor for tensor, other in zip(tensors, turned, strict=True)]
+
+        num_kept = self.bank.num_weights - round(sparsity * self.bank.num_weights)
+        found = prune(
+            turn(weights.values()),
+            turn(masks),
+            num_kept=num_kept,
+            scope=scope,
+            scores=None if scores is None else turn(scores),
+        )
+        return [mask.cpu() for mask in turn(found)]
+
+    def _weight_scores(self, name: str, weight: Tensor, squares: Tensor) -> Tensor:
+        if isinstance(self._layer(name), Conv1D):
+            return weight_activity(weight.cpu().T, squares).T.to(weight.device)
+        return weight_activity(weight.cpu(), squares).to(weight.device)
+
+    def _layer(self, name: str) -> Any:
+        return self.model.backbone.get_submodule(name.rpartition(".")[0])
+
+    # Measurements
+
+    @torch.no_grad()
+    def _masked_weights(self, route: int) -> dict[str, Tensor]:
+        parts = zip(self.bank.weight_names, self.model.masker.weights, self.bank[route], strict=True)
+        return {name: torch.where(mask.to(weight.device), weight.detach(), 0) for name, weight, mask in parts}
+
+    def _activity(self, route: int, weight_names: Sequence[str], *, per_weight: bool) -> Sums:
+        model = self.model
+        batches = self.data.batches(route, model.device)
+        with torch.no_grad(), model.route_context(route):
+            own = input_squares(model.backbone, weight_names, batches, per_weight=per_weight)
+        return add_up(gather_in_order(own))
+
+
+def _by_unit(tensor: Tensor, dim: int, units: Tensor) -> Tensor:
+    """The elements of a tensor that belong to each unit along `dim`: `[num_units, n]`."""
+    return tensor.movedim(dim, 0)[units.to(tensor.device)].flatten(1).cpu()
