@@ -26,7 +26,7 @@ from .randomness import seeded
 
 logger = logging.getLogger(__name__)
 
-CRITERIA = ("activity", "magnitude")
+CRITERIA = ("activity", "magnitude", "random")
 
 
 def find_tickets(
@@ -61,7 +61,8 @@ def find_tickets(
         granularity (`str`, defaults to `"neuron"`): what is removed: whole `"neuron"`s of feed-forward blocks, whole
             `"channel"`s between convolutions, or single weights, `"weight"`; see [`find_units`].
         criterion (`str`, defaults to `"activity"`): `"activity"` on the data, see [`unit_activity`] and
-            [`weight_activity`]; or `"magnitude"`: the norm of all weights of a unit, or of a weight.
+            [`weight_activity`]; `"magnitude"`: the norm of all weights of a unit, or of a weight; or `"random"`, to
+            compare with.
         scope (`str`, *optional*): what is ranked together, see [`prune_units`] and [`prune`]. Defaults to `"layer"`
             for units, to `"row"` for the activity and `"global"` for the magnitude of weights.
         round_to (`int`, defaults to 8): layers keep a multiple of this number of units.

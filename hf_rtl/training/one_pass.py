@@ -75,6 +75,7 @@ class Search:
         self.data = data
         self.example_inputs = example_inputs
         self.bank = model.mask_bank
+        self._generators: dict[int, torch.Generator] = {}
 
     def routes(self) -> Iterable[int]:
         shown = PartialState().is_main_process and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING)
@@ -112,6 +113,8 @@ class Search:
 
     def unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
         weights = self._masked_weights(route)
+        if criterion == "random":
+            return [self._draw(route, (layer.num_units,)) for layer in layers]
         if criterion == "magnitude":
             return [
                 torch.stack(
@@ -182,6 +185,8 @@ class Search:
         weights = self._masked_weights(route)
         masks = [mask.to(self.model.device) for mask in self.bank[route]]
         scores = None
+        if criterion == "random":
+            scores = [self._draw(route, weight.shape).to(weight.device) for weight in weights.values()]
         if criterion == "activity":
             sums = self._activity(route, list(weights), per_weight=True)
             scores = [self._weight_scores(name, weight, sums[name][0]) for name, weight in weights.items()]
@@ -210,6 +215,12 @@ class Search:
         return self.model.backbone.get_submodule(name.rpartition(".")[0])
 
     # Measurements
+
+    def _draw(self, route: int, shape: Sequence[int]) -> Tensor:
+        """Random scores; those of a layer follow on those of the layer before it."""
+        if route not in self._generators:
+            self._generators[route] = torch.Generator().manual_seed(1_000_003 * self.data.seed + route)
+        return torch.rand(shape, generator=self._generators[route], dtype=torch.float64)
 
     @torch.no_grad()
     def _masked_weights(self, route: int) -> dict[str, Tensor]:

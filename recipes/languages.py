@@ -1,0 +1,247 @@
+"""
+Tickets in one pass for languages: a small language model of bytes, trained once, then a ticket for each language.
+
+    python recipes/languages.py --config recipes/configs/languages.yaml --dataset FOLDER
+    python recipes/languages.py --dataset FOLDER --seeds 0 --training_steps 500 --sparsity 0.5
+
+FOLDER has parquet files train and test with texts and their languages. The model is a GPT-2 of bytes. It is trained on
+all languages, without masks. Then whole neurons of its feed-forward layers are removed, without training, and each row
+of the table is a method, always with as many neurons:
+
+- `one mask`: the same neurons for all languages, chosen on as many texts of every language;
+- `one mask at the union's density`: as many neurons as at least one ticket keeps;
+- `tickets`: neurons chosen for each language on its own texts, by activity;
+- `random tickets`, `another route's tickets`: what the choice is worth;
+- `+ refit`: the weights that read the neurons are solved anew, on the texts of all languages for one mask, or of each.
+
+The quality is bits per byte of the test texts. Time and active weights are those of one call of the extracted models,
+the bytes those that are stored for all languages. The command prints tables, writes them into `results.json` in
+--output_dir, and draws there each ticket on each language. Repeated, it reads the trained models back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+from transformers.hf_argparser import HfArg
+
+from shared.arguments import parse, run_main, set_up
+from shared.data_arguments import DataArguments, read_splits
+from shared.one_pass import (
+    EACH_REFIT,
+    ONE,
+    ONE_REFIT,
+    TICKETS,
+    TICKETS_REFIT,
+    OnePass,
+    balanced,
+    compare,
+    ticket_against_data,
+)
+from shared.report import over_seeds, print_tables, write_results
+
+
+@dataclass
+class LanguageArguments:
+    """The model, its training, and how tickets are found."""
+
+    output_dir: str = HfArg(default="runs/languages", help="Folder of models, results and pictures.")
+    route_column: str = HfArg(default="language", help="Column of the languages, which are the routes.")
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, batches and texts."})
+    num_layers: int = HfArg(default=3, help="Layers of the model.")
+    width: int = HfArg(default=96, help="Width of the model; a layer has four times as many neurons.")
+    window: int = HfArg(default=128, help="Bytes of a sample.")
+    training_steps: int = HfArg(default=3000, help="Steps of 16 samples.")
+    learning_rate: float = HfArg(default=2e-3, help="Largest learning rate; it falls to zero along a cosine.")
+    sparsity: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.7], metadata={"help": "Shares of the neurons that are removed."}
+    )
+    calibration_windows: int = HfArg(default=96, help="Samples of each language on which neurons are chosen.")
+    test_windows: int = HfArg(default=96, help="Test samples of each language.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
+
+
+def main() -> None:
+    arguments, data = parse(
+        (LanguageArguments, DataArguments), description=__doc__, defaults={"text_column": "text", "max_length": None}
+    )
+    set_up(arguments.threads)
+    columns = {"text_column": data.text_column, "route_column": arguments.route_column}
+    train, test = (as_windows(split, columns, arguments.window) for split in read_splits(data, columns))
+    reports, matrices = [], []
+    for seed in arguments.seeds:
+        for report in reports_of_seed(train, test, arguments, seed, matrices):
+            reports.append({"seed": seed, **report})
+            print(f"seed {seed}, {report['method']}, {report['sparsity']:.0%}: {_mean(report):.3f}", flush=True)
+    tables = tables_of(reports, arguments.seeds)
+    print()
+    print_tables(tables)
+    output_dir = Path(arguments.output_dir)
+    draw_matrix(np.mean(matrices, axis=0), sorted(set(train["route"])), output_dir / "tickets-against-data.png")
+    write_results(
+        output_dir / "results.json",
+        data={**asdict(data), "dataset": Path(data.dataset).name},
+        arguments={name: value for name, value in asdict(arguments).items() if name != "output_dir"},
+        pictures=["tickets-against-data.png"],
+        **tables,
+        reports=reports,
+    )
+
+
+def reports_of_seed(
+    train: Dataset, test: Dataset, arguments: LanguageArguments, seed: int, matrices: list[np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """The reports of all methods at all sparsities; adds the matrix of tickets against data in the middle one."""
+    model = trained_model(train, arguments, seed)
+    calibration = balanced(train, arguments.calibration_windows, seed)
+    tested = balanced(test, arguments.test_windows, seed=0)
+    names = sorted(set(tested["route"]))
+    rows, routes = torch.tensor(tested["input_ids"][:]), np.array(tested["route"])
+    windows = {name: rows[routes == name] for name in names}
+    inputs = {"input_ids": windows[names[0]][:8]}
+
+    def quality(network: PreTrainedModel, name: str) -> float:
+        return bits_per_byte(network, windows[name])
+
+    options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_windows / 16), "seed": seed}
+    for sparsity in arguments.sparsity:
+        found = list(OnePass(model, calibration, names, sparsity, options).serve())
+        if sparsity == arguments.sparsity[len(arguments.sparsity) // 2]:
+            matrices.append(ticket_against_data(dict(found)[TICKETS], names, quality))
+        yield from compare(iter(found), names, quality, inputs, sparsity)
+
+
+def as_windows(split: Dataset, columns: dict[str, str], window: int) -> Dataset:
+    """Samples of `window` bytes, which hold the texts of one language one after the other."""
+    texts: dict[str, list[bytes]] = {}
+    for text, route in zip(split[columns["text_column"]], split[columns["route_column"]], strict=True):
+        texts.setdefault(str(route), []).append(text.encode())
+    parts = []
+    for route, pieces in texts.items():
+        joined = np.frombuffer(b"\n".join(pieces), dtype=np.uint8)
+        rows = joined[: len(joined) // window * window].reshape(-1, window)
+        parts.append((rows, [route] * len(rows)))
+    rows = np.concatenate([part for part, _ in parts]).astype(np.int64)
+    return Dataset.from_dict({"input_ids": rows, "route": [route for _, names in parts for route in names]})
+
+
+def trained_model(train: Dataset, arguments: LanguageArguments, seed: int) -> PreTrainedModel:
+    """The model of a seed, trained on all languages or read back from `output_dir/seed-N`."""
+    folder = Path(arguments.output_dir) / f"seed-{seed}"
+    if (folder / "config.json").exists():
+        return GPT2LMHeadModel.from_pretrained(folder).eval()
+    set_seed(seed)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=arguments.window,
+        n_embd=arguments.width,
+        n_layer=arguments.num_layers,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, arguments.training_steps)
+    rows = torch.from_numpy(np.array(train.with_format("numpy")["input_ids"][:]))
+    for step in range(arguments.training_steps):
+        batch = rows[torch.randint(len(rows), (16,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 500 == 0:
+            print(f"seed {seed}, step {step}: {loss.item() / math.log(2):.3f} bits per byte", flush=True)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def bits_per_byte(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """The mean over all bytes but the first of each window, `int64 [num_windows, window]`."""
+    model.eval()
+    losses = [
+        cross_entropy(model(input_ids=rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        for rows in windows.split(32)
+    ]
+    return float(torch.cat(losses).double().mean()) / math.log(2)
+
+
+def tables_of(reports: list[dict[str, Any]], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """The table of methods, and that of paired differences from one mask with and without refit."""
+    by_seed = [[report for report in reports if report["seed"] == seed] for seed in seeds]
+    lines = [
+        [
+            {
+                "method": report["method"],
+                "sparsity": report["sparsity"],
+                "bits per byte": _mean(report),
+                "worst route": max(report["quality"].values()),
+                "ms": report["ms"],
+                "active weights": report["active"],
+                "stored bytes": report["bytes"],
+            }
+            for report in of_seed
+        ]
+        for of_seed in by_seed
+    ]
+    found = {(report["seed"], report["sparsity"], report["method"]): _mean(report) for report in reports}
+    differences = []
+    for method, rival in ((TICKETS, ONE), (TICKETS_REFIT, ONE_REFIT), (TICKETS_REFIT, EACH_REFIT)):
+        for sparsity in sorted({report["sparsity"] for report in reports}):
+            paired = [found[seed, sparsity, method] - found[seed, sparsity, rival] for seed in seeds]
+            spread = stdev(paired) if len(paired) > 1 else math.nan
+            differences.append(
+                {
+                    "method": f"{method} − {rival}",
+                    "sparsity": sparsity,
+                    "bits per byte": f"{mean(paired):+.3f} ± {spread:.3f}",
+                    "difference / spread": round(abs(mean(paired)) / spread, 1) if len(paired) > 1 else None,
+                }
+            )
+    return {"figures": over_seeds(lines), "differences": differences}
+
+
+def _mean(report: dict[str, Any]) -> float:
+    return mean(report["quality"].values())
+
+
+def draw_matrix(matrix: np.ndarray, names: list[str], file: Path) -> None:
+    """Draws what the ticket of each row costs on the data of each column, beside the best ticket for these data."""
+    from matplotlib.figure import Figure
+
+    from hf_rtl.plots import save_png
+
+    costs = matrix - matrix.min(axis=0)
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(costs, cmap="viridis_r")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("data")
+    axes.set_ylabel("ticket")
+    for row in range(len(names)):
+        for column in range(len(names)):
+            dark = costs[row, column] > costs.max() / 2
+            axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color="w" if dark else "k")
+    figure.colorbar(image, label="bits per byte more than the best ticket")
+    save_png(figure, file)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+"""Small tickets: the same outputs from smaller tensors, which the configuration says where it can."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from hf_rtl import RTLModelForSequenceClassification
+from hf_rtl.modeling.small_ticket import remove_units
+from hf_rtl.modeling.standalone import TensorOutputs
+from hf_rtl.modeling.units import find_units
+from tests.modeling.small_backbones import BACKBONES, build, zero_units
+
+
+# What the configuration says of half of the units.
+SAID = {
+    "bert": {"intermediate_size": 12},
+    "roberta": {"intermediate_size": 12},
+    "albert": {"intermediate_size": 12},
+    "gpt2": {"n_inner": 32},
+    "llama": {"intermediate_size": 12},
+    "phi3": {"intermediate_size": 12},
+    "t5": {"d_ff": 12},
+    "bart": {"encoder_ffn_dim": 12, "decoder_ffn_dim": 12},
+    "vit": {"intermediate_size": 12},
+    "timm vit": {"model_args": {"depth": 2, "embed_dim": 32, "mlp_ratio": 1.5}},
+    "bottlenecks": {"model_args": {**BACKBONES["bottlenecks"][2], "base_width": 32}},
+}
+
+
+def halved(name):
+    """A network in which every other unit of each layer is zero, all but those of the head; inputs; layers."""
+    network, inputs = build(name)
+    network = network.double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    layers = [layer for layer in find_units(network, inputs) if "pooler" not in layer.name]
+    for layer in layers:
+        zero_units(network, layer, torch.arange(layer.num_units) % 2 == 1)
+    return network, inputs, layers
+
+
+def outputs(network, inputs):
+    with torch.no_grad():
+        return list(TensorOutputs(network)(**inputs))
+
+
+def assert_close(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_the_configuration_says_the_smaller_shapes(name, tmp_path):
+    network, inputs, layers = halved(name)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    said = {key: getattr(small.config, key) for key in SAID[name]}
+    said["model_args"] = {**said["model_args"]} if "model_args" in said else None
+    for key, value in SAID[name].items():
+        assert (said[key] if key != "model_args" else {k: said[key].get(k) for k in value}) == value
+    unchanged = {key: value for key, value in network.config.to_dict().items() if key not in SAID[name]}
+    assert {key: small.config.to_dict()[key] for key in unchanged} == unchanged
+    assert_close(outputs(small, inputs), expected, 1e-12)
+    small.save_pretrained(tmp_path)
+    loaded = BACKBONES[name][1].from_pretrained(tmp_path).eval()
+    assert all(torch.equal(*pair) for pair in zip(outputs(loaded, inputs), outputs(small, inputs), strict=True))
+    assert_close(outputs(small.float(), {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}),
+                 [one.float() for one in expected], 1e-5)  # fmt: skip
+    # Exactly the units that are gone are missing, with their biases; the network itself has not changed.
+    for layer in layers if name != "bottlenecks" else [layer for layer in layers if "layer" in layer.name]:
+        for (place, dim), indices in layer.places.items():
+            tensor = dict(small.named_parameters()).get(place, dict(small.named_buffers()).get(place))
+            assert tensor.shape[dim] == indices.shape[1] * layer.num_units // 2, place
+    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+    assert "hf_rtl" not in json.dumps(small.config.to_dict(), default=str)
+
+
+@pytest.mark.parametrize("name", ["basic blocks", "convnext", "depthwise"])
+def test_what_no_configuration_says_is_exported_but_not_saved(name, tmp_path):
+    network, inputs, _ = halved(name)
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in network.parameters())
+    assert_close(outputs(small, inputs), expected, 1e-12)
+    with pytest.raises(ValueError, match="its shapes do not follow its configuration"):
+        small.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(TensorOutputs(small), (), inputs, strict=False), file)
+    file.seek(0)
+    again = torch.export.load(file).module()(**inputs)
+    assert_close(again, expected, 1e-12)
+
+
+def test_layers_of_one_size_keep_as_many_units_as_the_largest_needs():
+    network, inputs = build("bert")
+    first, second, _ = find_units(network, inputs)
+    zero_units(network, first, torch.arange(24) < 10)
+    zero_units(network, second, torch.arange(24) >= 20)
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert small.config.intermediate_size == 20
+    assert_close(outputs(small, inputs), expected, 1e-6)
+    # Six removed units of the first layer are kept, the first ones.
+    bias = network.get_parameter("bert.encoder.layer.0.intermediate.dense.bias")
+    kept = [*range(6), *range(10, 24)]
+    assert torch.equal(small.get_parameter("bert.encoder.layer.0.intermediate.dense.bias"), bias[kept])
+
+
+def test_a_network_that_uses_all_units_stays_whole():
+    network, inputs = build("bert")
+    small = remove_units(network, inputs)
+    assert small is not network and small.config.to_dict() == network.config.to_dict()
+    assert all(torch.equal(*pair) for pair in zip(small.parameters(), network.parameters(), strict=True))
+
+
+def test_all_units_of_a_layer_gone_leaves_one():
+    network, inputs = build("llama")
+    for layer in find_units(network, inputs):
+        zero_units(network, layer, torch.ones(24, dtype=torch.bool))
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert small.config.intermediate_size == 1
+    assert_close(outputs(small, inputs), expected, 1e-6)
+
+
+def test_a_ticket_of_a_model_is_extracted_small(tmp_path):
+    network, inputs = build("bert")
+    model = RTLModelForSequenceClassification.from_backbone(
+        copy.deepcopy(network), route_names=["day", "night"], ticket_task="labels"
+    ).eval()
+    layers = find_units(network, inputs)[:2]
+    for route in range(2):
+        masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[route], strict=True))
+        for layer in layers:
+            for (name, dim), units in layer.places.items():
+                if name in masks:
+                    masks[name].index_fill_(dim, units[torch.arange(24) % 3 == route].flatten(), False)
+        model.mask_bank[route] = list(masks.values())
+    for route in ("day", "night"):
+        small = model.extract_ticket(route, small=True)
+        assert small.config.intermediate_size == 16
+        assert_close(outputs(small, inputs)[:1], [model(**inputs, route_ids=route).logits.detach()], 1e-6)
+        small.save_pretrained(tmp_path / route)
+        assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path / route), type(small))
