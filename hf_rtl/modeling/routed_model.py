@@ -271,12 +271,12 @@ class RoutedModel(PreTrainedModel):
 
     def _require_router(self) -> Router:
         if self.router is None:
+            first = self.route_names[0]
             raise ValueError(
-                "`route_ids` is missing, and the router is 'given', so it is unknown which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; "
-                "pipelines, except that for text generation, do not pass it on and need a view, `pipeline(task, "
-                f"model=model.with_route({self.route_names[0]!r}), …)`. `RTLTrainer.fit_router` makes a router that "
-                "decides."
+                "`route_ids` is missing, and no router was fitted. Say which ticket answers: "
+                f"`route_ids={first!r}`, of {', '.join(map(repr, self.route_names))}, or one per sample. Pipelines of "
+                "`hf_rtl.routed_pipeline` take it too; others, except that for text generation, need a view, "
+                f"`pipeline(task, model=model.with_route({first!r}), …)`. `RTLTrainer.fit_router` makes a router."
             )
         if self.training:
             raise ValueError(

@@ -171,6 +171,18 @@ def test_membership_tickets_have_balanced_accuracies_and_other_tasks_their_metri
     assert [line.split() for line in table.splitlines()[2:]] == [["test_loss", "0.200"], ["test_f1", "0.500"]]
 
 
+def test_a_round_to_sparsity_0_is_the_dense_model():
+    reports = [{"sparsity": sparsity, "metrics": {"eval_a/accuracy": 0.5}} for sparsity in (0.0, 0.5)]
+    assert result_table(reports, ["a"]).splitlines()[0].split() == [
+        "accuracy",
+        "at",
+        "sparsity",
+        "0%",
+        "(dense)",
+        "50%",
+    ]
+
+
 def test_of_many_routes_the_worst_are_shown():
     names = [f"r{route}" for route in range(30)]
     metrics = {f"eval_{name}/accuracy": 1 - route / 30 for route, name in enumerate(names)}
