@@ -40,6 +40,7 @@ def test_two_lines_train_tickets_for_labels_of_any_kind(tmp_path, capsys, text):
         ["ticket_task", "'labels', since the label is another column than the route"],
         ["model_class", "RTLModelForImageClassification"],
         ["labels", "2, of column 'label': disc, square"],
+        ["seed", "0, of the weights that are not loaded"],
     ]
     assert model.route_names == ROUTES and model.config.id2label == {0: "disc", 1: "square"}
     # The labels that the tickets were evaluated on, in a loop over samples.
@@ -65,7 +66,7 @@ def test_without_a_route_column_a_route_is_a_class(capsys):
 
 
 def test_what_is_given_is_not_chosen_or_said(capsys):
-    given = {"route_names": ["cat", "bee", "ant"], "ticket_task": "labels", "num_labels": 5}
+    given = {"route_names": ["cat", "bee", "ant"], "ticket_task": "labels", "num_labels": 5, "seed": 3}
     model_class = hf_rtl.RTLModelForImageClassification
     model = get_rtl_model(
         "small_net_for_tests", scans(), route_column="hospital", model_class=model_class, in_chans=3, **given
