@@ -12,7 +12,15 @@ import numpy as np
 import timm
 from torch import nn
 
-from .data.columns import find_label_column, label_column, label_values, list_columns, read_column, single_labels
+from .data.columns import (
+    find_label_column,
+    label_column,
+    label_values,
+    list_columns,
+    read_column,
+    require_column,
+    single_labels,
+)
 from .data.partition_by import partition_by_column
 from .modeling.modeling_rtl import (
     RTLModel,
@@ -65,6 +73,7 @@ def get_rtl_model(
     """
     labels = label_column(dataset)
     column = route_column or find_label_column(dataset, "route_column")
+    require_column(dataset, column, "route_column")
     partition = partition_by_column(dataset, column, route_names=route_names)
     _say("routes", f"{len(partition.route_names)}, of column {column!r}: {', '.join(partition.route_names)}")
     if ticket_task is None:

@@ -62,6 +62,11 @@ class RoutedModel(PreTrainedModel):
             )
         super().__init__(config)
         if backbone is None:
+            if type(config.backbone_config) not in self.backbone_class._model_mapping:
+                raise ValueError(
+                    f"the model was saved as {(config.architectures or ['another class'])[0]}, which "
+                    f"{type(self).__name__} is not; `RTLModel.from_pretrained` opens it as what it is."
+                )
             backbone = self.backbone_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.backbone = backbone
         self.config.backbone_config = backbone.config
