@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import default_logdir
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from ..analysis import TicketSimilarity, ticket_similarity
@@ -133,6 +134,27 @@ def keep_log_of_tensorboard(callbacks: Sequence[TrainerCallback], output_dir: st
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = os.path.join(output_dir, default_logdir())
+
+
+@contextmanager
+def one_log(callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """A context in which trackers end their log at its end. Several end it with every joint retraining."""
+    trackers = [callback for callback in callbacks if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))]
+    endings: dict[TrainerCallback, Any] = {}
+
+    def put_off(tracker: TrainerCallback) -> Any:
+        end = tracker.on_train_end
+        return lambda *args, **kwargs: endings.update({tracker: partial(end, *args, **kwargs)})
+
+    for tracker in trackers:
+        vars(tracker)["on_train_end"] = put_off(tracker)
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            del vars(tracker)["on_train_end"]
+        for end in endings.values():
+            end()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import EmptyTqdm
 
 from hf_rtl import Partition
@@ -202,6 +203,31 @@ def test_tensorboard_has_one_log_of_all_rounds_with_the_metrics_of_routes_in_gro
     for name in made.model.route_names:
         expected = [report["metrics"][f"eval_{name}/accuracy"] for report in made.rounds]
         assert [event.value for event in log.Scalars(f"eval/{name}/accuracy")] == pytest.approx(expected)
+
+
+class Tracker(TensorBoardCallback):
+    """Ends its log as trackio and MLflow do, and writes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.events.append("log")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_a_tracker_ends_its_log_with_the_run(tmp_path):
+    tracker = Tracker()
+    make_labels_trainer(tmp_path, callbacks=[tracker], target_sparsity=[0.3, 0.6]).train()
+    assert tracker.events.count("begin") == 2 and tracker.events.index("end") == len(tracker.events) - 1
+    tracker.on_train_end(None, None, None)
+    assert tracker.events[-2:] == ["end", "end"]
 
 
 class Bars(TrainerCallback):
