@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -91,8 +91,11 @@ class RunProgress(ProgressCallback, RTLTrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._prints_logs:
-            shown = {name: value for name, value in logs.items() if not self._is_of_a_route(name)}
-            super().on_log(args, state, control, logs=shown, **kwargs)
+            super().on_log(args, state, control, logs=self.without_routes(logs), **kwargs)
+
+    def without_routes(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics without those of single routes."""
+        return {name: value for name, value in metrics.items() if not self._is_of_a_route(name)}
 
     def _is_of_a_route(self, metric: str) -> bool:
         owner, _, _ = metric.rpartition("/")
@@ -127,6 +130,17 @@ def describe_tickets(num_kept: int, num_weights: int, point: TicketSimilarity) -
     else:
         parts.append("no emptied layer")
     return ", ".join(parts)
+
+
+def keep_routes_out_of_notebooks(callbacks: Sequence[TrainerCallback], progress: RunProgress) -> None:
+    """Leaves single routes out of the table that a notebook shows, which would get columns for each."""
+    for callback in callbacks:
+        if type(callback).__name__ == "NotebookProgressCallback":  # its module needs IPython
+            vars(callback)["on_evaluate"] = partial(_evaluated, callback.on_evaluate, progress)
+
+
+def _evaluated(show: Any, progress: RunProgress, *args: Any, metrics: Any, **kwargs: Any) -> None:
+    show(*args, metrics=progress.without_routes(metrics), **kwargs)
 
 
 def keep_log_of_tensorboard(callbacks: Sequence[TrainerCallback], output_dir: str) -> None:

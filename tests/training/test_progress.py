@@ -122,11 +122,20 @@ def test_silence_is_kept(tmp_path, capsys, monkeypatch, silence):
     assert printed.out == printed.err == ""
 
 
+class NotebookProgressCallback(TrainerCallback):
+    """The callback that is `Trainer`'s in a notebook, where it shows losses and metrics in a table."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.columns = list(metrics)
+
+
 def test_a_notebook_has_the_table_of_transformers_and_no_lines_of_metrics(tmp_path, capsys, monkeypatch):
-    """In a notebook `Trainer` shows losses by another callback than its bar."""
-    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", Interrupt)
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
     made = make_labels_trainer(tmp_path, **SPOKEN)
-    assert any(isinstance(callback, Interrupt) for callback in made.callback_handler.callbacks)
+    (notebook,) = [one for one in made.callback_handler.callbacks if isinstance(one, NotebookProgressCallback)]
+    metrics = made.evaluate()
+    assert "eval_ant/accuracy" in metrics
+    assert notebook.columns == [name for name in metrics if "/" not in name]
     made.state.is_world_process_zero = True
     made.progress.start(10)
     made.log({"loss": 1.0})
