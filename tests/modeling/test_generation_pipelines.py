@@ -140,4 +140,4 @@ def test_the_code_on_the_page_of_a_language_model_runs(model, tokenizer, tmp_pat
         exec(block, names)
     tokens = model.generate(**names["inputs"], route_ids="x")
     assert len(blocks) == 3 and torch.equal(names["tokens"], tokens)
-    assert names["generator"](TEXTS[0])[0]["generated_text"].endswith(tokenizer.decode(tokens[0, 3:]))
+    assert names["generator"](TEXTS[0], route_ids="x")[0]["generated_text"].endswith(tokenizer.decode(tokens[0, 3:]))
