@@ -53,6 +53,7 @@ def _scope(nodeid: str) -> str:
 
 
 def pytest_collection_finish() -> None:
+    gc.freeze()
     gc.enable()
 
 

@@ -1,6 +1,5 @@
 """What all tests have: a seed, a ready picture, and small models made from configurations."""
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -29,12 +28,12 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_modules_are_not_collected() -> Iterator[None]:
-    """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture(scope="session", autouse=True)
+def _trainings_collect_no_garbage() -> Iterator[None]:
+    """accelerate collects garbage before every training, and would visit all that is imported."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
