@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Array3D, ClassLabel, Dataset
 from transformers import BertConfig
 
 import hf_rtl
@@ -22,7 +22,8 @@ def scans(number=24, *, num_channels=3, text=False, names=("disc", "square")):
         "hospital": [ROUTES[index % 3] for index in range(number)],
         "label": [names[label] for label in labels] if text else labels,
     }
-    dataset = Dataset.from_dict(columns).with_format("torch")
+    images = Array3D((num_channels, 16, 16), "float32")  # read at once, unlike lists
+    dataset = Dataset.from_dict(columns).cast_column("pixel_values", images).with_format("torch")
     return dataset if text else dataset.cast_column("label", ClassLabel(names=list(names)))
 
 

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
-from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
+from .mixed_batch import batch_device, check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
 from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
@@ -465,7 +465,7 @@ class RoutedModel(PreTrainedModel):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}
-        groups = group_by_route(routes, device_of(inputs))
+        groups = group_by_route(routes, batch_device(inputs))
         alone = self.training and any(len(positions) == 1 for positions in groups.values())
         if alone and any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules()):
             raise ValueError(

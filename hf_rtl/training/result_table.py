@@ -33,7 +33,8 @@ def result_table(
 
     Args:
         reports (`Sequence[Mapping[str, Any]]`): reports of rounds, as in `RTLTrainer.rounds`.
-        route_names (`Sequence[str]`): the routes. Of more than 20 the table shows the worst ones of the last round.
+        route_names (`Sequence[str]`): the routes. If there are more than 20, only the worst ones of the last round
+            are shown.
         prefix (`str`, defaults to `"eval_"`): the prefix of the metrics of the evaluation set.
         chance (`Mapping[str, float]`, *optional*): route -> the figure that needs no model, for another column.
     """

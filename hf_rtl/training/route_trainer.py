@@ -397,7 +397,7 @@ class RouteTrainer(Trainer):
 
     @contextmanager
     def workers_ended(self) -> Iterator[None]:
-        """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""
+        """A context at whose end persistent workers end. Python's collector of cycles would wait for them forever."""
         try:
             yield
         finally:

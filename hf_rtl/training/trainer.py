@@ -41,7 +41,7 @@ from .training_args import RTLTrainingArguments
 
 
 # Functions of the caller that take part in evaluation.
-_OF_EVALUATION = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
+_EVALUATION_FUNCTIONS = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
 
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class RTLTrainer(RouteTrainer):
             **kwargs,
         )
         self._name_labels(train_dataset)
-        own = (compute_metrics, *(kwargs.get(name) for name in _OF_EVALUATION))
+        own = (compute_metrics, *(kwargs.get(name) for name in _EVALUATION_FUNCTIONS))
         self.has_own_evaluation = any(function is not None for function in own)
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
         # One report per retrained round: sparsity, folder, counts, similarity, emptied layers, metrics.
