@@ -19,9 +19,8 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 	$(PYTHON) recipes/verify.py runs/digits --results runs/digits-results.json
 	mv runs/digits-results.json runs/digits/results.json
 
-test: quality  ## Run the checks, then the tests, those of several processes by themselves
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed
-	$(PYTHON) -m pytest tests/distributed
+test: quality  ## Run the checks, then the tests
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: venv  ## Run the tests that are not slow, without the checks
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not long"

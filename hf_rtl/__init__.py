@@ -22,6 +22,7 @@ from .modeling.modeling_rtl import (
     RTLModelForTokenClassification,
     register_auto_classes,
 )
+from .pipelines import routed_pipeline
 from .training.callbacks import CollapseMonitor, RTLTrainerCallback
 from .training.find_tickets import find_tickets
 from .training.optim import MaskedAdamW, MaskedSGD, mask_updates
@@ -65,6 +66,7 @@ __all__ = [
     "partition_by_function",
     "partition_by_groups",
     "partition_by_label",
+    "routed_pipeline",
     "save_rule",
 ]
 

@@ -13,7 +13,15 @@ import timm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data.columns import find_label_column, label_column, label_values, list_columns, read_column, single_labels
+from .data.columns import (
+    find_label_column,
+    label_column,
+    label_values,
+    list_columns,
+    read_column,
+    require_column,
+    single_labels,
+)
 from .data.partition_by import partition_by_column
 from .modeling.modeling_rtl import (
     TASK_CLASSES,
@@ -55,7 +63,8 @@ def get_rtl_model(
         model_class (`type[RTLModel]`, *optional*): the class of the task. Defaults to the classification of images,
             audio, texts or tokens, whichever the columns show.
         **options: the same as for [`RTLModel.from_backbone`]. `num_labels`, and `id2label` if labels have names,
-            default to those of the data; `in_chans` of a timm model to the channels of the first `pixel_values`.
+            default to those of the data; `in_chans` of a timm model to the channels of the first `pixel_values`;
+            `seed` of weights that are not loaded to 0, so that the same lines continue an interrupted run.
 
     Raises:
         TypeError, ValueError: the data do not say the route, the labels or the task, or what `from_backbone` refuses.
@@ -66,6 +75,7 @@ def get_rtl_model(
     """
     labels = label_column(dataset)
     column = route_column or find_label_column(dataset, "route_column")
+    require_column(dataset, column, "route_column")
     partition = partition_by_column(dataset, column, route_names=route_names)
     _say("routes", f"{len(partition.route_names)}, of column {column!r}: {', '.join(partition.route_names)}")
     if ticket_task is None:
@@ -80,6 +90,9 @@ def get_rtl_model(
         options.update(_label_options(dataset, labels))
     if model_class is RTLModelForImageClassification and _is_timm_name(backbone) and "in_chans" not in options:
         options.update(_channel_options(dataset))
+    if not is_built and "seed" not in options:
+        options["seed"] = 0
+        _say("seed", "0, of the weights that are not loaded")
     model = model_class.from_backbone(backbone, route_names=partition.route_names, ticket_task=ticket_task, **options)
     model.partition_rule = partition.rule
     return model

@@ -86,22 +86,20 @@ def _decision_metrics(
     prefix: str,
     thresholds: np.ndarray | float = 0.0,
 ) -> dict[str, float]:
-    from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
-
     # Compared, not subtracted: a difference can round to zero.
     decisions = scores > thresholds
-    columns: dict[str, list[float]] = {"balanced_accuracy": [], "precision": [], "recall": [], "f1": []}
-    for route in range(len(route_names)):
-        is_home, decided = home_routes == route, decisions[:, route]
-        precision = recall = f1 = balanced_accuracy = float("nan")
-        if is_home.any():
-            precision, recall, f1, _ = precision_recall_fscore_support(
-                is_home, decided, average="binary", pos_label=True, zero_division=0.0
-            )
-            if not is_home.all():
-                balanced_accuracy = balanced_accuracy_score(is_home, decided)
-        for metric, value in zip(columns, (balanced_accuracy, precision, recall, f1), strict=True):
-            columns[metric].append(float(value))
+    is_home = home_routes[:, None] == np.arange(len(route_names))
+    home, accepted, found = is_home.sum(axis=0), decisions.sum(axis=0), (is_home & decisions).sum(axis=0)
+    others, others_accepted = len(scores) - home, accepted - found
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: undefined
+        recall = found / home
+        by_route = {
+            "balanced_accuracy": ((others - others_accepted) / others + recall) / 2,
+            "precision": np.where(home > 0, found / np.maximum(accepted, 1), np.nan),
+            "recall": recall,
+            "f1": np.where(home > 0, 2 * found / (home + accepted), np.nan),
+        }
+    columns = {metric: values.tolist() for metric, values in by_route.items()}
 
     metrics = _with_means({f"{prefix}{metric}": values for metric, values in columns.items()}, route_names)
     metrics[f"worst_{prefix}balanced_accuracy"] = _over_defined(np.min, columns["balanced_accuracy"])

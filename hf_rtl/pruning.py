@@ -420,6 +420,8 @@ def _check_amount(schedule: str, amount: float) -> None:
 
 
 def _check_targets(target_sparsity: Sequence[float]) -> list[float]:
+    if isinstance(target_sparsity, str):
+        raise TypeError(f"`target_sparsity` is {target_sparsity!r}; fractions are needed, as in `[0.25, 0.5]`.")
     if isinstance(target_sparsity, numbers.Real):
         raise TypeError(f"`target_sparsity` is {target_sparsity}; a list is needed: `[{target_sparsity}]`.")
     targets = [check_number(f"target_sparsity[{k}]", target) for k, target in enumerate(target_sparsity)]

@@ -44,7 +44,9 @@ def load_model(name: str, *, revision: str | None = None, token: str | None = No
     """The model in the folder or repo `name`. Raises `ValueError` if there is none; see `check_name` too."""
     check_name(name, revision=revision)
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.")
+        models = [str(file.parent) for file in sorted(Path(name).glob("*/config.json"))]
+        hint = f" Its folders do: {', '.join(map(repr, models))}." if models else ""
+        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.{hint}")
     # Downloads show a progress bar, but loading tensors does not.
     logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:

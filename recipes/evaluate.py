@@ -71,7 +71,7 @@ def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
             f"{missing[0]} is missing, which recipes/prune.py writes at its end: evaluate.py takes the models of its "
             "runs, such as runs/digits/final. For a model that was made in Python: "
             f"RTLTrainer(RTLModel.from_pretrained({str(folder)!r}), RTLTrainingArguments(output_dir='evaluation'), "
-            "eval_dataset=test).evaluate()"
+            "eval_dataset=test).evaluate(), with the route_column of its training"
         )
     model = RTLModel.from_pretrained(folder)
     data = DataArguments.load(folder.absolute().parent)

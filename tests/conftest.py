@@ -1,10 +1,14 @@
-"""What all tests share: no network, no downloads, no progress bars, and small models made from configurations."""
+"""What all tests share: no network, no downloads, no progress bars, and which worker has which tests."""
 
 import gc
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 # Read by the libraries when they are imported.
@@ -17,223 +21,69 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # UMAP compiles for 20 seconds what takes one in Python on data as small as that of tests.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    GPT2Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5Config,
-    ViTConfig,
-    initialization,
-)
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
-
-import hf_rtl  # noqa: E402
-from tests.pictures import put_picture  # noqa: E402
+# The folders whose tests one worker has: their processes are forked from one that takes long to start.
+TOGETHER = {"tests/hub/": "hub", "tests/distributed/": "processes", "tests/recipes/": "processes"}
+SAID = "said"
 
 
-transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports the libraries, unless this process only hands out tests to workers. Imports leave no garbage."""
+    gc.disable()
+    if not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.fixtures")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests with a Hub or with several processes are slow."""
+    """
+    All tests with a Hub or with several processes are slow. What has the most slow tests comes first, so that workers
+    end at about the same time.
+    """
     folders = [Path(__file__).with_name(name) for name in ("hub", "distributed")]
+    num_slow: Counter[str] = Counter()
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in folders):
             item.add_marker("slow")
+        num_slow[_scope(item.nodeid)] += "slow" in item.keywords and "long" not in item.keywords
+    items.sort(key=lambda item: -num_slow[_scope(item.nodeid)])
+
+
+def _scope(nodeid: str) -> str:
+    """The name of the tests that one worker has."""
+    return next((name for folder, name in TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As `--dist loadfile`, but one worker has all tests with a Hub, whose clients take long to start."""
+    """As `--dist loadfile`, but some folders are like one file, and files keep their order."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/hub" if nodeid.startswith("tests/hub/") else super()._split_scope(nodeid)
+            return _scope(nodeid)
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_modules_are_not_collected() -> Iterator[None]:
-    """Without this, accelerate's garbage collection before every training visits all imports for half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cards_have_a_ready_picture() -> Iterator[None]:
-    """`tests/model_card/test_written_cards.py` has a card with a picture of its own."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hf_rtl.plots.similarity_heatmap", put_picture)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
-def tiny_vit_config() -> ViTConfig:
-    """A vision transformer for images of 8 x 8; 3 labels; no dropout."""
-    return ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Adds a line to the summary of the test run."""
+    return partial(record_property, SAID)
 
 
-@pytest.fixture
-def tiny_bert_config() -> BertConfig:
-    """40 tokens, at most 12 of them; 3 labels; no dropout."""
-    return BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=12,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-@pytest.fixture
-def tiny_gpt2_config() -> GPT2Config:
-    """40 tokens, at most 12 of them; no dropout."""
-    return GPT2Config(
-        vocab_size=40,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=12,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-
-
-@pytest.fixture
-def tiny_t5_config() -> T5Config:
-    """40 tokens; the input embeddings of encoder, decoder and the output head are one tensor; no dropout."""
-    return T5Config(
-        vocab_size=40,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-    )
-
-
-class TinyAttentionConfig(PreTrainedConfig):
-    model_type = "tiny_attention_for_tests"
-    hidden_size: int = 8
-    num_tokens: int = 20
-
-
-class TinyAttentionLayer(GradientCheckpointingLayer):
-    """`nn.MultiheadAttention` reads its weights itself, without calling the modules that hold them."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(size, 2, batch_first=True)
-        self.dense = nn.Linear(size, size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.dense(torch.tanh(self.attention(x, x, x, need_weights=False)[0]))
-
-
-class TinyAttentionForSequenceClassification(PreTrainedModel):
-    config_class = TinyAttentionConfig
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-
-    def __init__(self, config: TinyAttentionConfig) -> None:
-        super().__init__(config)
-        self.embedding = nn.Embedding(config.num_tokens, config.hidden_size)
-        self.layers = nn.ModuleList([TinyAttentionLayer(config.hidden_size) for _ in range(2)])
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        for parameter in module.parameters(recurse=False):
-            initialization.normal_(parameter, std=0.3)
-
-    def forward(self, input_ids, labels=None, return_dict=True):
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        logits = self.head(x.mean(1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-AutoConfig.register(TinyAttentionConfig.model_type, TinyAttentionConfig)
-AutoModelForSequenceClassification.register(TinyAttentionConfig, TinyAttentionForSequenceClassification)
-
-
-@pytest.fixture
-def tiny_attention_config() -> TinyAttentionConfig:
-    """The model above around `nn.MultiheadAttention`, known to `AutoModelForSequenceClassification`; 3 labels."""
-    return TinyAttentionConfig(num_labels=3)
-
-
-def _fill_masks(model: hf_rtl.RTLModel, keep: float = 0.5, seed: int = 0) -> list[list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = model.mask_bank.shapes
-    masks = [[torch.rand(s, generator=generator) < keep for s in shapes] for _ in range(model.num_routes)]
-    for route, mask in enumerate(masks):
-        model.mask_bank[route] = mask
-    return masks
-
-
-@pytest.fixture
-def fill_masks():
-    """`fill_masks(model, keep=0.5, seed=0)` gives a model random masks and returns them: route -> `bool` tensors."""
-    return _fill_masks
-
-
-@pytest.fixture
-def tiny_membership_model() -> hf_rtl.RTLModelForImageClassification:
-    """A timm network with batch norm, 3 membership routes with random masks, for images of 32 x 32."""
-    model = hf_rtl.RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=["cat", "dog", "owl"], ticket_task="membership", seed=0
-    )
-    _fill_masks(model)
-    return model
-
-
-@pytest.fixture
-def tiny_labels_model() -> hf_rtl.RTLModelForImageClassification:
-    """A timm network with batch norm, 3 routes with random masks that predict 4 labels, for images of 32 x 32."""
-    model = hf_rtl.RTLModelForImageClassification.from_backbone(
-        "test_resnet", route_names=["day", "dusk", "night"], ticket_task="labels", num_labels=4, seed=0
-    )
-    _fill_masks(model)
-    return model
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests say, such as the real number of processes."""
+    reports = [report for of_kind in terminalreporter.stats.values() for report in of_kind]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    lines = [line for report in called for name, line in report.user_properties if name == SAID]
+    if lines:
+        terminalreporter.section("what the processes did")
+        for line in lines:
+            terminalreporter.write_line(line)

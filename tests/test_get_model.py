@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Array3D, ClassLabel, Dataset
 from transformers import BertConfig
 
 import hf_rtl
@@ -22,7 +22,8 @@ def scans(number=24, *, num_channels=3, text=False, names=("disc", "square")):
         "hospital": [ROUTES[index % 3] for index in range(number)],
         "label": [names[label] for label in labels] if text else labels,
     }
-    dataset = Dataset.from_dict(columns).with_format("torch")
+    images = Array3D((num_channels, 16, 16), "float32")  # read at once, unlike lists
+    dataset = Dataset.from_dict(columns).cast_column("pixel_values", images).with_format("torch")
     return dataset if text else dataset.cast_column("label", ClassLabel(names=list(names)))
 
 
@@ -40,6 +41,7 @@ def test_two_lines_train_tickets_for_labels_of_any_kind(tmp_path, capsys, text):
         ["ticket_task", "'labels', since the label is another column than the route"],
         ["model_class", "RTLModelForImageClassification"],
         ["labels", "2, of column 'label': disc, square"],
+        ["seed", "0, of the weights that are not loaded"],
     ]
     assert model.route_names == ROUTES and model.config.id2label == {0: "disc", 1: "square"}
     # The labels that the tickets were evaluated on, in a loop over samples.
@@ -65,7 +67,7 @@ def test_without_a_route_column_a_route_is_a_class(capsys):
 
 
 def test_what_is_given_is_not_chosen_or_said(capsys):
-    given = {"route_names": ["cat", "bee", "ant"], "ticket_task": "labels", "num_labels": 5}
+    given = {"route_names": ["cat", "bee", "ant"], "ticket_task": "labels", "num_labels": 5, "seed": 3}
     model_class = hf_rtl.RTLModelForImageClassification
     model = get_rtl_model(
         "small_net_for_tests", scans(), route_column="hospital", model_class=model_class, in_chans=3, **given

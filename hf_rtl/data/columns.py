@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -77,15 +78,22 @@ def read_column(dataset: Any, column: str) -> tuple[list[Any], list[str] | None]
         TypeError: `dataset` is not a map-style data set of dicts, or a value is neither an integer nor a string.
         ValueError: an empty `dataset`, an unknown `column`, or a missing value (`None` or a negative integer).
     """
-    columns = list_columns(dataset)
-    if column not in columns:
-        raise ValueError(
-            f"`column` {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
-        )
+    require_column(dataset, column)
     values, class_names = _read(dataset, column)
     values = values if class_names is None else _by_name(values, class_names)
     _check_values(f"Column {column!r} has", values)
     return values, class_names
+
+
+def require_column(dataset: Any, column: str, argument: str = "column") -> None:
+    """Raises `ValueError` unless a data set has a column; `argument` is what the caller named it with."""
+    columns = list_columns(dataset)
+    if column not in columns:
+        close = get_close_matches(column, columns, n=1)
+        raise ValueError(
+            f"`{argument}` = {column!r} is not in the data set; its columns are {', '.join(map(repr, columns))}."
+            f"{f' Did you mean {close[0]!r}?' if close else ''}{about_transforms(dataset)}"
+        )
 
 
 def read_function(dataset: Any, function: Callable[[Any], int | str]) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .columns import LABEL_COLUMNS, about_transforms, find_label_column, is_truth_value, label_column, list_columns
+from .columns import LABEL_COLUMNS, find_label_column, is_truth_value, label_column, require_column
 from .partition import Partition, Rule
 from .partition_by import partition_by_column
 from .rules import ByColumn, ByGroups
@@ -38,11 +38,7 @@ def find_partition(
             `training` partition whose rule reads no column or is for other routes.
     """
     if route_column is not None:
-        if route_column not in list_columns(dataset):
-            raise ValueError(
-                f"`route_column` = {route_column!r} is not in the data set; its columns are "
-                f"{', '.join(map(repr, list_columns(dataset)))}.{about_transforms(dataset)}"
-            )
+        require_column(dataset, route_column, "route_column")
         return partition_by_column(dataset, route_column, route_names=route_names, allow_empty=allow_empty)
     if len(route_names) == 1:
         return Partition(np.zeros(len(dataset), dtype=np.int64), list(route_names), allow_empty)

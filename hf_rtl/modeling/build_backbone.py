@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
+from .checks import folders_beside
 from .structure import check_structure
 
 
@@ -63,6 +64,9 @@ def build_backbone(
         OSError: there is no such repo or folder, or the weights are not in the cache and cannot be fetched.
         TypeError: `source` is none of these.
     """
+    num_labels, names = kwargs.get("num_labels"), kwargs.get("id2label")
+    if num_labels is not None and names is not None and len(names) != num_labels:
+        raise ValueError(f"`num_labels` = {num_labels} contradicts the {len(names)} names of `id2label`; give one.")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds accelerators too
@@ -95,18 +99,15 @@ def build_backbone(
         except OSError as error:
             if timm.is_model(timm_name) and not Path(name).is_dir():
                 raise _not_fetched(name, name, error) from error
-            raise OSError(f"`backbone` = {name!r} is {_what_it_is_not(name)}. As a repo id: {error}") from error
+            raise OSError(
+                f"`backbone` = {folders_beside(name) or _no_timm_name(name)} As a repo id: {error}"
+            ) from error
 
 
-def _what_it_is_not(name: str) -> str:
-    """Why a name is neither a timm name nor a folder, with what comes close to it."""
-    path = Path(name).expanduser()
-    if len(path.parts) > 1 and path.parent.is_dir():
-        beside = sorted(other.name for other in path.parent.iterdir())
-        close = get_close_matches(path.name, beside, n=3)
-        return f"no folder; {str(path.parent)!r} has {', '.join(map(repr, close or beside[:3])) or 'nothing in it'}"
+def _no_timm_name(name: str) -> str:
     close = get_close_matches(name, timm.list_models(), n=3)
-    return "no timm name and no folder" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    return f"{name!r} is no timm name and no folder{hint}"
 
 
 def _pretrained_timm(name: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:

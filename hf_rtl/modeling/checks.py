@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -27,3 +29,13 @@ def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}, a `{type(value).__name__}`.")
     return float(value)
+
+
+def folders_beside(name: str) -> str:
+    """What lies beside a folder that is not there, for an error; "" if the name can be that of a repository alone."""
+    path = Path(name).expanduser()
+    if path.exists() or len(path.parts) < 2 or not path.parent.is_dir():
+        return ""
+    beside = sorted(other.name for other in path.parent.iterdir())
+    close = get_close_matches(path.name, beside, n=3) or beside[:3]
+    return f"{name!r} is no folder; {str(path.parent)!r} has {', '.join(map(repr, close)) or 'nothing in it'}"

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checks import check_choice
+from .checks import check_choice, folders_beside
 from .mask_bank import check_route_names
 
 
@@ -200,6 +200,17 @@ class RTLConfig(PreTrainedConfig):
     def _get_generation_parameters(self) -> dict[str, Any]:
         # Some backbones declare such parameters, and may have them.
         return self.backbone_config._get_generation_parameters()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any):
+        """As `PreTrainedConfig.get_config_dict`. Its `OSError` also says what lies beside a folder that is missing."""
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            beside = folders_beside(str(pretrained_model_name_or_path))
+            if not beside:
+                raise
+            raise OSError(f"{beside}. As a repo id: {error}") from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_rtl import RTLConfig
-from .mixed_batch import check_samples, device_of, group_by_route, read_route_ids, select_samples
+from .mixed_batch import batch_device, check_samples, group_by_route, read_route_ids, select_samples
 from .routed_model import RoutedModel
 
 
@@ -123,7 +123,7 @@ class RoutedGenerationMixin(RoutedModel):
     def _generate_mixed(self, samples: dict[str, Tensor], arguments: dict[str, Any], routes: list[int]) -> Tensor:
         """Generates each route's samples separately, and returns all in the batch's order."""
         self._refuse_whole_batch_arguments(arguments)
-        groups = group_by_route(routes, device_of(samples))
+        groups = group_by_route(routes, batch_device(samples))
         generated = []
         for route, positions in groups.items():
             selected = select_samples(samples, positions, len(routes))

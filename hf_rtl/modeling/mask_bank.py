@@ -30,6 +30,13 @@ def pack(mask: Tensor) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
+def _full_row(number: int) -> Tensor:
+    """`number` set bits, packed."""
+    row = torch.full(((number + 7) // 8,), 0xFF, dtype=torch.uint8)
+    row[-1:] >>= -number % 8
+    return row
+
+
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The `bool` mask of `shape` that `pack` made into `packed`, `uint8 [ceil(n/8)]`."""
     return _look_up(_BITS.to(packed.device, torch.bool), packed, shape)
@@ -77,8 +84,7 @@ class MaskBank(nn.Module):
         # How often masks were changed through this class. A tensor's own version misses writes in inference mode.
         self.num_changes = 0
         for layer, shape in enumerate(self.shapes):
-            row = pack(torch.ones(shape, dtype=torch.bool))
-            self.register_buffer(f"m{layer:04d}", row.repeat(self.num_routes, 1))
+            self.register_buffer(f"m{layer:04d}", _full_row(shape.numel()).repeat(self.num_routes, 1))
 
     @classmethod
     def from_masks(cls, weight_names: Sequence[str], masks: dict[str, Sequence[Tensor]]) -> MaskBank:

@@ -51,7 +51,7 @@ def read_route_ids(
     return [route_index(route) for route in route_ids]
 
 
-def device_of(inputs: Mapping[str, Any]) -> torch.device:
+def batch_device(inputs: Mapping[str, Any]) -> torch.device:
     """The device of a batch. That of a model is none where its weights are offloaded."""
     main = first_tensor(inputs)
     return torch.device("cpu") if main is None else main.device

@@ -146,14 +146,7 @@ class RTLModel(RoutedModel):
                 "without, extract a ticket, `model.extract_ticket(route).save_pretrained(folder)`, and load that: "
                 "`AutoModel….from_pretrained(folder, quantization_config=…)`."
             )
-        folder = Path(pretrained_model_name_or_path)
-        if (folder / "run.json").exists() and not (folder / "config.json").exists():
-            if not (folder / "final").exists():
-                rounds = ", ".join(repr(str(path.parent)) for path in sorted(folder.glob("round-*/config.json")))
-                raise ValueError(
-                    f"{str(folder)!r} holds a run that is not finished; its models are {rounds or 'not yet made'}."
-                )
-            pretrained_model_name_or_path = folder / "final"
+        pretrained_model_name_or_path = model_folder(pretrained_model_name_or_path)
         if cls is RTLModel:
             saved_class = _saved_class(pretrained_model_name_or_path, kwargs)
             if saved_class is not RTLModel:
@@ -708,6 +701,24 @@ def register_auto_classes() -> None:
     AutoConfig.register(RTLConfig.model_type, RTLConfig, exist_ok=True)
     for task_class in TASK_CLASSES:
         task_class.backbone_class.register(RTLConfig, task_class, exist_ok=True)
+
+
+def model_folder(name_or_path: str | os.PathLike) -> str | os.PathLike:
+    """
+    The folder of the model that a name stands for: the `final/` of a directory of a run, else the name as it is.
+
+    Raises:
+        ValueError: the directory of a run that is not finished.
+    """
+    folder = Path(name_or_path)
+    if not (folder / "run.json").exists() or (folder / "config.json").exists():
+        return name_or_path
+    if not (folder / "final").exists():
+        rounds = ", ".join(repr(str(path.parent)) for path in sorted(folder.glob("round-*/config.json")))
+        raise ValueError(
+            f"{str(folder)!r} holds a run that is not finished; its models are {rounds or 'not yet made'}."
+        )
+    return folder / "final"
 
 
 def _saved_class(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> type[RTLModel]:

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
-from .mixed_batch import check_samples, device_of, group_by_route, merge_outputs, read_route_ids, select_samples
+from .mixed_batch import batch_device, check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
 from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
@@ -62,6 +62,11 @@ class RoutedModel(PreTrainedModel):
             )
         super().__init__(config)
         if backbone is None:
+            if type(config.backbone_config) not in self.backbone_class._model_mapping:
+                raise ValueError(
+                    f"the model was saved as {(config.architectures or ['another class'])[0]}, which "
+                    f"{type(self).__name__} is not; `RTLModel.from_pretrained` opens it as what it is."
+                )
             backbone = self.backbone_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.backbone = backbone
         self.config.backbone_config = backbone.config
@@ -271,12 +276,12 @@ class RoutedModel(PreTrainedModel):
 
     def _require_router(self) -> Router:
         if self.router is None:
+            first = self.route_names[0]
             raise ValueError(
-                "`route_ids` is missing, and the router is 'given', so it is unknown which ticket answers. Pass "
-                f"`route_ids=` an index or a name of {', '.join(map(repr, self.route_names))}, or one per sample; "
-                "pipelines, except that for text generation, do not pass it on and need a view, `pipeline(task, "
-                f"model=model.with_route({self.route_names[0]!r}), …)`. `RTLTrainer.fit_router` makes a router that "
-                "decides."
+                "`route_ids` is missing, and no router was fitted. Say which ticket answers: "
+                f"`route_ids={first!r}`, of {', '.join(map(repr, self.route_names))}, or one per sample. Pipelines of "
+                "`hf_rtl.routed_pipeline` take it too; others, except that for text generation, need a view, "
+                f"`pipeline(task, model=model.with_route({first!r}), …)`. `RTLTrainer.fit_router` makes a router."
             )
         if self.training:
             raise ValueError(
@@ -460,7 +465,7 @@ class RoutedModel(PreTrainedModel):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}
-        groups = group_by_route(routes, device_of(inputs))
+        groups = group_by_route(routes, batch_device(inputs))
         alone = self.training and any(len(positions) == 1 for positions in groups.values())
         if alone and any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules()):
             raise ValueError(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import default_logdir
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from ..analysis import TicketSimilarity, ticket_similarity
@@ -90,8 +91,11 @@ class RunProgress(ProgressCallback, RTLTrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._prints_logs:
-            shown = {name: value for name, value in logs.items() if not self._is_of_a_route(name)}
-            super().on_log(args, state, control, logs=shown, **kwargs)
+            super().on_log(args, state, control, logs=self.without_routes(logs), **kwargs)
+
+    def without_routes(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics without those of single routes."""
+        return {name: value for name, value in metrics.items() if not self._is_of_a_route(name)}
 
     def _is_of_a_route(self, metric: str) -> bool:
         owner, _, _ = metric.rpartition("/")
@@ -128,11 +132,43 @@ def describe_tickets(num_kept: int, num_weights: int, point: TicketSimilarity) -
     return ", ".join(parts)
 
 
+def keep_routes_out_of_notebooks(callbacks: Sequence[TrainerCallback], progress: RunProgress) -> None:
+    """Leaves single routes out of the table that a notebook shows, which would get columns for each."""
+    for callback in callbacks:
+        if type(callback).__name__ == "NotebookProgressCallback":  # its module needs IPython
+            vars(callback)["on_evaluate"] = partial(_evaluated, callback.on_evaluate, progress)
+
+
+def _evaluated(show: Any, progress: RunProgress, *args: Any, metrics: Any, **kwargs: Any) -> None:
+    show(*args, metrics=progress.without_routes(metrics), **kwargs)
+
+
 def keep_log_of_tensorboard(callbacks: Sequence[TrainerCallback], output_dir: str) -> None:
     """Makes TensorBoard's log one of the run. By default it would lie in the folder of the first round's model."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = os.path.join(output_dir, default_logdir())
+
+
+@contextmanager
+def one_log(callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """A context in which trackers end their log at its end. Several end it with every joint retraining."""
+    trackers = [callback for callback in callbacks if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))]
+    endings: dict[TrainerCallback, Any] = {}
+
+    def put_off(tracker: TrainerCallback) -> Any:
+        end = tracker.on_train_end
+        return lambda *args, **kwargs: endings.update({tracker: partial(end, *args, **kwargs)})
+
+    for tracker in trackers:
+        vars(tracker)["on_train_end"] = put_off(tracker)
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            del vars(tracker)["on_train_end"]
+        for end in endings.values():
+            end()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from .run_report import describe_run, report_round
 logger = logging.getLogger(__name__)
 
 _MOST = 64  # pairs of a route and a label to try; a sample of every route is tried in any case
-_OF_ACCELERATOR = ("_models", "_optimizers", "_schedulers", "_dataloaders", "step")
+_ACCELERATOR_STATE = ("_models", "_optimizers", "_schedulers", "_dataloaders", "step")
 
 
 def rehearse(trainer: RouteTrainer, round_: Round) -> None:
@@ -102,11 +102,11 @@ def check_columns(trainer: RouteTrainer) -> None:
 @contextlib.contextmanager
 def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
     """
-    The trainer works on copies of all that it changes. Of its callbacks only early stopping takes part, which checks
-    arguments; others may write. Afterwards the trainer is as before.
+    The trainer works on copies of all that it changes. Early stopping takes part, which checks arguments; other
+    callbacks do not, since they may write. Afterwards the trainer is as before.
     """
     kept, accelerator = dict(trainer.__dict__), trainer.accelerator
-    kept_by_accelerator = {name: getattr(accelerator, name) for name in _OF_ACCELERATOR}
+    kept_by_accelerator = {name: getattr(accelerator, name) for name in _ACCELERATOR_STATE}
     trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
     for name in ("args", "control", "callback_handler", "run_data", "_memory_tracker"):
         setattr(trainer, name, copy.copy(kept[name]))

@@ -28,16 +28,18 @@ def result_table(
 ) -> str:
     """
     The metrics of a run as text: a line per route and a column per sparsity. The routes of membership tickets have
-    balanced accuracies, those of tickets for labels accuracies. In all other cases a line is a metric.
+    balanced accuracies, those of tickets for labels accuracies. In all other cases a line is a metric. A round to
+    sparsity 0 is the dense model, and its column says so.
 
     Args:
         reports (`Sequence[Mapping[str, Any]]`): reports of rounds, as in `RTLTrainer.rounds`.
-        route_names (`Sequence[str]`): the routes. Of more than 20 the table shows the worst ones of the last round.
+        route_names (`Sequence[str]`): the routes. If there are more than 20, only the worst ones of the last round
+            are shown.
         prefix (`str`, defaults to `"eval_"`): the prefix of the metrics of the evaluation set.
         chance (`Mapping[str, float]`, *optional*): route -> the figure that needs no model, for another column.
     """
     columns = [without_times(report["metrics"]) for report in reports]
-    headers = [f"{100 * report['sparsity']:.4g}%" for report in reports]
+    headers = [f"{100 * report['sparsity']:.4g}%" if report["sparsity"] else "0% (dense)" for report in reports]
     metric = next((name for name in _SUMMARIES if f"{prefix}{route_names[0]}/{name}" in columns[-1]), None)
     if metric is None:
         names = [name for name, value in columns[-1].items() if isinstance(value, float) and name != "epoch"]

@@ -37,7 +37,7 @@ from .optim import masked_optimizer
 from .pending_evaluation import evaluate_if_pending, kept_if_it_fails, remove_pending
 from .plan import Round
 from .processes import Processes
-from .progress import RunProgress, keep_log_of_tensorboard
+from .progress import RunProgress, keep_log_of_tensorboard, keep_routes_out_of_notebooks
 from .randomness import Stream, derive_seed, seeded
 from .recalibration import recalibrate_tickets, warn_of_lagging_statistics
 from .router_fitting import Batches, fit_router
@@ -90,6 +90,7 @@ class RouteTrainer(Trainer):
         self.progress = RunProgress(model.route_names, show=show, prints_logs=replaced is not None)
         if self.progress.show:
             self.add_callback(self.progress)
+        keep_routes_out_of_notebooks(self.callback_handler.callbacks, self.progress)
         keep_log_of_tensorboard(self.callback_handler.callbacks, args.output_dir)
         # The current round, and the number of steps of the rounds before it, for the log.
         self.current_round: Round | None = None
@@ -396,7 +397,7 @@ class RouteTrainer(Trainer):
 
     @contextmanager
     def workers_ended(self) -> Iterator[None]:
-        """A context at whose end persistent workers end. Python's collector of cycles would wait for them in vain."""
+        """A context at whose end persistent workers end. Python's collector of cycles would wait for them forever."""
         try:
             yield
         finally:

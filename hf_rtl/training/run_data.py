@@ -172,7 +172,10 @@ def check_arguments(model: RTLModel, args: RTLTrainingArguments, given: Mapping[
     if not isinstance(model, RTLModel):
         raise TypeError(f"`model` must be an RTLModel, got {type(model).__name__}; make one with `from_backbone`.")
     if not isinstance(args, RTLTrainingArguments):
-        raise TypeError(f"`args` must be RTLTrainingArguments, got {type(args).__name__}.")
+        raise TypeError(
+            f"`args` must be RTLTrainingArguments, got {type(args).__name__}; it takes the arguments of "
+            "`TrainingArguments`, and more."
+        )
     refuse_offloaded(model, "a trainer")
     for name in ("optimizers", "model_init"):
         if given.get(name) not in (None, (None, None)):

@@ -101,7 +101,7 @@ class RunDirectory:
         """
         settings = self._settings(configuration, extraction)
         saved = {file: _read_settings(file) for file in settings if file.exists()}
-        run, masks = (_differences_of(saved.get(file), content) for file, content in settings.items())
+        run, masks = (_differences_from_file(saved.get(file), content) for file, content in settings.items())
         if run or masks:
             raise ValueError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
         return saved
@@ -213,7 +213,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def _differences_of(saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
+def _differences_from_file(saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
     """The differences of a configuration from the one in its file; `""` if there are none, or no file."""
     if saved is None:
         return ""

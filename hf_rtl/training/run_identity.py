@@ -42,7 +42,7 @@ _DECIDING_NOTHING = (
     "_name_or_path",
 )
 # Such fields of the backbone's configuration: those that saving and loading write, that ask for more outputs, names.
-_OF_BACKBONE_DECIDING_NOTHING = {
+_IDLE_BACKBONE_FIELDS = {
     *_DECIDING_NOTHING,
     "dtype",
     "id2label",
@@ -53,7 +53,7 @@ _OF_BACKBONE_DECIDING_NOTHING = {
     "return_dict",
 } - {"problem_type"}
 # The arguments that decide weights only where the best checkpoint is kept, or the schedule follows a metric.
-_OF_A_METRIC = ("metric_for_best_model", "greater_is_better")
+_METRIC_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 _SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -115,15 +115,15 @@ def _problem_type(config: Mapping[str, Any], labels: Any) -> str | None:
 def _deciding(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what decides no weight."""
     follows_metric = configuration.get("lr_scheduler_type") in _SCHEDULES_BY_METRIC
-    idle = () if follows_metric or configuration.get("load_best_model_at_end") else _OF_A_METRIC
+    idle = () if follows_metric or configuration.get("load_best_model_at_end") else _METRIC_ARGUMENTS
     found = {name: value for name, value in configuration.items() if name not in idle}
     backbone = found.get("backbone_config", {})
     if "backbone_config" in found:
-        kept = backbone.keys() - _OF_BACKBONE_DECIDING_NOTHING
+        kept = backbone.keys() - _IDLE_BACKBONE_FIELDS
         found["backbone_config"] = {name: value for name, value in backbone.items() if name in kept}
     if "model" in found:
         # Fields of both are not compared twice.
-        left_out = {*_DECIDING_NOTHING, *_OF_BACKBONE_DECIDING_NOTHING, *found, *backbone}
+        left_out = {*_DECIDING_NOTHING, *_IDLE_BACKBONE_FIELDS, *found, *backbone}
         found["model"] = {name: value for name, value in found["model"].items() if name not in left_out}
     return found
 

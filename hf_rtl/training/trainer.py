@@ -28,7 +28,7 @@ from .evaluation import chance_levels
 from .evaluation_identity import evaluation_sets
 from .plan import Plan, make_rounds
 from .processes import Heartbeat
-from .progress import without_other_bars
+from .progress import one_log, without_other_bars
 from .result_table import result_table
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
@@ -41,7 +41,7 @@ from .training_args import RTLTrainingArguments
 
 
 # Functions of the caller that take part in evaluation.
-_OF_EVALUATION = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
+_EVALUATION_FUNCTIONS = ("preprocess_logits_for_metrics", "compute_loss_func", "data_collator")
 
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class RTLTrainer(RouteTrainer):
             **kwargs,
         )
         self._name_labels(train_dataset)
-        own = (compute_metrics, *(kwargs.get(name) for name in _OF_EVALUATION))
+        own = (compute_metrics, *(kwargs.get(name) for name in _EVALUATION_FUNCTIONS))
         self.has_own_evaluation = any(function is not None for function in own)
         self.run_directory = RunDirectory(args.output_dir, args.extraction_dir)
         # One report per retrained round: sparsity, folder, counts, similarity, emptied layers, metrics.
@@ -205,7 +205,8 @@ class RTLTrainer(RouteTrainer):
             self.given_config = self.model.config.to_dict()
         beating = Heartbeat(self.args.process_index, self.args.world_size)
         try:
-            with beating as heartbeat, self.explained_failures(), self.workers_ended(), without_other_bars():
+            logs = one_log(self.callback_handler.callbacks)
+            with beating as heartbeat, self.explained_failures(), self.workers_ended(), without_other_bars(), logs:
                 open_run(self, self.run_directory, plan, self._initial)
                 theta0 = find_theta0(self, self.run_directory, self._initial, heartbeat)
                 rounds = Rounds(self, self.run_directory, plan, theta0, self._card_callback)

@@ -32,7 +32,7 @@ _RANGE = 60.0
 def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], file: Path) -> None:
     """
     Draws balanced accuracy of every method (of labels, accuracy) and the tickets' mean similarity, against sparsity.
-    The tickets' lines come first. Of a single sparsity there is no curve but a table.
+    The tickets' lines come first. A single sparsity gives no curve but a table.
     """
     title = "bal. acc." if "bal. acc." in rows[0] else "accuracy"
     if len(similarities) == 1:
@@ -63,8 +63,8 @@ def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], fi
 def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], file: Path) -> None:
     """
     Draws columns of the tables of several seeds against sparsity, one panel per column: means, with the sample
-    standard deviation as bars. A method that is not pruned is a horizontal line. Of a single sparsity there is no
-    curve but a table.
+    standard deviation as bars. A method that is not pruned is a horizontal line. A single sparsity gives no curve
+    but a table.
     """
     if len({line["sparsity"] for line in tables[0] if line["sparsity"]}) == 1:
         return _draw_lines(over_seeds(tables), titles, file)

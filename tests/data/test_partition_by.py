@@ -188,7 +188,9 @@ def test_mixed_values_are_refused():
 
 @both_kinds
 def test_unknown_column_lists_the_columns(kind):
-    with pytest.raises(ValueError, match="`column` 'scene' is not in the data set; its columns are 'image', 'label'"):
+    with pytest.raises(
+        ValueError, match="`column` = 'scene' is not in the data set; its columns are 'image', 'label'"
+    ):
         partition_by_column(make({"image": [0, 1], "label": [0, 0]}, kind), "scene")
 
 

@@ -126,7 +126,7 @@ def test_labels_that_training_never_saw_are_named():
     assert rule.assign(DictDataset(label=["iris"])).route_ids.tolist() == [1]
     with pytest.raises(ValueError, match="Column 'label' has 'kiwi', 'plum', which no group has"):
         rule.assign(DictDataset(label=["rose", "plum", "kiwi", "plum"]))
-    with pytest.raises(ValueError, match="`column` 'label' is not in the data set"):
+    with pytest.raises(ValueError, match="`column` = 'label' is not in the data set"):
         rule.assign(DictDataset(kind=LABELS))
     with pytest.raises(ValueError, match="Route 'fruit' has no samples"):
         rule.assign(DictDataset(label=["rose", "rose"]), allow_empty=False)

@@ -108,21 +108,21 @@ def test_few_negatives_repeat_evenly():
 
 
 def test_a_stream_depends_on_seed_key_epoch_and_route_alone():
-    def of_route(route, epoch=0, **arguments):
+    def route_stream(route, epoch=0, **arguments):
         batches = sampler(**arguments)
         batches.set_epoch(epoch)
         return [sample.index for sample in chain.from_iterable(batches) if sample.route == route]
 
-    assert of_route(0) == of_route(0)
+    assert route_stream(0) == route_stream(0)
     # The stream depends neither on the other routes, nor on how a batch is cut into accumulation steps, nor on the
     # global generators. The shorter stream is the beginning of the longer one.
     np.random.seed(1)
     torch.manual_seed(1)
-    alone = of_route(0, routes=[0])
-    assert alone == of_route(0)[: len(alone)] and len(alone) == 16
-    assert of_route(0, routes=[0, 2], gradient_accumulation_steps=2) == of_route(0, batch_size=8)
+    alone = route_stream(0, routes=[0])
+    assert alone == route_stream(0)[: len(alone)] and len(alone) == 16
+    assert route_stream(0, routes=[0, 2], gradient_accumulation_steps=2) == route_stream(0, batch_size=8)
     variants = [
-        of_route(0, **a) for a in ({}, {"seed": 1}, {"key": (0,)}, {"key": (1,)}, {"key": (1, 0)}, {"epoch": 1})
+        route_stream(0, **a) for a in ({}, {"seed": 1}, {"key": (0,)}, {"key": (1,)}, {"key": (1, 0)}, {"epoch": 1})
     ]
     assert len({tuple(variant) for variant in variants}) == len(variants)
 

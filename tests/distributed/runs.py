@@ -265,9 +265,9 @@ def train_in(folder: str, kind: str, dtype: str, options: dict[str, Any]) -> dic
 
 def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
     """Fits every router to tickets with random masks. Returns tensors and metrics; the last batch is not full."""
-    of_labels = ticket_task == "labels"
+    for_labels = ticket_task == "labels"
     model = RTLModelForImageClassification.from_backbone(
-        SMALL_NET, route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if of_labels else 1
+        SMALL_NET, route_names=ROUTES, ticket_task=ticket_task, seed=0, num_labels=2 if for_labels else 1
     )
     generator = torch.Generator().manual_seed(0)
     for route in range(3):
@@ -275,17 +275,17 @@ def fit_routers(folder: str, ticket_task: str) -> dict[str, Any]:
         model.mask_bank[route] = masks
     args = RTLTrainingArguments(
         output_dir=folder,
-        route_column="domain" if of_labels else None,
+        route_column="domain" if for_labels else None,
         calibration_fraction=0.25,
         per_device_eval_batch_size=4,
         route_batch_size=12,
         report_to=[],
         use_cpu=True,
     )
-    data = Domains if of_labels else Images
+    data = Domains if for_labels else Images
     trainer = RTLTrainer(model, args, train_dataset=data(noise=0.0), eval_dataset=data(11, noise=0.0))
     found = {}
-    for name in ("score", "centroid", "entropy") if of_labels else ("score", "centroid"):
+    for name in ("score", "centroid", "entropy") if for_labels else ("score", "centroid"):
         trainer.fit_router(name)
         tensors = {key: buffer.numpy().copy() for key, buffer in model.router.named_buffers()}
         # The loss is a mean over batches, and times differ; both are left out.

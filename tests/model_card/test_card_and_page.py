@@ -337,7 +337,7 @@ def test_a_router_is_shown_with_its_accuracy(tmp_path, ticket_task):
             assert row["acc. of the union"] == f"{routed[f'{name}/union_accuracy']:.3f}"
             assert row["routes found"] == f"{routed[f'{name}/route_recall']:.3f}"
             assert row["accuracy"] == f"{metrics[f'{name}/accuracy']:.3f}"
-        assert page.count('classifier("image.png")') == 2
+        assert page.count('classifier("image.png"') == 2
 
 
 def test_the_card_of_a_model_without_a_run_invents_nothing(tmp_path):

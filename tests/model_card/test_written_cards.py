@@ -46,7 +46,7 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch, ticket_task):
     assert torch.equal(names["outputs"].logits, expected)
     assert type(names["ticket"]).__name__ == "TimmWrapperForImageClassification"
     assert torch.equal(names["ticket"](**inputs).logits, expected)
-    answers = names["classifier"]("image.png", top_k=None)
+    answers = names["classifier"]("image.png", top_k=None, route_ids=0)
     if ticket_task == "membership":
         scores = {model.route_names[0]: expected.sigmoid().item()}
     else:

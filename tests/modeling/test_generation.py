@@ -220,7 +220,7 @@ def test_a_context_or_a_view_tells_the_route(build):
 @pytest.mark.parametrize(
     "route_ids, error, message",
     [
-        (None, ValueError, "`route_ids` is missing, and the router is 'given'.*'x', 'y', 'z'"),
+        (None, ValueError, "`route_ids` is missing, and no router was fitted.*'x', 'y', 'z'"),
         ("w", ValueError, "'w'"),
         (3, ValueError, "3"),
         ([0, 1], ValueError, "`route_ids` has 2 entries for a batch of 5"),
@@ -242,7 +242,7 @@ def test_without_a_prompt(build):
     assert torch.equal(model.with_route("y").generate(input_ids=None, max_new_tokens=4), expected)
     with pytest.raises(ValueError, match=r"`input_ids` is missing, and `route_ids` = \[1, 1\].*route_ids='x'"):
         model.generate(route_ids=[1, 1])
-    with pytest.raises(ValueError, match="the router is 'given'"):
+    with pytest.raises(ValueError, match="no router was fitted"):
         model.generate()
     model.set_router(randomised(CentroidRouter(3, 16)))
     with pytest.raises(ValueError, match="`input_ids` is missing, and `route_ids` = None"):

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline, set_seed
 
-from hf_rtl import RTLModel, RTLModelForCausalLM
+from hf_rtl import RTLModel, RTLModelForCausalLM, routed_pipeline
 from hf_rtl.model_card import write_card
 from hf_rtl.modeling.routers import CentroidRouter
 from tests.model_card.cards import python_blocks, read_page
@@ -91,6 +91,8 @@ def test_the_route_may_be_an_argument_of_a_call(model, tokenizer, answers, said)
     assert ask(TEXTS[0], route_ids=2, **OPTIONS) == answers[2][0]
     mixed = ask(TEXTS, route_ids=[1, 0, 1, 2], **OPTIONS)
     assert mixed == [answers[route][index] for index, route in enumerate([1, 0, 1, 2])]
+    routed = routed_pipeline(TASK, model, tokenizer=tokenizer)
+    assert routed(TEXTS, route_ids=[1, 0, 1, 2], **{**OPTIONS, "batch_size": 2}) == mixed
     with pytest.raises(ValueError, match="`route_ids` is missing.*'x', 'y', 'z'.*with_route"):
         ask(TEXTS)
     assert not new_warnings(said)
@@ -140,4 +142,4 @@ def test_the_code_on_the_page_of_a_language_model_runs(model, tokenizer, tmp_pat
         exec(block, names)
     tokens = model.generate(**names["inputs"], route_ids="x")
     assert len(blocks) == 3 and torch.equal(names["tokens"], tokens)
-    assert names["generator"](TEXTS[0])[0]["generated_text"].endswith(tokenizer.decode(tokens[0, 3:]))
+    assert names["generator"](TEXTS[0], route_ids="x")[0]["generated_text"].endswith(tokenizer.decode(tokens[0, 3:]))

@@ -370,7 +370,7 @@ def test_low_coverage_warns(caplog):
     )
     caplog.clear()
     warn_of_low_coverage(backbone, everything, exclude=())
-    warn_of_low_coverage(backbone, chosen, exclude=["layers.*"])  # who leaves them out knows that
+    warn_of_low_coverage(backbone, chosen, exclude=["layers.*"])  # whoever leaves them out knows that
     assert not caplog.text
 
 

@@ -12,9 +12,10 @@ from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArgume
 from shared.data_arguments import DataArguments
 from shared.image_data import channels_last, load_images
 from shared.plain_networks import independent_metrics, one_vs_rest
+from tests.training.small_runs import SMALL_NET
 
 
-BACKBONE = "test_resnet"
+BACKBONE = SMALL_NET
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,9 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> RTLTrainer:
     folder = tmp_path_factory.mktemp("controls")
     groups = folder / "groups.yaml"
     groups.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")
-    data = DataArguments(num_channels=1, max_train_samples=200, max_test_samples=80, route_groups=str(groups))
+    data = DataArguments(
+        num_channels=1, image_size=16, max_train_samples=200, max_test_samples=80, route_groups=str(groups)
+    )
     train, test = load_images(data, seed=0)
     model = RTLModelForImageClassification.from_backbone(
         BACKBONE, route_names=train.label_names, ticket_task="membership", seed=0, in_chans=1

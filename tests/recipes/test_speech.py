@@ -268,7 +268,8 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
         patch.setattr(RTLTrainer, "create_model_card", lambda trainer: None)
         speech.main()
         first = (output_dir / "results.json").read_bytes()
-        # Repeated, the command reads everything back.
+        # Repeated, the command reads everything back. The pictures, which take longest, are made again from the same.
+        patch.setattr("shared.plots.draw_spectrograms", lambda *arguments: None)
         speech.main()
     again = json.loads((output_dir / "results.json").read_bytes())
     assert {**json.loads(first), "minutes": again["minutes"]} == again
@@ -278,6 +279,7 @@ def speech_run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.slow
 def test_a_method_trains_no_other(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*tiny(folders, tmp_path), "--methods", "dense"])
+    monkeypatch.setattr("shared.plots.draw_spectrograms", lambda *arguments: None)
     speech.main()
     assert {file.parent.name for file in (tmp_path / "seed-0").glob("*/*")} == {"dense"}
     results = json.loads((tmp_path / "results.json").read_text())

@@ -101,6 +101,7 @@ def arguments(folder, **values):
         "extraction_steps": 2,
         "num_train_epochs": 1,
         "route_batch_size": 8,
+        "per_device_eval_batch_size": 12,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "no",

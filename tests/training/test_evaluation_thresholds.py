@@ -31,7 +31,7 @@ def test_samples_held_out_for_calibration_are_not_trained_on(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_thresholds_are_calibrated_in_every_round_stored_and_loaded(tmp_path):
-    values = {"train": Images(36), "calibration_fraction": 0.25}
+    values = {"train": Images(36), "calibration_fraction": 0.25, "per_device_eval_batch_size": 8}
     made = run(tmp_path / "run", **values)
     assert made.rounds[0]["thresholds"] != made.rounds[1]["thresholds"]
     for name, report in zip(ROUNDS, made.rounds, strict=True):

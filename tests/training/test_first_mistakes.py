@@ -4,11 +4,19 @@ import re
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import BertConfig, BitImageProcessorPil
+from transformers import BertConfig, BitImageProcessorPil, TrainingArguments
 
-from hf_rtl import MaskedAdamW, MaskedSGD, RTLModel, RTLModelForImageClassification, RTLTrainer
+from hf_rtl import (
+    MaskedAdamW,
+    MaskedSGD,
+    RTLModel,
+    RTLModelForCausalLM,
+    RTLModelForImageClassification,
+    RTLTrainer,
+    get_rtl_model,
+)
 from tests.training.small_runs import DOMAINS, ROUTES, Images, arguments, image_model, make_labels_trainer, run
 
 
@@ -27,10 +35,24 @@ def scans(text=False, number=24):
     return dataset if text else dataset.cast_column("label", ClassLabel(names=SHAPES))
 
 
+def leave_out(sample, index):
+    """Sample 4 has no label."""
+    return {"label": -1 if index == 4 else sample["label"]}
+
+
+IMAGES = torch.zeros(2, 3, 16, 16)
+
+
+def labels_model(num_labels=3, **options):
+    return image_model(ticket_task="labels", num_labels=num_labels, **options).eval()
+
+
+def hospitals(folder, **options):
+    return arguments(folder, **{"target_sparsity": 0.3, "route_column": "hospital", **options})
+
+
 def trainer(folder, dataset, num_labels=3, **options):
-    model = image_model(ticket_task="labels", num_labels=num_labels)
-    options = {"target_sparsity": 0.3, "route_column": "hospital", **options}
-    return RTLTrainer(model, arguments(folder, **options), train_dataset=dataset)
+    return RTLTrainer(labels_model(num_labels), hospitals(folder, **options), train_dataset=dataset)
 
 
 def from_backbone(name="small_net_for_tests", **options):
@@ -67,6 +89,94 @@ MISTAKES = {
         lambda path: from_backbone(str(path / "backbone")),
         "`backbone` = '.*backbone' is no folder; '.*' has 'backbones'",
     ),
+    "a column that is nearly there": (
+        lambda path: trainer(path, scans(), route_column="hospitel"),
+        "`route_column` = 'hospitel' is not in the data set; .*'hospital', 'label'. Did you mean 'hospital'?",
+    ),
+    "the same before there is a trainer": (
+        lambda path: get_rtl_model("small_net_for_tests", scans(), route_column="hospitel"),
+        "`route_column` = 'hospitel' is not in the data set; .*'hospital', 'label'. Did you mean 'hospital'?",
+    ),
+    "no column that says the route": (
+        lambda path: trainer(path, scans(), route_column=None),
+        r"`route_column` is missing: .*another column must say the route, as in `RTLTrainingArguments\(route_column=",
+    ),
+    "data of other routes": (
+        lambda path: RTLTrainer(labels_model(routes=["east", "west"]), hospitals(path), train_dataset=scans()),
+        "Column 'hospital' has 'ant', 'bee', 'cat'; `route_names` allows 'east', 'west'",
+    ),
+    "all splits at once": (
+        lambda path: trainer(path, DatasetDict(train=scans())),
+        r"`dataset` is a `DatasetDict` of 'train'; pass one split, as in `dataset\['train'\]`",
+    ),
+    "a stream": (
+        lambda path: trainer(path, scans().to_iterable_dataset()),
+        "`dataset` is a `IterableDataset`; a map-style data set with a length is needed",
+    ),
+    "a missing label": (
+        lambda path: trainer(path, scans().map(leave_out, with_indices=True)),
+        "the label -1 at sample 4; needed is an integer from 0 to 2.*filter the sample out",
+    ),
+    "images in another column": (
+        lambda path: trainer(path, scans().rename_column("pixel_values", "image")).train(),
+        r"takes 'pixel_values', .*Rename the column .*by `dataset.rename_column\('image', 'pixel_values'\)`",
+    ),
+    "a number of labels that their names contradict": (
+        lambda path: from_backbone(id2label={0: "a", 1: "b"}),
+        "`num_labels` = 3 contradicts the 2 names of `id2label`; give one",
+    ),
+    "a forgotten route": (
+        lambda path: labels_model()(IMAGES),
+        "`route_ids` is missing, .*Say which ticket answers: `route_ids='ant'`, of 'ant', 'bee', 'cat', or one per sa",
+    ),
+    "an unknown route": (
+        lambda path: labels_model()(IMAGES, route_ids="dog"),
+        "unknown route 'dog'; the routes are 'ant', 'bee', 'cat'",
+    ),
+    "an index without a route": (
+        lambda path: labels_model()(IMAGES, route_ids=3),
+        "route 3 is out of range; allowed are 0 to 2, that is 'ant', 'bee', 'cat'",
+    ),
+    "routes of another number of samples": (
+        lambda path: labels_model()(IMAGES, route_ids=["ant"]),
+        "`route_ids` has 1 entries for a batch of 2; give one per sample",
+    ),
+    "a router without data of its own": (
+        lambda path: trainer(path, scans(), router="entropy"),
+        r"`router` = 'entropy' is fitted on data .*`RTLTrainingArguments\(calibration_fraction=0.1, …\)`, or pass",
+    ),
+    "a router that is not there": (
+        lambda path: arguments(path, router="scores"),
+        "`router` must be one of 'given', 'score', 'centroid', 'entropy', got 'scores'",
+    ),
+    "an odd batch": (
+        lambda path: RTLTrainer(image_model(), arguments(path, route_batch_size=7), train_dataset=Images(24)),
+        "`route_batch_size` = 7 must be a multiple of 2: a positive and a negative",
+    ),
+    "a sparsity of text": (
+        lambda path: arguments(path, target_sparsity="50%"),
+        "`target_sparsity` is '50%'; fractions",
+    ),
+    "a plain model": (
+        lambda path: RTLTrainer(labels_model().extract_ticket(0), hospitals(path), train_dataset=scans()),
+        "`model` must be an RTLModel, got TimmWrapperForImageClassification; make one with `from_backbone`",
+    ),
+    "plain arguments": (
+        lambda path: RTLTrainer(labels_model(), TrainingArguments(str(path)), train_dataset=scans()),
+        "`args` must be RTLTrainingArguments, got TrainingArguments; it takes the arguments of `TrainingArguments`",
+    ),
+    "the folder of a model that is not there": (
+        lambda path: RTLModel.from_pretrained(path / "backbones" / "mode"),
+        "mode' is no folder; '.*backbones' has 'model'",
+    ),
+    "a model that has no tickets": (
+        lambda path: RTLModel.from_pretrained(path / "backbones" / "plain"),
+        "a model of type 'timm_wrapper', which has no tickets yet; .*`RTLModelFor….from_backbone",
+    ),
+    "a model of another class": (
+        lambda path: RTLModelForCausalLM.from_pretrained(path / "backbones" / "model"),
+        "was saved as RTLModelForImageClassification, which RTLModelForCausalLM is not; `RTLModel.from_pretrained`",
+    ),
     "a class of another task": (
         lambda path: RTLModelForImageClassification.from_backbone(
             BertConfig(hidden_size=8, num_attention_heads=2), route_names=["a"], ticket_task="labels"
@@ -76,13 +186,22 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with two models in `backbones`, one of them without tickets."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    labels_model().save_pretrained(folder / "backbones" / "model")
+    labels_model().extract_ticket(0).save_pretrained(folder / "backbones" / "plain")
+    return folder
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_refused_in_words(mistake, tmp_path):
-    (tmp_path / "backbones").mkdir()
+def test_a_mistake_is_refused_in_words(mistake, folder):
     make, words = MISTAKES[mistake]
-    with pytest.raises((ValueError, OSError), match=f"(?s){words}"):
-        make(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["backbones"]
+    before = sorted(folder.rglob("*"))
+    with pytest.raises((TypeError, ValueError, OSError), match=f"(?s){words}") as refused:
+        make(folder)
+    assert sorted(folder.rglob("*")) == before and len(str(refused.value)) < 700
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +252,7 @@ def test_labels_have_the_names_of_the_data_unless_they_have_names(tmp_path):
     ticket = RTLModel.from_pretrained(tmp_path / "saved").extract_ticket(ROUTES[0])
     assert ticket.config.label2id == {name: index for index, name in enumerate(SHAPES)}
     named = image_model(ticket_task="labels", num_labels=3, id2label={0: "x", 1: "y", 2: "z"})
-    options = {"target_sparsity": 0.3, "route_column": "hospital"}
-    RTLTrainer(named, arguments(tmp_path, **options), train_dataset=scans())
+    RTLTrainer(named, hospitals(tmp_path), train_dataset=scans())
     assert list(named.config.id2label.values()) == ["x", "y", "z"]
 
 

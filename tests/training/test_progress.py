@@ -10,6 +10,7 @@ import pytest
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import EmptyTqdm
 
 from hf_rtl import Partition
@@ -121,11 +122,20 @@ def test_silence_is_kept(tmp_path, capsys, monkeypatch, silence):
     assert printed.out == printed.err == ""
 
 
+class NotebookProgressCallback(TrainerCallback):
+    """The callback that is `Trainer`'s in a notebook, where it shows losses and metrics in a table."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.columns = list(metrics)
+
+
 def test_a_notebook_has_the_table_of_transformers_and_no_lines_of_metrics(tmp_path, capsys, monkeypatch):
-    """In a notebook `Trainer` shows losses by another callback than its bar."""
-    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", Interrupt)
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
     made = make_labels_trainer(tmp_path, **SPOKEN)
-    assert any(isinstance(callback, Interrupt) for callback in made.callback_handler.callbacks)
+    (notebook,) = [one for one in made.callback_handler.callbacks if isinstance(one, NotebookProgressCallback)]
+    metrics = made.evaluate()
+    assert "eval_ant/accuracy" in metrics
+    assert notebook.columns == [name for name in metrics if "/" not in name]
     made.state.is_world_process_zero = True
     made.progress.start(10)
     made.log({"loss": 1.0})
@@ -171,6 +181,18 @@ def test_membership_tickets_have_balanced_accuracies_and_other_tasks_their_metri
     assert [line.split() for line in table.splitlines()[2:]] == [["test_loss", "0.200"], ["test_f1", "0.500"]]
 
 
+def test_a_round_to_sparsity_0_is_the_dense_model():
+    reports = [{"sparsity": sparsity, "metrics": {"eval_a/accuracy": 0.5}} for sparsity in (0.0, 0.5)]
+    assert result_table(reports, ["a"]).splitlines()[0].split() == [
+        "accuracy",
+        "at",
+        "sparsity",
+        "0%",
+        "(dense)",
+        "50%",
+    ]
+
+
 def test_of_many_routes_the_worst_are_shown():
     names = [f"r{route}" for route in range(30)]
     metrics = {f"eval_{name}/accuracy": 1 - route / 30 for route, name in enumerate(names)}
@@ -190,6 +212,31 @@ def test_tensorboard_has_one_log_of_all_rounds_with_the_metrics_of_routes_in_gro
     for name in made.model.route_names:
         expected = [report["metrics"][f"eval_{name}/accuracy"] for report in made.rounds]
         assert [event.value for event in log.Scalars(f"eval/{name}/accuracy")] == pytest.approx(expected)
+
+
+class Tracker(TensorBoardCallback):
+    """Ends its log as trackio and MLflow do, and writes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.events.append("log")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_a_tracker_ends_its_log_with_the_run(tmp_path):
+    tracker = Tracker()
+    make_labels_trainer(tmp_path, callbacks=[tracker], target_sparsity=[0.3, 0.6]).train()
+    assert tracker.events.count("begin") == 2 and tracker.events.index("end") == len(tracker.events) - 1
+    tracker.on_train_end(None, None, None)
+    assert tracker.events[-2:] == ["end", "end"]
 
 
 class Bars(TrainerCallback):

@@ -228,6 +228,7 @@ def test_the_hospitals_evaluate_as_with_fresh_statistics(tmp_path, steps, seed):
         "test_resnet", route_names=names, ticket_task="labels", num_labels=3, seed=0
     )
     options = {"target_sparsity": 0.5, "extraction_steps": 5, "max_steps": steps, "route_batch_size": 32}
+    options |= {"per_device_eval_batch_size": 60}
     options |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant", "logging_strategy": "no", "seed": seed}
     args = arguments(tmp_path, route_column="h", recalibration_batches=0, **options)
     made = RTLTrainer(model, args, train_dataset=train, eval_dataset=test)

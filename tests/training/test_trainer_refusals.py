@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
 from tests.training.small_runs import (
@@ -40,13 +39,11 @@ def without(name):
         ({"train": Broken(24, lambda i, sample: list(sample))}, "list"),
         ({"train": []}, "empty"),
         ({"train": iter([])}, "map-style|iterator"),
-        ({"train": {"train": Images(24)}}, "'train'"),
         ({"evaluate": Broken(12, without("label"))}, "label"),
         ({"evaluate": {"a": Images(12), "b": Broken(12, without("label"))}}, "label"),
         ({"evaluate": Broken(12, lambda i, sample: {**sample, "label": 3})}, "3"),
         ({"options": {"calibration_dataset": Broken(12, without("label"))}}, "label"),
         ({"rewind_to": 3}, "`rewind_to` = 3.*'is this mine"),
-        ({"route_batch_size": 7}, "`route_batch_size` = 7 must be a multiple of 2"),
         (
             {"calibration_fraction": 0.01},
             "`calibration_fraction` = 0.01 leaves 0 of the 8 samples of route 'ant' to cal",
@@ -56,8 +53,6 @@ def without(name):
         ({"options": {"optimizers": (torch.optim.SGD([torch.ones(1)]), None)}}, "`optimizers`"),
         ({"target_sparsity": [1.0]}, "below 1"),
         ({"target_sparsity": [0.99999]}, "keeps none"),
-        ({"per_device_train_batch_size": 4}, "`per_device_train_batch_size`.*`route_batch_size`"),
-        ({"labels": True}, "`route_column`"),
         (
             {"labels": True, "route_column": "domain", "train": Images(24, columns=("pixel_values", "domain"))},
             "no column 'label'",
@@ -70,9 +65,7 @@ def without(name):
             },
             "single label",
         ),
-        ({"model": nn.Linear(2, 2)}, "RTLModel.*Linear"),
         ({"model": "test_resnet"}, "RTLModel.*str"),
-        ({"args": transformers.TrainingArguments}, "RTLTrainingArguments.*TrainingArguments"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path, change, message):
@@ -81,13 +74,8 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, change, message):
         change["model"] = image_model(ticket_task="labels", num_labels=2)
         change.setdefault("train", Images(24, columns=DOMAINS))
         change.setdefault("evaluate", Images(12, columns=DOMAINS))
-    args_class = change.pop("args", None)
     with pytest.raises((TypeError, ValueError), match=message):
-        if args_class is not None:
-            args = args_class(output_dir=str(tmp_path / "run"), use_cpu=True)
-            RTLTrainer(image_model(), args, train_dataset=Images(24))
-        else:
-            make_trainer(tmp_path / "run", **change).train()
+        make_trainer(tmp_path / "run", **change).train()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
