@@ -163,7 +163,7 @@ def prune_units(
     """
     check_choice("scope", scope, UNIT_SCOPES)
     round_to = check_integer("round_to", round_to, minimum=1)
-    (sparsity,) = _check_targets([sparsity])
+    sparsity = check_sparsity(sparsity)
     for layer, (values, survivors) in enumerate(zip(scores, kept, strict=True)):
         if not values[survivors].isfinite().all():
             raise ValueError(f"`scores[{layer}]` are not all finite, so its units cannot be ranked.")
@@ -190,6 +190,15 @@ def prune_units(
                 f"`sparsity` = {sparsity} would remove all units of layer {layer}. Lower it, or use `scope='layer'`."
             )
     return found
+
+
+def check_sparsity(sparsity: float) -> float:
+    """`sparsity` as a `float`. Raises `ValueError` unless it is a fraction from 0 to below 1."""
+    sparsity = check_number("sparsity", sparsity)
+    if not 0 <= sparsity < 1:
+        hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"`sparsity` is {sparsity:g}; allowed are fractions from 0 to below 1.{hint}")
+    return sparsity
 
 
 def _rounded(count: float, multiple: int, limit: int) -> int:

@@ -19,7 +19,7 @@ from ..get_model import get_rtl_model
 from ..modeling.checks import check_choice, check_integer
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.units import GRANULARITIES, UnitLayer
-from ..pruning import prune_units
+from ..pruning import check_sparsity, prune_units
 from .one_pass import Calibration, Search
 from .randomness import seeded
 
@@ -89,6 +89,7 @@ def find_tickets(
         >>> model = find_tickets(language_model, dataset, route_column="language", sparsity=0.5, refit=True)
         >>> model.extract_ticket("fr", small=True).save_pretrained("french")
     """
+    sparsity = check_sparsity(sparsity)
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("criterion", criterion, CRITERIA)
     for name, value in (("num_batches", num_batches), ("batch_size", batch_size)):

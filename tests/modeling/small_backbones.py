@@ -43,10 +43,11 @@ BACKBONES = {
     "phi3": (Phi3Config(**TEXT, num_key_value_heads=2), AutoModelForCausalLM, {}),
     "t5": (
         T5Config(
-            vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+            vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
         ),
         AutoModelForSeq2SeqLM,
-        {"decoder_start_token_id": 0},
+        {},
     ),
     "bart": (
         BartConfig(

@@ -20,19 +20,22 @@ def conv(conv_1, norm, conv_2):
 
 
 BLOCK = "timm_model.layer2.0"
+BERT, ALBERT = "bert.encoder.layer.1", "albert.encoder.albert_layer_groups.0.albert_layers.0"
+PHI3 = "model.layers.1.mlp"
+UP = "intermediate.dense"
 # Backbone -> kind, number of units and places of one of its layers, with the indices per unit; number of layers.
 EXPECTED = {
-    "bert": ("neuron", 24, mlp("bert.encoder.layer.1", ["intermediate.dense"], "output.dense", biases=["intermediate.dense"]), 3),
-    "albert": ("neuron", 24, mlp("albert.encoder.albert_layer_groups.0.albert_layers.0", ["ffn"], "ffn_output", biases=["ffn"]), 1),
+    "bert": ("neuron", 24, mlp(BERT, [UP], "output.dense", biases=[UP]), 3),
+    "albert": ("neuron", 24, mlp(ALBERT, ["ffn"], "ffn_output", biases=["ffn"]), 1),
     "gpt2": ("neuron", 64, mlp("transformer.h.1.mlp", ["c_fc"], "c_proj", biases=["c_fc"], transposed=True), 2),
     "llama": ("neuron", 24, mlp("model.layers.1.mlp", ["gate_proj", "up_proj"], "down_proj"), 2),
-    "phi3": ("neuron", 24, {("model.layers.1.mlp.gate_up_proj.weight", 0): 2, ("model.layers.1.mlp.down_proj.weight", 1): 1}, 2),
+    "phi3": ("neuron", 24, {(f"{PHI3}.gate_up_proj.weight", 0): 2, (f"{PHI3}.down_proj.weight", 1): 1}, 2),
     "t5": ("neuron", 24, mlp("decoder.block.0.layer.2.DenseReluDense", ["wi_0", "wi_1"], "wo"), 2),
     "timm vit": ("neuron", 96, mlp("timm_model.blocks.1.mlp", ["fc1"], "fc2", biases=["fc1"]), 2),
     "convnext": ("neuron", 128, mlp("timm_model.stages.1.blocks.1.mlp", ["fc1"], "fc2", biases=["fc1"]), 9),
-    # The stem, and two in each of four blocks; the last stage is read by the head through a sum, so it is no unit.
+    # The stem, and two in each of four blocks. Sums of blocks are no units.
     "bottlenecks": ("channel", 16, conv(f"{BLOCK}.conv1", f"{BLOCK}.bn1", f"{BLOCK}.conv2"), 9),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

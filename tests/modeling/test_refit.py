@@ -1,0 +1,108 @@
+"""The refit solves a least-squares problem: compared with NumPy on the stacked system."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_rtl import RTLModelForCausalLM
+from hf_rtl.modeling.refit import refit, solve
+from hf_rtl.modeling.units import find_units
+from tests.modeling.small_backbones import build
+
+
+def stacked(rows, weight, kept, ridge, centred):
+    """The ridge problem as one least-squares problem: rows of the data, then a row for each kept input."""
+    rows, weight = rows.numpy(), weight.numpy()
+    if centred:
+        rows = rows - rows.mean(0)
+    removed = np.setdiff1d(np.arange(rows.shape[1]), kept)
+    penalty = np.sqrt(ridge * np.mean(np.sum(rows[:, kept] ** 2, axis=0)))
+    system = np.vstack([rows[:, kept], penalty * np.eye(len(kept))])
+    targets = np.vstack([rows[:, removed] @ weight[:, removed].T, np.zeros((len(kept), len(weight)))])
+    return np.linalg.lstsq(system, targets, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_solution_is_that_of_the_stacked_system(centred):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64) + 1
+    weight, kept = torch.randn(3, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 3, 6])
+    mean = rows.mean(0)
+    solved, offset = solve(weight, kept, rows.T @ rows, mean, 50, ridge=0.01, centred=centred)
+    change = stacked(rows, weight, kept.numpy(), 0.01, centred)
+    assert np.allclose(solved[:, kept].numpy(), weight[:, kept].numpy() + change, rtol=1e-9)
+    assert not solved[:, [1, 4, 5, 7]].any()
+    if centred:
+        assert torch.allclose((rows @ solved.T + offset).mean(0), (rows @ weight.T).mean(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
+    network, _ = build(name)
+    network = network.double()
+    batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(5)]
+    layers = [layer for layer in find_units(network, batches[0]) if "pooler" not in layer.name]
+    kept = [torch.arange(layer.num_units) % 3 > 0 for layer in layers]
+    expected = {}
+    reference, _ = build(name)
+    reference = reference.double()
+    for layer, units in zip(layers, kept, strict=True):
+        ((reader, dim),) = layer.readers
+        module, rows = reference.get_submodule(reader.removesuffix(".weight")), []
+        hook = module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].flatten(0, -2)))
+        with torch.no_grad():
+            for batch in batches:
+                reference(**batch)
+            hook.remove()
+            inputs, weight = torch.cat(rows), module.weight if dim == 1 else module.weight.T
+            chosen, bias = units.nonzero().flatten(), getattr(module, "bias", None)
+            change = torch.from_numpy(stacked(inputs, weight.detach(), chosen.numpy(), 0.01, bias is not None))
+            solved = torch.zeros_like(weight)
+            solved[:, chosen] = weight[:, chosen] + change
+            if bias is not None:
+                bias.add_((inputs @ (weight - solved).T).mean(0))
+            weight.copy_(solved)
+        expected[reader] = module.weight.detach()
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    refit(network, layers, kept, lambda: batches)
+    for key, tensor in network.state_dict().items():
+        if key in expected:
+            assert torch.allclose(tensor, expected[key], rtol=1e-7, atol=1e-10) and not torch.equal(
+                tensor, before[key]
+            )
+        elif key.removesuffix(".bias") + ".weight" in expected:
+            assert torch.allclose(tensor, reference.state_dict()[key], rtol=1e-7, atol=1e-10)
+        else:
+            assert torch.equal(tensor, before[key])
+
+
+def test_what_a_convolution_or_several_layers_read_is_left_alone():
+    network, inputs = build("bottlenecks")
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    layers = find_units(network, inputs)
+    refit(network, layers, [torch.arange(layer.num_units) % 2 > 0 for layer in layers], lambda: [inputs])
+    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+
+
+def test_a_refit_needs_batches():
+    network, inputs = build("llama")
+    layers = find_units(network, inputs)
+    with pytest.raises(ValueError, match="`refit` needs at least one batch"):
+        refit(network, layers, [torch.arange(24) > 3] * 2, list)
+
+
+def test_a_refitted_ticket_is_nearer_to_the_network_without_masks():
+    network, inputs = build("llama")
+    model = RTLModelForCausalLM.from_backbone(network, route_names=["a", "b"], ticket_task="labels").eval()
+    masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[0], strict=True))
+    for layer in find_units(network, inputs):
+        for (name, dim), units in layer.places.items():
+            masks[name].index_fill_(dim, units[::2].flatten(), False)
+    model.mask_bank["b"] = list(masks.values())
+    rows = [{"input_ids": torch.randint(3, 40, (6,)), "labels": torch.zeros(6)} for _ in range(40)]
+    plain, fitted = (model.extract_ticket("b", small=True, refit=data) for data in (None, rows))
+    with torch.no_grad():
+        dense = network(**inputs).logits
+        errors = [float((ticket(**inputs).logits - dense).square().mean()) for ticket in (plain, fitted)]
+    assert fitted.config.intermediate_size == 12 and errors[1] < 0.7 * errors[0]
+    assert torch.equal(model.extract_ticket("a")(**inputs).logits, dense)
