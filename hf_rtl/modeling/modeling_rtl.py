@@ -32,7 +32,7 @@ from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
 from .small_ticket import refit_ticket, remove_units
 from .standalone import extract_ticket
-from .ticket_files import base_fingerprint, load_tickets, save_tickets
+from .ticket_files import base_fingerprint, load_tickets, read_index, save_tickets
 
 
 class RTLModel(RoutedModel):
@@ -69,8 +69,9 @@ class RTLModel(RoutedModel):
         cls,
         backbone: str | Path | PreTrainedConfig | nn.Module,
         *,
-        route_names: Sequence[str],
-        ticket_task: str,
+        route_names: Sequence[str] | None = None,
+        ticket_task: str | None = None,
+        tickets: str | os.PathLike | None = None,
         pretrained: bool | None = None,
         seed: int | None = None,
         norm_statistics: str = "per_route",
@@ -80,13 +81,16 @@ class RTLModel(RoutedModel):
         **backbone_kwargs: Any,
     ) -> RTLModel:
         """
-        A routed model over `backbone`, whose masks keep everything.
+        A routed model over `backbone`, whose masks keep everything; or one with `tickets` that were made from it.
 
         Args:
             backbone: a timm name, a repo id, a folder, a configuration or a model; see `build_backbone.py`.
-            route_names (`Sequence[str]`): one distinct name per route.
+            route_names (`Sequence[str]`): one distinct name per route. With `tickets`, the names of those to load, by
+                default all.
             ticket_task (`str`): `"membership"` or `"labels"`, see [`RTLConfig`]. With `membership` the backbone gets
-                one logit.
+                one logit. With `tickets` it is theirs.
+            tickets (`str`, *optional*): a folder that `save_tickets` wrote, or a repository on the Hub. What the masks
+                cover and which statistics are kept is then as in the model that the tickets come from.
             pretrained (`bool`, *optional*): whether to load weights; by default only for repo ids and folders.
             seed (`int`, *optional*): seed of newly initialised weights.
             norm_statistics (`str`, *optional*, defaults to `"per_route"`): or `"shared"`.
@@ -98,8 +102,18 @@ class RTLModel(RoutedModel):
             **backbone_kwargs: to the backbone, such as `num_labels=3` or `in_chans=1`.
 
         Raises:
-            ValueError: arguments that contradict each other, or a pattern that matches nothing.
+            ValueError: arguments that contradict each other, a pattern that matches nothing, or `tickets` that were
+                made from another backbone, also from another revision of its weights.
         """
+        if tickets is not None:
+            return cls._from_tickets(
+                backbone, tickets, route_names, pretrained=pretrained, seed=seed, **backbone_kwargs
+            )
+        if route_names is None or ticket_task is None:
+            raise ValueError(
+                "`route_names` and `ticket_task` are needed, as in `from_backbone(…, route_names=['day', 'night'], "
+                "ticket_task='labels')`; or `tickets`, which say both."
+            )
         route_names = check_route_names(route_names if isinstance(route_names, str) else list(route_names))
         built = isinstance(backbone, PreTrainedModel)
         if ticket_task == "membership" and not built:
@@ -129,6 +143,29 @@ class RTLModel(RoutedModel):
             dtype=model.dtype,
         )
         return cls(config, backbone=model)
+
+    @classmethod
+    def _from_tickets(
+        cls, backbone: Any, tickets: str | os.PathLike, routes: Sequence[str] | None, **options: Any
+    ) -> RTLModel:
+        index = read_index(Path(tickets).as_posix())
+        if not isinstance(backbone, PreTrainedModel):
+            if index["ticket_task"] == "membership":
+                options.update(num_labels=1, problem_type="multi_label_classification")
+            backbone = build_backbone(backbone, cls.backbone_class, **options)
+        covered = {name for name, _ in index["weights"]}
+        known = [name for name, _ in select_prunable(backbone)]
+        model = cls.from_backbone(
+            backbone,
+            route_names=["(no route)"],
+            ticket_task=index["ticket_task"],
+            norm_statistics=index["norm_statistics"],
+            prune_include=[name for name, _ in backbone.named_parameters() if name in covered - set(known)],
+            prune_exclude=[name for name in known if name not in covered],
+        )
+        model.load_tickets(tickets, routes)
+        model.drop_route(0)
+        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any):
@@ -437,16 +474,23 @@ class RTLModel(RoutedModel):
 
         Args:
             route (`int` or `str`): index or name of a route; -1 for the union of all tickets.
+            small (`bool`, *optional*, defaults to `False`): also remove the units that the ticket does not use, such
+                as whole neurons; see `small_ticket.remove_units`. Outputs are then equal to rounding. Where a
+                configuration can say the smaller shapes, that of the ticket does; else it cannot be saved.
+            refit (*optional*): samples of the route, as a map-style data set of what the backbone takes or as batches
+                that can be read several times. On these the weights that read units are solved anew, so that they give
+                what the network gives without masks; see [`refit`].
             prune_structure (`bool`, *optional*, defaults to `False`): also remove the channels that never matter,
                 where that is exact: see `standalone.remove_dead_channels`. Outputs are then equal to rounding, not to
                 the bit (1e-6 relative in float32). If any channel is removed, shapes no longer follow the
                 configuration, and `save_pretrained` and `push_to_hub` of the ticket raise a `ValueError`: use
                 `torch.export` or ONNX.
-            example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, with which `prune_structure`
-                follows the channels. By default images of the configured size, or the backbone's `dummy_inputs`.
+            example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, with which the graph of the
+                network is followed. By default images of the configured size, or the backbone's `dummy_inputs`.
 
         Raises:
-            ValueError: an unknown route, or `prune_structure` needs `example_inputs`.
+            ValueError: an unknown route, `example_inputs` are needed, or the code of the backbone needs the sizes
+                that it has.
         """
         self._refuse_in_context("extract_ticket()")
         refuse_offloaded(self, "extract_ticket()")

@@ -131,21 +131,23 @@ def remove_dead_channels(model: nn.Module, example_inputs: Mapping[str, Tensor] 
     # Constants are computed in float64, so that rounding decides nothing.
     original = copy.deepcopy(model).to("cpu", torch.float64).eval()
     exported = torch.export.export(TensorOutputs(original), (), inputs, strict=False).run_decompositions({})
-    graph = ChannelGraph(exported, "model.", original)
-    kept = graph.kept()
+    expected = TensorOutputs(original)(**inputs)
+    for follows_splits in (True, False):
+        graph = ChannelGraph(exported, "model.", original, follows_splits=follows_splits)
+        kept = {} if graph.unread else graph.kept()
+        smaller = copy.deepcopy(original) if follows_splits else original
+        slice_channels(smaller, kept)
+        if _agree(smaller, inputs, expected):
+            break
+    else:
+        logger.warning("No channels are removed: this model's code depends on how many there are.")
+        kept = {}
     if graph.unread:
         logger.warning(
             "No channels are removed: the outputs do not depend on all parameters (%s), so it is unknown what else "
             "reads their channels.",
             ", ".join(graph.unread[:3]),
         )
-        kept = {}
-    elif kept:
-        expected = TensorOutputs(original)(**inputs)
-        slice_channels(original, kept)
-        if not _agree(original, inputs, expected):
-            logger.warning("No channels are removed: this model's code depends on how many there are.")
-            kept = {}
     sizes, num_parameters = _sizes(model), _num_parameters(model)
     slice_channels(model, kept)
     layers = [LayerChannels(name, *zip(sizes[name], smaller, strict=True)) for name, smaller in _sizes(model).items()]
@@ -173,9 +175,9 @@ def make_example_inputs(model: Any) -> dict[str, Tensor]:
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Raises `ValueError`, in place of `save_pretrained`, if a model's shapes do not follow its configuration."""
     raise ValueError(
-        "this ticket was extracted with `prune_structure=True`, so its shapes do not follow its configuration, and "
-        "what `save_pretrained` writes could not be loaded. Save `torch.export.export(ticket, …)` with "
-        "`torch.export.save`, or export it to ONNX; or extract the ticket without `prune_structure`."
+        "channels or units of this ticket were removed, so its shapes do not follow its configuration, and what "
+        "`save_pretrained` writes could not be loaded. Save `torch.export.export(ticket, …)` with "
+        "`torch.export.save`, or export it to ONNX; or extract the ticket without `prune_structure` and `small`."
     )
 
 

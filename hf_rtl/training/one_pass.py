@@ -92,14 +92,10 @@ class Search:
         if not layers:
             raise ValueError(
                 f"{type(self.model.backbone).__name__} has no {granularity} that can be pruned"
-                + (
-                    f": masks do not cover what reads {', '.join(left)}."
-                    if left
-                    else "; choose another `granularity`."
-                )
+                + (f": no mask covers what reads {', '.join(left)}." if left else "; choose another `granularity`.")
             )
         if left:
-            logger.info("Not prunable, since masks do not cover what reads them: %s", ", ".join(left))
+            logger.info("Not prunable, since no mask covers what reads them: %s", ", ".join(left))
         return layers
 
     def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:

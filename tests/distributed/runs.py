@@ -17,13 +17,20 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 from timm.models import create_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import TrainerCallback, ViTConfig  # noqa: E402
 
 import hf_rtl.training.callbacks  # noqa: E402
 import hf_rtl.training.processes  # noqa: E402
-from hf_rtl import CollapseMonitor, RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments  # noqa: E402
+from hf_rtl import (  # noqa: E402
+    CollapseMonitor,
+    RTLModelForImageClassification,
+    RTLTrainer,
+    RTLTrainingArguments,
+    find_tickets,
+)
 from hf_rtl.analysis import Change  # noqa: E402
 from hf_rtl.training import route_trainer  # noqa: E402
 from hf_rtl.training.extraction import Extraction  # noqa: E402
@@ -254,6 +261,23 @@ def add_route(folder: str, kind: str, options: dict[str, Any]) -> dict[str, Any]
         "rank": trainer.args.process_index,
         "report": report,
         "state": {name: tensor.numpy() for name, tensor in model.state_dict().items()},
+    }
+
+
+def find_in_one_pass(folder: str) -> dict[str, Any]:
+    """Finds tickets in one pass, with and without a refit, on five batches of each route."""
+    PartialState(cpu=True)
+    model = make_model("vit")
+    options = {"sparsity": 0.5, "num_batches": 5, "batch_size": 3, "round_to": 1}
+    tickets = find_tickets(model, Images(48, noise=0.0), **options)
+    masks = tickets.mask_bank.fingerprint()
+    weights = find_tickets(model, Images(48, noise=0.0), granularity="weight", **{**options, "sparsity": 0.7})
+    refitted = find_tickets(make_model("vit"), Images(48, noise=0.0), refit=True, **options)
+    return {
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "rank": PartialState().process_index,
+        "masks": [masks, weights.mask_bank.fingerprint(), refitted.mask_bank.fingerprint()],
+        "rows": [rows.detach().numpy() for rows in refitted.private_parameters.rows],
     }
 
 

@@ -276,6 +276,16 @@ def test_routers_and_their_metrics_are_those_of_one_process(say, tmp_path, ticke
                 assert np.array_equal(there[key], made[2][0]["routers"][name][0][key])
 
 
+def test_tickets_of_one_pass_are_the_same_for_any_number_of_processes(say, tmp_path):
+    """Whole batches are dealt out, and their sums are added in the order of the batches: equal to the bit."""
+    made = run_in_worlds(say, runs.find_in_one_pass, tmp_path, [1, 2])
+    (alone,) = made[1]
+    for result in made[2]:
+        assert result["masks"] == alone["masks"] and len(set(alone["masks"])) == 3
+        assert all(np.array_equal(*pair) for pair in zip(result["rows"], alone["rows"], strict=True))
+        assert not np.array_equal(result["rows"][0][0], result["rows"][0][1])
+
+
 # A further route
 
 

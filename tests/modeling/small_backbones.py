@@ -1,5 +1,8 @@
 """Small networks with units, of all kinds that tests remove units from."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import torch
 from transformers import (
     AlbertConfig,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from hf_rtl.modeling.build_backbone import build_backbone
+from hf_rtl.modeling.units import find_units
 
 
 TEXT = {
@@ -75,7 +79,7 @@ BACKBONES = {
 
 
 def build(name):
-    """A network with random biases and norms, in evaluation mode, and the inputs of a forward."""
+    """A network whose biases and norms are random too, in evaluation mode, and the inputs of a forward."""
     source, auto_class, options = BACKBONES[name]
     network = build_backbone(source, auto_class, pretrained=None, seed=0, **options).eval()
     generator = torch.Generator().manual_seed(1)
@@ -83,6 +87,8 @@ def build(name):
         for parameter in network.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif network.main_input_name == "input_ids":
+                parameter.mul_(8)  # so that neurons do something
         for buffer_name, buffer in network.named_buffers():
             if buffer_name.endswith(("running_mean", "running_var")):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
@@ -101,3 +107,19 @@ def zero_units(network, layer, removed):
         for (name, dim), units in layer.places.items():
             if name in matrices:
                 matrices[name].index_fill_(dim, units[removed].flatten(), 0)
+
+
+def units_found_once(*modules):
+    """A context in which modules find the units of networks of one configuration once: it takes seconds."""
+    found = {}
+
+    def find(network, example_inputs=None):
+        key = (type(network), network.config.to_json_string())
+        if key not in found:
+            found[key] = find_units(network, example_inputs)
+        return found[key]
+
+    stack = ExitStack()
+    for module in modules:
+        stack.enter_context(mock.patch.object(module, "find_units", find))
+    return stack

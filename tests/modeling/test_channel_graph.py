@@ -336,6 +336,34 @@ def test_concatenated_channels_are_told_apart():
     assert_removed(model, {"one": ([], [1]), "two": ([], [2]), "head": ([1, 6], [])})
 
 
+def test_channels_of_halves_that_are_multiplied_go_together():
+    def forward(self, x):
+        one, two = self.one(x).chunk(2, 1)
+        return self.head(self.last(one.relu() * two))
+
+    layers = {"one": nn.Conv2d(3, 6, 1), "last": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 2, 1)}
+    model = Function(forward, **layers)
+    with torch.no_grad():
+        model.last.weight[:, 1] = 0
+        model.head.weight[:, 2] = 0
+    assert_removed(model, {"one": ([], [1, 4]), "last": ([1], [2]), "head": ([2], [])})
+
+
+def test_where_the_code_says_how_many_channels_a_part_has_the_rest_still_goes(caplog):
+    def forward(self, x):
+        one, two = self.one(x).split(3, 1)
+        return self.head(self.last(one.relu() * two))
+
+    layers = {"one": nn.Conv2d(3, 6, 1), "last": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 2, 1)}
+    model = Function(forward, **layers)
+    with torch.no_grad():
+        model.last.weight[:, 1] = 0
+        model.head.weight[:, 2] = 0
+    with caplog.at_level(logging.WARNING, logger="hf_rtl"):
+        assert_removed(model, {"last": ([], [2]), "head": ([2], [])})
+    assert "depends on how many" not in caplog.text
+
+
 def test_a_chain_of_dead_channels_goes_as_a_whole():
     model = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     with torch.no_grad():
@@ -356,11 +384,6 @@ def test_a_layer_keeps_a_channel():
 
 
 # What is left alone
-
-
-def _split(self, x):
-    one, two = self.one(x).chunk(2, 1)
-    return self.head(one * two)
 
 
 def _slice(self, x):
@@ -420,7 +443,6 @@ def _tied_to_something_else(self, x):
 @pytest.mark.parametrize(
     ("function", "layers"),
     [
-        (_split, {"head": nn.Conv2d(2, 2, 1)}),
         pytest.param(_slice, {"head": nn.Conv2d(2, 2, 1)}, marks=pytest.mark.long),
         (_scaled, {}),
         (_grouped_norm, {}),

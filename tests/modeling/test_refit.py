@@ -104,5 +104,5 @@ def test_a_refitted_ticket_is_nearer_to_the_network_without_masks():
     with torch.no_grad():
         dense = network(**inputs).logits
         errors = [float((ticket(**inputs).logits - dense).square().mean()) for ticket in (plain, fitted)]
-    assert fitted.config.intermediate_size == 12 and errors[1] < 0.7 * errors[0]
+    assert fitted.config.intermediate_size == 12 and errors[1] < 0.8 * errors[0]
     assert torch.equal(model.extract_ticket("a")(**inputs).logits, dense)

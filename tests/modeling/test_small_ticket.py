@@ -9,10 +9,16 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from hf_rtl import RTLModelForSequenceClassification
+from hf_rtl.modeling import small_ticket
 from hf_rtl.modeling.small_ticket import remove_units
 from hf_rtl.modeling.standalone import TensorOutputs
-from hf_rtl.modeling.units import find_units
-from tests.modeling.small_backbones import BACKBONES, build, zero_units
+from tests.modeling.small_backbones import BACKBONES, build, units_found_once, zero_units
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _units_found_once():
+    with units_found_once(small_ticket):
+        yield
 
 
 # What the configuration says of half of the units.
@@ -36,7 +42,7 @@ def halved(name):
     network, inputs = build(name)
     network = network.double()
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    layers = [layer for layer in find_units(network, inputs) if "pooler" not in layer.name]
+    layers = [layer for layer in small_ticket.find_units(network, inputs) if "pooler" not in layer.name]
     for layer in layers:
         zero_units(network, layer, torch.arange(layer.num_units) % 2 == 1)
     return network, inputs, layers
@@ -99,7 +105,7 @@ def test_what_no_configuration_says_is_exported_but_not_saved(name, tmp_path):
 
 def test_layers_of_one_size_keep_as_many_units_as_the_largest_needs():
     network, inputs = build("bert")
-    first, second, _ = find_units(network, inputs)
+    first, second, _ = small_ticket.find_units(network, inputs)
     zero_units(network, first, torch.arange(24) < 10)
     zero_units(network, second, torch.arange(24) >= 20)
     expected = outputs(network, inputs)
@@ -121,7 +127,7 @@ def test_a_network_that_uses_all_units_stays_whole():
 
 def test_all_units_of_a_layer_gone_leaves_one():
     network, inputs = build("llama")
-    for layer in find_units(network, inputs):
+    for layer in small_ticket.find_units(network, inputs):
         zero_units(network, layer, torch.ones(24, dtype=torch.bool))
     expected = outputs(network, inputs)
     small = remove_units(network, inputs)
@@ -134,7 +140,7 @@ def test_a_ticket_of_a_model_is_extracted_small(tmp_path):
     model = RTLModelForSequenceClassification.from_backbone(
         copy.deepcopy(network), route_names=["day", "night"], ticket_task="labels"
     ).eval()
-    layers = find_units(network, inputs)[:2]
+    layers = small_ticket.find_units(network, inputs)[:2]
     for route in range(2):
         masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[route], strict=True))
         for layer in layers:

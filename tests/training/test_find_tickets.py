@@ -10,8 +10,15 @@ from datasets import Dataset
 from torch.nn.functional import pad
 
 from hf_rtl import RTLModelForCausalLM, find_tickets
-from hf_rtl.modeling.units import find_units
-from tests.modeling.small_backbones import build
+from hf_rtl.modeling import small_ticket
+from hf_rtl.training import one_pass
+from tests.modeling.small_backbones import build, units_found_once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _units_found_once():
+    with units_found_once(one_pass, small_ticket):
+        yield
 
 
 LANGUAGES = ["c", "french", "german"]
@@ -69,7 +76,7 @@ def layer_inputs(network, names, samples):
 def test_a_ticket_keeps_the_units_that_do_most_on_its_route(name):
     network, inputs = build(name)
     network, dataset = network.double(), texts()
-    layers = find_units(network, inputs)
+    layers = one_pass.find_units(network, inputs)
     model = search(network)
     assert type(model) is RTLModelForCausalLM and model.route_names == LANGUAGES and not model.training
     for route in range(3):
@@ -159,6 +166,31 @@ def test_refitted_readers_belong_to_routes_and_are_saved(tmp_path):
     # Each route has rows of its own; masks of these weights, two bits of a byte each in every row, are gone.
     masked = sum(size for name, size in sizes.items() if name.endswith("weight"))
     assert more == 4 * 3 * sum(sizes.values()) - 3 * masked // 8
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_stock_model_gets_its_tickets_from_files_alone(tmp_path, refit):
+    network, inputs = build("llama")
+    network.save_pretrained(tmp_path / "stock")
+    model = search(network, refit=refit)
+    model.save_tickets(tmp_path / "tickets")
+    again = RTLModelForCausalLM.from_backbone(tmp_path / "stock", tickets=tmp_path / "tickets").eval()
+    assert again.route_names == LANGUAGES and again.private_parameters.names == model.private_parameters.names
+    with torch.no_grad():
+        for route in LANGUAGES:
+            expected = model(**inputs, route_ids=route).logits
+            assert torch.equal(again(**inputs, route_ids=route).logits, expected)
+    some = RTLModelForCausalLM.from_backbone(network, tickets=tmp_path / "tickets", route_names=["german"])
+    assert some.route_names == ["german"]
+    with torch.no_grad():
+        network.model.embed_tokens.weight[3, 0] += 1
+    network.save_pretrained(tmp_path / "other revision")
+    with pytest.raises(ValueError, match="made from another base than this model.*model.embed_tokens.weight"):
+        RTLModelForCausalLM.from_backbone(tmp_path / "other revision", tickets=tmp_path / "tickets")
+    with pytest.raises(ValueError, match="holds no tickets"):
+        RTLModelForCausalLM.from_backbone(network, tickets=tmp_path / "stock")
+    with pytest.raises(ValueError, match="`route_names` and `ticket_task` are needed.*or `tickets`"):
+        RTLModelForCausalLM.from_backbone(network)
 
 
 def test_the_seed_draws_samples_and_random_tickets():
