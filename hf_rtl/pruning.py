@@ -140,6 +140,7 @@ def prune_units(
     sparsity: float,
     scope: str = "layer",
     round_to: int = 8,
+    names: Sequence[str] | None = None,
 ) -> list[Tensor]:
     """
     Keeps the surviving units of largest score: whole neurons or channels, in place of single weights.
@@ -153,6 +154,7 @@ def prune_units(
             `"global"`: all units together.
         round_to (`int`, defaults to 8): with scope `"layer"` a layer keeps a multiple of this number, the nearest one,
             the larger of two as near, at least one multiple, and at most all of its units.
+        names (`Sequence[str]`, *optional*): names of the layers, for errors.
 
     Returns:
         `list[Tensor]`: the units that are kept, `bool`, nested in `kept`; the first ones among equals.
@@ -164,16 +166,17 @@ def prune_units(
     check_choice("scope", scope, UNIT_SCOPES)
     round_to = check_integer("round_to", round_to, minimum=1)
     sparsity = check_sparsity(sparsity)
-    for layer, (values, survivors) in enumerate(zip(scores, kept, strict=True)):
+    layers = names or [f"layer {layer}" for layer in range(len(kept))]
+    for name, values, survivors in zip(layers, scores, kept, strict=True):
         if not values[survivors].isfinite().all():
-            raise ValueError(f"`scores[{layer}]` are not all finite, so its units cannot be ranked.")
+            raise ValueError(f"the scores of {name} are not all finite, so its units cannot be ranked.")
     sizes = [len(survivors) for survivors in kept]
     if scope == "layer":
         counts = [_rounded(size - sparsity * size, round_to, size) for size in sizes]
-        for layer, (count, survivors) in enumerate(zip(counts, kept, strict=True)):
+        for name, count, survivors in zip(layers, counts, kept, strict=True):
             if count > survivors.sum():
                 raise ValueError(
-                    f"`sparsity` = {sparsity} keeps {count} units of layer {layer}, which has only "
+                    f"`sparsity` = {sparsity} keeps {count} units of {name}, which has only "
                     f"{int(survivors.sum())} left; give a larger sparsity than the one before."
                 )
         chosen = [
@@ -184,10 +187,10 @@ def prune_units(
         every = torch.cat([values[layer] for values, layer in zip(scores, kept, strict=True)])
         chosen = list(_largest(every, count).split([int(layer.sum()) for layer in kept]))
     found = [torch.zeros_like(layer).masked_scatter_(layer, one) for layer, one in zip(kept, chosen, strict=True)]
-    for layer, units in enumerate(found):
+    for name, units in zip(layers, found, strict=True):
         if not units.any():
             raise ValueError(
-                f"`sparsity` = {sparsity} would remove all units of layer {layer}. Lower it, or use `scope='layer'`."
+                f"`sparsity` = {sparsity} would remove all units of {name}. Lower it, or use `scope='layer'`."
             )
     return found
 

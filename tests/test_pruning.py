@@ -206,7 +206,7 @@ def test_units_that_cannot_be_pruned_so_are_named():
     every = [torch.ones(4, dtype=torch.bool)] * 2
     with pytest.raises(ValueError, match=r"`sparsity` = 0.5 would remove all units of layer 0.*scope='layer'"):
         prune_units(scores, every, sparsity=0.5, scope="global")
-    with pytest.raises(ValueError, match=r"`scores\[1\]` are not all finite"):
+    with pytest.raises(ValueError, match="the scores of layer 1 are not all finite"):
         prune_units([scores[0], torch.full((4,), torch.inf)], every, sparsity=0.5)
     half = prune_units(scores, every, sparsity=0.5, round_to=1)
     with pytest.raises(ValueError, match=r"keeps 3 units of layer 0, which has only 2 left"):

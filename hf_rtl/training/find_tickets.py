@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from ..data.partition import Partition
 from ..data.route_data import find_partition
 from ..get_model import get_rtl_model
 from ..modeling.checks import check_choice, check_integer
@@ -23,8 +24,6 @@ from ..pruning import check_sparsity, prune_units
 from .one_pass import Calibration, Search
 from .randomness import seeded
 
-
-logger = logging.getLogger(__name__)
 
 CRITERIA = ("activity", "magnitude", "random")
 
@@ -54,7 +53,8 @@ def find_tickets(
 
     Args:
         model: a trained model, a repo id, a folder or a timm name, as for [`get_rtl_model`]; or an [`RTLModel`], whose
-            tickets become smaller. A built model is wrapped, and not copied.
+            tickets become smaller. A built model is wrapped, and not copied. With `refit` a new [`RTLModel`] around
+            the same backbone is made in any case, without router and thresholds.
         dataset (map-style data set of dicts): samples of all routes, with what the model takes.
         sparsity (`float`): the share of units, or of prunable weights, that is removed from each ticket.
         route_column (`str`, *optional*): the column with the route of a sample; see [`get_rtl_model`].
@@ -96,16 +96,7 @@ def find_tickets(
         check_integer(name, value, minimum=1)
     if refit and granularity == "weight":
         raise ValueError("`refit` is for units: use `granularity='neuron'`, or leave it out.")
-    routed = model
-    if not isinstance(model, RTLModel):
-        routed = get_rtl_model(model, dataset, route_column=route_column, **options)
-    if route_column is None and routed.partition_rule is not None:
-        partition = routed.partition_rule.assign(dataset)
-    else:
-        task = routed.config.ticket_task
-        partition = find_partition(
-            dataset, route_column=route_column, route_names=routed.route_names, ticket_task=task, allow_empty=True
-        )
+    routed, partition = _routed(model, dataset, route_column, options)
     collate = data_collator or (
         default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
     )
@@ -125,6 +116,7 @@ def find_tickets(
                     sparsity=sparsity,
                     scope=scope or "layer",
                     round_to=round_to,
+                    names=[layer.name for layer in layers],
                 )
                 for route in search.routes()
             ]
@@ -138,6 +130,23 @@ def find_tickets(
     if granularity != "weight":
         _say(_report(routed, layers, kept, sparsity))
     return routed.eval()
+
+
+def _routed(
+    model: Any, dataset: Any, route_column: str | None, options: Mapping[str, Any]
+) -> tuple[RTLModel, Partition]:
+    """The routed model of a search, and the routes of its samples."""
+    routed = model
+    if not isinstance(model, RTLModel):
+        routed = get_rtl_model(model, dataset, route_column=route_column, **options)
+    if route_column is None and routed.partition_rule is not None:
+        partition = routed.partition_rule.assign(dataset)
+    else:
+        task = routed.config.ticket_task
+        partition = find_partition(
+            dataset, route_column=route_column, route_names=routed.route_names, ticket_task=task, allow_empty=True
+        )
+    return routed, partition
 
 
 def _without_other_columns(model: RTLModel, collate: Callable[[list], dict[str, Any]]) -> Callable[[list], dict]:

@@ -148,7 +148,7 @@ class Search:
         masks: Sequence[Sequence[Tensor]],
         ridge: float,
     ) -> RTLModel:
-        """A model whose routes have readers of their own, solved anew."""
+        """Another model around the same backbone, whose routes have readers of their own, solved anew."""
         model, config = self.model, self.model.config
         backbone = model.backbone
         readers = [name for layer in layers if can_refit(backbone, layer) for name, _ in layer.readers]
@@ -163,6 +163,8 @@ class Search:
             prune_include=config.prune_include,
             prune_exclude=[*config.prune_exclude, *readers],
         )
+        if model.norm_statistics is not None and refitted.norm_statistics is not None:
+            refitted.norm_statistics.load_state_dict(model.norm_statistics.state_dict())
         for route in self.routes():
             found = dict(zip(self.bank.weight_names, masks[route], strict=True))
             refitted.mask_bank[route] = [found[name] for name in refitted.mask_bank.weight_names]
@@ -215,7 +217,8 @@ class Search:
     def _draw(self, route: int, shape: Sequence[int]) -> Tensor:
         """Random scores; those of a layer follow on those of the layer before it."""
         if route not in self._generators:
-            self._generators[route] = torch.Generator().manual_seed(1_000_003 * self.data.seed + route)
+            (seed,) = np.random.SeedSequence([self.data.seed, route]).generate_state(1).tolist()
+            self._generators[route] = torch.Generator().manual_seed(seed)
         return torch.rand(shape, generator=self._generators[route], dtype=torch.float64)
 
     @torch.no_grad()

@@ -88,7 +88,7 @@ def build(name):
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
             elif network.main_input_name == "input_ids":
-                parameter.mul_(8)  # so that neurons do something
+                parameter.mul_(0.2 / parameter.std())  # so that neurons do something
         for buffer_name, buffer in network.named_buffers():
             if buffer_name.endswith(("running_mean", "running_var")):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))

@@ -260,9 +260,26 @@ def test_after_a_refusal_a_routed_model_is_as_before():
         search(model, texts().filter(lambda row: row["language"] != "german"))
     broken = build("llama")[0]
     broken.get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"`scores\[0\]` are not all finite"):
+    with pytest.raises(ValueError, match="the scores of model.layers.0.mlp.gate_proj are not all finite"):
         search(broken)
-    with pytest.raises(ValueError, match="keeps 24 units of layer 0, which has only 16 left"):
+    with pytest.raises(ValueError, match="keeps 24 units of model.layers.0.mlp.gate_proj, which has only 16 left"):
         search(model, sparsity=0.0)
     assert model.mask_bank.fingerprint() == before and model.active.route is None
     assert search(model, sparsity=0.7) is model
+
+
+def test_a_refit_of_channels_keeps_the_statistics_of_routes():
+    """Convolutions are left as they are; what a given model has for each route goes along."""
+    network, _ = build("bottlenecks")
+    generator = np.random.default_rng(0)
+    rows = [{"pixel_values": generator.normal(size=(3, 32, 32)).tolist(), "place": "ab"[i % 2]} for i in range(8)]
+    images = Dataset.from_list(rows).with_format("torch")
+    options = {"route_column": "place", "granularity": "channel", "num_batches": 1, "batch_size": 4, "round_to": 2}
+    model = find_tickets(network, images, sparsity=0.25, **options)
+    for statistics in model.norm_statistics.rows:
+        statistics.copy_(torch.arange(len(statistics))[:, None].expand_as(statistics) if statistics.ndim > 1 else 7)
+    again = find_tickets(model, images, sparsity=0.5, refit=True, **options)
+    assert again is not model and again.private_parameters.names == []
+    for old, new in zip(model.norm_statistics.rows, again.norm_statistics.rows, strict=True):
+        assert torch.equal(old, new)
+    assert float(again.mask_bank.density()[0]) < float(model.mask_bank.density()[0])
