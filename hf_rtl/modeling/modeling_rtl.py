@@ -33,6 +33,7 @@ from .routed_model import RoutedModel
 from .small_ticket import refit_ticket, remove_units
 from .standalone import extract_ticket
 from .ticket_files import base_fingerprint, load_tickets, read_index, save_tickets
+from .units import UnitLayer, find_units
 
 
 class RTLModel(RoutedModel):
@@ -57,6 +58,7 @@ class RTLModel(RoutedModel):
     training_run: dict[str, Any] | None = None
     # After a training: the rule by which new data gets its routes (see `partition.Rule`).
     partition_rule: Any = None
+    _unit_layers: list[UnitLayer] | None = None
     # Whether a trainer has moved its weights.
     was_trained = False
     # The commit on the Hub that the model was loaded from; the repository's name is `name_or_path`.
@@ -497,8 +499,15 @@ class RTLModel(RoutedModel):
         index = self.route_index(route)
         ticket = extract_ticket(self, index, prune_structure=prune_structure, example_inputs=example_inputs)
         if refit is not None:
-            refit_ticket(ticket, extract_ticket(self, index, masked=False), refit, example_inputs)
-        return remove_units(ticket, example_inputs) if small else ticket
+            dense = extract_ticket(self, index, masked=False)
+            refit_ticket(ticket, dense, refit, self.unit_layers(example_inputs))
+        return remove_units(ticket, example_inputs, layers=self.unit_layers(example_inputs)) if small else ticket
+
+    def unit_layers(self, example_inputs: Mapping[str, Tensor] | None = None) -> list[UnitLayer]:
+        """The layers of units of the backbone, found once; see [`find_units`]."""
+        if self._unit_layers is None:
+            self._unit_layers = find_units(self.backbone, example_inputs)
+        return self._unit_layers
 
     # What is here
 

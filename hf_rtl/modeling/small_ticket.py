@@ -24,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def remove_units(ticket: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+def remove_units(
+    ticket: PreTrainedModel,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    *,
+    layers: Sequence[UnitLayer] | None = None,
+) -> PreTrainedModel:
     """
     A copy of a plain model without the units that nothing reads: those whose weights in all readers are zero.
 
@@ -37,11 +42,12 @@ def remove_units(ticket: PreTrainedModel, example_inputs: Mapping[str, Tensor] |
         ticket (`PreTrainedModel`): stays as it is.
         example_inputs (`Mapping[str, Tensor]`, *optional*): arguments of a forward, two samples or more. Defaults to
             images of the configured size, or to `dummy_inputs`.
+        layers (`Sequence[UnitLayer]`, *optional*): those of a network of the same structure, if they are known.
 
     Raises:
         ValueError: no `example_inputs`, and none can be made for this model; or its code needs the sizes that it has.
     """
-    layers = find_units(ticket, example_inputs)
+    layers = find_units(ticket, example_inputs) if layers is None else layers
     used = [used_units(ticket, layer) for layer in layers]
     small = copy.deepcopy(ticket)
     config = _smaller_config(ticket, layers, used)
@@ -60,9 +66,7 @@ def remove_units(ticket: PreTrainedModel, example_inputs: Mapping[str, Tensor] |
 
 
 @torch.no_grad()
-def refit_ticket(
-    ticket: PreTrainedModel, dense: PreTrainedModel, data: Any, example_inputs: Mapping[str, Tensor] | None = None
-) -> None:
+def refit_ticket(ticket: PreTrainedModel, dense: PreTrainedModel, data: Any, layers: Sequence[UnitLayer]) -> None:
     """
     Solves anew, in place, the weights of a ticket that read units, so that they give what all units of the network
     without masks give; see [`refit`].
@@ -72,9 +76,8 @@ def refit_ticket(
         dense (`PreTrainedModel`): the same without masks; it changes.
         data: a map-style data set of what the model takes, or batches of it that can be read several times, such as a
             `DataLoader`.
-        example_inputs (`Mapping[str, Tensor]`, *optional*): see `remove_units`.
+        layers (`Sequence[UnitLayer]`): the layers of units.
     """
-    layers = find_units(ticket, example_inputs)
     names = set(inspect.signature(ticket.forward).parameters) - {"labels", "kwargs"}
     loader = data if not hasattr(data, "__getitem__") else DataLoader(data, 16, collate_fn=default_data_collator)
 

@@ -11,7 +11,6 @@ from accelerate import PartialState
 from tabulate import tabulate
 from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
-from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..data.partition import Partition
@@ -97,10 +96,8 @@ def find_tickets(
     if refit and granularity == "weight":
         raise ValueError("`refit` is for units: use `granularity='neuron'`, or leave it out.")
     routed, partition = _routed(model, dataset, route_column, options)
-    collate = data_collator or (
-        default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
-    )
-    data = Calibration(dataset, partition, _without_other_columns(routed, collate), num_batches, batch_size, seed)
+    collate = _collator(routed, data_collator, processing_class)
+    data = Calibration(dataset, partition, collate, num_batches, batch_size, seed)
     data.check()
     search = Search(routed, data, example_inputs)
     with seeded((seed, 0), routed.device):
@@ -149,11 +146,14 @@ def _routed(
     return routed, partition
 
 
-def _without_other_columns(model: RTLModel, collate: Callable[[list], dict[str, Any]]) -> Callable[[list], dict]:
-    """`collate` without columns that the backbone does not take, and without labels that it does not need."""
-    backbone: PreTrainedModel = model.backbone
-    names = set(inspect.signature(backbone.forward).parameters)
-    if not backbone.config.is_encoder_decoder:
+def _collator(
+    model: RTLModel, collate: Callable[[list], dict] | None, processing_class: Any
+) -> Callable[[list], dict]:
+    """What makes a batch, without columns that the backbone does not take and labels that it does not need."""
+    if collate is None:
+        collate = default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
+    names = set(inspect.signature(model.backbone.forward).parameters)
+    if not model.backbone.config.is_encoder_decoder:
         names -= {"labels"}
     return RemoveColumnsCollator(collate, names - {"kwargs"})
 

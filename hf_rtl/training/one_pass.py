@@ -21,7 +21,7 @@ from ..data.sampling import fetch
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.refit import can_refit
 from ..modeling.refit import refit as refit_units
-from ..modeling.units import UnitLayer, find_units
+from ..modeling.units import UnitLayer
 from ..pruning import prune, unit_activity, weight_activity
 from .activity import Sums, add_up, input_squares
 
@@ -85,7 +85,7 @@ class Search:
 
     def unit_layers(self, granularity: str) -> list[UnitLayer]:
         """The layers of units whose readers all have masks. The others are named in the log."""
-        found = [layer for layer in find_units(self.model.backbone, self.example_inputs) if layer.kind == granularity]
+        found = [layer for layer in self.model.unit_layers(self.example_inputs) if layer.kind == granularity]
         covered = set(self.bank.weight_names)
         layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
         left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]

@@ -259,7 +259,7 @@ def test_a_smaller_ticket_is_exported_but_not_saved(pruned, tmp_path):
     difference = (expected - model(x, route_ids="dog").logits).abs().max()
     assert difference <= 1e-6 * expected.abs().max()
     for save in (ticket.save_pretrained, ticket.push_to_hub, copy.deepcopy(ticket).save_pretrained):
-        with pytest.raises(ValueError, match=r"prune_structure=True.*torch\.export"):
+        with pytest.raises(ValueError, match=r"torch\.export.*prune_structure"):
             save(str(tmp_path / "ticket"))
     assert not (tmp_path / "ticket").exists()
     torch.export.save(torch.export.export(ticket, (), {"pixel_values": x}), tmp_path / "ticket.pt2")

@@ -10,14 +10,13 @@ from datasets import Dataset
 from torch.nn.functional import pad
 
 from hf_rtl import RTLModelForCausalLM, find_tickets
-from hf_rtl.modeling import small_ticket
-from hf_rtl.training import one_pass
+from hf_rtl.modeling import modeling_rtl
 from tests.modeling.small_backbones import build, units_found_once
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _units_found_once():
-    with units_found_once(one_pass, small_ticket):
+    with units_found_once(modeling_rtl):
         yield
 
 
@@ -76,7 +75,7 @@ def layer_inputs(network, names, samples):
 def test_a_ticket_keeps_the_units_that_do_most_on_its_route(name):
     network, inputs = build(name)
     network, dataset = network.double(), texts()
-    layers = one_pass.find_units(network, inputs)
+    layers = modeling_rtl.find_units(network, inputs)
     model = search(network)
     assert type(model) is RTLModelForCausalLM and model.route_names == LANGUAGES and not model.training
     for route in range(3):
@@ -85,7 +84,7 @@ def test_a_ticket_keeps_the_units_that_do_most_on_its_route(name):
         expected = {key: torch.ones_like(mask) for key, mask in masks.items()}
         for layer in layers:
             ((reader, dim),) = layer.readers
-            weight, scores = network.get_parameter(reader), []
+            weight, scores = network.get_parameter(reader).detach(), []
             for unit in range(layer.num_units):
                 mean = math.fsum(float(value) ** 2 for value in rows[reader][:, unit]) / len(rows[reader])
                 scores.append(mean * math.fsum(float(value) ** 2 for value in weight.select(dim, unit)))
