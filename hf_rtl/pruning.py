@@ -17,7 +17,7 @@ from torch import Tensor
 from .modeling.checks import check_choice, check_integer, check_number
 
 
-PRUNE_SCOPES = ("global", "layer", "global_normalised", "row")
+PRUNE_SCOPES = ("global", "layer", "global_normalised")
 UNIT_SCOPES = ("layer", "global")
 PRUNE_SCHEDULES = ("geometric", "linear", "constant")
 
@@ -72,7 +72,7 @@ def prune(
         raise ValueError(
             f"`num_kept` is {num_kept}; allowed is 0 to {num_survivors}, the number of surviving weights."
         )
-    check_choice("scope", scope, PRUNE_SCOPES)
+    check_choice("scope", scope, (*PRUNE_SCOPES, "row"))
 
     ranked = "weights" if scores is None else "scores"
     if scores is not None:

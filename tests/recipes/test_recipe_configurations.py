@@ -7,6 +7,7 @@ import re
 import baselines
 import collapse
 import inr
+import languages
 import prune
 import pytest
 import speech
@@ -25,6 +26,7 @@ def test_configurations_name_existing_arguments(config: str) -> None:
         "baselines": (baselines.ComparisonArguments, baselines.DataArguments),
         "collapse": (collapse.CollapseArguments, collapse.DataArguments),
         "inr": (inr.ComparisonArguments, inr.SceneArguments),
+        "languages": (languages.LanguageArguments, languages.DataArguments),
         "speech": (speech.ComparisonArguments, speech.SpeechArguments),
     }
     named = re.search(r"for recipes/(\w+)\.py", (RECIPES / "configs" / config).read_text().splitlines()[0])

@@ -11,7 +11,20 @@ import pytest
 from tests.recipes.commands import RECIPES
 
 
-COMMANDS = {"analyze", "baselines", "collapse", "evaluate", "group_classes", "inr", "prune", "speech", "verify"}
+COMMANDS = {
+    *(
+        "analyze",
+        "baselines",
+        "collapse",
+        "evaluate",
+        "group_classes",
+        "inr",
+        "languages",
+        "prune",
+        "speech",
+        "verify",
+    ),
+}
 ROOMS = {"shared", "pages", "benchmarks"}
 FILES = sorted(RECIPES.rglob("*.py"))
 
