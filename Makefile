@@ -20,10 +20,10 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 	mv runs/digits-results.json runs/digits/results.json
 
 test: quality  ## Run the checks, then the tests
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile
 
 test-fast: venv  ## Run the tests that are not slow, without the checks
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not long"
+	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile -m "not slow and not long"
 
 test-long: venv  ## Run the long tests too: runs killed at all moments that are known, all forms of graphs, and the like
 	$(PYTHON) -m pytest --ignore tests/distributed -m long --numprocesses 2 --dist loadfile
