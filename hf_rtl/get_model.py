@@ -98,10 +98,14 @@ def get_rtl_model(
     return model
 
 
-def _say(name: str, choice: str) -> None:
-    """Prints a choice on the first process, unless logging asks for silence."""
+def say(text: str) -> None:
+    """Prints a text on the first process, unless logging asks for silence."""
     if os.environ.get("RANK", "0") == "0" and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING):
-        print(f"{name:13}{choice}")
+        print(text)
+
+
+def _say(name: str, choice: str) -> None:
+    say(f"{name:13}{choice}")
 
 
 def _class_of_model(backbone: Any) -> type[RTLModel] | None:

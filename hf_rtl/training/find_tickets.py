@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accelerate import PartialState
 from tabulate import tabulate
 from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
@@ -15,7 +13,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..data.partition import Partition
 from ..data.route_data import find_partition
-from ..get_model import get_rtl_model
+from ..get_model import get_rtl_model, say
 from ..modeling.checks import check_choice, check_integer
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.units import GRANULARITIES, UnitLayer
@@ -125,7 +123,7 @@ def find_tickets(
             routed.mask_bank[route] = mask
     routed.partition_rule = partition.rule
     if granularity != "weight":
-        _say(_report(routed, layers, kept, sparsity))
+        say(_report(routed, layers, kept, sparsity))
     return routed.eval()
 
 
@@ -156,11 +154,6 @@ def _collator(
     if not model.backbone.config.is_encoder_decoder:
         names -= {"labels"}
     return RemoveColumnsCollator(collate, names - {"kwargs"})
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process and logging.getLogger("hf_rtl").isEnabledFor(logging.WARNING):
-        print(text)
 
 
 def _report(model: RTLModel, layers: Sequence[UnitLayer], kept: Sequence[Sequence[Tensor]], sparsity: float) -> str:

@@ -336,22 +336,17 @@ def test_concatenated_channels_are_told_apart():
     assert_removed(model, {"one": ([], [1]), "two": ([], [2]), "head": ([1, 6], [])})
 
 
-def test_channels_of_halves_that_are_multiplied_go_together():
+@pytest.mark.parametrize(
+    ("split", "removed"),
+    [
+        (lambda x: x.chunk(2, 1), {"one": ([], [1, 4]), "last": ([1], [2]), "head": ([2], [])}),
+        # This code says how many channels a part has, so these stay, and the rest still goes.
+        (lambda x: x.split(3, 1), {"last": ([], [2]), "head": ([2], [])}),
+    ],
+)
+def test_channels_of_halves_that_are_multiplied_go_together(split, removed, caplog):
     def forward(self, x):
-        one, two = self.one(x).chunk(2, 1)
-        return self.head(self.last(one.relu() * two))
-
-    layers = {"one": nn.Conv2d(3, 6, 1), "last": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 2, 1)}
-    model = Function(forward, **layers)
-    with torch.no_grad():
-        model.last.weight[:, 1] = 0
-        model.head.weight[:, 2] = 0
-    assert_removed(model, {"one": ([], [1, 4]), "last": ([1], [2]), "head": ([2], [])})
-
-
-def test_where_the_code_says_how_many_channels_a_part_has_the_rest_still_goes(caplog):
-    def forward(self, x):
-        one, two = self.one(x).split(3, 1)
+        one, two = split(self.one(x))
         return self.head(self.last(one.relu() * two))
 
     layers = {"one": nn.Conv2d(3, 6, 1), "last": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 2, 1)}
@@ -360,7 +355,7 @@ def test_where_the_code_says_how_many_channels_a_part_has_the_rest_still_goes(ca
         model.last.weight[:, 1] = 0
         model.head.weight[:, 2] = 0
     with caplog.at_level(logging.WARNING, logger="hf_rtl"):
-        assert_removed(model, {"last": ([], [2]), "head": ([2], [])})
+        assert_removed(model, removed)
     assert "depends on how many" not in caplog.text
 
 
