@@ -180,7 +180,7 @@ def prune_units(
                     f"{int(survivors.sum())} left; give a larger sparsity than the one before."
                 )
         chosen = [
-            _largest(values[survivors], count) for values, survivors, count in zip(scores, kept, counts, strict=False)
+            _largest(values[survivors], count) for values, survivors, count in zip(scores, kept, counts, strict=True)
         ]
     else:
         count = sum(sizes) - round(sparsity * sum(sizes))
@@ -222,7 +222,7 @@ def unit_activity(squares: Sequence[Tensor], readers: Sequence[Tensor]) -> Tenso
     """
     parts = (
         mean.double() * weight.double().square().flatten(2).sum(2)
-        for mean, weight in zip(squares, readers, strict=False)
+        for mean, weight in zip(squares, readers, strict=True)
     )
     return torch.stack([part.sum(1) for part in parts]).sum(0)
 

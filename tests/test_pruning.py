@@ -150,6 +150,12 @@ def test_row_scope_matches_the_naive_reference(with_scores):
             assert [value for mask in as_lists(result) for value in mask] == naive_rows(ranked, masks, num_kept)
 
 
+def test_among_equals_the_first_of_a_long_row_are_kept():
+    weights = [torch.ones(2, 5000)]
+    (kept,) = prune(weights, full_masks(weights), num_kept=4000, scope="row")
+    assert all(row.tolist() == [True] * 2000 + [False] * 3000 for row in kept)
+
+
 def test_scores_replace_magnitudes_in_every_scope():
     weights, scores = [torch.tensor([5.0, 4.0, 3.0]), torch.tensor([2.0, 1.0])], [torch.arange(3.0), torch.ones(2)]
     assert as_lists(prune(weights, full_masks(weights), num_kept=3, scores=scores)) == [

@@ -34,6 +34,7 @@ from hf_rtl import (  # noqa: E402
 from hf_rtl.analysis import Change  # noqa: E402
 from hf_rtl.training import route_trainer  # noqa: E402
 from hf_rtl.training.extraction import Extraction  # noqa: E402
+from hf_rtl.training.one_pass import gather_in_order  # noqa: E402
 from hf_rtl.training.processes import Processes  # noqa: E402
 from hf_rtl.training.running_statistics import running_statistics  # noqa: E402
 from hf_rtl.training.ticket_trainer import TicketTrainer  # noqa: E402
@@ -276,6 +277,7 @@ def find_in_one_pass(folder: str) -> dict[str, Any]:
     return {
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "rank": PartialState().process_index,
+        "order": gather_in_order([*range(5)][PartialState().process_index :: PartialState().num_processes]),
         "masks": [masks, weights.mask_bank.fingerprint(), refitted.mask_bank.fingerprint()],
         "rows": [rows.detach().numpy() for rows in refitted.private_parameters.rows],
     }

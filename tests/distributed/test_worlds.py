@@ -281,6 +281,7 @@ def test_tickets_of_one_pass_are_the_same_for_any_number_of_processes(say, tmp_p
     made = run_in_worlds(say, runs.find_in_one_pass, tmp_path, [1, 2])
     (alone,) = made[1]
     for result in made[2]:
+        assert result["order"] == [0, 1, 2, 3, 4]
         assert result["masks"] == alone["masks"] and len(set(alone["masks"])) == 3
         assert all(np.array_equal(*pair) for pair in zip(result["rows"], alone["rows"], strict=True))
         assert not np.array_equal(result["rows"][0][0], result["rows"][0][1])

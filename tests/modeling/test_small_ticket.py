@@ -118,6 +118,22 @@ def test_layers_of_one_size_keep_as_many_units_as_the_largest_needs():
     assert torch.equal(small.get_parameter("bert.encoder.layer.0.intermediate.dense.bias"), bias[kept])
 
 
+def test_a_configuration_that_would_take_units_in_use_is_not_chosen():
+    """timm's `base_width` is one for all stages; here the first can lose half of its channels, the others none."""
+    network, inputs = build("bottlenecks")
+    for layer in small_ticket.find_units(network, inputs):
+        if "layer1" in layer.name:
+            zero_units(network, layer, torch.arange(layer.num_units) % 2 == 1)
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert small.config.to_dict() == network.config.to_dict()
+    assert_close(outputs(small, inputs), expected, 1e-6)
+    widths = [getattr(small.timm_model, f"layer{stage}")[0].conv1.out_channels for stage in (1, 2, 3, 4)]
+    assert widths == [4, 16, 24, 32]
+    with pytest.raises(ValueError, match="its shapes do not follow its configuration"):
+        small.save_pretrained("anywhere")
+
+
 def test_a_network_that_uses_all_units_stays_whole():
     network, inputs = build("bert")
     small = remove_units(network, inputs)
