@@ -122,7 +122,7 @@ class ChannelGraph:
         dimension -> `int64 [num_units, n]`, the indices along it of each unit of the group. Channels are left out that
         something reads that is not understood, or that are added to others, as in a residual stream.
         """
-        fixed, added = ({self._root(id) for id in ids} for ids in (self._all_fixed(), self._added))
+        stay = {self._root(id) for id in chain(self._all_fixed(), self._added)}
         places: dict[int, dict[tuple[str, int], list[int]]] = {}
         for name, dims in self._layout.items():
             for dim, ids in dims.items():
@@ -130,7 +130,7 @@ class ChannelGraph:
                     places.setdefault(self._root(id), {}).setdefault((name, dim), []).append(index)
         groups: dict[tuple, list[dict[tuple[str, int], list[int]]]] = {}
         for root, found in places.items():
-            if root not in fixed | added and self._inputs & found.keys():
+            if root not in stay and self._inputs & found.keys():
                 key = tuple((place, len(indices)) for place, indices in found.items())
                 groups.setdefault(key, []).append(found)
         return [{place: np.array([unit[place] for unit in units]) for place in units[0]} for units in groups.values()]

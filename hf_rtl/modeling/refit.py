@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from .layer_inputs import LayerInputs
 from .units import UnitLayer
+
+
+# With H the inputs of a layer and H_K those that are kept: H_KᵀH, the sum of H's rows, float64, and their number.
+Moments = tuple[Tensor, Tensor, int]
 
 
 def can_refit(network: nn.Module, layer: UnitLayer) -> bool:
@@ -27,7 +32,7 @@ def refit(
     batches: Callable[[], Iterable[Mapping[str, Any]]],
     *,
     ridge: float = 1e-2,
-    gather: Callable[[list[tuple[Tensor, Tensor, int]]], list[tuple[Tensor, Tensor, int]]] = lambda sums: sums,
+    gather: Callable[[list[Moments]], list[Moments]] | None = None,
 ) -> None:
     """
     Solves, in place and layer after layer, the ridge least-squares problem of the weights that read units, so that the
@@ -44,7 +49,7 @@ def refit(
             convolution or several layers read are left as they are.
         batches (`Callable`): makes the batches, the same at every call; arguments of a forward, on the device.
         ridge (`float`, defaults to 0.01): λ over the mean diagonal; larger for fewer samples.
-        gather (`Callable`, *optional*): turns the sums of this process's batches into those of all batches.
+        gather (`Callable`, *optional*): turns the sums of each of this process's batches into those of all batches.
 
     Raises:
         ValueError: inputs that are not finite, or none.
@@ -53,22 +58,14 @@ def refit(
         if mask.all() or not can_refit(network, layer):
             continue
         ((name, dim),) = layer.readers
-        sums = gather(_second_moments(network, name, batches()))
-        if not sums:
-            raise ValueError("`refit` needs at least one batch, got none.")
-        products, totals = torch.stack([one for one, _, _ in sums]).sum(0), torch.stack([one for _, one, _ in sums])
-        count = sum(count for _, _, count in sums)
         weight = network.get_parameter(name)
+        inputs = layer.places[name, dim][mask].flatten().to(weight.device)
+        moments = _moments(network, name, inputs, batches(), gather)
+        if moments is None:
+            raise ValueError("`refit` needs at least one batch, got none.")
         bias = getattr(network.get_submodule(name.rpartition(".")[0]), "bias", None)
-        units = layer.places[name, dim]
         solved, offset = solve(
-            weight.movedim(dim, -1).double(),
-            units[mask].flatten().to(weight.device),
-            products,
-            totals.sum(0) / count,
-            count,
-            ridge=ridge,
-            centred=bias is not None,
+            weight.movedim(dim, -1).double(), inputs, *moments, ridge=ridge, centred=bias is not None
         )
         if not solved.isfinite().all():
             raise ValueError(f"the inputs of {name} are not finite, so that it cannot be refitted.")
@@ -78,7 +75,7 @@ def refit(
 
 
 def solve(
-    weight: Tensor, kept: Tensor, products: Tensor, mean: Tensor, count: int, *, ridge: float, centred: bool
+    weight: Tensor, kept: Tensor, products: Tensor, total: Tensor, count: int, *, ridge: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """
     The least-squares problem of one layer.
@@ -86,36 +83,58 @@ def solve(
     Args:
         weight (`Tensor`): `float64 [outputs, inputs]`.
         kept (`Tensor`): the inputs that are kept, `int64`.
-        products (`Tensor`), mean (`Tensor`), count (`int`): HᵀH `[inputs, inputs]`, the mean of H, and its rows.
+        products (`Tensor`), total (`Tensor`), count (`int`): H_KᵀH `[num_kept, inputs]`, the sum of the rows of H, and
+            their number.
         ridge (`float`): λ over the mean diagonal.
         centred (`bool`): whether the layer has a bias, which takes up means.
 
     Returns:
         The new weight, zero for inputs that are not kept, and what is added to the bias.
     """
+    mean = total / count
     if centred:
-        products = products - count * torch.outer(mean, mean)
+        products = products - count * torch.outer(mean[kept], mean)
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill(0, kept, False)
-    own = products[kept][:, kept]
+    own = products[:, kept]
     scale = float(own.diagonal().mean())
     system = own + ridge * (scale or 1.0) * torch.eye(len(kept), dtype=own.dtype, device=own.device)
-    change = torch.linalg.solve(system, products[kept][:, removed] @ weight[:, removed].T).T
+    change = torch.linalg.solve(system, products[:, removed] @ weight[:, removed].T).T
     solved = torch.zeros_like(weight)
     solved[:, kept] = weight[:, kept] + change
     return solved, (weight - solved) @ mean
 
 
-def _second_moments(
-    network: nn.Module, name: str, batches: Iterable[Mapping[str, Any]]
-) -> list[tuple[Tensor, Tensor, int]]:
-    """For each batch the sum of hᵀh, of h, and the number of rows, of what the layer of the weight `name` is given."""
-    sums: list[tuple[Tensor, Tensor, int]] = []
+def _moments(
+    network: nn.Module,
+    name: str,
+    kept: Tensor,
+    batches: Iterable[Mapping[str, Any]],
+    gather: Callable[[list[Moments]], list[Moments]] | None,
+) -> Moments | None:
+    """The moments of what the layer of the weight `name` is given, over all batches; `None` if there are none."""
+    sums: list[Moments] = []
     calls: list[Tensor] = []
+    num_calls = 0
+
+    def receive(_: str, x: Tensor) -> None:
+        calls.append(x)
+        if len(calls) == num_calls:  # all that follows in the network is of no use here
+            inputs.stop()
 
     def finish() -> None:
+        nonlocal num_calls
+        num_calls = len(calls)
         rows = torch.cat(calls).double()
-        sums.append((rows.T @ rows, rows.sum(0), len(rows)))
         calls.clear()
+        sums.append((rows[:, kept].T @ rows, rows.sum(0), len(rows)))
+        if gather is None:
+            sums[:] = [reduce(_add, sums)]
 
-    LayerInputs(network, [name], lambda _, x: calls.append(x)).run(batches, finish)
-    return sums
+    inputs = LayerInputs(network, [name], receive)
+    inputs.run(batches, finish)
+    found = sums if gather is None else gather(sums)
+    return reduce(_add, found) if found else None
+
+
+def _add(one: Moments, other: Moments) -> Moments:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]

@@ -165,12 +165,13 @@ class Search:
         )
         if model.norm_statistics is not None and refitted.norm_statistics is not None:
             refitted.norm_statistics.load_state_dict(model.norm_statistics.state_dict())
+        gather = gather_in_order if PartialState().num_processes > 1 else None
         for route in self.routes():
             found = dict(zip(self.bank.weight_names, masks[route], strict=True))
             refitted.mask_bank[route] = [found[name] for name in refitted.mask_bank.weight_names]
             ticket = model.extract_ticket(route)
             batches = partial(self.data.batches, route, model.device)
-            refit_units(ticket, layers, kept[route], batches, ridge=ridge, gather=gather_in_order)
+            refit_units(ticket, layers, kept[route], batches, ridge=ridge, gather=gather)
             private = refitted.private_parameters
             with torch.no_grad():
                 for name, rows in zip(private.names, private.rows, strict=True):

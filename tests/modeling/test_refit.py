@@ -27,8 +27,8 @@ def test_the_solution_is_that_of_the_stacked_system(centred):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64) + 1
     weight, kept = torch.randn(3, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 3, 6])
-    mean = rows.mean(0)
-    solved, offset = solve(weight, kept, rows.T @ rows, mean, 50, ridge=0.01, centred=centred)
+    products, total = rows[:, kept].T @ rows, rows.sum(0)
+    solved, offset = solve(weight, kept, products, total, 50, ridge=0.01, centred=centred)
     change = stacked(rows, weight, kept.numpy(), 0.01, centred)
     assert np.allclose(solved[:, kept].numpy(), weight[:, kept].numpy() + change, rtol=1e-9)
     assert not solved[:, [1, 4, 5, 7]].any()
