@@ -22,10 +22,8 @@ the bytes those that are stored for all languages. The command prints tables, wr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -38,17 +36,19 @@ from transformers.hf_argparser import HfArg
 from shared.arguments import parse, run_main, set_up
 from shared.data_arguments import DataArguments, read_splits
 from shared.one_pass import (
-    EACH_REFIT,
-    ONE,
-    ONE_REFIT,
     TICKETS,
-    TICKETS_REFIT,
     OnePass,
+    average,
     balanced,
     compare,
+    costs,
+    finish,
+    middle,
     ticket_against_data,
 )
-from shared.report import over_seeds, print_tables, write_results
+
+
+BITS = "bits per byte"
 
 
 @dataclass
@@ -78,47 +78,40 @@ def main() -> None:
     set_up(arguments.threads)
     columns = {"text_column": data.text_column, "route_column": arguments.route_column}
     train, test = (as_windows(split, columns, arguments.window) for split in read_splits(data, columns))
-    reports, matrices = [], []
+    names = sorted(set(train["route"]))
+    tested = balanced(test, arguments.test_windows, seed=0)
+    rows, routes = torch.tensor(tested["input_ids"][:]), np.array(tested["route"])
+    windows = {name: rows[routes == name] for name in names}
+
+    def quality(network: PreTrainedModel, name: str) -> dict[str, float]:
+        return {BITS: bits_per_byte(network, windows[name])}
+
+    reports: list[dict[str, Any]] = []
+    matrices, found_in = [], []
     for seed in arguments.seeds:
-        for report in reports_of_seed(train, test, arguments, seed, matrices):
-            reports.append({"seed": seed, **report})
-            print(f"seed {seed}, {report['method']}, {report['sparsity']:.0%}: {_mean(report):.3f}", flush=True)
-    tables = tables_of(reports, arguments.seeds)
-    print()
-    print_tables(tables)
+        model = trained_model(train, arguments, seed)
+        calibration = balanced(train, arguments.calibration_windows, seed)
+        options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_windows / 16), "seed": seed}
+        for sparsity in arguments.sparsity:
+            served = list(OnePass(model, calibration, names, sparsity, options).serve())
+            for report in compare(served, names, quality, {"input_ids": windows[names[0]][:8]}, sparsity):
+                reports.append({"seed": seed, **report})
+                print(f"seed {seed}, {report['method']}, {sparsity:.0%}: {average(report, BITS):.3f}", flush=True)
+            if sparsity == middle(arguments.sparsity):
+                matrices.append(ticket_against_data(dict(served)[TICKETS], names, quality, BITS))
+        found_in.append(costs(model, calibration, middle(arguments.sparsity), options))
     output_dir = Path(arguments.output_dir)
-    draw_matrix(np.mean(matrices, axis=0), sorted(set(train["route"])), output_dir / "tickets-against-data.png")
-    write_results(
-        output_dir / "results.json",
+    draw_matrix(np.mean(matrices, axis=0), names, output_dir / "tickets-against-data.png")
+    finish(
+        output_dir,
+        arguments.seeds,
+        reports,
+        found_in,
+        {BITS: max},
         data={**asdict(data), "dataset": Path(data.dataset).name},
         arguments={name: value for name, value in asdict(arguments).items() if name != "output_dir"},
         pictures=["tickets-against-data.png"],
-        **tables,
-        reports=reports,
     )
-
-
-def reports_of_seed(
-    train: Dataset, test: Dataset, arguments: LanguageArguments, seed: int, matrices: list[np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    """The reports of all methods at all sparsities; adds the matrix of tickets against data in the middle one."""
-    model = trained_model(train, arguments, seed)
-    calibration = balanced(train, arguments.calibration_windows, seed)
-    tested = balanced(test, arguments.test_windows, seed=0)
-    names = sorted(set(tested["route"]))
-    rows, routes = torch.tensor(tested["input_ids"][:]), np.array(tested["route"])
-    windows = {name: rows[routes == name] for name in names}
-    inputs = {"input_ids": windows[names[0]][:8]}
-
-    def quality(network: PreTrainedModel, name: str) -> float:
-        return bits_per_byte(network, windows[name])
-
-    options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_windows / 16), "seed": seed}
-    for sparsity in arguments.sparsity:
-        found = list(OnePass(model, calibration, names, sparsity, options).serve())
-        if sparsity == arguments.sparsity[len(arguments.sparsity) // 2]:
-            matrices.append(ticket_against_data(dict(found)[TICKETS], names, quality))
-        yield from compare(iter(found), names, quality, inputs, sparsity)
 
 
 def as_windows(split: Dataset, columns: dict[str, str], window: int) -> Dataset:
@@ -180,45 +173,6 @@ def bits_per_byte(model: PreTrainedModel, windows: torch.Tensor) -> float:
         for rows in windows.split(32)
     ]
     return float(torch.cat(losses).double().mean()) / math.log(2)
-
-
-def tables_of(reports: list[dict[str, Any]], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """The table of methods, and that of paired differences from one mask with and without refit."""
-    by_seed = [[report for report in reports if report["seed"] == seed] for seed in seeds]
-    lines = [
-        [
-            {
-                "method": report["method"],
-                "sparsity": report["sparsity"],
-                "bits per byte": _mean(report),
-                "worst route": max(report["quality"].values()),
-                "ms": report["ms"],
-                "active weights": report["active"],
-                "stored bytes": report["bytes"],
-            }
-            for report in of_seed
-        ]
-        for of_seed in by_seed
-    ]
-    found = {(report["seed"], report["sparsity"], report["method"]): _mean(report) for report in reports}
-    differences = []
-    for method, rival in ((TICKETS, ONE), (TICKETS_REFIT, ONE_REFIT), (TICKETS_REFIT, EACH_REFIT)):
-        for sparsity in sorted({report["sparsity"] for report in reports}):
-            paired = [found[seed, sparsity, method] - found[seed, sparsity, rival] for seed in seeds]
-            spread = stdev(paired) if len(paired) > 1 else math.nan
-            differences.append(
-                {
-                    "method": f"{method} − {rival}",
-                    "sparsity": sparsity,
-                    "bits per byte": f"{mean(paired):+.3f} ± {spread:.3f}",
-                    "difference / spread": round(abs(mean(paired)) / spread, 1) if len(paired) > 1 else None,
-                }
-            )
-    return {"figures": over_seeds(lines), "differences": differences}
-
-
-def _mean(report: dict[str, Any]) -> float:
-    return mean(report["quality"].values())
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], file: Path) -> None:

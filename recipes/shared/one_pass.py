@@ -1,11 +1,13 @@
-"""Tickets found in one pass beside what they must beat: quality, time and weights per call, and bytes."""
+"""Tickets found in one pass beside what they must beat: quality, time and weights per call, bytes; their tables."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from transformers import PreTrainedModel
 from hf_rtl import RTLModel, find_tickets
 from hf_rtl.modeling.small_ticket import used_units
 from hf_rtl.modeling.units import find_units
+
+from .report import over_seeds, print_tables, write_results
 
 
 DENSE, ONE, UNION, RANDOM = "dense", "one mask", "one mask at the union's density", "random tickets"
@@ -97,9 +101,9 @@ class OnePass:
 
 
 def compare(
-    serving: Iterator[tuple[str, Served]],
+    serving: Sequence[tuple[str, Served]],
     route_names: Sequence[str],
-    quality: Callable[[PreTrainedModel, str], float],
+    quality: Callable[[PreTrainedModel, str], dict[str, float]],
     inputs: Mapping[str, Tensor],
     sparsity: float,
 ) -> list[dict[str, Any]]:
@@ -109,22 +113,22 @@ def compare(
     Args:
         serving: from `OnePass.serve`.
         route_names (`Sequence[str]`): the routes.
-        quality (`Callable`): (model, route) -> a figure on test data.
+        quality (`Callable`): (model, route) -> figures on test data, by name.
         inputs (`Mapping[str, Tensor]`): a batch to time.
         sparsity (`float`): goes into the reports.
     """
-    found = list(serving)
-    times = _times({method: served.models[0] for method, served in found}, inputs)
+    times = _times({method: served.models[0] for method, served in serving}, inputs)
     return [
         {
             "method": method,
             "sparsity": sparsity,
             "quality": {name: quality(model, name) for name, model in zip(route_names, served.models, strict=True)},
             "ms": times[method],
+            "faster": times[DENSE] / times[method],
             "active": sum(parameter.numel() for parameter in served.models[0].parameters()),
             "bytes": served.stored_bytes,
         }
-        for method, served in found
+        for method, served in serving
     ]
 
 
@@ -142,10 +146,18 @@ def _times(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], repeat
 
 
 def ticket_against_data(
-    served: Served, route_names: Sequence[str], quality: Callable[[PreTrainedModel, str], float]
+    served: Served,
+    route_names: Sequence[str],
+    quality: Callable[[PreTrainedModel, str], dict[str, float]],
+    figure: str,
 ) -> np.ndarray:
-    """`[K, K]`: the quality of the ticket of each row on the data of each column."""
-    return np.array([[quality(model, name) for name in route_names] for model in served.models])
+    """`[K, K]`: the figure of the ticket of each row on the data of each column."""
+    return np.array([[quality(model, name)[figure] for name in route_names] for model in served.models])
+
+
+def middle(sparsity: Sequence[float]) -> float:
+    """The sparsity of pictures and costs."""
+    return sparsity[len(sparsity) // 2]
 
 
 def balanced(data: Dataset, number: int, seed: int) -> Dataset:
@@ -168,3 +180,91 @@ def share_of_units(model: RTLModel) -> float:
 
 def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {id(p): p for p in model.parameters()}.values())
+
+
+# Tables
+
+
+def average(report: Mapping[str, Any], figure: str) -> float:
+    """The mean of a figure over the routes that have it."""
+    return mean(of_route[figure] for of_route in report["quality"].values() if figure in of_route)
+
+
+def tables_of(
+    reports: Sequence[Mapping[str, Any]], seeds: Sequence[int], figures: Mapping[str, Callable[[Any], float]]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Means and spreads over seeds: the table of methods, and that of the paired differences between methods.
+
+    Args:
+        reports: from `compare`, each with its `seed`.
+        seeds (`Sequence[int]`): the seeds.
+        figures (`Mapping[str, Callable]`): name of a figure -> `min` or `max`, which finds the worst route.
+    """
+    by_seed = [[report for report in reports if report["seed"] == seed] for seed in seeds]
+    first, worst = next(iter(figures.items()))
+    lines = [
+        [
+            {
+                "method": report["method"],
+                "sparsity": report["sparsity"],
+                **{figure: average(report, figure) for figure in figures},
+                f"worst {first}": worst(of_route[first] for of_route in report["quality"].values()),
+                "times as fast": report["faster"],
+                "active weights": report["active"],
+                "stored bytes": report["bytes"],
+            }
+            for report in of_seed
+        ]
+        for of_seed in by_seed
+    ]
+    found = {(report["seed"], report["sparsity"], report["method"]): report for report in reports}
+    differences = []
+    for method, rival in ((TICKETS, ONE), (TICKETS_REFIT, ONE_REFIT), (TICKETS_REFIT, EACH_REFIT)):
+        for sparsity in sorted({report["sparsity"] for report in reports}):
+            line: dict[str, Any] = {"method": f"{method} − {rival}", "sparsity": sparsity}
+            for figure in figures:
+                paired = [
+                    average(found[seed, sparsity, method], figure) - average(found[seed, sparsity, rival], figure)
+                    for seed in seeds
+                ]
+                spread = stdev(paired) if len(paired) > 1 else math.nan
+                line[figure] = f"{mean(paired):+.3f} ± {spread:.3f}"
+                line[f"{figure}: difference / spread"] = f"{abs(mean(paired)) / spread:.1f}" if spread > 0 else None
+            differences.append(line)
+    return {"figures": over_seeds(lines), "differences": differences}
+
+
+@torch.no_grad()
+def costs(
+    network: PreTrainedModel, data: Dataset, sparsity: float, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What finding the tickets of all routes takes: seconds, and the ratio to a pass of the network over `data`."""
+    samples = data.remove_columns("route").with_format("torch")
+    starts = range(0, len(samples), options["batch_size"])
+    start = time.perf_counter()
+    for first in starts:
+        network(**samples[first : first + options["batch_size"]])
+    dense = time.perf_counter() - start
+    lines = []
+    for method, refit in ((TICKETS, False), (TICKETS_REFIT, True)):
+        start = time.perf_counter()
+        find_tickets(network, data, sparsity=sparsity, route_column="route", refit=refit, **options)
+        seconds = time.perf_counter() - start
+        lines.append({"method": method, "sparsity": sparsity, "seconds": seconds, "dense passes": seconds / dense})
+    return lines
+
+
+def finish(
+    output_dir: Path,
+    seeds: Sequence[int],
+    reports: Sequence[Mapping[str, Any]],
+    costs_of_seeds: Sequence[list[dict[str, Any]]],
+    figures: Mapping[str, Callable[[Any], float]],
+    **content: Any,
+) -> None:
+    """Prints the tables and writes them into `results.json` of `output_dir`, with `content`; see `tables_of`."""
+    tables = {**tables_of(reports, seeds, figures), "costs": over_seeds(costs_of_seeds)}
+    print()
+    print_tables(tables)
+    write_results(output_dir / "results.json", **content, **tables, reports=reports)

@@ -76,12 +76,18 @@ def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compar
             for index in drawn:
                 logits = model(input_ids=torch.tensor([rows[index]])).logits[0].double().log_softmax(-1)
                 bits += [-float(logits[i, rows[index][i + 1]]) / math.log(2) for i in range(31)]
-        assert of_seed[DENSE]["quality"]["north"] == pytest.approx(sum(bits) / len(bits), rel=1e-5)
-    means = {key: sum(report["quality"].values()) / 2 for key, report in reports.items()}
+        assert of_seed[DENSE]["quality"]["north"]["bits per byte"] == pytest.approx(sum(bits) / len(bits), rel=1e-5)
+    values = {key: [one["bits per byte"] for one in report["quality"].values()] for key, report in reports.items()}
+    means = {key: sum(of_routes) / 2 for key, of_routes in values.items()}
     differences = [means[seed, TICKETS] - means[seed, ONE] for seed in (0, 1)]
     line = next(line for line in found["differences"] if line["method"] == f"{TICKETS} − {ONE}")
     spread = abs(differences[0] - differences[1]) / math.sqrt(2)
     assert line["bits per byte"] == f"{sum(differences) / 2:+.3f} ± {spread:.3f}"
+    assert line["bits per byte: difference / spread"] == f"{abs(sum(differences)) / 2 / spread:.1f}"
+    figures = next(line for line in found["figures"] if line["method"] == TICKETS)
+    worst = [max(values[seed, TICKETS]) for seed in (0, 1)]
+    assert figures["worst bits per byte"].startswith(f"{sum(worst) / 2:.3f} ± ")
+    assert [line["method"] for line in found["costs"]] == [TICKETS, TICKETS_REFIT]
     assert (output_dir / "tickets-against-data.png").stat().st_size > 1000
 
 

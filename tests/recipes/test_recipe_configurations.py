@@ -6,6 +6,7 @@ import re
 
 import baselines
 import collapse
+import domains
 import inr
 import languages
 import prune
@@ -25,6 +26,7 @@ def test_configurations_name_existing_arguments(config: str) -> None:
         "prune": (prune.ModelArguments, prune.DataArguments),
         "baselines": (baselines.ComparisonArguments, baselines.DataArguments),
         "collapse": (collapse.CollapseArguments, collapse.DataArguments),
+        "domains": (domains.DomainArguments, domains.DataArguments),
         "inr": (inr.ComparisonArguments, inr.SceneArguments),
         "languages": (languages.LanguageArguments, languages.DataArguments),
         "speech": (speech.ComparisonArguments, speech.SpeechArguments),

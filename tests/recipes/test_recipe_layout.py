@@ -16,6 +16,7 @@ COMMANDS = {
         "analyze",
         "baselines",
         "collapse",
+        "domains",
         "evaluate",
         "group_classes",
         "inr",
