@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model, revision=args.revision, token=args.token)
     model.mask_bank.route_index(args.route)
     inputs = _example_inputs(args, model.backbone) if args.input or args.format != "folder" else None
-    ticket = model.extract_ticket(args.route, prune_structure=args.prune_structure, example_inputs=inputs).eval()
+    ticket = model.extract_ticket(
+        args.route, prune_structure=args.prune_structure, small=args.small, example_inputs=inputs
+    ).eval()
     with written_model(out) as staging:
         copy_beside(args.model, staging, PROCESSOR_FILES, revision=args.revision, token=args.token)
         if inputs is None:

@@ -94,6 +94,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         "write one ticket as a plain model, which does not need hf_rtl",
         "hf-rtl export org/name --route cat cat",
+        "hf-rtl export languages --route french french --small",
         "hf-rtl export runs/digits/final --route 3 three --format onnx --input pixel_values=2x1x8x8",
     )
     _add_model(export)
@@ -106,6 +107,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     export.add_argument(
         "--prune-structure", action="store_true", help="remove channels that change no output; for graphs only"
+    )
+    export.add_argument(
+        "--small", action="store_true", help="remove whole neurons and channels that the ticket does not use"
     )
     export.add_argument(
         "--input",
@@ -152,10 +156,11 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_tickets(commands: argparse._SubParsersAction) -> None:
-    summary = "list, add, drop or save single tickets of a model"
+    summary = "find, list, add, drop or save single tickets of a model"
     tickets = commands.add_parser("tickets", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     actions = tickets.add_subparsers(dest="action", required=True, metavar="ACTION")
 
+    _add_find(actions)
     show = _add_command(
         actions,
         "list",
@@ -202,6 +207,34 @@ def _add_tickets(commands: argparse._SubParsersAction) -> None:
     _add_model(save)
     save.add_argument("--route", metavar="NAME", **_SEVERAL, help="routes of the tickets to write; default: all")
     _add_new_folder(save)
+
+
+def _add_find(actions: argparse._SubParsersAction) -> None:
+    find = _add_command(
+        actions,
+        "find",
+        "find a ticket per route of a trained model in one pass over data, without training",
+        "hf-rtl tickets find org/bert texts.parquet domains --route-column domain --sparsity 0.5",
+        "hf-rtl tickets find gpt2 texts/ languages --route-column language --sparsity 0.3 --refit",
+    )
+    _add_model(find)
+    find.add_argument(
+        "data", metavar="DATA", help="a parquet, CSV or JSON lines file, a folder of these, or a Hub data set"
+    )
+    find.add_argument("--route-column", metavar="NAME", required=True, help="column of the route of a sample")
+    find.add_argument("--sparsity", type=float, required=True, help="share of units that is removed, such as 0.5")
+    find.add_argument("--granularity", default="neuron", help="neuron (default), channel or weight")
+    find.add_argument("--criterion", default="activity", help="activity (default), magnitude or random")
+    find.add_argument("--refit", action="store_true", help="solve anew, by least squares, what reads the units left")
+    find.add_argument("--round-to", type=int, default=8, help="layers keep a multiple of this number; default: 8")
+    find.add_argument("--num-batches", type=int, default=8, help="batches of each route; default: 8")
+    find.add_argument("--batch-size", type=int, default=16, help="samples of a batch; default: 16")
+    find.add_argument("--split", default="train", help="split of a folder or data set; default: train")
+    find.add_argument("--text-column", default="text", metavar="NAME", help="column of texts; default: text")
+    find.add_argument("--max-length", type=int, default=128, help="tokens of a text; default: 128")
+    find.add_argument("--image-column", default="image", metavar="NAME", help="column of images; default: image")
+    find.add_argument("--seed", type=int, default=0, help="which samples are drawn; default: 0")
+    _add_new_folder(find)
 
 
 def _add_command(

@@ -1,4 +1,4 @@
-"""`hf-rtl tickets`: lists, adds, drops and saves single tickets."""
+"""`hf-rtl tickets`: finds, lists, adds, drops and saves single tickets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hf_rtl.data.rules import follow_routes
 from hf_rtl.modeling.hub import CARD_FILE
 from hf_rtl.modeling.ticket_files import INDEX_FILE, read_index
 
+from .find import find
 from .models import check_free, check_name, copy_beside, load_model, saved_form, written_model
 from .tables import fraction, more, printable, table
 
@@ -23,14 +24,14 @@ _MAX_TICKETS = 40
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return {"list": _list, "add": _add, "drop": _drop, "save": _save}[args.action](args)
+    return {"find": find, "list": _list, "add": _add, "drop": _drop, "save": _save}[args.action](args)
 
 
 def text(values: dict[str, Any], args: argparse.Namespace) -> str:
     if args.action == "list":
         return _list_text(values, None if args.all else _MAX_TICKETS)
     names = ", ".join(map(printable, values["tickets"]))
-    done = {"add": "Added", "drop": "Dropped", "save": "Saved"}[args.action]
+    done = {"find": "Found", "add": "Added", "drop": "Dropped", "save": "Saved"}[args.action]
     routes = f"; the model there has {len(values['routes'])} routes" if "routes" in values else ""
     return f"{done} {names}, in {values['folder']}{routes}."
 
