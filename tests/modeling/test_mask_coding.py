@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_rtl.modeling.mask_bank import pack
-from hf_rtl.modeling.model_file import DEFLATE_CODING, RAW_CODING, decode, encode
+from hf_rtl.modeling.mask_coding import DEFLATE_CODING, RAW_CODING, decode, encode
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])
