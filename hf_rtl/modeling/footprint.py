@@ -10,6 +10,7 @@ from .mask_bank import count_bits
 from .mask_coding import encode_mask, encode_rows
 from .model_file import coded_masks
 from .norm_statistics import tracked_buffers
+from .offloading import refuse_offloaded
 from .routed_model import RoutedModel
 
 
@@ -61,17 +62,19 @@ def footprint(model: RoutedModel) -> dict[str, int]:
         One model per route instead, each with its own dense part:
         - `independent_full_bytes`: plain models, as `extract_ticket` gives them;
         - `independent_bytes`, `independent_compact_bytes`: their kept weights with a mask as raw bits, or coded.
+
+    Raises:
+        RuntimeError: parameters are offloaded.
     """
+    refuse_offloaded(model, "footprint()")
     bank, weights, private = model.mask_bank, model.masker.weights, model.private_parameters
     # A tied tensor has several names but is saved once.
     saved = {tensor.data_ptr(): tensor.nbytes for tensor in model.backbone.state_dict().values()}
     num_bytes = sum(saved.values())
     prunable = sum(weight.nbytes for weight in weights)
-    # Called as a module, so that accelerate's hooks bring rows that are offloaded.
-    own_rows = private(lambda *rows: [row.detach() for row in rows])
-    private_rows = sum(rows.nbytes for rows in own_rows)
-    compact_rows = _bytes_without_zeros([row for rows in own_rows for row in rows])
-    rows_alone = sum(_bytes_without_zeros([rows[route] for rows in own_rows]) for route in range(bank.num_routes))
+    private_rows = sum(rows.nbytes for rows in private.rows)
+    compact_rows = _bytes_without_zeros([row for rows in private.rows for row in rows])
+    rows_alone = sum(_bytes_without_zeros(private.row(route)) for route in range(bank.num_routes))
     replaced = sum(own.nbytes for own in private.own(model.backbone))
     rows = 0
     if model.norm_statistics is not None:

@@ -1,5 +1,6 @@
 """Masks in files: the code is lossless, small, and never unpacks to more than its announced size."""
 
+import itertools
 import math
 import zlib
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from hf_rtl.modeling.mask_bank import pack
-from hf_rtl.modeling.mask_coding import DEFLATE_CODING, RAW_CODING, decode, encode
+from hf_rtl.modeling.mask_coding import (
+    DEFLATE_CODING,
+    RAW_CODING,
+    decode,
+    decode_units,
+    encode,
+    encode_units,
+    format_version,
+)
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.9, 1])
@@ -51,3 +60,64 @@ def test_damaged_codes_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             decode(*wrong)
+
+
+# Units
+
+
+SHAPES = [torch.Size(shape) for shape in [(), (9,), (5, 9), (9, 5, 1, 1), (4, 9, 3, 3), (1, 1), (3, 0), (2, 2, 2)]]
+
+
+def product(*vectors):
+    """The outer product, element by element."""
+    mask = torch.zeros([len(vector) for vector in vectors], dtype=torch.bool)
+    for place in itertools.product(*(range(len(vector)) for vector in vectors)):
+        mask[place] = all(bool(vector[index]) for vector, index in zip(vectors, place, strict=True))
+    return mask
+
+
+@pytest.mark.parametrize("density", [0, 0.3, 0.8, 1])
+@pytest.mark.parametrize("num_routes", [1, 3])
+def test_products_of_vectors_come_back(density, num_routes):
+    shapes = [shape for shape in SHAPES for _ in range(num_routes)]
+    masks = [product(*(torch.rand(size) < density for size in shape)) for shape in shapes]
+    coding, coded = encode_units(iter(masks))
+    assert coded.dtype == torch.uint8 and format_version([RAW_CODING, coding]) == 2
+    found = list(decode_units(coding, coded, shapes))
+    assert [mask.shape for mask in found] == shapes
+    assert all(torch.equal(mask, other) for mask, other in zip(masks, found, strict=True))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_mask_that_is_no_product_is_not_coded_by_units(place):
+    masks = [torch.ones(4, 6, dtype=torch.bool) for _ in range(3)]
+    assert encode_units(masks) is not None
+    masks[place][1, 2] = False
+    assert encode_units(masks) is None
+    assert encode_units([torch.eye(2, dtype=torch.bool)]) is None
+    assert encode_units([torch.tensor(False)]) is None
+
+
+def test_units_are_coded_once_and_full_dimensions_take_no_bits():
+    units = torch.rand(40_000) < 0.5
+    full = torch.ones(3, dtype=torch.bool)
+    up, down = units[:, None] & full, full[:, None] & units
+    coding, coded = encode_units([up, up, down, torch.ones(3, 3, dtype=torch.bool)])
+    assert coding == "units-raw" and len(coded) == 8 * 4 + 5000
+    assert coded[:32].view(torch.int32).tolist() == [1, 0, 1, 0, 0, 1, 0, 0] and torch.equal(coded[32:], pack(units))
+    # One that differs in a single unit is another vector.
+    other = units.clone()
+    other[-1] ^= True
+    assert len(encode_units([up, other[:, None] & full])[1]) == 4 * 4 + 10_000
+
+
+def test_bits_beyond_the_vectors_are_refused():
+    mask = torch.tensor([True, False, True])
+    coding, coded = encode_units([mask])
+    assert coding == "units-raw" and coded.tolist() == [1, 0, 0, 0, 0b101]
+    coded[-1] |= 0b1000
+    with pytest.raises(ValueError, match="has 1 bytes or more of vectors, expected 3 bits"):
+        decode_units(coding, coded, [mask.shape])
+    for wrong in (RAW_CODING, "units-", None):
+        with pytest.raises(ValueError, match="must be one of 'units-raw', 'units-deflate', got"):
+            decode_units(wrong, coded, [mask.shape])
