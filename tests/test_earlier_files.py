@@ -44,6 +44,24 @@ def test_a_compact_model_keeps_its_thresholds_and_a_model_its_rule(folder):
     assert load_rule(folder / "model") == ByColumn("label", write.ROUTES)
 
 
+def test_a_compact_model_is_saved_again_as_it_was(folder, tmp_path):
+    """Earlier versions read it."""
+    RTLModel.from_pretrained(folder / "compact").save_pretrained(tmp_path, compact=True)
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder / "compact", tmp_path)]
+    assert all(configs[0][name] == configs[1][name] for name in ("format_version", "compact", "mask_fingerprint"))
+    tensors, again = (load_file(path / "model.safetensors") for path in (folder / "compact", tmp_path))
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+def test_tickets_are_saved_again_as_they_were(folder, tmp_path):
+    index = RTLModel.from_pretrained(folder / "model").save_tickets(tmp_path)
+    assert index["format_version"] == 1
+    for entry in json.loads((folder / "tickets" / "tickets.json").read_text())["tickets"]:
+        (again,) = (found for found in index["tickets"] if found["name"] == entry["name"])
+        assert again["coding"] == entry["coding"]
+        assert (tmp_path / again["file"]).read_bytes() == (folder / "tickets" / entry["file"]).read_bytes()
+
+
 def test_tickets_fit_their_base(folder):
     model = RTLModel.from_pretrained(folder / "model").eval()
     for name in ("ant", "cat"):

@@ -14,11 +14,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .checks import check_choice, folders_beside
 from .mask_bank import check_route_names
+from .mask_coding import format_version
 
 
 VERSION = "0.1.0.dev0"
-# Version of the files that `save_pretrained` writes. It grows with every change that older versions cannot read.
-FORMAT_VERSION = 1
+# Newest version of the files of `save_pretrained`. It grows with every change that older versions cannot read. Files
+# that these can read have their version, see `mask_coding.format_version`.
+FORMAT_VERSION = 2
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
 ROUTERS = ("given", "score", "centroid", "entropy")
@@ -107,7 +109,7 @@ class RTLConfig(PreTrainedConfig):
     compact: dict | None = None
     mask_cache_bytes: int = 2**28
     hf_rtl_version: str = VERSION
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def __post_init__(self, **kwargs):
         named_code = kwargs.pop("auto_map", None)
@@ -265,7 +267,7 @@ class RTLConfig(PreTrainedConfig):
         output = super().to_dict()
         output["backbone_config"] = self._backbone_dict()
         output["prunable"] = [[name, list(shape)] for name, shape in self.prunable]
-        output["format_version"] = FORMAT_VERSION
+        output["format_version"] = format_version((self.compact or {}).values())
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

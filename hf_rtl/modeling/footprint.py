@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from .mask_bank import count_bits
-from .model_file import coded_masks, encode
+from .mask_coding import encode_mask, encode_rows
+from .model_file import coded_masks
 from .norm_statistics import tracked_buffers
+from .offloading import refuse_offloaded
 from .routed_model import RoutedModel
 
 
@@ -53,17 +57,24 @@ def footprint(model: RoutedModel) -> dict[str, int]:
         - `full_bytes`: the files of `save_pretrained`;
         - `compact_bytes`: the files of `save_pretrained(compact=True)`;
         - `tickets_bytes`: the ticket files of all routes, for use with a copy of the weights.
+        Both have masks in a bit per unit where whole units are removed, and no zeros of private parameters for these.
 
         One model per route instead, each with its own dense part:
         - `independent_full_bytes`: plain models, as `extract_ticket` gives them;
         - `independent_bytes`, `independent_compact_bytes`: their kept weights with a mask as raw bits, or coded.
+
+    Raises:
+        RuntimeError: parameters are offloaded.
     """
+    refuse_offloaded(model, "footprint()")
     bank, weights, private = model.mask_bank, model.masker.weights, model.private_parameters
     # A tied tensor has several names but is saved once.
     saved = {tensor.data_ptr(): tensor.nbytes for tensor in model.backbone.state_dict().values()}
     num_bytes = sum(saved.values())
     prunable = sum(weight.nbytes for weight in weights)
     private_rows = sum(rows.nbytes for rows in private.rows)
+    compact_rows = _bytes_without_zeros([row for rows in private.rows for row in rows])
+    rows_alone = sum(_bytes_without_zeros(private.row(route)) for route in range(bank.num_routes))
     replaced = sum(own.nbytes for own in private.own(model.backbone))
     rows = 0
     if model.norm_statistics is not None:
@@ -78,7 +89,7 @@ def footprint(model: RoutedModel) -> dict[str, int]:
     tickets = sum(count * weight.itemsize for count, weight in zip(kept_in_all_tickets, weights, strict=True))
     masks = sum(packed.nbytes for packed in bank.packed)
     coded = sum(tensor.nbytes for tensor in coded_masks(bank)[1].values()) or masks
-    alone = sum(encode(torch.cat([rows[k] for rows in bank.packed]))[1].nbytes for k in range(bank.num_routes))
+    alone = sum(encode_mask(bank, route)[1].nbytes for route in range(bank.num_routes))
 
     others = num_bytes - prunable
     dense = others + rows + private_rows + routing - replaced
@@ -89,9 +100,15 @@ def footprint(model: RoutedModel) -> dict[str, int]:
         "dense_bytes": dense,
         "total_bytes": union + masks + dense,
         "full_bytes": num_bytes + masks + rows + private_rows + routing,
-        "compact_bytes": union + coded + others + rows + private_rows + routing,
-        "tickets_bytes": alone + rows_of_routes + private_rows,
+        "compact_bytes": union + coded + others + rows + compact_rows + routing,
+        "tickets_bytes": alone + rows_of_routes + rows_alone,
         "independent_full_bytes": bank.num_routes * num_bytes,
         "independent_bytes": tickets + masks + bank.num_routes * others,
         "independent_compact_bytes": tickets + alone + bank.num_routes * others,
     }
+
+
+def _bytes_without_zeros(rows: Sequence[Tensor]) -> int:
+    """Bytes of rows of private parameters in files, which leave out zeros for removed units."""
+    kept = encode_rows(rows)
+    return sum(row.nbytes for row in rows) if kept is None else kept.nbytes

@@ -1,26 +1,28 @@
-"""The file of a saved model: its compact form, coded masks, and the checks on loading."""
+"""The file of a saved model: its compact form, and the checks on loading."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice
 from .mask_bank import MaskBank, fold, pack, unpack
+from .mask_coding import decode, decode_bits, decode_units, encode, encode_rows, encode_units
 from .routed_model import RoutedModel
 
 
 # Names of tensors in a compact file.
-_UNION, _MASKS, _WEIGHT = "compact.union", "compact.masks", "compact.w{:04d}"
+_UNION, _MASKS, _UNITS, _PRIVATE = "compact.union", "compact.masks", "compact.units", "compact.private"
+_WEIGHT, _LEFT = "compact.w{:04d}", "compact.p{:04d}"
+# Names of the tensors that they replace.
+_BANK_MASK, _PRIVATE_ROWS = "mask_bank.m{:04d}", "private_parameters.p{:04d}"
 
 
 def compact_state(
-    state: Mapping[str, Tensor], weights: Sequence[Tensor], bank: MaskBank
+    state: Mapping[str, Tensor], weights: Sequence[Tensor], bank: MaskBank, private_rows: Sequence[Tensor] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     A model's state without what no ticket needs.
@@ -29,17 +31,27 @@ def compact_state(
         state (`Mapping[str, Tensor]`): from `state_dict()`.
         weights (`Sequence[Tensor]`): the prunable weights, in the bank's order.
         bank (`MaskBank`): the masks.
+        private_rows (`Sequence[Tensor]`): of private parameters, `[num_routes, ...]` each.
 
     Returns:
         The state, and the codings of masks in it, by name. In the state, `compact.w0000 [num_kept], …` replace the
         weights: they hold the weights that any ticket keeps, by position; those without any are left out. Two tensors
         replace the masks where this is smaller: `compact.union`, the coded bits of their union, and `compact.masks`,
-        the coded bits of all routes for the weights in the union.
+        the coded bits of all routes for the weights in the union; or one, `compact.units`, the masks of each weight in
+        all routes, coded by units. Where rows of private parameters have zeros for units, `compact.p0000 [num_left],
+        …` replace them: all routes without these zeros; `compact.private` has the masks of what is left.
     """
     codings, coded = coded_masks(bank)
     replaced = {weight.data_ptr() for weight in weights}
     if coded:
         replaced |= {rows.data_ptr() for rows in bank.packed}
+    kept_rows = encode_rows([row for rows in private_rows for row in rows])
+    if kept_rows is not None:
+        replaced |= {rows.data_ptr() for rows in private_rows}
+        codings[_PRIVATE], coded[_PRIVATE] = kept_rows.coding, kept_rows.coded
+        left = iter(kept_rows.left())
+        parts = [torch.cat(list(islice(left, bank.num_routes))) for _ in private_rows]
+        coded |= {_LEFT.format(index): part for index, part in enumerate(parts) if len(part)}
     compact = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in replaced}
     for index, (weight, kept) in enumerate(zip(weights, bank.union(), strict=True)):
         if kept.any():
@@ -54,34 +66,49 @@ def coded_masks(bank: MaskBank) -> tuple[dict[str, str], dict[str, Tensor]]:
     codings, coded = {}, {}
     for name, packed in ((_UNION, torch.cat(union)), (_MASKS, torch.cat(columns, dim=1).view(-1))):
         codings[name], coded[name] = encode(packed)
-    smaller = sum(tensor.nbytes for tensor in coded.values()) < sum(rows.nbytes for rows in bank.packed)
-    return (codings, coded) if smaller else ({}, {})
+    found = (codings, coded) if _num_bytes(coded.values()) < _num_bytes(bank.packed) else ({}, {})
+    masks = (unpack(row, shape) for rows, shape in zip(bank.packed, bank.shapes, strict=True) for row in rows)
+    units = encode_units(masks)
+    if units is not None and units[1].nbytes < _num_bytes(found[1].values() or bank.packed):
+        return {_UNITS: units[0]}, {_UNITS: units[1]}
+    return found
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def expand_state(
-    tensors: Mapping[str, Tensor], codings: Mapping[str, str], weight_keys: Sequence[str], bank: MaskBank
+    tensors: Mapping[str, Tensor],
+    codings: Mapping[str, str],
+    weight_keys: Sequence[str],
+    bank: MaskBank,
+    private_shapes: Sequence[torch.Size] = (),
 ) -> dict[str, Tensor]:
     """
-    The state that `compact_state` turned into `tensors`. Weights that were left out are zero.
+    The state that `compact_state` turned into `tensors`. What was left out is zero.
 
     Args:
         tensors (`Mapping[str, Tensor]`), codings (`Mapping[str, str]`): what `compact_state` returned.
         weight_keys (`Sequence[str]`): names of the prunable weights in the state, in the bank's order.
         bank (`MaskBank`): gives the weights' shapes and the number of routes. Its masks are not read.
+        private_shapes (`Sequence[torch.Size]`): of the rows of private parameters.
 
     Raises:
         ValueError: a tensor is missing, damaged, or does not fit the others.
     """
-    mask_keys = [f"mask_bank.m{index:04d}" for index in range(len(bank.shapes))]
-    missing = {*((_UNION, _MASKS) if codings else mask_keys)} - tensors.keys()
-    if missing or (codings and codings.keys() != {_UNION, _MASKS}):
+    mask_keys = [_BANK_MASK.format(index) for index in range(len(bank.shapes))]
+    of_masks = codings.keys() - {_PRIVATE}
+    missing = {*codings, *(() if of_masks else mask_keys)} - tensors.keys()
+    if missing or of_masks not in (set(), {_UNITS}, {_UNION, _MASKS}):
         raise ValueError(
             f"the compact checkpoint lacks {len(missing)} tensor(s) of masks ({', '.join(sorted(missing)[:3])}), or "
             f"the configuration lacks their codings; it has {codings}."
         )
     state = {name: tensor for name, tensor in tensors.items() if name not in codings}
-    if codings:
-        state |= dict(zip(mask_keys, _decoded_masks(tensors, codings, bank), strict=True))
+    if of_masks:
+        decoded = _decoded_units if _UNITS in codings else _decoded_masks
+        state |= dict(zip(mask_keys, decoded(tensors, codings, bank), strict=True))
     for index, (key, mask_key, shape) in enumerate(zip(weight_keys, mask_keys, bank.shapes, strict=True)):
         rows, values = state[mask_key], state.pop(_WEIGHT.format(index), torch.empty(0))
         expected = (bank.num_routes, -(-shape.numel() // 8))
@@ -90,19 +117,36 @@ def expand_state(
                 f"the compact checkpoint has masks {rows.dtype} {tuple(rows.shape)} of {key}, expected torch.uint8 "
                 f"{expected}: it is cut short, or saved from another model."
             )
-        union = unpack(fold(rows, torch.bitwise_or), shape)
-        if values.shape != (int(union.sum()),):
-            raise ValueError(
-                f"the compact checkpoint has {tuple(values.shape)} weights of {key}, of which the tickets keep "
-                f"{int(union.sum())}: it is cut short, or its masks are damaged."
-            )
-        state[key] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(union, values)
+        state[key] = _filled(unpack(fold(rows, torch.bitwise_or), shape), values, key)
+    if _PRIVATE in codings:
+        shapes = [shape[1:] for shape in private_shapes for _ in range(bank.num_routes)]
+        masks = decode_units(codings[_PRIVATE], tensors[_PRIVATE], shapes)
+        for index in range(len(private_shapes)):
+            key, values = _PRIVATE_ROWS.format(index), state.pop(_LEFT.format(index), torch.empty(0))
+            state[key] = _filled(torch.stack(list(islice(masks, bank.num_routes))), values, key)
     return state
 
 
+def _filled(mask: Tensor, values: Tensor, key: str) -> Tensor:
+    """A tensor with `values` where `mask` is set, and zeros elsewhere."""
+    if values.shape != (int(mask.sum()),):
+        raise ValueError(
+            f"the compact checkpoint has {tuple(values.shape)} weights of {key}, of which the tickets keep "
+            f"{int(mask.sum())}: it is cut short, or its masks are damaged."
+        )
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
+
+
+def _decoded_units(tensors: Mapping[str, Tensor], codings: Mapping[str, str], bank: MaskBank) -> list[Tensor]:
+    """The packed masks, `uint8 [num_routes, ceil(n/8)]` of each weight, from masks coded by units."""
+    shapes = [shape for shape in bank.shapes for _ in range(bank.num_routes)]
+    packed = map(pack, decode_units(codings[_UNITS], tensors[_UNITS], shapes))
+    return [torch.stack(list(islice(packed, bank.num_routes))) for _ in bank.shapes]
+
+
 def _decoded_masks(tensors: Mapping[str, Tensor], codings: Mapping[str, str], bank: MaskBank) -> list[Tensor]:
-    """The packed masks, `uint8 [num_routes, ceil(n/8)]` of each weight."""
-    unions = [mask.view(-1) for mask in decode_masks(codings[_UNION], tensors[_UNION], bank)]
+    """The packed masks, `uint8 [num_routes, ceil(n/8)]` of each weight, from their union and bits in it."""
+    unions = [mask.view(-1) for mask in decode_bits(codings[_UNION], tensors[_UNION], bank)]
     counts = [int(union.sum()) for union in unions]
     groups = -(-bank.num_routes // 8)
     columns = decode(codings[_MASKS], tensors[_MASKS], groups * sum(counts)).view(groups, sum(counts))
@@ -129,60 +173,6 @@ def _rows(columns: Tensor, kept: Tensor, num_routes: int) -> Tensor:
     masks = torch.zeros(num_routes, len(kept), dtype=torch.bool, device=kept.device)
     masks[:, kept] = bits[:num_routes]
     return torch.stack([pack(mask) for mask in masks])
-
-
-RAW_CODING, DEFLATE_CODING = "raw", "deflate"
-CODINGS = (RAW_CODING, DEFLATE_CODING)
-
-
-def encode(packed: Tensor) -> tuple[str, Tensor]:
-    """
-    Codes bytes for a file.
-
-    Args:
-        packed (`Tensor`): `uint8 [num_bytes]`.
-
-    Returns:
-        The coding that gives fewer bytes, one of `CODINGS`, and the coded bytes, `uint8`.
-    """
-    data = packed.cpu().numpy().tobytes()
-    # Bytes of a mask repeat in runs, where a layer is empty or full, but hardly ever as longer strings: a search for
-    # those takes 20 times as long, and saves nothing.
-    deflater = zlib.compressobj(level=9, wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_RLE)
-    deflated = deflater.compress(data) + deflater.flush()
-    if len(deflated) >= len(data):
-        return RAW_CODING, packed.cpu()
-    return DEFLATE_CODING, torch.from_numpy(np.frombuffer(deflated, np.uint8).copy())
-
-
-def decode(coding: str, coded: Tensor, num_bytes: int) -> Tensor:
-    """
-    The bytes that `encode` coded, `uint8 [num_bytes]`.
-
-    Raises:
-        ValueError: an unknown coding, or coded bytes that are damaged or not of this length. At most `num_bytes` + 1
-            are unpacked.
-    """
-    check_choice("coding", coding, CODINGS)
-    if coded.dtype != torch.uint8 or coded.ndim != 1:
-        raise ValueError(f"a coded mask must be torch.uint8 [num_bytes], got {coded.dtype} {tuple(coded.shape)}.")
-    if coding == DEFLATE_CODING:
-        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
-        try:
-            # One byte more, to notice bytes that are too many.
-            data = inflater.decompress(coded.numpy().tobytes(), num_bytes + 1)
-        except zlib.error as error:
-            raise ValueError(f"a coded mask is damaged: {error}.") from None
-        coded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-    if len(coded) != num_bytes:
-        raise ValueError(f"a coded mask is damaged: it has {len(coded)} bytes or more, expected {num_bytes}.")
-    return coded
-
-
-def decode_masks(coding: str, coded: Tensor, bank: MaskBank) -> list[Tensor]:
-    """The mask, `bool` tensors of the shapes of `bank`, whose packed rows were coded one after the other."""
-    sizes = [-(-shape.numel() // 8) for shape in bank.shapes]
-    return bank.unpack(decode(coding, coded, sum(sizes)).split(sizes))
 
 
 def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None:

@@ -214,7 +214,8 @@ class RTLModel(RoutedModel):
             tensors = {key: tensor for file in checkpoint_files for key, tensor in load_file(file).items()}
             keys = [f"backbone.{weight}" for weight in model.mask_bank.weight_names]
             keys = [model.all_tied_weights_keys.get(key, key) for key in keys]
-            state_dict = expand_state(tensors, config.compact, keys, model.mask_bank)
+            shapes = [rows.shape for rows in model.private_parameters.rows]
+            state_dict = expand_state(tensors, config.compact, keys, model.mask_bank, shapes)
             config.compact = None
         commit = extract_commit_hash(str(checkpoint_files[0]), None) if checkpoint_files else None
         if commit is not None and not Path(name).is_dir():
@@ -240,9 +241,9 @@ class RTLModel(RoutedModel):
         Files are written beside the folder and then moved into it one by one, each whole, `config.json` last.
 
         Args:
-            compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and code the
-                masks. After loading, all tickets and their union are the same to the bit. The weights that were left
-                out are zero, so the dense network and θ0 are lost.
+            compact (`bool`, *optional*, defaults to `False`): leave out the weights that no ticket keeps, and zeros
+                that a refit left for removed units, and code the masks. After loading, all tickets and their union
+                are the same to the bit. The weights that were left out are zero, so the dense network and θ0 are lost.
             processing_class (*optional*): image processor, feature extractor or tokenizer to save with the model, so
                 that a pipeline finds it. timm's cannot be saved: an equivalent one of transformers replaces it.
             with_code (`bool`, *optional*, defaults to `False`): add the code of the model, so that it can be loaded
@@ -266,7 +267,8 @@ class RTLModel(RoutedModel):
         target = Path(save_directory)
         with written_whole(target, last="config.json", stale="model*.safetensors*") as staging:
             if compact:
-                state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank)
+                private = self.private_parameters.rows
+                state, codings = compact_state(self.state_dict(), self.masker.weights, self.mask_bank, private)
                 kwargs["state_dict"], self.config.compact = state, codings
             try:
                 super().save_pretrained(str(staging), **kwargs)
@@ -350,7 +352,8 @@ class RTLModel(RoutedModel):
     ) -> dict[str, Any]:
         """
         Writes tickets without their model, for other copies of it: masks, rows of statistics, thresholds, and weights
-        that the base lacks. A ticket takes about a bit per prunable weight; see `ticket_files.py`.
+        that the base lacks. A ticket takes about a bit per prunable weight, or per unit where whole neurons or
+        channels are removed; see `ticket_files.py`.
 
         Args:
             save_directory (`str`): a folder; tickets of an earlier save in it are replaced. If it has the `README.md`

@@ -22,13 +22,14 @@ from .files import read_tensors, write_json, write_tensors, written_whole
 from .hashing import hashes, matches_fingerprint
 from .hub import CARD_FILE, write_tickets_page
 from .mask_bank import count_bits, unpack
-from .model_file import decode_masks, encode
+from .mask_coding import decode_bits, decode_mask, decode_rows, encode, encode_mask, encode_rows, format_version
 from .norm_statistics import tracked_buffers
 from .prunable import parameter_aliases
 from .routed_model import RoutedModel
 
 
-TICKETS_FORMAT_VERSION = 1
+# Newest version of ticket files; see `mask_coding.format_version`.
+TICKETS_FORMAT_VERSION = 2
 INDEX_FILE = "tickets.json"
 TICKETS_PATTERN = "ticket-*.safetensors"
 
@@ -75,8 +76,12 @@ def save_tickets(
     ```
     tickets.json             the index: the base, hashes of what tickets read of it, a list of the tickets
     ticket-000.safetensors   mask: coded bits; statistics, num_batches_tracked, private: the route's rows, one after
-                             the other; added: coded bits of kept weights that the base lacks; values: these weights
+                             the other; added: coded bits of kept weights that the base lacks; values: these weights;
+                             private_kept: if there, what of the private rows is in the file, the rest being zero
     ```
+
+    The bits are of weights, or of units where that is smaller, see `mask_coding.py`. With any of the latter the format
+    has version 2, else 1.
 
     Args:
         base_routes (`Sequence[int]`): routes whose union the base has.
@@ -93,7 +98,7 @@ def save_tickets(
             write_tensors(staging / file, tensors)
             tickets.append({"name": model.route_names[route], "file": file, **about})
         index = {
-            "format_version": TICKETS_FORMAT_VERSION,
+            "format_version": format_version(coding for ticket in tickets for coding in ticket["coding"].values()),
             "hf_rtl_version": VERSION,
             "base": base_fingerprint(model),
             "ticket_task": model.config.ticket_task,
@@ -115,7 +120,7 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
     rows = [rows[route] for rows in bank.packed]
     added = [row & ~base_row for row, base_row in zip(rows, base, strict=True)]
     tensors, coding = {}, {}
-    coding["mask"], tensors["mask"] = encode(torch.cat(rows))
+    coding["mask"], tensors["mask"] = encode_mask(bank, route)
     in_base, values = {}, []
     for name, weight, row, added_row in zip(bank.weight_names, model.masker.weights, rows, added, strict=True):
         values.append(_selected(weight, unpack(added_row, weight.shape)))
@@ -127,6 +132,9 @@ def _ticket(model: RoutedModel, route: int, base: Sequence[Tensor]) -> tuple[dic
         coding["added"], tensors["added"] = encode(torch.cat(added))
         tensors["values"] = torch.cat(values)
     for name, parts in _rows(model, route).items():
+        kept = encode_rows(parts) if name == "private" else None
+        if kept is not None:
+            coding["private_kept"], tensors["private_kept"], parts = kept.coding, kept.coded, kept.left()
         if parts:
             tensors[name] = torch.cat([part.detach().reshape(-1) for part in parts])
     about = {
@@ -349,10 +357,10 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
     tensors = read_tensors(folder.path(entry["file"]))
     if tensors is None:
         raise folder.damaged(entry["file"])
-    masks = decode_masks(entry["coding"]["mask"], tensors["mask"], model.mask_bank)
+    masks = decode_mask(entry["coding"]["mask"], tensors["mask"], model.mask_bank)
     added, values = [torch.zeros_like(mask) for mask in masks], torch.empty(0)
     if entry["added"]:
-        added = decode_masks(entry["coding"]["added"], tensors["added"], model.mask_bank)
+        added = decode_bits(entry["coding"]["added"], tensors["added"], model.mask_bank)
         values = tensors["values"]
     counts = [int(mask.sum()) for mask in added]
     num_kept = sum(int(mask.sum()) for mask in masks)
@@ -360,20 +368,24 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
         (extra & ~mask).any() for extra, mask in zip(added, masks, strict=True)
     ):
         raise folder.damaged(entry["file"])
-    statistics, private = _read_rows(model, folder, entry["file"], tensors)
+    statistics, private = _read_rows(model, folder, entry, tensors)
     return _Ticket(name, masks, added, list(values.split(counts)), statistics, private, entry["threshold"])
 
 
 def _read_rows(
-    model: RoutedModel, folder: _TicketFolder, file: str, tensors: Mapping[str, Tensor]
+    model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The ticket's rows of statistics, in the order of the model's buffers, and of private parameters."""
     names, parts = folder.index["private_parameters"], {}
     expected = {**_rows(model, 0), "private": [model.backbone.get_parameter(name) for name in names]}
     for key, rows in expected.items():
         flat, sizes = tensors.get(key, torch.empty(0)), [row.numel() for row in rows]
+        if key == "private" and "private_kept" in entry["coding"]:
+            coding, coded = entry["coding"]["private_kept"], tensors["private_kept"]
+            parts[key] = iter(decode_rows(coding, coded, [row.shape for row in rows], flat))
+            continue
         if len(flat) != sum(sizes):
-            raise folder.damaged(file)
+            raise folder.damaged(entry["file"])
         parts[key] = iter([part.view_as(row) for part, row in zip(flat.split(sizes), rows, strict=True)])
     buffers = [] if model.norm_statistics is None else model.norm_statistics.rows
     keys = ["statistics" if rows.is_floating_point() else "num_batches_tracked" for rows in buffers]

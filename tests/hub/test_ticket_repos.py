@@ -160,10 +160,23 @@ def test_a_model_that_was_pushed_knows_where_it_is(hub, run):
     assert run(base_fingerprint, "org/copy") == index["base"]
 
 
-@pytest.mark.parametrize("kind", ["timm", "vit", "bert"])
+def test_tickets_without_neurons_come_back(hub, run):
+    base, name = "org/neurons", "org/neuron-tickets"
+    whole = run(push, base, "neurons")
+    run(push_tickets, base, name)
+    index = json.loads(hub.repos[name].at("main").files["tickets.json"].data)
+    assert index["format_version"] == 2 and "private_kept" in index["tickets"][0]["coding"]
+    user = run(pull_with_tickets, base, name, ["ant"], drop="ant")
+    assert user["route_names"] == ["bee", "cat", "ant"] and user["outputs"] == whole["outputs"]
+    assert len({str(output) for output in user["outputs"].values()}) == 3
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "bert", "neurons"])
 def test_a_compact_push_gives_the_same_tickets(hub, run, kind):
     name = f"org/compact-{kind}"
     pushed = run(push_compact, name, kind)
+    config = json.loads(hub.repos[name].at("main").files["config.json"].data)
+    assert config["format_version"] == (2 if kind == "neurons" else 1)
     pulled = run(pull, name)
     assert {key: value for key, value in pulled.items() if key != "tensors"} == pushed
     run(push, name, kind)

@@ -152,7 +152,7 @@ CHANGES = {
     "a-missing-mask": (change_tensors(remove_a_mask), r"lacks 1 tensor\(s\).*mask_bank.m0001"),
     "missing-masks": (change_tensors(remove_masks), "lacks .*mask_bank.m0000"),
     "a-foreign-mask": (change_tensors(add_a_mask), r"has unknown 1 tensor\(s\).*mask_bank.m9999"),
-    "a-newer-format": (change_config(format_version=99), "format 99.*formats up to 1.*Update hf_rtl"),
+    "a-newer-format": (change_config(format_version=99), "format 99.*formats up to 2.*Update hf_rtl"),
     "another-kind": (lambda files: {**files, "config.json": File(b'{"model_type": "vit"}')}, "'vit', .*no tickets"),
 }
 

@@ -546,7 +546,7 @@ def test_files_of_a_newer_format_are_refused_before_anything_else(tmp_path):
     for version in (99, "2", None, 1.5):
         file.write_text(json.dumps({**newer, "format_version": version}))
         with pytest.raises(
-            ValueError, match=f"saved by hf_rtl 7.0 in format {version!r}; .* reads formats up to 1. Upd"
+            ValueError, match=f"saved by hf_rtl 7.0 in format {version!r}; .* reads formats up to 2. Upd"
         ):
             RTLConfig.from_pretrained(tmp_path)
     # Files without a format version.

@@ -304,7 +304,7 @@ def test_another_bit_in_the_masks_is_seen(fill_masks, tmp_path):
         assert config["compact"]["compact.masks"] == "deflate"
         bits = torch.full((sum(int(union.sum()) for union in model.mask_bank.union()),), 7, dtype=torch.uint8)
         bits[5] = 3
-        from hf_rtl.modeling.model_file import encode
+        from hf_rtl.modeling.mask_coding import encode
 
         tensors["compact.masks"] = encode(bits)[1]
         assert not torch.equal(tensors["compact.masks"], masks)

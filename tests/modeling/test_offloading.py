@@ -88,6 +88,7 @@ def test_what_needs_the_weights_is_refused(saved, tmp_path):
         "saving": lambda: small.save_pretrained(tmp_path / "again"),
         "save_tickets": lambda: small.save_tickets(tmp_path / "tickets"),
         "extract_ticket": lambda: small.extract_ticket(0),
+        "footprint": lambda: small.footprint(),
         "load_tickets": lambda: small.load_tickets(tmp_path),
         "append_ticket": lambda: small.append_ticket("w", masks),
         "make_private": lambda: small.make_private(["*"]),

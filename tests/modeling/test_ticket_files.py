@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForMaskedLM, RTLModelForSequenceClassification
 from hf_rtl.model_card.readme import Readme
 from hf_rtl.model_card.ticket_page import tickets_page
-from hf_rtl.modeling.model_file import decode
+from hf_rtl.modeling.mask_coding import decode
 from hf_rtl.modeling.ticket_files import read_index
 from tests.training.small_runs import SMALL_NET
 
@@ -417,8 +417,8 @@ def damaged_index(folder, change):
     "change, message",
     [
         (
-            lambda index: index.update(format_version=2),
-            "format 2; this is hf_rtl .*, which reads formats up to 1",
+            lambda index: index.update(format_version=3),
+            "format 3; this is hf_rtl .*, which reads formats up to 2",
         ),
         (lambda index: index.pop("tickets"), "tickets.json of .* is damaged"),
         (lambda index: index.pop("dense"), "tickets.json of .* is damaged"),

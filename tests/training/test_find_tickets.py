@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.nn.functional import pad
 
 from hf_rtl import RTLModelForCausalLM, find_tickets
@@ -46,6 +47,11 @@ def collate(samples):
 def search(network, dataset=None, **options):
     given = {"route_column": "language", "sparsity": 0.5, "num_batches": 2, "batch_size": 4, "data_collator": collate}
     return find_tickets(network, texts() if dataset is None else dataset, **{**given, **options})
+
+
+def saved_bytes(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
 
 
 def drawn(dataset, route, seed=0, number=8):
@@ -161,9 +167,13 @@ def test_refitted_readers_belong_to_routes_and_are_saved(tmp_path):
     assert errors[1] < errors[0]
     private = model.private_parameters
     sizes = {name: rows[0].numel() for name, rows in zip(private.names, private.rows, strict=True)}
+    # In files a route has the columns of the 16 neurons that it keeps, of 24.
+    assert saved_bytes(model, tmp_path / "compact", compact=True) == model.footprint()["compact_bytes"]
+    masked = sum(size for name, size in sizes.items() if name.endswith("weight"))
+    columns = load_file(tmp_path / "compact" / "model.safetensors")
+    assert sum(columns[f"compact.p000{2 * layer}"].numel() for layer in range(2)) == 3 * masked * 16 // 24
     more = model.footprint()["full_bytes"] - plain.footprint()["full_bytes"]
     # Each route has rows of its own; masks of these weights, two bits of a byte each in every row, are gone.
-    masked = sum(size for name, size in sizes.items() if name.endswith("weight"))
     assert more == 4 * 3 * sum(sizes.values()) - 3 * masked // 8
 
 
@@ -172,7 +182,8 @@ def test_a_stock_model_gets_its_tickets_from_files_alone(tmp_path, refit):
     network, inputs = build("llama")
     network.save_pretrained(tmp_path / "stock")
     model = search(network, refit=refit)
-    model.save_tickets(tmp_path / "tickets")
+    index = model.save_tickets(tmp_path / "tickets")
+    assert index["format_version"] == 2  # a bit per neuron
     again = RTLModelForCausalLM.from_backbone(tmp_path / "stock", tickets=tmp_path / "tickets").eval()
     assert again.route_names == LANGUAGES and again.private_parameters.names == model.private_parameters.names
     with torch.no_grad():

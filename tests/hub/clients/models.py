@@ -41,9 +41,10 @@ def make_model(
 ) -> RTLModel:
     """
     A network with batch norm (`"timm"`) or a transformer (`"vit"`, `"bert"`, `"gpt2"`), with random masks and
-    statistics. `"odd"` is a transformer whose rows of masks do not end at the end of a byte.
+    statistics. `"odd"` is a transformer whose rows of masks do not end at the end of a byte; the tickets of
+    `"neurons"` lack whole neurons, and have a down projection of their own.
     """
-    routes = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
+    routes: dict[str, Any] = {"route_names": route_names, "ticket_task": ticket_task, "seed": seed}
     labels = {"num_labels": 4} if ticket_task == "labels" else {}
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     if kind == "bert":
@@ -57,6 +58,8 @@ def make_model(
     else:
         if kind == "odd":
             small.update(hidden_size=18, intermediate_size=25)
+        if kind == "neurons":
+            routes |= {"private_parameters": ["*.mlp.fc2.weight"], "prune_exclude": ["*.mlp.fc2.weight"]}
         backbone = "test_resnet" if kind == "timm" else ViTConfig(**small, image_size=32, patch_size=8)
         model = RTLModelForImageClassification.from_backbone(backbone, **routes, **labels)
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +68,21 @@ def make_model(
     # As after training, so that masks and statistics show in the outputs.
     for tensor in [*model.parameters(), *model.norm_statistics.rows]:
         tensor.data += (0.05 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+    if kind == "neurons":
+        remove_neurons(model, generator)
     return model.eval()
+
+
+def remove_neurons(model: RTLModel, generator: torch.Generator) -> None:
+    """Gives the tickets of a ViT masks and private rows without a third of its neurons."""
+    (down,) = model.private_parameters.rows
+    up = next(index for index, name in enumerate(model.mask_bank.weight_names) if name.endswith("mlp.fc1.weight"))
+    for route in range(model.num_routes):
+        removed = torch.randperm(down.shape[-1], generator=generator)[: down.shape[-1] // 3]
+        masks = [torch.ones(shape, dtype=torch.bool) for shape in model.mask_bank.shapes]
+        masks[up][removed] = False
+        down.data[route, :, removed] = 0
+        model.mask_bank[route] = masks
 
 
 @torch.no_grad()
