@@ -52,13 +52,17 @@ def remove_units(
     small = copy.deepcopy(ticket)
     config = _smaller_config(ticket, layers, used)
     if config is None:
-        kept = [_at_least(mask, max(1, int(mask.sum()))) for mask in used]
+        # Experts of one stack have one size.
+        counts = {tuple(layer.places): 1 for layer in layers}
+        for layer, mask in zip(layers, used, strict=True):
+            counts[tuple(layer.places)] = max(counts[tuple(layer.places)], int(mask.sum()))
+        kept = [_at_least(mask, counts[tuple(layer.places)]) for layer, mask in zip(layers, used, strict=True)]
     else:
-        counts = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
-        assert counts is not None
-        kept = [_at_least(mask, count) for mask, count in zip(used, counts, strict=True)]
+        said = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
+        assert said is not None
+        kept = [_at_least(mask, count) for mask, count in zip(used, said, strict=True)]
         small.config = config
-    slice_channels(small, _kept_indices(layers, kept))
+    slice_channels(small, _kept_indices(small, layers, kept))
     _check_outputs(ticket, small, example_inputs)
     if config is None and not all(mask.all() for mask in kept):
         small.save_pretrained = small.push_to_hub = refuse_to_save
@@ -99,7 +103,7 @@ def used_units(network: nn.Module, layer: UnitLayer) -> Tensor:
     used = torch.zeros(layer.num_units, dtype=torch.bool)
     for name, dim in layer.readers:
         weight = network.get_parameter(name).detach()
-        read = (weight != 0).movedim(dim, 0).flatten(1).any(1).cpu()
+        read = (layer.own(weight) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
         used |= read[layer.places[name, dim]].any(1)
     return used
 
@@ -110,13 +114,22 @@ def _at_least(used: Tensor, count: int) -> Tensor:
     return used.index_fill(0, others, True)
 
 
-def _kept_indices(layers: Sequence[UnitLayer], kept: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
-    indices: dict[str, dict[int, Tensor]] = {}
+def _kept_indices(
+    network: nn.Module, layers: Sequence[UnitLayer], kept: Sequence[Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """What [`slice_channels`] takes. Units of several layers may lie along one dimension."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    left: dict[str, dict[int, Tensor]] = {}
     for layer, mask in zip(layers, kept, strict=True):
-        if not mask.all():
-            for (name, dim), of_units in layer.places.items():
-                indices.setdefault(name, {})[dim] = of_units[mask].flatten().sort().values
-    return indices
+        for (name, dim), of_units in layer.places.items() if not mask.all() else ():
+            shape = tensors[name].shape
+            sizes = [shape[dim]] if layer.expert is None else [shape[0], shape[dim]]
+            along = left.setdefault(name, {}).setdefault(dim, torch.ones(sizes, dtype=torch.bool))
+            layer.own(along)[of_units[~mask].flatten()] = False
+    return {
+        name: {dim: along.nonzero()[:, -1].view(*along.shape[:-1], -1) for dim, along in dims.items()}
+        for name, dims in left.items()
+    }
 
 
 # Configurations
@@ -201,9 +214,9 @@ def _counts(
         places = {place: indices for place, indices in layer.places.items() if place[0] in built}
         (name, dim), indices = next(iter(places.items()))
         width = indices.shape[1]
-        count = built[name][dim] // width
-        for (name, dim), indices in places.items():
-            expected[name][dim] = count * indices.shape[1]
+        count = layer.num_units - (shapes[name][dim] - built[name][dim]) // width
+        for (name, dim), indices in places.items() if not layer.expert else ():
+            expected[name][dim] -= (layer.num_units - count) * indices.shape[1]
         counts.append(count)
     return counts if expected == built else None
 

@@ -166,9 +166,13 @@ def _report(model: RTLModel, layers: Sequence[UnitLayer], kept: Sequence[Sequenc
     for route, name in enumerate(model.route_names):
         shares = {weight: 1.0 for weight in sizes}
         for layer, units in zip(layers, kept[route], strict=True):
-            for (weight, _), _places in layer.places.items():
+            for weight, _ in layer.places:
                 if weight in shares:
-                    shares[weight] *= float(units.double().mean())
+                    share = float(units.double().mean())
+                    if layer.expert is None:
+                        shares[weight] *= share
+                    else:
+                        shares[weight] -= (1 - share) / sizes[weight][0]
         removed = 1 - sum(int(units.sum()) for units in kept[route]) / num_units
         left = sum(share * sizes[weight].numel() for weight, share in shares.items())
         rows.append([name, f"{removed:.1%}", f"{1 - density[route]:.1%}", f"{1 - left / total:.1%}"])
