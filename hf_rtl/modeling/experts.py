@@ -45,9 +45,9 @@ class ExpertInputs:
 
 def are_fused(module: Any) -> bool:
     """
-    Whether a module holds experts that follow the interface of transformers (`use_experts_implementation`): it says how
-    their matrices lie and what stands between them, so that they can be measured. With a norm after each expert, what
-    an expert gives is no sum over its neurons.
+    Whether a module holds experts that follow the interface of transformers (`use_experts_implementation`): it says
+    how their matrices lie and what stands between them, so that they can be measured. With a norm after each expert,
+    what an expert gives is no sum over its neurons.
     """
     return hasattr(module, "_apply_gate") and getattr(module, "has_post_expert_norm", None) is False
 
@@ -75,8 +75,8 @@ def expert_inputs(experts: Any, attribute: str, x: Tensor, chosen: Tensor, share
         experts (`nn.Module`): see [`are_fused`].
         attribute (`str`): one of its [`fused_matrices`]. What is given to the one that reads neurons is multiplied by
             the share of the expert in the output, since the output is.
-        x (`Tensor`), chosen (`Tensor`), shares (`Tensor`): what the experts are given: `[positions, channels]`, and for
-            each position the experts that it goes to, and their shares.
+        x (`Tensor`), chosen (`Tensor`), shares (`Tensor`): what the experts are given: `[positions, channels]`, and
+            for each position the experts that it goes to, and their shares.
     """
     parts = []
     for expert in range(len(experts.down_proj)):

@@ -31,9 +31,7 @@ class LayerInputs:
         ValueError: a weight is of none of these, so its layer has no single input.
     """
 
-    def __init__(
-        self, network: nn.Module, weight_names: Iterable[str], receive: Callable[[str, Any], None]
-    ) -> None:
+    def __init__(self, network: nn.Module, weight_names: Iterable[str], receive: Callable[[str, Any], None]) -> None:
         self._network: Any = network
         self._receive = receive
         self._places: list[tuple[str, nn.Module, str]] = []

@@ -34,9 +34,10 @@ def remove_units(
     A copy of a plain model without the units that nothing reads: those whose weights in all readers are zero.
 
     If its configuration can say the smaller shapes, as by `intermediate_size`, the copy has such a configuration: the
-    library that the model is of saves and loads it. Layers that the configuration gives one size keep as many units as
-    the largest of them needs. If it cannot, every layer loses all such units, and `save_pretrained` raises a
-    `ValueError`. Outputs agree to rounding: 1e-6 relative in float32.
+    library that the model is of saves and loads it. Layers that the configuration gives one size, such as the experts
+    of a model, keep as many units as the largest of them needs, fused experts a multiple of 8. If it cannot, every
+    layer loses all such units, and `save_pretrained` raises a `ValueError`. Outputs agree to rounding: 1e-6 relative in
+    float32.
 
     Args:
         ticket (`PreTrainedModel`): stays as it is.
@@ -54,8 +55,8 @@ def remove_units(
     if config is None:
         # Experts of one stack have one size.
         counts = {tuple(layer.places): 1 for layer in layers}
-        for layer, mask in zip(layers, used, strict=True):
-            counts[tuple(layer.places)] = max(counts[tuple(layer.places)], int(mask.sum()))
+        for layer, count in zip(layers, _needed(layers, used), strict=True):
+            counts[tuple(layer.places)] = max(counts[tuple(layer.places)], count)
         kept = [_at_least(mask, counts[tuple(layer.places)]) for layer, mask in zip(layers, used, strict=True)]
     else:
         said = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
@@ -108,6 +109,13 @@ def used_units(network: nn.Module, layer: UnitLayer) -> Tensor:
     return used
 
 
+def _needed(layers: Sequence[UnitLayer], used: Sequence[Tensor]) -> list[int]:
+    """How many units each layer keeps at least. Grouped products of experts take multiples of 16 bytes alone."""
+    multiples = [1 if layer.expert is None else 8 for layer in layers]
+    counts = [-(-int(mask.sum()) // multiple) * multiple for mask, multiple in zip(used, multiples, strict=True)]
+    return [min(layer.num_units, count) for layer, count in zip(layers, counts, strict=True)]
+
+
 def _at_least(used: Tensor, count: int) -> Tensor:
     """`used` with the first of the other units, so that there are `count`."""
     others = (~used).nonzero().squeeze(1)[: count - int(used.sum())]
@@ -140,7 +148,7 @@ def _smaller_config(ticket: PreTrainedModel, layers: Sequence[UnitLayer], used: 
     The configuration of `ticket` with as few units as it can say, no layer with fewer than it uses; `None` if it can
     say none. Each change is tried: a model of the changed configuration, without memory, has the right shapes or not.
     """
-    needed = [int(mask.sum()) for mask in used]
+    needed = _needed(layers, used)
     shapes, config, counts = tensor_shapes(ticket), copy.deepcopy(ticket.config), [layer.num_units for layer in layers]
     found = False
     for old in sorted({layer.num_units for layer in layers}):
