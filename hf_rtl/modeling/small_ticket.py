@@ -36,8 +36,8 @@ def remove_units(
     If its configuration can say the smaller shapes, as by `intermediate_size`, the copy has such a configuration: the
     library that the model is of saves and loads it. Layers that the configuration gives one size, such as the experts
     of a model, keep as many units as the largest of them needs, fused experts a multiple of 8. If it cannot, every
-    layer loses all such units, and `save_pretrained` raises a `ValueError`. Outputs agree to rounding: 1e-6 relative in
-    float32.
+    layer loses all such units, and `save_pretrained` raises a `ValueError`. Outputs agree to rounding: 1e-6 relative
+    in float32.
 
     Args:
         ticket (`PreTrainedModel`): stays as it is.

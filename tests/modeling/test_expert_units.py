@@ -240,7 +240,8 @@ def test_single_weights_of_experts_are_ranked_within_their_rows(name):
     masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[1], strict=True))
     x, chosen, shares = given(network, [{"input_ids": row[None]} for row in rows[1::2]])
     for attribute in fused_matrices(module):
-        parts = expert_inputs(module, attribute, x, chosen, shares).parts
+        with torch.no_grad():
+            parts = expert_inputs(module, attribute, x, chosen, shares).parts
         for expert, part in enumerate(parts):
             norms = [math.sqrt(math.fsum(float(value) ** 2 for value in column)) for column in part.T]
             weight, mask = getattr(module, attribute)[expert], masks[f"{experts}.{attribute}"][expert]
