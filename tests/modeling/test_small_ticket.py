@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from hf_rtl import (
     RTLModelForCausalLM,
@@ -242,3 +243,29 @@ def test_a_process_without_hf_rtl_loads_the_small_tickets_of_a_model(tmp_path):
     assert dict(line.rsplit(" ", 1) for line in printed.splitlines()) == {
         name: str(size) for name, size in sizes.items()
     }
+
+
+class Branches(PreTrainedModel):
+    """A convolution that reads two others, one beside the other."""
+
+    config_class, main_input_name = PreTrainedConfig, "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 4, 1)
+        self.both = nn.Conv2d(10, 2, 1)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return self.both(torch.cat([self.one(pixel_values).relu(), self.two(pixel_values).tanh()], 1))
+
+
+def test_units_of_two_layers_that_one_reads_side_by_side():
+    network = Branches(PreTrainedConfig()).double().eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 4, 4, dtype=torch.float64)}
+    for layer in small_ticket.find_units(network, inputs):
+        zero_units(network, layer, torch.arange(layer.num_units) % 2 == 1)
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert (small.one.out_channels, small.two.out_channels, small.both.in_channels) == (3, 2, 5)
+    assert_close(outputs(small, inputs), expected, 1e-12)
