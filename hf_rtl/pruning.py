@@ -214,7 +214,9 @@ def unit_activity(squares: Sequence[Tensor], readers: Sequence[Tensor]) -> Tenso
     what the reader is given, times the squared norm of the reader's weights for it.
 
     Args:
-        squares (`Sequence[Tensor]`): for each reader, the mean of h² over samples and positions, `[num_units, n]`.
+        squares (`Sequence[Tensor]`): for each reader, the mean of h² over samples and positions, `[num_units, n]`. For
+            an expert h is multiplied by its share in the output, and zero at positions that it does not get: the sum
+            over those that it gets is divided by the number of all.
         readers (`Sequence[Tensor]`): for each reader, its weights for each unit, `[num_units, n, …]`.
 
     Returns:

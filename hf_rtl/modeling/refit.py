@@ -19,9 +19,9 @@ Moments = tuple[Tensor, Tensor, int]
 
 
 def can_refit(network: nn.Module, layer: UnitLayer) -> bool:
-    """Whether a single matrix reads the units of a layer; others keep their weights in a refit."""
+    """Whether a single layer's matrix reads the units; what others read keeps its weights in a refit."""
     modules = [network.get_submodule(name.rpartition(".")[0]) for name, _ in layer.readers]
-    return len(modules) == 1 and not isinstance(modules[0], _ConvNd)
+    return len(modules) == 1 and not isinstance(modules[0], _ConvNd) and layer.expert is None
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def refit(
 
     Args:
         network (`nn.Module`): the network; removed units still compute in it.
-        layers, kept: layers of units in the order of the forward, and the units that are kept, `bool`. Units that a
-            convolution or several layers read are left as they are.
+        layers, kept: layers of units in the order of the forward, and the units that are kept, `bool`. What a
+            convolution, fused experts or several layers read is left as it is.
         batches (`Callable`): makes the batches, the same at every call; arguments of a forward, on the device.
         ridge (`float`, defaults to 0.01): λ over the mean diagonal; larger for fewer samples.
         gather (`Callable`, *optional*): turns the sums of each of this process's batches into those of all batches.

@@ -34,9 +34,10 @@ def remove_units(
     A copy of a plain model without the units that nothing reads: those whose weights in all readers are zero.
 
     If its configuration can say the smaller shapes, as by `intermediate_size`, the copy has such a configuration: the
-    library that the model is of saves and loads it. Layers that the configuration gives one size keep as many units as
-    the largest of them needs. If it cannot, every layer loses all such units, and `save_pretrained` raises a
-    `ValueError`. Outputs agree to rounding: 1e-6 relative in float32.
+    library that the model is of saves and loads it. Layers that the configuration gives one size, such as the experts
+    of a model, keep as many units as the largest of them needs, fused experts a multiple of 8. If it cannot, every
+    layer loses all such units, and `save_pretrained` raises a `ValueError`. Outputs agree to rounding: 1e-6 relative
+    in float32.
 
     Args:
         ticket (`PreTrainedModel`): stays as it is.
@@ -52,13 +53,17 @@ def remove_units(
     small = copy.deepcopy(ticket)
     config = _smaller_config(ticket, layers, used)
     if config is None:
-        kept = [_at_least(mask, max(1, int(mask.sum()))) for mask in used]
+        # Experts of one stack have one size.
+        counts = {tuple(layer.places): 1 for layer in layers}
+        for layer, count in zip(layers, _needed(layers, used), strict=True):
+            counts[tuple(layer.places)] = max(counts[tuple(layer.places)], count)
+        kept = [_at_least(mask, counts[tuple(layer.places)]) for layer, mask in zip(layers, used, strict=True)]
     else:
-        counts = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
-        assert counts is not None
-        kept = [_at_least(mask, count) for mask, count in zip(used, counts, strict=True)]
+        said = _counts(tensor_shapes(_build(ticket, config)), tensor_shapes(ticket), layers)
+        assert said is not None
+        kept = [_at_least(mask, count) for mask, count in zip(used, said, strict=True)]
         small.config = config
-    slice_channels(small, _kept_indices(layers, kept))
+    slice_channels(small, _kept_indices(small, layers, kept))
     _check_outputs(ticket, small, example_inputs)
     if config is None and not all(mask.all() for mask in kept):
         small.save_pretrained = small.push_to_hub = refuse_to_save
@@ -99,9 +104,16 @@ def used_units(network: nn.Module, layer: UnitLayer) -> Tensor:
     used = torch.zeros(layer.num_units, dtype=torch.bool)
     for name, dim in layer.readers:
         weight = network.get_parameter(name).detach()
-        read = (weight != 0).movedim(dim, 0).flatten(1).any(1).cpu()
+        read = (layer.own(weight) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
         used |= read[layer.places[name, dim]].any(1)
     return used
+
+
+def _needed(layers: Sequence[UnitLayer], used: Sequence[Tensor]) -> list[int]:
+    """How many units each layer keeps at least. Grouped products of experts take multiples of 16 bytes alone."""
+    multiples = [1 if layer.expert is None else 8 for layer in layers]
+    counts = [-(-int(mask.sum()) // multiple) * multiple for mask, multiple in zip(used, multiples, strict=True)]
+    return [min(layer.num_units, count) for layer, count in zip(layers, counts, strict=True)]
 
 
 def _at_least(used: Tensor, count: int) -> Tensor:
@@ -110,13 +122,22 @@ def _at_least(used: Tensor, count: int) -> Tensor:
     return used.index_fill(0, others, True)
 
 
-def _kept_indices(layers: Sequence[UnitLayer], kept: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
-    indices: dict[str, dict[int, Tensor]] = {}
+def _kept_indices(
+    network: nn.Module, layers: Sequence[UnitLayer], kept: Sequence[Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """What [`slice_channels`] takes. Units of several layers may lie along one dimension."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    left: dict[str, dict[int, Tensor]] = {}
     for layer, mask in zip(layers, kept, strict=True):
-        if not mask.all():
-            for (name, dim), of_units in layer.places.items():
-                indices.setdefault(name, {})[dim] = of_units[mask].flatten().sort().values
-    return indices
+        for (name, dim), of_units in layer.places.items() if not mask.all() else ():
+            shape = tensors[name].shape
+            sizes = [shape[dim]] if layer.expert is None else [shape[0], shape[dim]]
+            along = left.setdefault(name, {}).setdefault(dim, torch.ones(sizes, dtype=torch.bool))
+            layer.own(along)[of_units[~mask].flatten()] = False
+    return {
+        name: {dim: along.nonzero()[:, -1].view(*along.shape[:-1], -1) for dim, along in dims.items()}
+        for name, dims in left.items()
+    }
 
 
 # Configurations
@@ -127,7 +148,7 @@ def _smaller_config(ticket: PreTrainedModel, layers: Sequence[UnitLayer], used: 
     The configuration of `ticket` with as few units as it can say, no layer with fewer than it uses; `None` if it can
     say none. Each change is tried: a model of the changed configuration, without memory, has the right shapes or not.
     """
-    needed = [int(mask.sum()) for mask in used]
+    needed = _needed(layers, used)
     shapes, config, counts = tensor_shapes(ticket), copy.deepcopy(ticket.config), [layer.num_units for layer in layers]
     found = False
     for old in sorted({layer.num_units for layer in layers}):
@@ -201,9 +222,9 @@ def _counts(
         places = {place: indices for place, indices in layer.places.items() if place[0] in built}
         (name, dim), indices = next(iter(places.items()))
         width = indices.shape[1]
-        count = built[name][dim] // width
-        for (name, dim), indices in places.items():
-            expected[name][dim] = count * indices.shape[1]
+        count = layer.num_units - (shapes[name][dim] - built[name][dim]) // width
+        for (name, dim), indices in places.items() if not layer.expert else ():
+            expected[name][dim] -= (layer.num_units - count) * indices.shape[1]
         counts.append(count)
     return counts if expected == built else None
 

@@ -220,14 +220,17 @@ def _agree(model: nn.Module, inputs: Mapping[str, Tensor], expected: tuple[Tenso
 
 
 def slice_channels(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Keeps the indices `kept` of parameters and buffers, wherever they are registered, and sets layers' sizes."""
+    """
+    Keeps the indices `kept` of parameters and buffers, wherever they are registered, and sets layers' sizes. Indices
+    `[experts, n]` are those of each expert of a stack.
+    """
     names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sliced: dict[int, Tensor] = {}
     for name, dims in kept.items():
         tensor = names[name]
         smaller = tensor.detach()
         for dim, indices in dims.items():
-            smaller = smaller.index_select(dim, indices.to(tensor.device))
+            smaller = _select(smaller, dim, indices.to(tensor.device))
         if isinstance(tensor, nn.Parameter):
             smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
         sliced[id(tensor)] = smaller
@@ -238,6 +241,12 @@ def slice_channels(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
             if changed:
                 tensors.update(changed)
                 _set_size(module)
+
+
+def _select(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    if indices.ndim == 1:
+        return tensor.index_select(dim, indices)
+    return torch.stack([part.index_select(dim, own) for part, own in zip(tensor, indices, strict=True)])
 
 
 def _set_size(module: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .channel_graph import ChannelGraph
+from .experts import are_fused, fused_matrices
 from .standalone import TensorOutputs, make_example_inputs
 
 
@@ -31,6 +32,8 @@ class UnitLayer:
         places (`dict`): name of a parameter or buffer and one of its dimensions -> `int64 [num_units, n]`, the indices
             of each unit along it.
         readers (`list[tuple[str, int]]`): the places of the weights that read the units.
+        expert (`int`, *optional*): the expert whose units these are, if the parameters stack those of several experts
+            along their first dimension. Dimensions are then counted from the last.
     """
 
     name: str
@@ -38,6 +41,11 @@ class UnitLayer:
     num_units: int
     places: dict[tuple[str, int], Tensor]
     readers: list[tuple[str, int]]
+    expert: int | None = None
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Of a tensor of a parameter's shape, all of it, or the part of the expert: a view."""
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 def find_units(backbone: nn.Module, example_inputs: Mapping[str, Tensor] | None = None) -> list[UnitLayer]:
@@ -46,7 +54,8 @@ def find_units(backbone: nn.Module, example_inputs: Mapping[str, Tensor] | None 
 
     A unit is a channel, with all that makes it and all that reads it, which can be removed without any other: a hidden
     neuron of a feed-forward block (gated or not), or a channel between two convolutions. Channels of residual streams,
-    of norms over channels and of attention are no units.
+    of norms over channels and of attention are no units. Fused experts, which no graph follows, have the neurons that
+    the interface of transformers for experts says, in a layer for each expert; see [`are_fused`].
 
     Args:
         backbone (`nn.Module`): a network that `torch.export` takes. Neither its weights nor its memory are touched.
@@ -61,9 +70,33 @@ def find_units(backbone: nn.Module, example_inputs: Mapping[str, Tensor] | None 
     tensors = chain(backbone.parameters(), backbone.buffers())
     empty = copy.deepcopy(backbone, {id(tensor): _without_memory(tensor) for tensor in tensors}).eval()
     inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    if any(map(are_fused, empty.modules())):
+        # The loop over experts depends on data, which a graph cannot hold.
+        empty.set_experts_implementation("batched_mm")  # type: ignore[operator]
     exported = torch.export.export(TensorOutputs(empty), (), inputs, strict=False).run_decompositions({})
     graph = ChannelGraph(exported, "model.", empty)
-    return [_as_layer(graph, backbone, places) for places in graph.units()]
+    return [*(_as_layer(graph, backbone, places) for places in graph.units()), *_of_experts(backbone)]
+
+
+def _of_experts(backbone: nn.Module) -> Iterator[UnitLayer]:
+    """A layer for each expert of fused ones."""
+    for name, module in backbone.named_modules():
+        if are_fused(module):
+            experts: Any = module
+            up, down = (f"{name}.{attribute}" for attribute in fused_matrices(experts))
+            rows, columns = (-1, -2) if experts.is_transposed else (-2, -1)
+            num_experts, num_units = experts.down_proj.shape[0], experts.down_proj.shape[columns]
+            indices = torch.arange(num_units)[:, None]
+            if experts.has_gate:
+                pair = torch.arange(2 * num_units)
+                made = pair.view(2, -1).T if experts.is_concatenated else pair.view(-1, 2)
+            else:
+                made = indices
+            places = {(up, rows): made, (down, columns): indices}
+            if experts.has_bias:
+                places[f"{up}_bias", -1] = made
+            for expert in range(num_experts):
+                yield UnitLayer(f"{name}.{expert}", "neuron", num_units, places, [(down, columns)], expert)
 
 
 def _as_layer(graph: ChannelGraph, backbone: nn.Module, places: Mapping[tuple[str, int], Any]) -> UnitLayer:

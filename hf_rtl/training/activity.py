@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 from torch.nn.modules.conv import _ConvNd
 
+from ..modeling.experts import ExpertInputs
 from ..modeling.layer_inputs import LayerInputs
 
 
@@ -30,15 +32,19 @@ def input_squares(
             over the positions that this element multiplies, in place of one for each channel.
 
     Returns:
-        For each batch: name of a weight -> the sum, `float64 [channels]`, and the number of positions.
+        For each batch: name of a weight -> the sum, `float64 [channels]`, and the number of positions. Fused experts
+        have sums over the positions that each expert gets, `[experts, channels]`, and the number of all positions.
     """
     found: list[Sums] = []
     current: Sums = {}
 
-    def receive(name: str, x: Tensor) -> None:
+    def receive(name: str, x: Tensor | ExpertInputs) -> None:
         module = network.get_submodule(name.rpartition(".")[0])
         total, count = current.get(name, (0, 0))
-        if isinstance(module, _ConvNd):
+        if isinstance(x, ExpertInputs):
+            count += x.num_positions
+            total = total + torch.stack([part.double().square().sum(0) for part in x.parts])
+        elif isinstance(module, _ConvNd):
             squares = x.double().square()
             count += squares[:, 0].numel()
             total = total + (

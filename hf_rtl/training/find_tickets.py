@@ -55,8 +55,9 @@ def find_tickets(
         dataset (map-style data set of dicts): samples of all routes, with what the model takes.
         sparsity (`float`): the share of units, or of prunable weights, that is removed from each ticket.
         route_column (`str`, *optional*): the column with the route of a sample; see [`get_rtl_model`].
-        granularity (`str`, defaults to `"neuron"`): what is removed: whole `"neuron"`s of feed-forward blocks, whole
-            `"channel"`s between convolutions, or single weights, `"weight"`; see [`find_units`].
+        granularity (`str`, defaults to `"neuron"`): what is removed: whole `"neuron"`s of feed-forward blocks and of
+            fused experts, each of which is a layer, whole `"channel"`s between convolutions, or single weights,
+            `"weight"`; see [`find_units`].
         criterion (`str`, defaults to `"activity"`): `"activity"` on the data, see [`unit_activity`] and
             [`weight_activity`]; `"magnitude"`: the norm of all weights of a unit, or of a weight; or `"random"`, to
             compare with.
@@ -64,7 +65,7 @@ def find_tickets(
             for units, to `"row"` for the activity and `"global"` for the magnitude of weights.
         round_to (`int`, defaults to 8): layers keep a multiple of this number of units.
         refit (`bool`, defaults to `False`): whether the weights that read units are solved anew for each route, see
-            [`refit`]. They become private parameters of the routes.
+            [`refit`]. They become private parameters of the routes. Those of experts stay as they are.
         ridge (`float`, defaults to 0.01): see [`refit`].
         num_batches (`int`, defaults to 8), batch_size (`int`, defaults to 16): samples of each route; at most all.
         data_collator (`Callable`, *optional*): makes a batch of samples. By default pads with the tokenizer
@@ -166,9 +167,13 @@ def _report(model: RTLModel, layers: Sequence[UnitLayer], kept: Sequence[Sequenc
     for route, name in enumerate(model.route_names):
         shares = {weight: 1.0 for weight in sizes}
         for layer, units in zip(layers, kept[route], strict=True):
-            for (weight, _), _places in layer.places.items():
+            for weight, _ in layer.places:
                 if weight in shares:
-                    shares[weight] *= float(units.double().mean())
+                    share = float(units.double().mean())
+                    if layer.expert is None:
+                        shares[weight] *= share
+                    else:
+                        shares[weight] -= (1 - share) / sizes[weight][0]
         removed = 1 - sum(int(units.sum()) for units in kept[route]) / num_units
         left = sum(share * sizes[weight].numel() for weight, share in shares.items())
         rows.append([name, f"{removed:.1%}", f"{1 - density[route]:.1%}", f"{1 - left / total:.1%}"])

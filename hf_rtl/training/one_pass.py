@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data.partition import Partition
 from ..data.sampling import fetch
+from ..modeling.experts import are_fused, unknown_experts
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.refit import can_refit
 from ..modeling.refit import refit as refit_units
@@ -89,20 +90,24 @@ class Search:
         covered = set(self.bank.weight_names)
         layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
         left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]
+        reasons = [f"no mask covers what reads {', '.join(left)}"] if left else []
+        unknown = unknown_experts(self.model.backbone) if granularity == "neuron" else []
+        if unknown:
+            reasons.append(f"it is not known how the experts compute that hold {', '.join(unknown)}")
         if not layers:
             raise ValueError(
                 f"{type(self.model.backbone).__name__} has no {granularity} that can be pruned"
-                + (f": no mask covers what reads {', '.join(left)}." if left else "; choose another `granularity`.")
+                + (f": {'; '.join(reasons)}." if reasons else "; choose another `granularity`.")
             )
-        if left:
-            logger.info("Not prunable, since no mask covers what reads them: %s", ", ".join(left))
+        for reason in reasons:
+            logger.info("Some units are not prunable: %s", reason)
         return layers
 
     def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:
         masks = dict(zip(self.bank.weight_names, self.bank[route], strict=True))
         return [
             torch.stack(
-                [_by_unit(masks[name], dim, layer.places[name, dim]).any(1) for name, dim in layer.readers]
+                [_by_unit(layer.own(masks[name]), dim, layer.places[name, dim]).any(1) for name, dim in layer.readers]
             ).any(0)
             for layer in layers
         ]
@@ -115,7 +120,7 @@ class Search:
             return [
                 torch.stack(
                     [
-                        _by_unit(weights[name], dim, units).double().square().sum(1)
+                        _by_unit(layer.own(weights[name]), dim, units).double().square().sum(1)
                         for (name, dim), units in layer.places.items()
                         if name in weights
                     ]
@@ -126,8 +131,11 @@ class Search:
         sums = self._activity(route, readers, per_weight=False)
         return [
             unit_activity(
-                [(sums[name][0] / sums[name][1])[layer.places[name, dim]] for name, dim in layer.readers],
-                [weights[name].cpu().movedim(dim, 0)[layer.places[name, dim]] for name, dim in layer.readers],
+                [layer.own(sums[name][0] / sums[name][1])[layer.places[name, dim]] for name, dim in layer.readers],
+                [
+                    layer.own(weights[name]).cpu().movedim(dim, 0)[layer.places[name, dim]]
+                    for name, dim in layer.readers
+                ],
             )
             for layer in layers
         ]
@@ -138,7 +146,7 @@ class Search:
         for layer, units in zip(layers, kept, strict=True):
             for (name, dim), places in layer.places.items():
                 if name in masks:
-                    masks[name].index_fill_(dim, places[~units].flatten(), False)
+                    layer.own(masks[name]).index_fill_(dim, places[~units].flatten(), False)
         return list(masks.values())
 
     def refitted(
@@ -189,11 +197,9 @@ class Search:
         if criterion == "activity":
             sums = self._activity(route, list(weights), per_weight=True)
             scores = [self._weight_scores(name, weight, sums[name][0]) for name, weight in weights.items()]
-        # Rows are outputs; `Conv1D` has them along the second dimension.
-        turned = [isinstance(self._layer(name), Conv1D) for name in weights]
 
         def turn(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.T if other else tensor for tensor, other in zip(tensors, turned, strict=True)]
+            return [_as_rows(self._layer(name), tensor) for name, tensor in zip(weights, tensors, strict=True)]
 
         num_kept = self.bank.num_weights - round(sparsity * self.bank.num_weights)
         found = prune(
@@ -203,12 +209,13 @@ class Search:
             scope=scope,
             scores=None if scores is None else turn(scores),
         )
-        return [mask.cpu() for mask in turn(found)]
+        return [_from_rows(self._layer(name), mask).cpu() for name, mask in zip(weights, found, strict=True)]
 
     def _weight_scores(self, name: str, weight: Tensor, squares: Tensor) -> Tensor:
-        if isinstance(self._layer(name), Conv1D):
-            return weight_activity(weight.cpu().T, squares).T.to(weight.device)
-        return weight_activity(weight.cpu(), squares).to(weight.device)
+        layer = self._layer(name)
+        # Experts are what the groups of a convolution are: each multiplies inputs of its own.
+        squares = squares.flatten() if are_fused(layer) else squares
+        return _from_rows(layer, weight_activity(_as_rows(layer, weight.cpu()), squares)).to(weight.device)
 
     def _layer(self, name: str) -> Any:
         return self.model.backbone.get_submodule(name.rpartition(".")[0])
@@ -233,6 +240,25 @@ class Search:
         with torch.no_grad(), model.route_context(route):
             own = input_squares(model.backbone, weight_names, batches, per_weight=per_weight)
         return add_up(gather_in_order(own))
+
+
+def _as_rows(layer: Any, tensor: Tensor) -> Tensor:
+    """The weight of a layer with its outputs along the first dimension, those of fused experts below one another."""
+    if isinstance(layer, Conv1D):
+        return tensor.T
+    if are_fused(layer):
+        return (tensor.mT if layer.is_transposed else tensor).flatten(0, 1)
+    return tensor
+
+
+def _from_rows(layer: Any, rows: Tensor) -> Tensor:
+    """The weight that [`_as_rows`] turned."""
+    if isinstance(layer, Conv1D):
+        return rows.T
+    if are_fused(layer):
+        stack = rows.view(len(layer.down_proj), -1, rows.shape[1])
+        return stack.mT if layer.is_transposed else stack
+    return rows
 
 
 def _by_unit(tensor: Tensor, dim: int, units: Tensor) -> Tensor:

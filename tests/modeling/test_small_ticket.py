@@ -6,18 +6,25 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from hf_rtl import RTLModelForSequenceClassification
-from hf_rtl.modeling import small_ticket
+from hf_rtl import (
+    RTLModelForCausalLM,
+    RTLModelForImageClassification,
+    RTLModelForSeq2SeqLM,
+    RTLModelForSequenceClassification,
+)
+from hf_rtl.modeling import modeling_rtl, small_ticket
 from hf_rtl.modeling.small_ticket import remove_units
 from hf_rtl.modeling.standalone import TensorOutputs
+from tests.child_processes import run_program
 from tests.modeling.small_backbones import BACKBONES, build, units_found_once, zero_units
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _units_found_once():
-    with units_found_once(small_ticket):
+    with units_found_once(small_ticket, modeling_rtl):
         yield
 
 
@@ -170,3 +177,95 @@ def test_a_ticket_of_a_model_is_extracted_small(tmp_path):
         assert_close(outputs(small, inputs)[:1], [model(**inputs, route_ids=route).logits.detach()], 1e-6)
         small.save_pretrained(tmp_path / route)
         assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path / route), type(small))
+
+
+# The library's Auto class of each, and ours.
+SAVED = {
+    "bert": ("AutoModelForSequenceClassification", RTLModelForSequenceClassification),
+    "gpt2": ("AutoModelForCausalLM", RTLModelForCausalLM),
+    "llama": ("AutoModelForCausalLM", RTLModelForCausalLM),
+    "t5": ("AutoModelForSeq2SeqLM", RTLModelForSeq2SeqLM),
+    "vit": ("AutoModelForImageClassification", RTLModelForImageClassification),
+    "timm vit": ("AutoModelForImageClassification", RTLModelForImageClassification),
+    "bottlenecks": ("AutoModelForImageClassification", RTLModelForImageClassification),
+}
+WITHOUT_HF_RTL = """
+import sys
+from pathlib import Path
+
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_rtl":
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Hide())
+try:
+    import hf_rtl
+except ImportError:
+    pass
+else:
+    sys.exit("hf_rtl can be imported")
+import torch
+import transformers
+
+for folder in Path(sys.argv[1]).iterdir():
+    auto_class, inputs, expected = torch.load(folder / "expected.pt")
+    loaded = getattr(transformers, auto_class).from_pretrained(folder).eval()
+    assert type(loaded).__module__.startswith("transformers."), folder
+    with torch.no_grad():
+        found = loaded(**inputs).logits
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), (folder, found, expected)
+    print(folder.name, sum(parameter.numel() for parameter in loaded.parameters()))
+"""
+
+
+def test_a_process_without_hf_rtl_loads_the_small_tickets_of_a_model(tmp_path):
+    sizes = {}
+    for name, (auto_class, of_model) in SAVED.items():
+        network, inputs = build(name)
+        model = of_model.from_backbone(network, route_names=["day", "night"], ticket_task="labels").eval()
+        masks = dict(zip(model.mask_bank.weight_names, model.mask_bank["night"], strict=True))
+        for layer in model.unit_layers(inputs):
+            for (place, dim), units in layer.places.items() if "pooler" not in layer.name else ():
+                if place in masks:
+                    masks[place].index_fill_(dim, units[1::2].flatten(), False)
+        model.mask_bank["night"] = list(masks.values())
+        small = model.extract_ticket("night", small=True)
+        small.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            expected = model(**inputs, route_ids="night").logits
+        torch.save((auto_class, inputs, expected), tmp_path / name / "expected.pt")
+        sizes[name] = sum(parameter.numel() for parameter in small.parameters())
+        assert sizes[name] < sum(parameter.numel() for parameter in network.parameters())
+    printed = run_program(WITHOUT_HF_RTL, tmp_path, folder=tmp_path).stdout
+    assert dict(line.rsplit(" ", 1) for line in printed.splitlines()) == {
+        name: str(size) for name, size in sizes.items()
+    }
+
+
+class Branches(PreTrainedModel):
+    """A convolution that reads two others, one beside the other."""
+
+    config_class, main_input_name = PreTrainedConfig, "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 4, 1)
+        self.both = nn.Conv2d(10, 2, 1)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return self.both(torch.cat([self.one(pixel_values).relu(), self.two(pixel_values).tanh()], 1))
+
+
+def test_units_of_two_layers_that_one_reads_side_by_side():
+    network = Branches(PreTrainedConfig()).double().eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 4, 4, dtype=torch.float64)}
+    for layer in small_ticket.find_units(network, inputs):
+        zero_units(network, layer, torch.arange(layer.num_units) % 2 == 1)
+    expected = outputs(network, inputs)
+    small = remove_units(network, inputs)
+    assert (small.one.out_channels, small.two.out_channels, small.both.in_channels) == (3, 2, 5)
+    assert_close(outputs(small, inputs), expected, 1e-12)
