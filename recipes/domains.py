@@ -12,7 +12,7 @@ are removed, and each row of the table is a method, always with as many neurons:
 - `probe`: accuracy of a linear classifier of the sign of sentiments, fitted to embeddings of the whole encoder.
 
 The command prints tables and writes them into `results.json` in --output_dir, with the times of the extracted encoders
-beside the whole one, called in turn.
+beside the whole one, called in turn. Repeated, it reads back the seeds that are finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 
 from shared.arguments import parse, run_main, set_up
 from shared.data_arguments import DataArguments, read_splits
-from shared.one_pass import OnePass, average, balanced, compare, costs, finish, middle
+from shared.one_pass import OnePass, average, balanced, compare, costs, finish, middle, of_seeds
 
 
 COSINE, PROBE = "cosine", "probe"
@@ -68,31 +68,30 @@ def main() -> None:
     model = AutoModel.from_pretrained(arguments.model).eval()
     train, test = domains(arguments, data)
     names = sorted(set(train["route"]))
-    reports: list[dict[str, Any]] = []
-    found_in = []
-    for seed in arguments.seeds:
-        quality, inputs = measurement(model, train, test, arguments, seed)
-        calibration = balanced(train, arguments.calibration_texts, seed).remove_columns("positive")
-        options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_texts / 16), "seed": seed}
-        for sparsity in arguments.sparsity:
-            served = list(OnePass(model, calibration, names, sparsity, options).serve())
-            for report in compare(served, names, quality, inputs, sparsity):
-                reports.append({"seed": seed, **report})
-                figures = ", ".join(f"{figure} {average(report, figure):.3f}" for figure in (COSINE, PROBE))
-                print(f"seed {seed}, {report['method']}, {sparsity:.0%}: {figures}", flush=True)
-        found_in.append(costs(model, calibration, middle(arguments.sparsity), options))
-    finish(
-        Path(arguments.output_dir),
-        arguments.seeds,
-        reports,
-        found_in,
-        {COSINE: min, PROBE: min},
-        data={**asdict(data), "dataset": Path(data.dataset).name},
-        arguments={
+    given = {
+        "data": {**asdict(data), "dataset": Path(data.dataset).name},
+        "arguments": {
             **{name: value for name, value in asdict(arguments).items() if name != "output_dir"},
             **{name: Path(getattr(arguments, name) or "").name for name in ("model", "other_dataset")},
         },
-    )
+    }
+
+    def compared(seed: int) -> dict[str, Any]:
+        quality, inputs = measurement(model, train, test, arguments, seed)
+        calibration = balanced(train, arguments.calibration_texts, seed).remove_columns("positive")
+        options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_texts / 16), "seed": seed}
+        reports = []
+        for sparsity in arguments.sparsity:
+            served = list(OnePass(model, calibration, names, sparsity, options).serve())
+            for report in compare(served, names, quality, inputs, sparsity):
+                reports.append(report)
+                figures = ", ".join(f"{figure} {average(report, figure):.3f}" for figure in (COSINE, PROBE))
+                print(f"seed {seed}, {report['method']}, {sparsity:.0%}: {figures}", flush=True)
+        return {"reports": reports, "costs": costs(model, calibration, middle(arguments.sparsity), options)}
+
+    output_dir = Path(arguments.output_dir)
+    results = of_seeds(output_dir, arguments.seeds, given, compared)
+    finish(output_dir, arguments.seeds, results, {COSINE: min, PROBE: min}, **given)
 
 
 def domains(arguments: DomainArguments, data: DataArguments) -> list[Dataset]:

@@ -16,7 +16,8 @@ of the table is a method, always with as many neurons:
 
 The quality is bits per byte of the test texts. Time and active weights are those of one call of the extracted models,
 the bytes those that are stored for all languages. The command prints tables, writes them into `results.json` in
---output_dir, and draws there each ticket on each language. Repeated, it reads the trained models back.
+--output_dir, and draws there each ticket on each language. Repeated, it reads back the trained models and the
+seeds that are finished.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from shared.one_pass import (
     costs,
     finish,
     middle,
+    of_seeds,
     ticket_against_data,
 )
 
@@ -86,32 +88,31 @@ def main() -> None:
     def quality(network: PreTrainedModel, name: str) -> dict[str, float]:
         return {BITS: bits_per_byte(network, windows[name])}
 
-    reports: list[dict[str, Any]] = []
-    matrices, found_in = [], []
-    for seed in arguments.seeds:
+    output_dir = Path(arguments.output_dir)
+    given = {
+        "data": {**asdict(data), "dataset": Path(data.dataset).name},
+        "arguments": {name: value for name, value in asdict(arguments).items() if name != "output_dir"},
+    }
+
+    def compared(seed: int) -> dict[str, Any]:
         model = trained_model(train, arguments, seed)
         calibration = balanced(train, arguments.calibration_windows, seed)
         options = {"batch_size": 16, "num_batches": math.ceil(arguments.calibration_windows / 16), "seed": seed}
+        reports, matrix = [], None
         for sparsity in arguments.sparsity:
             served = list(OnePass(model, calibration, names, sparsity, options).serve())
             for report in compare(served, names, quality, {"input_ids": windows[names[0]][:8]}, sparsity):
-                reports.append({"seed": seed, **report})
+                reports.append(report)
                 print(f"seed {seed}, {report['method']}, {sparsity:.0%}: {average(report, BITS):.3f}", flush=True)
             if sparsity == middle(arguments.sparsity):
-                matrices.append(ticket_against_data(dict(served)[TICKETS], names, quality, BITS))
-        found_in.append(costs(model, calibration, middle(arguments.sparsity), options))
-    output_dir = Path(arguments.output_dir)
-    draw_matrix(np.mean(matrices, axis=0), names, output_dir / "tickets-against-data.png")
-    finish(
-        output_dir,
-        arguments.seeds,
-        reports,
-        found_in,
-        {BITS: max},
-        data={**asdict(data), "dataset": Path(data.dataset).name},
-        arguments={name: value for name, value in asdict(arguments).items() if name != "output_dir"},
-        pictures=["tickets-against-data.png"],
-    )
+                matrix = ticket_against_data(dict(served)[TICKETS], names, quality, BITS).tolist()
+        found_in = costs(model, calibration, middle(arguments.sparsity), options)
+        return {"reports": reports, "costs": found_in, "matrix": matrix}
+
+    results = of_seeds(output_dir, arguments.seeds, given, compared)
+    matrix = np.mean([result["matrix"] for result in results], axis=0)
+    draw_matrix(matrix, names, output_dir / "tickets-against-data.png")
+    finish(output_dir, arguments.seeds, results, {BITS: max}, **given, pictures=["tickets-against-data.png"])
 
 
 def as_windows(split: Dataset, columns: dict[str, str], window: int) -> Dataset:

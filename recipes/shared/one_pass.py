@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_rtl import RTLModel, find_tickets
+from hf_rtl.modeling.files import write_json
 from hf_rtl.modeling.small_ticket import used_units
 from hf_rtl.modeling.units import find_units
 
@@ -255,16 +257,41 @@ def costs(
     return lines
 
 
+def of_seeds(
+    output_dir: Path, seeds: Sequence[int], given: Mapping[str, Any], compared: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The result of each seed: read from `seed-N.json` of `output_dir` if it is of what was `given`, else made."""
+    results = []
+    for seed in seeds:
+        file = output_dir / f"seed-{seed}.json"
+        identity = json.loads(
+            json.dumps({**given, "arguments": {**given["arguments"], "seeds": seed, "threads": None}})
+        )
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        if saved.get("identity") != identity:
+            saved = {"identity": identity, **compared(seed)}
+            write_json(file, saved)
+        results.append(saved)
+    return results
+
+
 def finish(
     output_dir: Path,
     seeds: Sequence[int],
-    reports: Sequence[Mapping[str, Any]],
-    costs_of_seeds: Sequence[list[dict[str, Any]]],
+    results: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Callable[[Any], float]],
     **content: Any,
 ) -> None:
-    """Prints the tables and writes them into `results.json` of `output_dir`, with `content`; see `tables_of`."""
-    tables = {**tables_of(reports, seeds, figures), "costs": over_seeds(costs_of_seeds)}
+    """
+    Prints the tables and writes them into `results.json` of `output_dir`, with `content`; see `tables_of`.
+
+    Args:
+        results: for each seed its `reports`, from `compare`, and its `costs`.
+    """
+    reports = [
+        {"seed": seed, **report} for seed, result in zip(seeds, results, strict=True) for report in result["reports"]
+    ]
+    tables = {**tables_of(reports, seeds, figures), "costs": over_seeds([result["costs"] for result in results])}
     print()
     print_tables(tables)
     write_results(output_dir / "results.json", **content, **tables, reports=reports)
