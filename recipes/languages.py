@@ -4,7 +4,7 @@ Tickets in one pass for languages: a small language model of bytes, trained once
     python recipes/languages.py --config recipes/configs/languages.yaml --dataset FOLDER
     python recipes/languages.py --dataset FOLDER --seeds 0 --training_steps 500 --sparsity 0.5
 
-FOLDER has parquet files train and test with texts and their languages. The model is a GPT-2 of bytes. It is trained on
+FOLDER has parquet files train and test with texts and their languages. The model is a Llama of bytes. It is trained on
 all languages, without masks. Then whole neurons of its feed-forward layers are removed, without training, and each row
 of the table is a method, always with as many neurons:
 
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 from transformers.hf_argparser import HfArg
 
 from shared.arguments import parse, run_main, set_up
@@ -61,15 +61,15 @@ class LanguageArguments:
     route_column: str = HfArg(default="language", help="Column of the languages, which are the routes.")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For weights, batches and texts."})
     num_layers: int = HfArg(default=3, help="Layers of the model.")
-    width: int = HfArg(default=96, help="Width of the model; a layer has four times as many neurons.")
+    width: int = HfArg(default=96, help="Width of the model; a layer has 8/3 times as many neurons.")
     window: int = HfArg(default=128, help="Bytes of a sample.")
-    training_steps: int = HfArg(default=3000, help="Steps of 16 samples.")
-    learning_rate: float = HfArg(default=2e-3, help="Largest learning rate; it falls to zero along a cosine.")
+    training_steps: int = HfArg(default=2000, help="Steps of 16 samples.")
+    learning_rate: float = HfArg(default=4e-3, help="Largest learning rate; it falls to zero along a cosine.")
     sparsity: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.7], metadata={"help": "Shares of the neurons that are removed."}
     )
     calibration_windows: int = HfArg(default=96, help="Samples of each language on which neurons are chosen.")
-    test_windows: int = HfArg(default=96, help="Test samples of each language.")
+    test_windows: int = HfArg(default=64, help="Test samples of each language.")
     threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
 
 
@@ -133,21 +133,20 @@ def trained_model(train: Dataset, arguments: LanguageArguments, seed: int) -> Pr
     """The model of a seed, trained on all languages or read back from `output_dir/seed-N`."""
     folder = Path(arguments.output_dir) / f"seed-{seed}"
     if (folder / "config.json").exists():
-        return GPT2LMHeadModel.from_pretrained(folder).eval()
+        return LlamaForCausalLM.from_pretrained(folder).eval()
     set_seed(seed)
-    config = GPT2Config(
+    config = LlamaConfig(
         vocab_size=256,
-        n_positions=arguments.window,
-        n_embd=arguments.width,
-        n_layer=arguments.num_layers,
-        n_head=4,
+        hidden_size=arguments.width,
+        intermediate_size=8 * arguments.width // 3,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=arguments.window,
+        initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=None,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
     )
-    model = GPT2LMHeadModel(config).train()
+    model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, arguments.training_steps)
     rows = torch.from_numpy(np.array(train.with_format("numpy")["input_ids"][:]))

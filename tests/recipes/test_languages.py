@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPT2LMHeadModel
+from transformers import LlamaForCausalLM
 
 from hf_rtl.modeling import modeling_rtl
 from shared import one_pass
@@ -65,12 +65,12 @@ def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compar
     drawn = sorted(np.random.default_rng(0).permutation(len(rows))[:8].tolist())
     for seed in (0, 1):
         of_seed = {method: reports[seed, method] for method in METHODS}
-        # One layer with 64 neurons of 16 inputs and outputs and a bias; half of them go.
-        assert of_seed[DENSE]["active"] - of_seed[ONE]["active"] == 32 * (16 + 16 + 1)
+        # One layer with 42 neurons, each of two rows and a column of 16; 24 is the multiple of 8 nearest to a half.
+        assert of_seed[DENSE]["active"] - of_seed[ONE]["active"] == (42 - 24) * 3 * 16
         assert of_seed[ONE]["active"] == of_seed[TICKETS]["active"] == of_seed[TICKETS_REFIT]["active"]
         assert of_seed[ONE]["bytes"] < of_seed[DENSE]["bytes"]
         assert of_seed[TICKETS]["bytes"] < of_seed[TICKETS_REFIT]["bytes"]
-        model = GPT2LMHeadModel.from_pretrained(output_dir / f"seed-{seed}").eval()
+        model = LlamaForCausalLM.from_pretrained(output_dir / f"seed-{seed}").eval()
         bits = []
         with torch.no_grad():
             for index in drawn:
