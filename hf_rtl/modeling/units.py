@@ -63,7 +63,7 @@ def find_units(backbone: nn.Module, example_inputs: Mapping[str, Tensor] | None 
             images of the configured size, or to `dummy_inputs`.
 
     Raises:
-        ValueError: no `example_inputs`, and none can be made for this network.
+        ValueError: no `example_inputs`, and none can be made for this network, or `torch.export` does not take it.
     """
     inputs = make_example_inputs(backbone) if example_inputs is None else dict(example_inputs)
     # On this device a network has shapes, but no memory.
@@ -73,7 +73,14 @@ def find_units(backbone: nn.Module, example_inputs: Mapping[str, Tensor] | None 
     if any(map(are_fused, empty.modules())):
         # The loop over experts depends on data, which a graph cannot hold.
         empty.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    exported = torch.export.export(TensorOutputs(empty), (), inputs, strict=False).run_decompositions({})
+    try:
+        exported = torch.export.export(TensorOutputs(empty), (), inputs, strict=False).run_decompositions({})
+    except Exception as error:  # whatever a model or torch raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"`torch.export` cannot trace {type(backbone).__name__} with {', '.join(inputs)}, so its units are not "
+            f"known: {type(error).__name__}: {reason}. Give other `example_inputs`, or use `granularity='weight'`."
+        ) from error
     graph = ChannelGraph(exported, "model.", empty)
     return [*(_as_layer(graph, backbone, places) for places in graph.units()), *_of_experts(backbone)]
 

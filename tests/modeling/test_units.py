@@ -89,3 +89,17 @@ def test_a_network_without_known_inputs_needs_some():
     network.main_input_name = "input_values"
     with pytest.raises(ValueError, match="`example_inputs` cannot be made for BertFor"):
         find_units(network)
+
+
+def test_a_network_that_cannot_be_traced_is_named():
+    network, inputs = build("bert")
+    with pytest.raises(ValueError, match="cannot trace BertFor.* with input_id, so its units are not known"):
+        find_units(network, {"input_id": inputs["input_ids"]})
+    forward = network.forward
+
+    def decides_by_data(**given):
+        return forward(**given) if given["input_ids"].sum() > 0 else None
+
+    network.forward = decides_by_data
+    with pytest.raises(ValueError, match="Give other `example_inputs`, or use `granularity='weight'`"):
+        find_units(network, inputs)
