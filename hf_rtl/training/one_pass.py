@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..data.partition import Partition
 from ..data.sampling import fetch
@@ -22,11 +21,16 @@ from ..modeling.modeling_rtl import RTLModel
 from ..modeling.refit import can_refit
 from ..modeling.refit import refit as refit_units
 from ..modeling.units import UnitLayer
-from ..pruning import prune, unit_activity, weight_activity
 from .activity import Sums, add_up, input_squares
-
-
-logger = logging.getLogger(__name__)
+from .ranking import (
+    prune_weights,
+    readers,
+    surviving_units,
+    unit_scores,
+    units_to_prune,
+    weight_scores,
+    without_units,
+)
 
 
 @dataclass(frozen=True)
@@ -84,62 +88,22 @@ class Search:
     # Units
 
     def unit_layers(self, granularity: str) -> list[UnitLayer]:
-        """The layers of units whose readers all have masks. The others are named in the log."""
-        found = [layer for layer in self.model.unit_layers(self.example_inputs) if layer.kind == granularity]
-        covered = set(self.bank.weight_names)
-        layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
-        left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]
-        if not layers:
-            raise ValueError(
-                f"{type(self.model.backbone).__name__} has no {granularity} that can be pruned"
-                + (f": no mask covers what reads {', '.join(left)}." if left else "; choose another `granularity`.")
-            )
-        if left:
-            logger.info("Not prunable, since no mask covers what reads them: %s", ", ".join(left))
-        return layers
+        return units_to_prune(self.model, granularity, self.example_inputs)
 
     def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:
-        masks = dict(zip(self.bank.weight_names, self.bank[route], strict=True))
-        return [
-            torch.stack(
-                [_by_unit(masks[name], dim, layer.places[name, dim]).any(1) for name, dim in layer.readers]
-            ).any(0)
-            for layer in layers
-        ]
+        return surviving_units(self._masks(route), layers)
 
     def unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
-        weights = self._masked_weights(route)
         if criterion == "random":
             return [self._draw(route, (layer.num_units,)) for layer in layers]
-        if criterion == "magnitude":
-            return [
-                torch.stack(
-                    [
-                        _by_unit(weights[name], dim, units).double().square().sum(1)
-                        for (name, dim), units in layer.places.items()
-                        if name in weights
-                    ]
-                ).sum(0)
-                for layer in layers
-            ]
-        readers = list(dict.fromkeys(name for layer in layers for name, _ in layer.readers))
-        sums = self._activity(route, readers, per_weight=False)
-        return [
-            unit_activity(
-                [(sums[name][0] / sums[name][1])[layer.places[name, dim]] for name, dim in layer.readers],
-                [weights[name].cpu().movedim(dim, 0)[layer.places[name, dim]] for name, dim in layer.readers],
-            )
-            for layer in layers
-        ]
+        weights, sums = self._masked_weights(route), None
+        if criterion == "activity":
+            sums = self._activity(route, readers(layers), per_weight=False)
+        return unit_scores(weights, layers, sums)
 
     def mask_of_units(self, route: int, layers: Sequence[UnitLayer], kept: Sequence[Tensor]) -> list[Tensor]:
         """The mask of a route without all weights of the units that are not kept."""
-        masks = dict(zip(self.bank.weight_names, [mask.cpu() for mask in self.bank[route]], strict=True))
-        for layer, units in zip(layers, kept, strict=True):
-            for (name, dim), places in layer.places.items():
-                if name in masks:
-                    masks[name].index_fill_(dim, places[~units].flatten(), False)
-        return list(masks.values())
+        return list(without_units(self._masks(route), layers, kept).values())
 
     def refitted(
         self,
@@ -180,37 +144,16 @@ class Search:
     # Weights
 
     def prune_weights(self, route: int, sparsity: float, criterion: str, scope: str) -> list[Tensor]:
-        weights = self._masked_weights(route)
+        weights, backbone = self._masked_weights(route), self.model.backbone
         masks = [mask.to(self.model.device) for mask in self.bank[route]]
         scores = None
         if criterion == "random":
             scores = [self._draw(route, weight.shape).to(weight.device) for weight in weights.values()]
         if criterion == "activity":
-            sums = self._activity(route, list(weights), per_weight=True)
-            scores = [self._weight_scores(name, weight, sums[name][0]) for name, weight in weights.items()]
-        # Rows are outputs; `Conv1D` has them along the second dimension.
-        turned = [isinstance(self._layer(name), Conv1D) for name in weights]
-
-        def turn(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.T if other else tensor for tensor, other in zip(tensors, turned, strict=True)]
-
+            scores = weight_scores(backbone, weights, self._activity(route, list(weights), per_weight=True))
         num_kept = self.bank.num_weights - round(sparsity * self.bank.num_weights)
-        found = prune(
-            turn(weights.values()),
-            turn(masks),
-            num_kept=num_kept,
-            scope=scope,
-            scores=None if scores is None else turn(scores),
-        )
-        return [mask.cpu() for mask in turn(found)]
-
-    def _weight_scores(self, name: str, weight: Tensor, squares: Tensor) -> Tensor:
-        if isinstance(self._layer(name), Conv1D):
-            return weight_activity(weight.cpu().T, squares).T.to(weight.device)
-        return weight_activity(weight.cpu(), squares).to(weight.device)
-
-    def _layer(self, name: str) -> Any:
-        return self.model.backbone.get_submodule(name.rpartition(".")[0])
+        found = prune_weights(backbone, weights, masks, num_kept=num_kept, scope=scope, scores=scores)
+        return [mask.cpu() for mask in found]
 
     # Measurements
 
@@ -220,6 +163,9 @@ class Search:
             (seed,) = np.random.SeedSequence([self.data.seed, route]).generate_state(1).tolist()
             self._generators[route] = torch.Generator().manual_seed(seed)
         return torch.rand(shape, generator=self._generators[route], dtype=torch.float64)
+
+    def _masks(self, route: int) -> dict[str, Tensor]:
+        return dict(zip(self.bank.weight_names, self.bank[route], strict=True))
 
     @torch.no_grad()
     def _masked_weights(self, route: int) -> dict[str, Tensor]:
@@ -232,8 +178,3 @@ class Search:
         with torch.no_grad(), model.route_context(route):
             own = input_squares(model.backbone, weight_names, batches, per_weight=per_weight)
         return add_up(gather_in_order(own))
-
-
-def _by_unit(tensor: Tensor, dim: int, units: Tensor) -> Tensor:
-    """The elements of a tensor that belong to each unit along `dim`: `[num_units, n]`."""
-    return tensor.movedim(dim, 0)[units.to(tensor.device)].flatten(1).cpu()
