@@ -166,8 +166,8 @@ class RTLTrainingArguments(TrainingArguments):
     prune_granularity: str = field(
         default="weight",
         metadata={
-            "help": "What an event removes: single weights (weight), or whole units, which make extracted tickets "
-            "small and fast: neuron of feed-forward blocks, channel between convolutions."
+            "help": "What an event removes: single weights (weight), or whole units, so that extracted tickets are "
+            "smaller models: neuron of feed-forward blocks, channel between convolutions."
         },
     )
     prune_scope: str | None = field(
