@@ -151,7 +151,8 @@ def _edits(ticket: PreTrainedModel, old: int, new: int) -> Iterator[Any]:
     """Changes of a configuration that may say `new` units in place of `old`."""
     timm_model: Any = getattr(ticket, "timm_model", None)
     if timm_model is not None:
-        ratios, width = [("base_width", 64 * new // old)], getattr(timm_model, "num_features", old)
+        width: Any = getattr(timm_model, "num_features", old)  # own models may lack it
+        ratios = [("base_width", 64 * new // old)]
         ratios += [("mlp_ratio", (new + rest) / width) for rest in (0, 0.5)]
         for name, value in ratios:
             yield lambda config, name=name, value=value: setattr(
