@@ -17,7 +17,7 @@ from torch import Tensor
 from .modeling.checks import check_choice, check_integer, check_number
 
 
-PRUNE_SCOPES = ("global", "layer", "global_normalised")
+PRUNE_SCOPES = ("global", "layer", "global_normalised", "row")
 UNIT_SCOPES = ("layer", "global")
 PRUNE_SCHEDULES = ("geometric", "linear", "constant")
 
@@ -72,7 +72,7 @@ def prune(
         raise ValueError(
             f"`num_kept` is {num_kept}; allowed is 0 to {num_survivors}, the number of surviving weights."
         )
-    check_choice("scope", scope, (*PRUNE_SCOPES, "row"))
+    check_choice("scope", scope, PRUNE_SCOPES)
 
     ranked = "weights" if scores is None else "scores"
     if scores is not None:
@@ -287,10 +287,15 @@ def _standard_deviation(layer: int, initial: Tensor) -> float:
 
 
 def round_schedule(
-    num_weights: int, target_sparsity: Sequence[float], *, prune_schedule: str, prune_amount: float
+    num_weights: int,
+    target_sparsity: Sequence[float],
+    *,
+    prune_schedule: str,
+    prune_amount: float,
+    counted: str = "weight",
 ) -> list[list[int]]:
     """
-    The numbers of weights kept after each prune event of each round.
+    The numbers of weights, or of units, kept after each prune event of each round.
 
     A round starts from what the previous one kept (the first from `num_weights`), and its last event is cut short to
     keep exactly `num_weights - round(target * num_weights)`, with Python's rounding (halves to even).
@@ -305,6 +310,7 @@ def round_schedule(
             `"constant"`: `prune_amount` weights (the paper's 4,096).
             A fraction is rounded to whole weights, and to one weight at least.
         prune_amount (`float`): strictly between 0 and 1 for the fractions, a positive whole number for `"constant"`.
+        counted (`str`, defaults to `"weight"`): what is counted, such as `"neuron"`, for errors.
 
     Returns:
         `list[list[int]]`: per round, the strictly decreasing kept counts after its events.
@@ -330,10 +336,10 @@ def round_schedule(
     for target in targets:
         goal = num_weights - round(target * num_weights)
         if goal == 0:
-            raise ValueError(f"`target_sparsity` has {target}, which keeps none of {num_weights} weights.")
+            raise ValueError(f"`target_sparsity` has {target}, which keeps none of {num_weights} {counted}s.")
         if target > 0 and goal == kept:
             raise ValueError(
-                f"`target_sparsity` has {target}, which removes no weight of {num_weights} beyond the "
+                f"`target_sparsity` has {target}, which removes no {counted} of {num_weights} beyond the "
                 f"{num_weights - kept} removed before it."
             )
         events = []

@@ -114,7 +114,7 @@ class SceneRuns(SeedRuns):
         args = replace(
             args,
             max_steps=retraining_steps * num_regions,
-            extraction_steps=args.extraction_steps or 100,
+            extraction_steps=100 if args.extraction_steps is None else args.extraction_steps,
             # `collate` needs columns that the model does not take.
             remove_unused_columns=False,
         )

@@ -50,13 +50,17 @@ def main() -> None:
 
 
 def densities(run: Path, results: dict, weights: list) -> list[str]:
-    """Routes of the saved models that do not keep exactly n - round(s n) of n weights, at sparsity s."""
+    """
+    Routes of the saved models that do not keep exactly n - round(s n) of n weights, at sparsity s; where units were
+    removed, what the report says.
+    """
     num_weights = sum(int(np.prod(shape)) for _, shape in weights)
     problems = []
     for report in results["rounds"]:
-        expected = num_weights - round(report["sparsity"] * num_weights)
+        exact = [num_weights - round(report["sparsity"] * num_weights)] * len(report["kept"])
+        counts = list(report["kept"].values()) if "units" in report else exact
         for route, mask in enumerate(packed_masks(run / report["folder"])):
-            kept = int(np.unpackbits(mask).sum())
+            kept, expected = int(np.unpackbits(mask).sum()), counts[route]
             if kept != expected:
                 problems.append(f"{report['folder']} route {route} keeps {kept} of {expected}")
     return problems

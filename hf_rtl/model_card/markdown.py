@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..modeling.footprint import human_bytes
 
@@ -36,6 +36,12 @@ def fenced(code: str, language: str) -> str:
 def number(value: float | None) -> str:
     """A number with three decimals, for a metric or a loss."""
     return UNKNOWN if value is None else f"{value:.3f}"
+
+
+def span(counts: Collection[int]) -> str:
+    """One count, or the least and the greatest of several."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def percent(fraction: float) -> str:

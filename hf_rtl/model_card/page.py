@@ -139,6 +139,7 @@ def render_page(
         config=model.config,
         emptied=_emptied(model),
         run=run,
+        ranked=_ranked(run["arguments"]) if run else None,
         rounds_table=_rounds_table(model, run) if run else None,
         arguments_table=_arguments_table(run) if run and run["arguments"] else None,
         surroundings=_environments(run["rounds"]) if run else [],
@@ -265,6 +266,16 @@ def _footprint_table(model: RTLModel) -> str:
     return markdown.table(["", "bytes", "", f"of {model.num_routes} plain networks"], rows)
 
 
+def _ranked(arguments: Mapping[str, Any]) -> str:
+    """What prune events rank by; the arguments are those that differ from the defaults."""
+    criterion, granularity = (
+        arguments.get("prune_criterion", "magnitude"),
+        arguments.get("prune_granularity", "weight"),
+    )
+    when = "before any training" if arguments.get("extraction_steps") == 0 else "after training on its\nroute alone"
+    return f"{markdown.text(criterion)} of its {markdown.text(granularity)}s {when}"
+
+
 def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
     """A row per round: kept weights, similarity of the tickets, metrics and steps."""
     evaluations = run["evaluations"]
@@ -274,22 +285,30 @@ def _rounds_table(model: RTLModel, run: Mapping[str, Any]) -> str:
         for metric, title in _ROUND_COLUMNS[model.config.ticket_task].items()
         if metric in evaluation["rounds"][-1]
     }
-    rows = []
+    rows, of_units = [], any("units" in report for report in run["rounds"])
     for index, report in enumerate(run["rounds"]):
-        kept = sorted(set(report["kept"].values()))
+        kept = report["kept"].values()
         rows.append(
             [
                 str(report["round"]),
                 markdown.percent(report["sparsity"]),
-                f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}",
+                *([_units(report["units"])] if of_units else []),
+                markdown.span(kept),
                 f"{report['union']:,}",
                 markdown.number(report["mean_similarity"]),
                 *(markdown.number(evaluations[number]["rounds"][index].get(metric)) for number, metric in columns),
                 f"{report['steps']:,}",
             ]
         )
-    titles = ["round", "sparsity", "kept per ticket", "union", "similarity", *columns.values(), "steps"]
+    units = ["units per ticket"] if of_units else []
+    titles = ["round", "sparsity", *units, "kept per ticket", "union", "similarity", *columns.values(), "steps"]
     return markdown.table(titles, rows)
+
+
+def _units(units: Mapping[str, Any]) -> str:
+    return (
+        f"{markdown.span(units['kept'].values())} of {units['number']:,} {units['kind']}s (asked: {units['asked']:,})"
+    )
 
 
 def _arguments_table(run: Mapping[str, Any]) -> str:

@@ -172,8 +172,9 @@ def _edits(ticket: PreTrainedModel, old: int, new: int) -> Iterator[Any]:
     """Changes of a configuration that may say `new` units in place of `old`."""
     timm_model: Any = getattr(ticket, "timm_model", None)
     if timm_model is not None:
+        width: Any = getattr(timm_model, "num_features", old)  # own models may lack it
         ratios = [("base_width", 64 * new // old)]
-        ratios += [("mlp_ratio", (new + rest) / timm_model.num_features) for rest in (0, 0.5)]
+        ratios += [("mlp_ratio", (new + rest) / width) for rest in (0, 0.5)]
         for name, value in ratios:
             yield lambda config, name=name, value=value: setattr(
                 config, "model_args", {**(config.model_args or {}), name: value}

@@ -6,21 +6,23 @@ import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.route_data import RouteData
 from ..modeling.hashing import hash_parts
 from ..modeling.mask_bank import count_bits
-from ..pruning import prune
 from .plan import Round
 from .processes import Heartbeat
-from .randomness import Stream, reproducible
+from .prune_rule import PruneRule
+from .randomness import Stream, reproducible, seeded
 from .route_trainer import RouteTrainer
 from .run_directory import RunDirectory
 from .ticket_trainer import TicketTrainer
-from .training_args import RTLTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Extraction:
     def __post_init__(self) -> None:
         self.args = self.trainer.args
         self.bank = self.trainer.model.mask_bank
+        self.rule = PruneRule.of(self.trainer.model, self.args)
         self.processes = self.trainer.processes
         self.progress = self.trainer.progress
         # Created on first use: a process may have no route.
@@ -117,7 +120,8 @@ class Extraction:
             self.bank.unpack(mask),
             batches,
             num_kept,
-            args=self.args,
+            rule=self.rule,
+            scoring_batches=partial(scoring_batches, self.trainer, route, event),
             route=route,
             name=self.bank.route_names[route],
             event=event,
@@ -184,21 +188,24 @@ def train_and_prune(
     batches: Iterator[dict[str, Any]],
     num_kept: int,
     *,
-    args: RTLTrainingArguments,
+    rule: PruneRule,
+    scoring_batches: Callable[[], Iterator[dict[str, Any]]],
     route: int,
     name: str,
     event: int,
     on_step: Callable[[], None],
 ) -> list[Tensor]:
     """
-    One prune event: trains a ticket from m ⊙ θ0, then removes the weights with the smallest magnitudes.
+    One prune event: trains a ticket from m ⊙ θ0, then removes the weights with the smallest magnitudes, or what else
+    the rule says.
 
     Args:
         trainer ([`TicketTrainer`]): a trainer that starts from θ0.
         mask (`list[Tensor]`): m, `bool`, one per prunable weight.
-        batches (`Iterator`): the batches of the training.
-        num_kept (`int`): number of weights to keep.
-        args ([`RTLTrainingArguments`]): `prune_scope`, `allow_disconnected` and `seed` are read.
+        batches (`Iterator`): the batches of the training; without any there is none.
+        num_kept (`int`): number of weights to keep, or of units.
+        rule ([`PruneRule`]): what is removed.
+        scoring_batches (`Callable`): makes the batches that activities are measured on, at least one.
         route (`int`), name (`str`): the route of the ticket.
         event (`int`): number of the event in the run.
         on_step (`Callable`): called after every step.
@@ -208,7 +215,9 @@ def train_and_prune(
 
     Raises:
         FloatingPointError: a loss became NaN or infinite, or pruning cut the ticket's output from its input.
+        ValueError: the rule cannot remove so much.
     """
+    args, device = rule.args, next(trainer.network.parameters()).device
     last_batch: dict[str, Any] = {}
 
     def remember_last() -> Iterator[dict[str, Any]]:
@@ -221,14 +230,32 @@ def train_and_prune(
         weights = trainer.train(mask, remember_last(), seed=seed, on_step=on_step)
     except FloatingPointError as error:
         raise FloatingPointError(f"extraction of route {name!r}, prune event {event}: {error}") from None
-    reference = [trainer.theta0[name].cpu() for name in trainer.weight_names]
-    pruned = prune(weights, mask, num_kept=num_kept, scope=args.prune_scope, reference=reference)
-    if not args.allow_disconnected and trainer.is_disconnected(pruned, last_batch):
+    # Collators may draw; these draws depend on the event and the route alone.
+    with seeded((args.seed, Stream.SCORING, event, route), device):
+        try:
+            pruned = rule.prune(trainer, weights, mask, num_kept, scoring_batches)
+        except (FloatingPointError, ValueError) as error:
+            raise type(error)(f"extraction of route {name!r}, prune event {event}: {error}") from error
+        shown = last_batch or next(scoring_batches())
+    if not args.allow_disconnected and trainer.is_disconnected(pruned, shown):
         raise FloatingPointError(
-            f"pruning to {num_kept:,} weights has cut the output of ticket {name!r} from its input. Lower "
-            "`target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
+            f"pruning to {num_kept:,} {args.prune_granularity}s has cut the output of ticket {name!r} from its input. "
+            "Lower `target_sparsity`, use `prune_scope='layer'`, or set `allow_disconnected=True` to go on."
         )
     return pruned
+
+
+def scoring_batches(
+    trainer: RouteTrainer, route: int, event: int, data: RouteData | None = None
+) -> Iterator[dict[str, Any]]:
+    """
+    The batches of a route on which a prune event measures activities: `prune_batches`, at most an epoch. They are
+    drawn as those of a training are, and do not depend on its length.
+    """
+    data = trainer.run_data.require_training() if data is None else data
+    sampler = data.sampler((Stream.SCORING, event), routes=[route])
+    number = min(trainer.args.prune_batches, sampler.num_updates_per_route)
+    return islice(trainer.endless_batches(data, sampler), number)
 
 
 def assign_routes(costs: Sequence[float], world_size: int) -> list[list[int]]:

@@ -14,20 +14,23 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..data.partition import Partition
 from ..data.sampling import fetch
-from ..modeling.experts import are_fused, unknown_experts
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.refit import can_refit
 from ..modeling.refit import refit as refit_units
 from ..modeling.units import UnitLayer
-from ..pruning import prune, unit_activity, weight_activity
 from .activity import Sums, add_up, input_squares
-
-
-logger = logging.getLogger(__name__)
+from .ranking import (
+    prune_weights,
+    readers,
+    surviving_units,
+    unit_scores,
+    units_to_prune,
+    weight_scores,
+    without_units,
+)
 
 
 @dataclass(frozen=True)
@@ -85,69 +88,22 @@ class Search:
     # Units
 
     def unit_layers(self, granularity: str) -> list[UnitLayer]:
-        """The layers of units whose readers all have masks. The others are named in the log."""
-        found = [layer for layer in self.model.unit_layers(self.example_inputs) if layer.kind == granularity]
-        covered = set(self.bank.weight_names)
-        layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
-        left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]
-        reasons = [f"no mask covers what reads {', '.join(left)}"] if left else []
-        unknown = unknown_experts(self.model.backbone) if granularity == "neuron" else []
-        if unknown:
-            reasons.append(f"it is not known how the experts compute that hold {', '.join(unknown)}")
-        if not layers:
-            raise ValueError(
-                f"{type(self.model.backbone).__name__} has no {granularity} that can be pruned"
-                + (f": {'; '.join(reasons)}." if reasons else "; choose another `granularity`.")
-            )
-        for reason in reasons:
-            logger.info("Some units are not prunable: %s", reason)
-        return layers
+        return units_to_prune(self.model, granularity, self.example_inputs)
 
     def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:
-        masks = dict(zip(self.bank.weight_names, self.bank[route], strict=True))
-        return [
-            torch.stack(
-                [_by_unit(layer.own(masks[name]), dim, layer.places[name, dim]).any(1) for name, dim in layer.readers]
-            ).any(0)
-            for layer in layers
-        ]
+        return surviving_units(self._masks(route), layers)
 
     def unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
-        weights = self._masked_weights(route)
         if criterion == "random":
             return [self._draw(route, (layer.num_units,)) for layer in layers]
-        if criterion == "magnitude":
-            return [
-                torch.stack(
-                    [
-                        _by_unit(layer.own(weights[name]), dim, units).double().square().sum(1)
-                        for (name, dim), units in layer.places.items()
-                        if name in weights
-                    ]
-                ).sum(0)
-                for layer in layers
-            ]
-        readers = list(dict.fromkeys(name for layer in layers for name, _ in layer.readers))
-        sums = self._activity(route, readers, per_weight=False)
-        return [
-            unit_activity(
-                [layer.own(sums[name][0] / sums[name][1])[layer.places[name, dim]] for name, dim in layer.readers],
-                [
-                    layer.own(weights[name]).cpu().movedim(dim, 0)[layer.places[name, dim]]
-                    for name, dim in layer.readers
-                ],
-            )
-            for layer in layers
-        ]
+        weights, sums = self._masked_weights(route), None
+        if criterion == "activity":
+            sums = self._activity(route, readers(layers), per_weight=False)
+        return unit_scores(weights, layers, sums)
 
     def mask_of_units(self, route: int, layers: Sequence[UnitLayer], kept: Sequence[Tensor]) -> list[Tensor]:
         """The mask of a route without all weights of the units that are not kept."""
-        masks = dict(zip(self.bank.weight_names, [mask.cpu() for mask in self.bank[route]], strict=True))
-        for layer, units in zip(layers, kept, strict=True):
-            for (name, dim), places in layer.places.items():
-                if name in masks:
-                    layer.own(masks[name]).index_fill_(dim, places[~units].flatten(), False)
-        return list(masks.values())
+        return list(without_units(self._masks(route), layers, kept).values())
 
     def refitted(
         self,
@@ -189,36 +145,16 @@ class Search:
     # Weights
 
     def prune_weights(self, route: int, sparsity: float, criterion: str, scope: str) -> list[Tensor]:
-        weights = self._masked_weights(route)
+        weights, backbone = self._masked_weights(route), self.model.backbone
         masks = [mask.to(self.model.device) for mask in self.bank[route]]
         scores = None
         if criterion == "random":
             scores = [self._draw(route, weight.shape).to(weight.device) for weight in weights.values()]
         if criterion == "activity":
-            sums = self._activity(route, list(weights), per_weight=True)
-            scores = [self._weight_scores(name, weight, sums[name][0]) for name, weight in weights.items()]
-
-        def turn(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [_as_rows(self._layer(name), tensor) for name, tensor in zip(weights, tensors, strict=True)]
-
+            scores = weight_scores(backbone, weights, self._activity(route, list(weights), per_weight=True))
         num_kept = self.bank.num_weights - round(sparsity * self.bank.num_weights)
-        found = prune(
-            turn(weights.values()),
-            turn(masks),
-            num_kept=num_kept,
-            scope=scope,
-            scores=None if scores is None else turn(scores),
-        )
-        return [_from_rows(self._layer(name), mask).cpu() for name, mask in zip(weights, found, strict=True)]
-
-    def _weight_scores(self, name: str, weight: Tensor, squares: Tensor) -> Tensor:
-        layer = self._layer(name)
-        # Experts are what the groups of a convolution are: each multiplies inputs of its own.
-        squares = squares.flatten() if are_fused(layer) else squares
-        return _from_rows(layer, weight_activity(_as_rows(layer, weight.cpu()), squares)).to(weight.device)
-
-    def _layer(self, name: str) -> Any:
-        return self.model.backbone.get_submodule(name.rpartition(".")[0])
+        found = prune_weights(backbone, weights, masks, num_kept=num_kept, scope=scope, scores=scores)
+        return [mask.cpu() for mask in found]
 
     # Measurements
 
@@ -228,6 +164,9 @@ class Search:
             (seed,) = np.random.SeedSequence([self.data.seed, route]).generate_state(1).tolist()
             self._generators[route] = torch.Generator().manual_seed(seed)
         return torch.rand(shape, generator=self._generators[route], dtype=torch.float64)
+
+    def _masks(self, route: int) -> dict[str, Tensor]:
+        return dict(zip(self.bank.weight_names, self.bank[route], strict=True))
 
     @torch.no_grad()
     def _masked_weights(self, route: int) -> dict[str, Tensor]:
@@ -240,27 +179,3 @@ class Search:
         with torch.no_grad(), model.route_context(route):
             own = input_squares(model.backbone, weight_names, batches, per_weight=per_weight)
         return add_up(gather_in_order(own))
-
-
-def _as_rows(layer: Any, tensor: Tensor) -> Tensor:
-    """The weight of a layer with its outputs along the first dimension, those of fused experts below one another."""
-    if isinstance(layer, Conv1D):
-        return tensor.T
-    if are_fused(layer):
-        return (tensor.mT if layer.is_transposed else tensor).flatten(0, 1)
-    return tensor
-
-
-def _from_rows(layer: Any, rows: Tensor) -> Tensor:
-    """The weight that [`_as_rows`] turned."""
-    if isinstance(layer, Conv1D):
-        return rows.T
-    if are_fused(layer):
-        stack = rows.view(len(layer.down_proj), -1, rows.shape[1])
-        return stack.mT if layer.is_transposed else stack
-    return rows
-
-
-def _by_unit(tensor: Tensor, dim: int, units: Tensor) -> Tensor:
-    """The elements of a tensor that belong to each unit along `dim`: `[num_units, n]`."""
-    return tensor.movedim(dim, 0)[units.to(tensor.device)].flatten(1).cpu()

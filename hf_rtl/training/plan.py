@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..modeling.units import UnitLayer
 
 
 @dataclass(frozen=True)
@@ -13,10 +16,12 @@ class Round:
     Args:
         index (`int`): from 0; the random streams of joint retraining depend on it.
         name (`str`): name of its folder.
-        sparsity (`float`): sparsity at the end of the round.
-        kept (`list[int]`): number of weights that every ticket keeps after each prune event of the round.
+        sparsity (`float`): sparsity at the end of the round, a share of the weights, or of the units of `layers`.
+        kept (`list[int]`): number of weights that every ticket keeps after each prune event of the round; with
+            `layers` the number of their units, which layers round.
         first_event (`int`): number of its first event, counted over the whole run.
         retrained (`bool`): whether joint retraining follows.
+        layers (`Sequence[UnitLayer]`): the layers whose units are removed; none for single weights.
     """
 
     index: int
@@ -25,6 +30,7 @@ class Round:
     kept: list[int]
     first_event: int
     retrained: bool
+    layers: Sequence[UnitLayer] = field(default=(), repr=False)
 
     @property
     def events(self) -> range:
@@ -66,13 +72,20 @@ class Plan:
         return self.num_events * sum(self.extraction_steps) + retrainings * self.retraining_steps
 
 
-def make_rounds(schedule: list[list[int]], target_sparsity: list[float], *, retrain_every_round: bool) -> list[Round]:
+def make_rounds(
+    schedule: list[list[int]],
+    target_sparsity: list[float],
+    *,
+    retrain_every_round: bool,
+    layers: Sequence[UnitLayer] = (),
+) -> list[Round]:
     """Makes the rounds of the counts that `pruning.round_schedule` returns, with numbered rounds and events."""
     rounds: list[Round] = []
     first_event = 0
     for index, (sparsity, kept) in enumerate(zip(target_sparsity, schedule, strict=True)):
         last = index == len(schedule) - 1
         name = f"round-{index + 1:02d}-sparsity-{sparsity:g}"
-        rounds.append(Round(index, name, sparsity, kept, first_event, retrained=retrain_every_round or last))
+        retrained = retrain_every_round or last
+        rounds.append(Round(index, name, sparsity, kept, first_event, retrained=retrained, layers=layers))
         first_event += len(kept)
     return rounds

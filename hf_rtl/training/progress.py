@@ -16,10 +16,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
-from ..analysis import TicketSimilarity, ticket_similarity
+from ..analysis import ticket_similarity
+from ..model_card.markdown import span
 from ..modeling.mask_bank import MaskBank
 from .callbacks import RTLTrainerCallback
 from .plan import Round
+from .ranking import count_units
 
 
 class RunProgress(ProgressCallback, RTLTrainerCallback):
@@ -114,13 +116,21 @@ class RunProgress(ProgressCallback, RTLTrainerCallback):
     ) -> None:
         # A round to sparsity 0 has a bank and no prune event.
         for number, (num_kept, bank) in enumerate(zip(round.kept, banks, strict=False), start=1):
-            found = describe_tickets(num_kept, bank.num_weights, ticket_similarity(bank))
+            found = describe_tickets(round, num_kept, bank)
             self.say(f"{self._round}, prune event {number} of {len(round.kept)}: {found}")
 
 
-def describe_tickets(num_kept: int, num_weights: int, point: TicketSimilarity) -> str:
-    """One line on the tickets after a prune event: the weights that each keeps, similarity, emptied layers."""
-    parts = [f"every ticket keeps {num_kept:,} of {num_weights:,} weights"]
+def describe_tickets(round_: Round, num_kept: int, bank: MaskBank) -> str:
+    """One line on the tickets after a prune event: what each keeps, similarity, emptied layers."""
+    point, weights = ticket_similarity(bank), f"{bank.num_weights:,} weights"
+    parts = [f"every ticket keeps {num_kept:,} of {weights}"]
+    if round_.layers:
+        number, kind = sum(layer.num_units for layer in round_.layers), round_.layers[0].kind
+        units = span(count_units(bank, round_.layers))
+        parts = [
+            f"every ticket keeps {units} of {number:,} {kind}s (asked: {num_kept:,})",
+            f"{span(bank.count().tolist())} of {weights}",
+        ]
     if len(point.route_names) > 1:
         parts.append(f"similarity {np.mean(point.similarity):.3f} (by chance {np.mean(point.chance):.3f})")
     num_emptied = {name: len(layers) for name, layers in point.emptied_layers.items()}

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     READING = 4
     REHEARSAL = 5
     EVALUATION = 6
+    SCORING = 7
 
 
 def derive_seed(*words: int) -> int:

@@ -25,7 +25,9 @@ from ..model_card.card import check_card
 from ..modeling.masking import UNION
 from .callbacks import ModelCardCallback
 from .evaluation_identity import evaluation_sets
+from .extraction import scoring_batches
 from .plan import Round
+from .prune_rule import PruneRule
 from .randomness import Stream, seeded
 from .route_trainer import RouteTrainer
 from .run_report import describe_run, report_round
@@ -39,8 +41,9 @@ _ACCELERATOR_STATE = ("_models", "_optimizers", "_schedulers", "_dataloaders", "
 
 def rehearse(trainer: RouteTrainer, round_: Round) -> None:
     """
-    Tries how a joint retraining begins, and what a round ends with: evaluation and its metrics, logging, report and
-    card. All processes must call it. Nothing changes: no weight, buffer, setting, generator, callback or file.
+    Tries how prune events measure, how a joint retraining begins, and what a round ends with: evaluation and its
+    metrics, logging, report and card. All processes must call it. Nothing changes: no weight, buffer, setting,
+    generator, callback or file.
 
     An own `compute_metrics` that fails on a few samples is given all: only those may suffice for it.
 
@@ -50,6 +53,7 @@ def rehearse(trainer: RouteTrainer, round_: Round) -> None:
     trial, args = replace(round_, name="rehearsal"), trainer.args
     with _failures_logged(), seeded((args.seed, Stream.REHEARSAL), args.device), _on_copies(trainer):
         with trainer.in_round(trial, num_steps_before=0):
+            _try_activity(trainer)
             _begin_retraining(trainer, Path(args.output_dir) / trial.name)
             metrics = {} if trainer.eval_dataset is None else _evaluate(trainer)
             _try_calibration_data(trainer)
@@ -120,6 +124,15 @@ def _on_copies(trainer: RouteTrainer) -> Iterator[None]:
         trainer.__dict__.clear()
         trainer.__dict__.update(kept)
         accelerator.__dict__.update(kept_by_accelerator)
+
+
+def _try_activity(trainer: RouteTrainer) -> None:
+    """Measures the activity that prune events rank by, of the initial weights on a batch of the first route."""
+    if trainer.args.prune_criterion == "activity":
+        inputs = trainer.ticket_inputs(next(scoring_batches(trainer, 0, 0)))
+        rule, autocast = PruneRule.of(trainer.model, trainer.args), trainer.compute_loss_context_manager()
+        with trainer.model.route_context(0):
+            rule.measure(trainer.model.backbone, [inputs], autocast)
 
 
 class _BegunError(Exception):

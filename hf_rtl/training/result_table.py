@@ -39,7 +39,7 @@ def result_table(
         chance (`Mapping[str, float]`, *optional*): route -> the figure that needs no model, for another column.
     """
     columns = [without_times(report["metrics"]) for report in reports]
-    headers = [f"{100 * report['sparsity']:.4g}%" if report["sparsity"] else "0% (dense)" for report in reports]
+    headers = [_sparsity(report) for report in reports]
     metric = next((name for name in _SUMMARIES if f"{prefix}{route_names[0]}/{name}" in columns[-1]), None)
     if metric is None:
         names = [name for name, value in columns[-1].items() if isinstance(value, float) and name != "epoch"]
@@ -61,6 +61,17 @@ def result_table(
     if len(route_names) > _MOST:
         lines.insert(_MOST, [f"({len(route_names) - _MOST} better routes)"])
     return _text([*title, *headers], lines)
+
+
+def _sparsity(report: Mapping[str, Any]) -> str:
+    """The sparsity of a round; where units were removed, also their share, over all tickets."""
+    if not report["sparsity"]:
+        return "0% (dense)"
+    share, units = f"{100 * report['sparsity']:.4g}%", report.get("units")
+    if units is None:
+        return share
+    removed = 1 - float(np.mean(list(units["kept"].values()))) / units["number"]
+    return f"{100 * removed:.4g}% of {units['kind']}s ({share} of weights)"
 
 
 def _text(headers: list[str], lines: list[list[Any]]) -> str:

@@ -23,7 +23,7 @@ from ..modeling.hashing import hash_tensors
 from ..modeling.masking import UNION
 from .callbacks import ModelCardCallback, fire_on_tickets_found, rtl_callbacks
 from .evaluation_identity import identify_calibration, identify_evaluation, is_known
-from .extraction import Extraction
+from .extraction import Extraction, scoring_batches
 from .plan import Plan, Round
 from .processes import Heartbeat
 from .randomness import Stream, numerics_environment, reproducible, seeded
@@ -82,7 +82,8 @@ class Rounds:
         progress.start(plan.num_steps)
         try:
             for round_ in plan.rounds:
-                progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {100 * round_.sparsity:.4g}%")
+                goal = f"{100 * round_.sparsity:.4g}%" + (f" of {round_.layers[0].kind}s" if round_.layers else "")
+                progress.begin_round(f"round {round_.index + 1}/{len(plan.rounds)} to {goal}")
                 with trainer.in_round(round_, num_steps_before=self.num_steps):
                     found = extraction.run(round_, masks)
                     new_metrics, stop = self._fire_on_tickets_found(round_, found)
@@ -275,7 +276,9 @@ def open_run(trainer: RouteTrainer, run_directory: RunDirectory, plan: Plan, ini
 def _first_batch(trainer: RouteTrainer, plan: Plan) -> dict[str, Any]:
     """The first batch of extraction, after all transforms."""
     with seeded((trainer.args.seed, Stream.EXTRACTION), trainer.args.device):
-        return next(trainer.extraction_batches(0, plan.rounds[0].first_event))
+        event = plan.rounds[0].first_event
+        trains = plan.extraction_steps[0] > 0
+        return next(trainer.extraction_batches(0, event) if trains else scoring_batches(trainer, 0, event))
 
 
 def find_theta0(

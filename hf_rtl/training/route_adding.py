@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,10 +26,10 @@ from ..modeling.mask_bank import MaskBank
 from ..modeling.masking import UNION
 from ..modeling.norm_statistics import tracked_buffers
 from ..modeling.private_parameters import norms_biases_and_head
-from ..pruning import round_schedule
 from .evaluation import SINGLE_PREDICTION_CLASSES
-from .extraction import train_and_prune
+from .extraction import scoring_batches, train_and_prune
 from .processes import Heartbeat
+from .prune_rule import PruneRule
 from .randomness import Stream, reproducible
 from .recalibration import recalibrate_alone
 from .route_trainer import RouteTrainer
@@ -142,15 +143,11 @@ def _chained(route_names: Sequence[str], name: str, others: tuple[Any, Partition
 def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbeat: Heartbeat) -> NewTicket:
     """Finds the ticket of the last route of `bank`: pruned as in a run's extraction, then retrained alone."""
     args, progress, route = trainer.args, trainer.progress, bank.num_routes - 1
+    rule = PruneRule.of(trainer.model, args)
     network = _network_of_new_route(trainer)
     theta0 = {name: tensor.detach().clone() for name, tensor in named_state(network)}
     ticket_trainer = trainer.ticket_trainer(theta0, network, frozen=trainer.model.mask_bank.union())
-    (kept,) = round_schedule(
-        bank.num_weights,
-        args.target_sparsity[-1:],
-        prune_schedule=args.prune_schedule,
-        prune_amount=args.prune_amount,
-    )
+    (kept,) = rule.schedule(args.target_sparsity[-1:])
     sampler = data.sampler((Stream.RETRAINING, 0), routes=[route])
     num_steps = args.max_steps
     if num_steps < 0:
@@ -168,7 +165,8 @@ def _find_ticket(trainer: RouteTrainer, bank: MaskBank, data: RouteData, heartbe
                     mask,
                     trainer.extraction_batches(route, event, data),
                     num_kept,
-                    args=args,
+                    rule=rule,
+                    scoring_batches=partial(scoring_batches, trainer, route, event, data),
                     route=route,
                     name=name,
                     event=event,

@@ -19,7 +19,7 @@ from ..data.route_data import RouteData
 from ..modeling.configuration_rtl import RTLConfig
 from ..modeling.hashing import hash_tensors
 from .data_identity import MakeCollate, identify_data
-from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
+from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments, default_scope
 
 
 # The fields of a model's configuration that decide no weight: a run changes them, they name the version that wrote it
@@ -167,6 +167,8 @@ def _completed_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dic
 
 
 def _value_before(field: Field) -> Any:
+    if field.name == "prune_scope":
+        return default_scope("weight")
     if "before" in field.metadata:
         return field.metadata["before"]
     return field.default if field.default_factory is MISSING else field.default_factory()

@@ -15,10 +15,12 @@ from transformers.trainer_utils import TrainOutput
 from ..data.partition import Partition
 from ..model_card.run_record import model_identity
 from ..modeling.files import json_values
+from ..modeling.mask_bank import MaskBank
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import emptied_layers
 from .plan import Round
-from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments
+from .ranking import count_units
+from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments, default_scope
 
 
 # The arguments that decide the result. None of them is private: they hold no path, name or token.
@@ -40,6 +42,7 @@ _ROUND_FIELDS = (
     "round",
     "sparsity",
     "kept",
+    "units",
     "union",
     "core",
     "mean_similarity",
@@ -58,7 +61,8 @@ def emptied_by_route(model: RTLModel) -> dict[str, list[str]]:
 
 def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds: float) -> dict[str, Any]:
     """
-    The report of a round before its evaluation, as JSON values, in the order of `round.json`.
+    The report of a round before its evaluation, as JSON values, in the order of `round.json`. Where units are removed,
+    `sparsity` is that of the prunable weights in the masks, and `units` says how many units were asked for and kept.
 
     Args:
         model ([`RTLModel`]): the model at the end of the round.
@@ -68,7 +72,7 @@ def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds
     bank = model.mask_bank
     similarity = bank.similarity()
     others = similarity.masked_select(~torch.eye(bank.num_routes, dtype=torch.bool, device=similarity.device))
-    return {
+    report = {
         "round": round_.index + 1,
         "sparsity": round_.sparsity,
         "folder": round_.name,
@@ -84,6 +88,23 @@ def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds
         "train_loss": output.training_loss,
         "steps": output.global_step,
         "seconds": seconds,
+    }
+    if round_.layers:
+        report |= {
+            "sparsity": 1 - float(bank.count().double().mean()) / bank.num_weights,
+            "units": _units(bank, round_),
+        }
+    return report
+
+
+def _units(bank: MaskBank, round_: Round) -> dict[str, Any]:
+    """The units at the end of a round: how many each ticket was asked to keep, and how many it keeps."""
+    number = sum(layer.num_units for layer in round_.layers)
+    return {
+        "kind": round_.layers[0].kind,
+        "number": number,
+        "asked": round_.kept[-1] if round_.kept else number,
+        "kept": dict(zip(bank.route_names, count_units(bank, round_.layers), strict=True)),
     }
 
 
@@ -111,8 +132,8 @@ def describe_run(
     """
     values = args.to_dict()
     defaults = {field.name: _default(field) for field in fields(RTLTrainingArguments)}
-    # `False` and `None` both mean off.
-    changed = [name for name in _ARGUMENTS if (values[name] or None) != (defaults[name] or None)]
+    defaults["prune_scope"] = default_scope(args.prune_granularity)
+    changed = [name for name in _ARGUMENTS if _or_none(values[name]) != _or_none(defaults[name])]
     prefixes = {name: f"eval_{name}_" if name else "eval_" for name in evaluations}
     run = {
         "model": model_identity(model),
@@ -122,7 +143,10 @@ def describe_run(
         "seed": args.seed,
         "thresholds": model.config.thresholds,
         "num_training_samples": _num_samples(model, training),
-        "rounds": [{name: report.get(name) for name in _ROUND_FIELDS} for report in reports],
+        "rounds": [
+            {name: report.get(name) for name in _ROUND_FIELDS if name != "units" or name in report}
+            for report in reports
+        ],
         "evaluations": [
             {
                 "name": name,
@@ -156,6 +180,11 @@ def _backbone_repo(backbone: Any) -> str | None:
 
 def _default(field: Any) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _or_none(value: Any) -> Any:
+    """`None` in place of `False` or what is empty, since both mean off. The number 0 is a choice."""
+    return value if type(value) is int else value or None
 
 
 def _metrics(metrics: Mapping[str, float], prefix: str, prefixes: Sequence[str]) -> dict[str, float]:

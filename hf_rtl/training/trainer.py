@@ -22,13 +22,13 @@ from ..modeling.files import read_tensors, write_bytes
 from ..modeling.hub import CARD_FILE, MODEL_FILES, branch_head, commit_folder, read_card
 from ..modeling.image_processing import savable_processor, warn_of_unfitting_processor
 from ..modeling.modeling_rtl import RTLModel
-from ..pruning import round_schedule
 from .callbacks import ModelCardCallback
 from .evaluation import chance_levels
 from .evaluation_identity import evaluation_sets
 from .plan import Plan, make_rounds
 from .processes import Heartbeat
 from .progress import one_log, without_other_bars
+from .prune_rule import PruneRule
 from .result_table import result_table
 from .rounds import Rounds, find_theta0, open_run
 from .route_adding import add_route
@@ -91,6 +91,7 @@ class RTLTrainer(RouteTrainer):
         check_arguments(model, args, {**kwargs, "compute_metrics": compute_metrics})
         if train_dataset is not None:
             check_trainable(model, args)
+            PruneRule.of(model, args)  # raises before anything is written
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = savable_processor(kwargs["processing_class"])
             warn_of_unfitting_processor(kwargs["processing_class"], model.backbone, model.backbone_class)
@@ -144,13 +145,7 @@ class RTLTrainer(RouteTrainer):
     def plan(self) -> Plan:
         """The plan of `train()`. Raises `ValueError` if sparsities and model do not fit, or data are missing."""
         data = self.run_data.require_training()
-        num_weights = self.model.mask_bank.num_weights
-        schedule = round_schedule(
-            num_weights,
-            self.args.target_sparsity,
-            prune_schedule=self.args.prune_schedule,
-            prune_amount=self.args.prune_amount,
-        )
+        rule, targets = PruneRule.of(self.model, self.args), self.args.target_sparsity
         accumulation = self.args.gradient_accumulation_steps
         sampler = data.sampler((), gradient_accumulation_steps=accumulation, world_size=self.args.world_size)
         retraining_steps = self.args.max_steps
@@ -158,8 +153,13 @@ class RTLTrainer(RouteTrainer):
             retraining_steps = math.ceil(self.args.num_train_epochs * (len(sampler) // accumulation))
         sizes = data.partition.counts.tolist()
         return Plan(
-            make_rounds(schedule, self.args.target_sparsity, retrain_every_round=self.args.retrain_every_round),
-            num_weights=num_weights,
+            make_rounds(
+                rule.schedule(targets),
+                targets,
+                retrain_every_round=self.args.retrain_every_round,
+                layers=rule.layers,
+            ),
+            num_weights=rule.num_weights,
             route_sizes=dict(zip(self.model.route_names, sizes, strict=True)),
             extraction_steps=[self.extraction_steps(route) for route in range(self.model.num_routes)],
             retraining_steps=retraining_steps,

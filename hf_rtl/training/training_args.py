@@ -15,15 +15,21 @@ from transformers.trainer_utils import SchedulerType
 
 from ..modeling.checks import check_choice, check_integer, check_number
 from ..modeling.configuration_rtl import ROUTERS
-from ..pruning import PRUNE_SCHEDULES, PRUNE_SCOPES, round_schedule
+from ..modeling.units import GRANULARITIES
+from ..pruning import PRUNE_SCHEDULES, PRUNE_SCOPES, UNIT_SCOPES, round_schedule
 
 
+PRUNE_CRITERIA = ("magnitude", "activity")
 # The arguments that decide the masks, together with the model and the data.
 EXTRACTION_FIELDS = [
     "target_sparsity",
     "prune_schedule",
     "prune_amount",
+    "prune_criterion",
+    "prune_granularity",
     "prune_scope",
+    "prune_round_to",
+    "prune_batches",
     "extraction_epochs",
     "extraction_steps",
     "extraction_threads",
@@ -63,7 +69,9 @@ RETRAINING_FIELDS = [
 
 # The lowest allowed values of integer arguments.
 _MINIMA = {
-    "extraction_steps": 1,
+    "prune_round_to": 1,
+    "prune_batches": 1,
+    "extraction_steps": 0,
     "extraction_threads": 1,
     "route_batch_size": 1,
     "rewind_to": 0,
@@ -92,6 +100,11 @@ _UNSUPPORTED = {
     "use_liger_kernel": _LIGER,
     "liger_kernel_config": _LIGER,
 }
+
+
+def default_scope(granularity: str) -> str:
+    """What is ranked together where `prune_scope` is left out."""
+    return "global" if granularity == "weight" else "layer"
 
 
 @dataclass
@@ -128,7 +141,10 @@ class RTLTrainingArguments(TrainingArguments):
 
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
-        metadata={"help": "Sparsity at the end of each round, ascending, in [0, 1). One value gives one round."},
+        metadata={
+            "help": "Sparsity at the end of each round, ascending, in [0, 1). One value gives one round. It is a "
+            "share of the prunable weights; with prune_granularity neuron or channel, of these units."
+        },
     )
     prune_schedule: str = field(
         default="geometric",
@@ -137,16 +153,51 @@ class RTLTrainingArguments(TrainingArguments):
         },
     )
     prune_amount: float = field(
-        default=0.2, metadata={"help": "Fraction or number of weights that a prune event removes; see prune_schedule."}
+        default=0.2,
+        metadata={"help": "Fraction or number of weights, or units, that a prune event removes; see prune_schedule."},
     )
-    prune_scope: str = field(
-        default="global", metadata={"help": "Rank magnitudes together (global), per layer, or global_normalised."}
+    prune_criterion: str = field(
+        default="magnitude",
+        metadata={
+            "help": "What an event ranks by, after its training: magnitude, or activity on the route's training data: "
+            "how much a weight or unit does there."
+        },
+    )
+    prune_granularity: str = field(
+        default="weight",
+        metadata={
+            "help": "What an event removes: single weights (weight), or whole units, so that extracted tickets are "
+            "smaller models: neuron of feed-forward blocks, channel between convolutions."
+        },
+    )
+    prune_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is ranked together: all (global), each layer (layer), each output (row, for weights), or "
+            "all by the spread of their layer (global_normalised, for weights). Default: global for weights, layer "
+            "for units. With prune_criterion activity, row is recommended for weights: activities of layers differ in "
+            "scale.",
+        },
+    )
+    prune_round_to: int = field(
+        default=8,
+        metadata={"help": "With units and prune_scope layer, layers keep a multiple of this number of units."},
+    )
+    prune_batches: int = field(
+        default=8,
+        metadata={
+            "help": "Batches of a route, at most one epoch, on which prune_criterion activity is measured in an event."
+        },
     )
     extraction_epochs: float = field(
         default=1.0, metadata={"help": "Epochs over a route's samples before each prune event."}
     )
     extraction_steps: int | None = field(
-        default=None, metadata={"help": "Steps before each prune event, instead of extraction_epochs."}
+        default=None,
+        metadata={
+            "help": "Steps before each prune event, instead of extraction_epochs. 0: no training; masks are chosen "
+            "from the initial weights, so by magnitude all tickets are the same, and by activity they differ."
+        },
     )
     extraction_threads: int = field(
         default=1,
@@ -223,9 +274,22 @@ class RTLTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.target_sparsity, (int, float)):
             self.target_sparsity = [float(self.target_sparsity)]
-        choices = {"prune_schedule": PRUNE_SCHEDULES, "prune_scope": PRUNE_SCOPES, "router": ROUTERS}
+        if self.prune_scope is None:
+            self.prune_scope = default_scope(self.prune_granularity)
+        choices = {
+            "prune_schedule": PRUNE_SCHEDULES,
+            "prune_criterion": PRUNE_CRITERIA,
+            "prune_granularity": GRANULARITIES,
+            "prune_scope": PRUNE_SCOPES,
+            "router": ROUTERS,
+        }
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
+        if self.prune_granularity != "weight" and self.prune_scope not in UNIT_SCOPES:
+            raise ValueError(
+                f"`prune_scope` = {self.prune_scope!r} ranks single weights, but `prune_granularity` = "
+                f"{self.prune_granularity!r} removes whole units; choose 'layer' or 'global', or leave it out."
+            )
         # Any number of weights will do: this call raises for targets and amounts out of range.
         round_schedule(2**24, self.target_sparsity, prune_schedule=self.prune_schedule, prune_amount=self.prune_amount)
         for name, minimum in _MINIMA.items():
@@ -303,6 +367,12 @@ class RTLTrainingArguments(TrainingArguments):
                 "`competing_epochs` needs the masks of all routes at once, but `gradient_checkpointing` those of one; "
                 "choose one of them."
             )
+
+    @property
+    def scope(self) -> str:
+        """`prune_scope`, which has a value in all arguments."""
+        assert self.prune_scope is not None
+        return self.prune_scope
 
     def select_values(self, names: Sequence[str]) -> dict[str, Any]:
         """The named arguments as plain JSON values."""

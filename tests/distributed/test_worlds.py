@@ -109,6 +109,13 @@ def test_a_ticket_can_be_checked_on_another_process(say, tmp_path):
     launch(runs.compute_differently, str(tmp_path / "unchecked"), unchecked, world_size=2, logs=tmp_path / "logs")
 
 
+@pytest.mark.slow
+def test_activity_of_units_does_not_depend_on_the_number_of_processes(say, tmp_path):
+    units = {"prune_granularity": "neuron", "prune_criterion": "activity", "extraction_steps": 0}
+    made = run_in_worlds(say, runs.train, tmp_path, [1, 2], "vit", {**units, **ONE_ROUND, **SHORT})
+    assert made[1][0]["fingerprint"] == made[2][0]["fingerprint"] == made[2][1]["fingerprint"]
+
+
 def test_other_masks_than_those_found_are_noticed_and_named(tmp_path):
     team = Team(runs.receive_other_masks, (str(tmp_path / "run"),), world_size=2, logs=tmp_path / "logs")
     assert any(team.wait(60))

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from hf_rtl import RTLTrainer
 from hf_rtl.training import extraction, rounds
+from hf_rtl.training.prune_rule import PruneRule
 from tests.training.small_runs import make_trainer
 
 
@@ -36,8 +37,8 @@ class StopAtEvaluation(TrainerCallback):
 
 
 def stop_in(monkeypatch, name, number):
-    """Raises at the `number`-th call of a method of `RTLTrainer`, or of a function of extraction or of a round."""
-    owner = next(owner for owner in (RTLTrainer, extraction, rounds) if hasattr(owner, name))
+    """Raises at the `number`-th call of a method of `RTLTrainer` or `PruneRule`, or of a function of a round."""
+    owner = next(owner for owner in (RTLTrainer, PruneRule, extraction, rounds) if hasattr(owner, name))
     original, calls = getattr(owner, name), Counter()
 
     def stopping(*positional, **keywords):

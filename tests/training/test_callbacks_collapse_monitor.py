@@ -10,7 +10,7 @@ from hf_rtl import CollapseMonitor, MaskBank, RTLModel, RTLTrainerCallback
 from hf_rtl.analysis import ticket_similarity
 from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.pruning import prune
-from hf_rtl.training import extraction
+from hf_rtl.training import ranking
 from hf_rtl.training.plan import Round
 from tests.training.interruptions import StopAtStep, StopError
 from tests.training.small_runs import ROUNDS, ROUTES, Recorder, contents, files, make_trainer, run, same
@@ -40,7 +40,7 @@ def collapsing(monkeypatch):
             weights = [torch.rand(weight.shape, generator=generator) for weight in weights]
         return prune(weights, masks, num_kept=num_kept, **options)
 
-    monkeypatch.setattr(extraction, "prune", planted)
+    monkeypatch.setattr(ranking, "prune", planted)
 
 
 def read_warnings(caplog):

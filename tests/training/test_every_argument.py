@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from hf_rtl import RTLModelForSequenceClassification, RTLTrainer
 from hf_rtl.modeling.hashing import hash_tensors
+from hf_rtl.training.extraction import Extraction
 from hf_rtl.training.ticket_trainer import named_state
 from tests.training.small_runs import arguments, make_trainer
 
@@ -142,6 +143,37 @@ OBSERVED = {
     "full_determinism": ({"full_determinism": True}, {}, lambda p: p.deterministic),
     "use_cache": ({"use_cache": True}, {}, lambda p: p.trainer.model.config.use_cache),
 }
+
+
+# The mask of a prune event differs.
+NEURONS, ACTIVITY = {"prune_granularity": "neuron"}, {"prune_criterion": "activity", "prune_scope": "row"}
+MASKS = {
+    "prune_criterion": (ACTIVITY, {"prune_scope": "row"}),
+    "prune_granularity": ({**NEURONS, "prune_round_to": 1}, {}),
+    "prune_scope": ({"prune_scope": "row"}, {}),
+    "prune_round_to": ({**NEURONS, "prune_round_to": 2}, {**NEURONS, "prune_round_to": 8}),
+    "prune_batches": ({**ACTIVITY, "prune_batches": 1}, ACTIVITY),
+    "extraction_steps": ({"extraction_steps": 0}, {}),
+}
+
+
+def find_mask(folder, **values):
+    """The packed mask that one prune event leaves of all ones."""
+    model = RTLModelForSequenceClassification.from_backbone(
+        BERT, route_names=["day", "night"], ticket_task="labels", seed=0
+    )
+    given = {"route_batch_size": 4, "route_column": "domain", "target_sparsity": [0.5], "prune_amount": 0.5, **values}
+    made = RTLTrainer(model, arguments(folder, **given), train_dataset=DATA)
+    theta0 = {name: tensor.detach().clone() for name, tensor in named_state(model.backbone)}
+    extraction, bank = Extraction(made, made.run_directory, None, theta0, []), model.mask_bank
+    ones = bank.pack([torch.ones(shape, dtype=torch.bool) for shape in bank.shapes])
+    return extraction.train_and_prune(0, 0, ones, made.plan().rounds[0].kept[0], lambda: None)[0]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_follow(tmp_path, name):
+    changed, base = (find_mask(tmp_path / str(number), **values) for number, values in enumerate(MASKS[name]))
+    assert not all(map(torch.equal, changed, base))
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -48,7 +48,12 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("target_sparsity", "0.5", TypeError, "target_spars"),
         ("target_sparsity", None, TypeError, ""),
         ("prune_schedule", "cubic", ValueError, "'geometric', 'linear', 'constant', got 'cubic'"),
-        ("prune_scope", "locally", ValueError, "'global', 'layer', 'global_normalised', got 'locally'"),
+        ("prune_scope", "locally", ValueError, "'global', 'layer', 'global_normalised', 'row', got 'locally'"),
+        ("prune_criterion", "random", ValueError, "`prune_criterion` must be one of 'magnitude', 'activity', got"),
+        ("prune_granularity", "head", ValueError, "`prune_granularity` must be one of 'weight', 'neuron', 'channel'"),
+        ("prune_round_to", 0, ValueError, "`prune_round_to` must be at least 1, got 0"),
+        ("prune_round_to", 1.5, TypeError, "`prune_round_to` must be an int, got 1.5"),
+        ("prune_batches", 0, ValueError, "`prune_batches` must be at least 1, got 0"),
         ("prune_amount", 0.0, ValueError, "amount"),
         ("prune_amount", 1.0, ValueError, "amount"),
         ("prune_amount", 4096, ValueError, "constant"),
@@ -57,7 +62,7 @@ def test_a_single_sparsity_is_one_round(tmp_path):
         ("extraction_epochs", float("nan"), ValueError, "`extraction_epochs`"),
         ("extraction_epochs", float("inf"), ValueError, "`extraction_epochs`"),
         ("extraction_epochs", "2", TypeError, "`extraction_epochs`.*'2'"),
-        ("extraction_steps", 0, ValueError, "`extraction_steps` must be at least 1, got 0"),
+        ("extraction_steps", -1, ValueError, "`extraction_steps` must be at least 0, got -1"),
         ("extraction_steps", 1.5, TypeError, "`extraction_steps`.*1.5, a `float`"),
         ("extraction_steps", True, TypeError, "`extraction_steps`"),
         ("extraction_threads", 0, ValueError, "`extraction_threads`"),
@@ -89,6 +94,17 @@ def test_bad_values_are_refused_and_nothing_is_written(tmp_path, name, value, er
     with pytest.raises(error, match=message):
         arguments(tmp_path, **{name: value})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scope_follows_the_granularity_unless_it_is_given(tmp_path):
+    units = arguments(tmp_path, prune_granularity="neuron")
+    assert (units.prune_scope, units.prune_round_to) == ("layer", 8)
+    assert arguments(tmp_path, prune_granularity="channel", prune_scope="global").prune_scope == "global"
+    assert arguments(tmp_path, prune_criterion="activity").prune_scope == "global"
+    assert arguments(tmp_path, prune_criterion="activity", prune_scope="row").prune_scope == "row"
+    for scope in ("row", "global_normalised"):
+        with pytest.raises(ValueError, match=f"`prune_scope` = '{scope}' ranks single weights.*'layer' or 'global'"):
+            arguments(tmp_path, prune_granularity="neuron", prune_scope=scope)
 
 
 def test_counts_of_weights_suit_the_constant_schedule(tmp_path):
