@@ -157,16 +157,19 @@ class RTLModel(RoutedModel):
             backbone = build_backbone(backbone, cls.backbone_class, **options)
         covered = {name for name, _ in index["weights"]}
         known = [name for name, _ in select_prunable(backbone)]
+        # A model has a route at any time, one of membership two.
+        placeholders = ["(no route)", "(no other route)"][: 1 + (index["ticket_task"] == "membership")]
         model = cls.from_backbone(
             backbone,
-            route_names=["(no route)"],
+            route_names=placeholders,
             ticket_task=index["ticket_task"],
             norm_statistics=index["norm_statistics"],
             prune_include=[name for name, _ in backbone.named_parameters() if name in covered - set(known)],
             prune_exclude=[name for name in known if name not in covered],
         )
         model.load_tickets(tickets, routes)
-        model.drop_route(0)
+        for placeholder in placeholders:
+            model.drop_route(placeholder)
         return model
 
     @classmethod

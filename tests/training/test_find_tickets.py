@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import pad
+from transformers import BertConfig, BertForSequenceClassification
 
-from hf_rtl import RTLModelForCausalLM, find_tickets
+from hf_rtl import RTLModelForCausalLM, RTLModelForSequenceClassification, find_tickets
 from hf_rtl.modeling import modeling_rtl
 from tests.modeling.small_backbones import build, units_found_once
 
@@ -293,3 +294,32 @@ def test_a_refit_of_channels_keeps_the_statistics_of_routes():
     for old, new in zip(model.norm_statistics.rows, again.norm_statistics.rows, strict=True):
         assert torch.equal(old, new)
     assert float(again.mask_bank.density()[0]) < float(model.mask_bank.density()[0])
+
+
+def test_tickets_of_membership_need_no_more_than_a_stock_model_with_one_logit(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+        problem_type="multi_label_classification",
+    )
+    network = BertForSequenceClassification(config).eval()
+    rows = [{"input_ids": torch.randint(1, 20, (5,)), "label": index % 3} for index in range(24)]
+    model = find_tickets(network, rows, route_column="label", sparsity=0.5)
+    assert model.config.ticket_task == "membership"
+    model.save_tickets(tmp_path / "tickets")
+    again = RTLModelForSequenceClassification.from_backbone(network, tickets=tmp_path / "tickets").eval()
+    assert again.route_names == ["0", "1", "2"]
+    ids = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    some = RTLModelForSequenceClassification.from_backbone(
+        network, tickets=tmp_path / "tickets", route_names=["2", "0"]
+    )
+    assert some.route_names == ["2", "0"]
+    with pytest.raises(ValueError, match="two"):
+        RTLModelForSequenceClassification.from_backbone(network, tickets=tmp_path / "tickets", route_names=["1"])
