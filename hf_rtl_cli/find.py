@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_rtl import RTLConfig, find_tickets
+from hf_rtl.model_card.run_record import write_run
 
 from .models import PROCESSOR_FILES, check_free, check_name, copy_beside, load_model, written_model
 
@@ -50,6 +51,7 @@ def find(args: argparse.Namespace) -> dict[str, Any]:
     with written_model(out) as staging:
         copy_beside(args.model, staging, PROCESSOR_FILES, **hub)
         found.save_pretrained(staging)
+        write_run(staging, found.training_run or {})
     return {
         "folder": str(out),
         "tickets": found.route_names,

@@ -139,6 +139,7 @@ def render_page(
         config=model.config,
         emptied=_emptied(model),
         run=run,
+        one_pass=run.get("one_pass") if run else None,
         ranked=_ranked(run["arguments"]) if run else None,
         rounds_table=_rounds_table(model, run) if run else None,
         arguments_table=_arguments_table(run) if run and run["arguments"] else None,

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Sequence
 from typing import Any
 
-import accelerate
 import numpy as np
-import timm
-import torch
-import transformers
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..analysis import Change, TicketSimilarity, detect_collapse, ticket_similarity
-from ..modeling.configuration_rtl import VERSION
 from ..modeling.mask_bank import MaskBank
 from .plan import Round
-from .randomness import numerics_environment
 from .run_directory import RunDirectory
+from .run_report import describe_environment
 from .training_args import RTLTrainingArguments
 
 
@@ -214,11 +208,4 @@ class ModelCardCallback(TrainerCallback):
     environment: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
-        self.environment = {
-            "hf_rtl": VERSION,
-            **{name: module.__version__ for name, module in modules.items()},
-            "python": platform.python_version(),
-            **numerics_environment(args.device),
-            "num_processes": args.world_size,
-        }
+        self.environment = describe_environment(args.device, args.world_size)

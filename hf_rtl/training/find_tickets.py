@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from tabulate import tabulate
 from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
@@ -20,6 +22,7 @@ from ..modeling.units import GRANULARITIES, UnitLayer
 from ..pruning import check_sparsity, prune_units
 from .one_pass import Calibration, Search
 from .randomness import seeded
+from .run_report import describe_search
 
 
 CRITERIA = ("activity", "magnitude", "random")
@@ -77,7 +80,7 @@ def find_tickets(
 
     Returns:
         [`RTLModel`]: in evaluation mode. With several processes all find the same tickets, also for another number of
-        processes.
+        processes. Its `training_run`, from which its card is written, has in `rounds` one report like that of a round.
 
     Raises:
         TypeError, ValueError: a route without samples, a granularity that the model does not have, activities that are
@@ -123,6 +126,10 @@ def find_tickets(
         for route, mask in enumerate(masks):
             routed.mask_bank[route] = mask
     routed.partition_rule = partition.rule
+    one_pass = {"granularity": granularity, "criterion": criterion, "sparsity": sparsity, "refit": refit}
+    one_pass["num_samples"] = num_batches * batch_size
+    processes = PartialState().num_processes
+    routed.training_run = describe_search(routed, partition, one_pass, seed=seed, num_processes=processes)
     if granularity != "weight":
         say(_report(routed, layers, kept, sparsity))
     return routed.eval()
@@ -178,4 +185,12 @@ def _report(model: RTLModel, layers: Sequence[UnitLayer], kept: Sequence[Sequenc
         left = sum(share * sizes[weight].numel() for weight, share in shares.items())
         rows.append([name, f"{removed:.1%}", f"{1 - density[route]:.1%}", f"{1 - left / total:.1%}"])
     headers = [f"removed (asked: {sparsity:.1%} of units)", "units", "prunable weights", "all parameters"]
-    return tabulate(rows, headers=headers, colalign=("left", "right", "right", "right"))
+    units = torch.stack([torch.cat(list(of_route)) for of_route in kept]).double()
+    both = units @ units.T
+    alike = both / (units.sum(1)[:, None] + units.sum(1) - both)
+    table = tabulate(rows, headers=headers, colalign=("left", "right", "right", "right"))
+    shared = f"At least one ticket keeps {float(units.amax(0).mean()):.1%} of the units"
+    if len(units) > 1:
+        pairs = alike[~torch.eye(len(units), dtype=torch.bool)]
+        shared += f"; mean Jaccard similarity of two tickets {float(pairs.mean()):.3f}"
+    return f"{table}\n{shared}."

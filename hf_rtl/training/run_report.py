@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import timm
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers.trainer_utils import TrainOutput
 
 from ..data.partition import Partition
 from ..model_card.run_record import model_identity
+from ..modeling.configuration_rtl import VERSION
 from ..modeling.files import json_values
 from ..modeling.mask_bank import MaskBank
 from ..modeling.modeling_rtl import RTLModel
 from ..pruning import emptied_layers
 from .plan import Round
+from .randomness import numerics_environment
 from .ranking import count_units
 from .training_args import EXTRACTION_FIELDS, RETRAINING_FIELDS, RTLTrainingArguments, default_scope
 
@@ -70,18 +76,12 @@ def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds
         seconds (`float`): seconds from the start of joint retraining until the model was saved.
     """
     bank = model.mask_bank
-    similarity = bank.similarity()
-    others = similarity.masked_select(~torch.eye(bank.num_routes, dtype=torch.bool, device=similarity.device))
     report = {
         "round": round_.index + 1,
         "sparsity": round_.sparsity,
         "folder": round_.name,
-        "kept": dict(zip(bank.route_names, bank.count().tolist(), strict=True)),
-        "union": bank.union_count(),
-        "core": bank.core_count(),
+        **_masks(model),
         "footprint": model.footprint(),
-        "mean_similarity": float(others.mean()) if len(others) else None,
-        "emptied_layers": emptied_by_route(model),
         "mask_fingerprint": bank.fingerprint(),
         "thresholds": model.config.thresholds,
         "metrics": None,
@@ -95,6 +95,20 @@ def report_round(model: RTLModel, round_: Round, *, output: TrainOutput, seconds
             "units": _units(bank, round_),
         }
     return report
+
+
+def _masks(model: RTLModel) -> dict[str, Any]:
+    """What the tickets keep, and what they share."""
+    bank = model.mask_bank
+    similarity = bank.similarity()
+    others = similarity.masked_select(~torch.eye(bank.num_routes, dtype=torch.bool, device=similarity.device))
+    return {
+        "kept": dict(zip(bank.route_names, bank.count().tolist(), strict=True)),
+        "union": bank.union_count(),
+        "core": bank.core_count(),
+        "mean_similarity": float(others.mean()) if len(others) else None,
+        "emptied_layers": emptied_by_route(model),
+    }
 
 
 def _units(bank: MaskBank, round_: Round) -> dict[str, Any]:
@@ -157,6 +171,49 @@ def describe_run(
             }
             for name, partition in evaluations.items()
         ],
+    }
+    return json_values(run)
+
+
+def describe_environment(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """Versions, device and number of processes."""
+    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "timm": timm}
+    return {
+        "hf_rtl": VERSION,
+        **{name: module.__version__ for name, module in modules.items()},
+        "python": platform.python_version(),
+        **numerics_environment(device),
+        "num_processes": num_processes,
+    }
+
+
+def describe_search(
+    model: RTLModel, training: Partition, one_pass: Mapping[str, Any], *, seed: int, num_processes: int
+) -> dict[str, Any]:
+    """
+    The record of a search without training for the model's card, as JSON values, like that of `describe_run`.
+
+    Args:
+        model ([`RTLModel`]): with the tickets that were found.
+        training ([`Partition`]): partition of the data.
+        one_pass (`Mapping[str, Any]`): `granularity`, `criterion`, `sparsity`, `num_samples` of a route, `refit`.
+        seed (`int`), num_processes (`int`): of the search.
+    """
+    bank = model.mask_bank
+    sparsity = 1 - float(bank.count().double().mean()) / bank.num_weights
+    environment = describe_environment(model.device, num_processes)
+    report = {"round": 1, "sparsity": sparsity, **_masks(model), "steps": 0, "surroundings": environment}
+    run = {
+        "model": model_identity(model),
+        "backbone": _backbone_repo(model.backbone),
+        "arguments": {},
+        "defaults": {},
+        "seed": seed,
+        "thresholds": None,
+        "num_training_samples": _num_samples(model, training),
+        "rounds": [report],
+        "evaluations": [],
+        "one_pass": one_pass,
     }
     return json_values(run)
 

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_rtl import RTLModelForCausalLM, RTLModelForSequenceClassification, find_tickets
+from hf_rtl.model_card import write_card
 from hf_rtl.modeling import modeling_rtl
 from tests.modeling.small_backbones import build, units_found_once
 
@@ -294,6 +295,28 @@ def test_a_refit_of_channels_keeps_the_statistics_of_routes():
     for old, new in zip(model.norm_statistics.rows, again.norm_statistics.rows, strict=True):
         assert torch.equal(old, new)
     assert float(again.mask_bank.density()[0]) < float(model.mask_bank.density()[0])
+
+
+def test_what_was_found_is_printed_and_is_on_the_card(capsys, tmp_path):
+    model = search(build("llama")[0], refit=True)
+    printed = capsys.readouterr().out
+    kept = []
+    for route in range(3):
+        ticket = model.extract_ticket(route)
+        downs = [ticket.get_parameter(f"model.layers.{layer}.mlp.down_proj.weight") for layer in range(2)]
+        kept.append({(layer, unit) for layer in range(2) for unit in range(24) if downs[layer][:, unit].any()})
+    alike = [len(kept[one] & kept[two]) / len(kept[one] | kept[two]) for one, two in ((0, 1), (0, 2), (1, 2))]
+    union = len(kept[0] | kept[1] | kept[2]) / 48
+    assert f"At least one ticket keeps {union:.1%} of the units; mean Jaccard similarity of two tickets" in printed
+    assert f"two tickets {sum(alike) / 3:.3f}." in printed
+    (report,) = model.training_run["rounds"]
+    assert report["kept"] == dict(zip(LANGUAGES, model.mask_bank.count().tolist(), strict=True))
+    model.save_pretrained(tmp_path)
+    card = " ".join(write_card(model, tmp_path).read_text().split())
+    assert "were found in one pass over at most" in card and "keeps the neurons of largest activity" in card
+    assert "solved anew for each route" in card and "small=True" in card and "Made with hf_rtl" in card
+    model.mask_bank["german"] = [torch.ones_like(mask) for mask in model.mask_bank["german"]]
+    assert "How the tickets were found and trained is not known" in write_card(model, tmp_path).read_text()
 
 
 def test_tickets_of_membership_need_no_more_than_a_stock_model_with_one_logit(tmp_path):
