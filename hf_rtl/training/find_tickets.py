@@ -19,9 +19,10 @@ from ..get_model import get_rtl_model, say
 from ..modeling.checks import check_choice, check_integer
 from ..modeling.modeling_rtl import RTLModel
 from ..modeling.units import GRANULARITIES, UnitLayer
-from ..pruning import check_sparsity, prune_units
+from ..pruning import check_sparsity
 from .one_pass import Calibration, Search
 from .randomness import seeded
+from .ranking import reasons_to_stay
 from .run_report import describe_search
 
 
@@ -109,14 +110,7 @@ def find_tickets(
         else:
             layers = search.unit_layers(granularity)
             kept = [
-                prune_units(
-                    search.unit_scores(route, layers, criterion),
-                    search.surviving_units(route, layers),
-                    sparsity=sparsity,
-                    scope=scope or "layer",
-                    round_to=round_to,
-                    names=[layer.name for layer in layers],
-                )
+                search.prune_units(route, layers, criterion, sparsity, scope=scope or "layer", round_to=round_to)
                 for route in search.routes()
             ]
             masks = [search.mask_of_units(route, layers, units) for route, units in enumerate(kept)]
@@ -132,6 +126,8 @@ def find_tickets(
     routed.training_run = describe_search(routed, partition, one_pass, seed=seed, num_processes=processes)
     if granularity != "weight":
         say(_report(routed, layers, kept, sparsity))
+        for reason in reasons_to_stay(search.model, granularity, example_inputs):
+            say(f"Some units stay in all tickets: {reason}.")
     return routed.eval()
 
 

@@ -21,6 +21,7 @@ from ..modeling.modeling_rtl import RTLModel
 from ..modeling.refit import can_refit
 from ..modeling.refit import refit as refit_units
 from ..modeling.units import UnitLayer
+from ..pruning import prune_units
 from .activity import Sums, add_up, input_squares
 from .ranking import (
     prune_weights,
@@ -90,10 +91,19 @@ class Search:
     def unit_layers(self, granularity: str) -> list[UnitLayer]:
         return units_to_prune(self.model, granularity, self.example_inputs)
 
-    def surviving_units(self, route: int, layers: Sequence[UnitLayer]) -> list[Tensor]:
-        return surviving_units(self._masks(route), layers)
+    def prune_units(
+        self, route: int, layers: Sequence[UnitLayer], criterion: str, sparsity: float, **options: Any
+    ) -> list[Tensor]:
+        """The units that the ticket of a route keeps, `bool` per layer; see `pruning.prune_units`."""
+        return prune_units(
+            self._unit_scores(route, layers, criterion),
+            surviving_units(self._masks(route), layers),
+            sparsity=sparsity,
+            names=[layer.name for layer in layers],
+            **options,
+        )
 
-    def unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
+    def _unit_scores(self, route: int, layers: Sequence[UnitLayer], criterion: str) -> list[Tensor]:
         if criterion == "random":
             return [self._draw(route, (layer.num_units,)) for layer in layers]
         weights, sums = self._masked_weights(route), None

@@ -32,17 +32,13 @@ def units_to_prune(
     argument: str = "granularity",
 ) -> list[UnitLayer]:
     """
-    The layers of units whose readers all have masks. The others are named in the log. Raises `ValueError` if there are
+    The layers of units whose readers all have masks. The log names the others. Raises `ValueError` if there are
     none; it names the `argument` that gave the granularity.
     """
     found = [layer for layer in model.unit_layers(example_inputs) if layer.kind == granularity]
     covered = set(model.mask_bank.weight_names)
     layers = [layer for layer in found if all(name in covered for name, _ in layer.readers)]
-    left = [f"{layer.name} (read by {layer.readers[0][0]})" for layer in found if layer not in layers]
-    reasons = [f"no mask covers what reads {', '.join(left)}"] if left else []
-    unknown = unknown_experts(model.backbone) if granularity == "neuron" else []
-    if unknown:
-        reasons.append(f"it is not known how the experts compute that hold {', '.join(unknown)}")
+    reasons = reasons_to_stay(model, granularity, example_inputs)
     if not layers:
         raise ValueError(
             f"{type(model.backbone).__name__} has no {granularity} that can be pruned"
@@ -51,6 +47,23 @@ def units_to_prune(
     for reason in reasons:
         logger.info("Some units are not prunable: %s", reason)
     return layers
+
+
+def reasons_to_stay(
+    model: RTLModel, granularity: str, example_inputs: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Why some units are not prunable, with the names of their layers; none if all are."""
+    covered = set(model.mask_bank.weight_names)
+    left = [
+        f"{layer.name} (read by {layer.readers[0][0]})"
+        for layer in model.unit_layers(example_inputs)
+        if layer.kind == granularity and not all(name in covered for name, _ in layer.readers)
+    ]
+    reasons = [f"no mask covers what reads {', '.join(left)}"] if left else []
+    unknown = unknown_experts(model.backbone) if granularity == "neuron" else []
+    if unknown:
+        reasons.append(f"it is not known how the experts compute that hold {', '.join(unknown)}")
+    return reasons
 
 
 def readers(layers: Sequence[UnitLayer]) -> list[str]:

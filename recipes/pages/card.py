@@ -9,6 +9,7 @@ Render a card in model_cards/ from the results of runs, and keep a copy of these
     python -m pages.card cifar10_methods runs/cifar10_methods
     python -m pages.card inr runs/inr
     python -m pages.card speech runs/speech
+    python -m pages.card languages runs/languages
     python -m pages.card digits_collapse runs/digits_collapse
     python -m pages.card cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
     python -m pages.card sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
@@ -40,6 +41,7 @@ MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 ANALYSIS = "analysis.json"  # written by recipes/analyze.py
 _KEPT_OF_A_REPORT = (
     *("method", "image", "seed", "learning_rate", "round", "sparsity", "at", "metrics", "train_loss", "costs"),
+    *("quality", "active", "bytes"),
     *("psnr", "psnr_of_regions", "pixels_of_regions", "similarity_of_regions"),
 )
 

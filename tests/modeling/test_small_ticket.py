@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from hf_rtl import (
@@ -177,6 +178,25 @@ def test_a_ticket_of_a_model_is_extracted_small(tmp_path):
         assert_close(outputs(small, inputs)[:1], [model(**inputs, route_ids=route).logits.detach()], 1e-6)
         small.save_pretrained(tmp_path / route)
         assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path / route), type(small))
+
+
+@pytest.mark.parametrize("name", ["bert", "bottlenecks"])
+def test_shifts_of_size_ten_are_no_part_of_units_that_are_gone(name):
+    """The biases of removed units, and the shifts of their batch norms, would be seen if anything read them."""
+    network, inputs, _ = halved(name)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(10)
+    assert_close(outputs(remove_units(network, inputs), inputs), outputs(network, inputs), 1e-12)
+
+
+def test_a_small_ticket_is_quantised():
+    network, inputs, _ = halved("bert")
+    small = remove_units(network, inputs).float()
+    expected = outputs(small, inputs)
+    quantize_(small, Int8WeightOnlyConfig())
+    assert_close(outputs(small, inputs), expected, 0.05)
 
 
 # The library's Auto class of each, and ours.

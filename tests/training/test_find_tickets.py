@@ -297,6 +297,26 @@ def test_a_refit_of_channels_keeps_the_statistics_of_routes():
     assert float(again.mask_bank.density()[0]) < float(model.mask_bank.density()[0])
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_layers_that_stay_whole_are_named(refit, capsys):
+    left = "model.layers.1.mlp.down_proj.weight"
+    model = search(build("llama")[0], prune_exclude=[left], refit=refit)
+    printed = capsys.readouterr().out
+    assert (
+        f"Some units stay in all tickets: no mask covers what reads model.layers.1.mlp.gate_proj (read by {left})."
+        in printed
+    )
+    assert printed.count("Some units stay") == 1
+    assert model.extract_ticket("german").get_parameter(left).ne(0).any(0).all()
+
+
+def test_gradient_checkpointing_and_a_training_mode_change_nothing():
+    network, _ = build("llama")
+    expected = search(copy.deepcopy(network)).mask_bank.fingerprint()
+    network.gradient_checkpointing_enable()
+    assert search(network.train()).mask_bank.fingerprint() == expected
+
+
 def test_what_was_found_is_printed_and_is_on_the_card(capsys, tmp_path):
     model = search(build("llama")[0], refit=True)
     printed = capsys.readouterr().out
