@@ -224,7 +224,8 @@ def _counts(
         (name, dim), indices = next(iter(places.items()))
         width = indices.shape[1]
         count = layer.num_units - (shapes[name][dim] - built[name][dim]) // width
-        for (name, dim), indices in places.items() if not layer.expert else ():
+        # The experts of a stack have one size, so the first one speaks for all.
+        for (name, dim), indices in places.items() if layer.expert in (None, 0) else ():
             expected[name][dim] -= (layer.num_units - count) * indices.shape[1]
         counts.append(count)
     return counts if expected == built else None
