@@ -36,7 +36,7 @@ def test_the_solution_is_that_of_the_stacked_system(centred):
         assert torch.allclose((rows @ solved.T + offset).mean(0), (rows @ weight.T).mean(0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "albert"])
 def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
     network, _ = build(name)
     network = network.double()

@@ -69,6 +69,7 @@ def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compar
         assert of_seed[DENSE]["active"] - of_seed[ONE]["active"] == (42 - 24) * 3 * 16
         assert of_seed[ONE]["active"] == of_seed[TICKETS]["active"] == of_seed[TICKETS_REFIT]["active"]
         assert of_seed[ONE]["bytes"] < of_seed[DENSE]["bytes"]
+        assert all(report["faster"] == of_seed[DENSE]["ms"] / report["ms"] for report in of_seed.values())
         assert of_seed[TICKETS]["bytes"] < of_seed[TICKETS_REFIT]["bytes"]
         model = LlamaForCausalLM.from_pretrained(output_dir / f"seed-{seed}").eval()
         bits = []
@@ -91,10 +92,15 @@ def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compar
     assert (output_dir / "tickets-against-data.png").stat().st_size > 1000
 
 
-def test_trained_models_are_read_back(folder, compared):
+def test_trained_models_and_finished_seeds_are_read_back(folder, compared):
     first, output_dir = compared
-    before = (output_dir / "seed-0" / "model.safetensors").stat().st_mtime_ns
+    files = [output_dir / "seed-0" / "model.safetensors", output_dir / "seed-0.json"]
+    before = [file.stat().st_mtime_ns for file in files]
     again = run(folder, output_dir, "--seeds", 0)
-    assert (output_dir / "seed-0" / "model.safetensors").stat().st_mtime_ns == before
-    expected = [report["quality"] for report in first["reports"] if report["seed"] == 0]
-    assert [report["quality"] for report in again["reports"]] == expected
+    assert [file.stat().st_mtime_ns for file in files] == before
+    expected = [report for report in first["reports"] if report["seed"] == 0]
+    assert again["reports"] == expected
+    other = run(folder, output_dir, "--seeds", 0, "--test_windows", 4)
+    assert [file.stat().st_mtime_ns > time for file, time in zip(files, before, strict=True)] == [False, True]
+    assert [report["active"] for report in other["reports"]] == [report["active"] for report in expected]
+    assert other["reports"][0]["quality"] != expected[0]["quality"]
