@@ -107,3 +107,15 @@ def test_a_refitted_ticket_is_nearer_to_the_network_without_masks():
         errors = [float((ticket(input_ids=seen).logits - dense).square().mean()) for ticket in (plain, fitted)]
         assert torch.equal(model.extract_ticket("a")(input_ids=seen).logits, dense)
     assert fitted.config.intermediate_size == 12 and errors[1] < 0.95 * errors[0]
+
+
+def test_sums_of_single_batches_as_processes_exchange_them_give_the_same_to_the_bit():
+    batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(5)]
+    solved = []
+    for gather in (None, lambda sums: sums):
+        network, _ = build("llama")
+        layers = find_units(network, batches[0])
+        kept = [torch.arange(layer.num_units) % 2 > 0 for layer in layers]
+        refit(network, layers, kept, lambda: batches, gather=gather)
+        solved.append(network.state_dict())
+    assert all(torch.equal(tensor, solved[1][key]) for key, tensor in solved[0].items())
