@@ -8,6 +8,7 @@ import domains
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer, BertModel
 
 from hf_rtl.modeling import modeling_rtl
@@ -17,15 +18,22 @@ from tests.modeling.small_backbones import units_found_once
 from tests.recipes.small_texts import DOMAINS, save_data, save_encoder, sentences
 
 
+def texts(number, seed):
+    """Sentences, of which every fourth has no opinion."""
+    return sentences(number, seed).map(
+        lambda sample, index: {"sentiment": sample["sentiment"] * (index % 4 > 0)}, with_indices=True
+    )
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("domains")
-    data = save_data(folder / "data", sentences(96, 0), sentences(48, 1))
+    data = save_data(folder / "data", texts(96, 0), texts(48, 1))
     words = Dataset.from_dict({"text": ["so so", "cable plot"] * 20, "language": ["far", "unused"] * 20})
     other = save_data(folder / "other", words, words)
     given = ["--model", save_encoder(folder / "encoder"), "--dataset", data, "--other_dataset", other]
     given += ["--other_routes", "far", "--output_dir", folder / "run", "--max_length", 8, "--sparsity", 0.5]
-    given += ["--calibration_texts", 16, "--test_texts", 16, "--probe_texts", 30, "--seeds", 0]
+    given += ["--calibration_texts", 16, "--test_texts", 999, "--probe_texts", 999, "--seeds", 0]
     with pytest.MonkeyPatch.context() as patched, units_found_once(modeling_rtl, one_pass):
         patched.setattr(sys, "argv", ["domains.py", *map(str, given)])
         domains.main()
@@ -48,6 +56,30 @@ def test_every_method_has_a_cosine_for_each_domain_and_a_probe_where_sentiments_
     # One layer with 24 neurons of 16 inputs and outputs; a multiple of eight of them, 16, is nearest above a half.
     assert dense["active"] - reports[ONE]["active"] == 8 * (16 + 16 + 1)
     assert all(line["dense passes"] for line in results["costs"])
+
+
+def test_the_probe_is_fitted_to_the_whole_encoder_and_asked_where_there_is_an_opinion(found):
+    results, folder = found
+    model = BertModel.from_pretrained(folder / "encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+
+    def embedded(rows):
+        found = []
+        for text in rows["text"]:
+            with torch.no_grad():
+                mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+            found.append((mean / mean.norm()).tolist())
+        return found
+
+    train, test = (texts(*given).filter(lambda sample: sample["sentiment"] != 0) for given in ((96, 0), (48, 1)))
+    probe = LogisticRegression(max_iter=1000).fit(embedded(train), [value > 0 for value in train["sentiment"]])
+    dense = next(report for report in results["reports"] if report["method"] == DENSE)
+    for name in DOMAINS:
+        own = test.filter(lambda sample, name=name: sample["domain"] == name)
+        right = [
+            said == (value > 0) for said, value in zip(probe.predict(embedded(own)), own["sentiment"], strict=True)
+        ]
+        assert dense["quality"][name]["probe"] == pytest.approx(sum(right) / len(right))
 
 
 def test_embeddings_are_the_mean_over_tokens_that_are_no_padding(found):
