@@ -74,6 +74,15 @@ def refit(
             bias.add_(offset.to(bias))
 
 
+@torch.no_grad()
+def without_refit(network: nn.Module, layers: Iterable[UnitLayer], kept: Iterable[Tensor]) -> None:
+    """Makes zero, in place, what reads removed units in the layers that [`refit`] would solve."""
+    for layer, mask in zip(layers, kept, strict=True):
+        for name, dim in layer.readers if can_refit(network, layer) else ():
+            weight = network.get_parameter(name)
+            weight.index_fill_(dim, layer.places[name, dim][~mask].flatten().to(weight.device), 0)
+
+
 def solve(
     weight: Tensor, kept: Tensor, products: Tensor, total: Tensor, count: int, *, ridge: float, centred: bool
 ) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def find_tickets(
     criterion: str = "activity",
     scope: str | None = None,
     round_to: int = 8,
-    refit: bool = False,
+    refit: bool | Sequence[str] = False,
     ridge: float = 1e-2,
     num_batches: int = 8,
     batch_size: int = 16,
@@ -68,8 +68,9 @@ def find_tickets(
         scope (`str`, *optional*): what is ranked together, see [`prune_units`] and [`prune`]. Defaults to `"layer"`
             for units, to `"row"` for the activity and `"global"` for the magnitude of weights.
         round_to (`int`, defaults to 8): layers keep a multiple of this number of units.
-        refit (`bool`, defaults to `False`): whether the weights that read units are solved anew for each route, see
-            [`refit`]. They become private parameters of the routes. Those of experts stay as they are.
+        refit (`bool` or `Sequence[str]`, defaults to `False`): whether the weights that read units are solved anew for
+            each route, or for the routes of these names, see [`refit`]. They become private parameters of the routes.
+            Those of experts stay as they are.
         ridge (`float`, defaults to 0.01): see [`refit`].
         num_batches (`int`, defaults to 8), batch_size (`int`, defaults to 16): samples of each route; at most all.
         data_collator (`Callable`, *optional*): makes a batch of samples. By default pads with the tokenizer
@@ -99,6 +100,7 @@ def find_tickets(
     if refit and granularity == "weight":
         raise ValueError("`refit` is for units: use `granularity='neuron'`, or leave it out.")
     routed, partition = _routed(model, dataset, route_column, options)
+    refitted = _refitted_routes(refit, routed.route_names)
     collate = _collator(routed, data_collator, processing_class)
     data = Calibration(dataset, partition, collate, num_batches, batch_size, seed)
     data.check()
@@ -114,13 +116,13 @@ def find_tickets(
                 for route in search.routes()
             ]
             masks = [search.mask_of_units(route, layers, units) for route, units in enumerate(kept)]
-            if refit:
-                routed = search.refitted(layers, kept, masks, ridge)
-    if not refit:
+            if refitted:
+                routed = search.refitted(layers, kept, masks, refitted, ridge)
+    if not refitted:
         for route, mask in enumerate(masks):
             routed.mask_bank[route] = mask
     routed.partition_rule = partition.rule
-    one_pass = {"granularity": granularity, "criterion": criterion, "sparsity": sparsity, "refit": refit}
+    one_pass = {"granularity": granularity, "criterion": criterion, "sparsity": sparsity, "refit": refitted}
     one_pass["num_samples"] = num_batches * batch_size
     processes = PartialState().num_processes
     routed.training_run = describe_search(routed, partition, one_pass, seed=seed, num_processes=processes)
@@ -146,6 +148,16 @@ def _routed(
             dataset, route_column=route_column, route_names=routed.route_names, ticket_task=task, allow_empty=True
         )
     return routed, partition
+
+
+def _refitted_routes(refit: bool | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names of the routes to refit."""
+    chosen = (list(names) if refit else []) if isinstance(refit, bool) else list(refit)
+    if isinstance(refit, str) or not set(chosen) <= set(names):
+        raise ValueError(
+            f"`refit` is {refit!r}; allowed are True, False, or a list of names of {', '.join(map(repr, names))}."
+        )
+    return chosen
 
 
 def _collator(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.partition import Partition
 from ..data.sampling import fetch
 from ..modeling.modeling_rtl import RTLModel
-from ..modeling.refit import can_refit
+from ..modeling.refit import can_refit, without_refit
 from ..modeling.refit import refit as refit_units
 from ..modeling.units import UnitLayer
 from ..pruning import prune_units
@@ -120,9 +120,10 @@ class Search:
         layers: Sequence[UnitLayer],
         kept: Sequence[Sequence[Tensor]],
         masks: Sequence[Sequence[Tensor]],
+        chosen: Sequence[str],
         ridge: float,
     ) -> RTLModel:
-        """Another model around the same backbone, whose routes have readers of their own, solved anew."""
+        """Another model around the same backbone, whose routes have readers of their own, solved anew for `chosen`."""
         model, config = self.model, self.model.config
         backbone = model.backbone
         readers = [name for layer in layers if can_refit(backbone, layer) for name, _ in layer.readers]
@@ -145,7 +146,10 @@ class Search:
             refitted.mask_bank[route] = [found[name] for name in refitted.mask_bank.weight_names]
             ticket = model.extract_ticket(route)
             batches = partial(self.data.batches, route, model.device)
-            refit_units(ticket, layers, kept[route], batches, ridge=ridge, gather=gather)
+            if model.route_names[route] in chosen:
+                refit_units(ticket, layers, kept[route], batches, ridge=ridge, gather=gather)
+            else:
+                without_refit(ticket, layers, kept[route])
             private = refitted.private_parameters
             with torch.no_grad():
                 for name, rows in zip(private.names, private.rows, strict=True):

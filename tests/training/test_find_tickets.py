@@ -179,6 +179,17 @@ def test_refitted_readers_belong_to_routes_and_are_saved(tmp_path):
     assert more == 4 * 3 * sum(sizes.values()) - 3 * masked // 8
 
 
+def test_a_refit_of_one_ticket_leaves_the_others(tmp_path):
+    network, inputs = build("llama")
+    plain, every, one = (search(copy.deepcopy(network), refit=refit) for refit in (False, True, ["german"]))
+    with torch.no_grad():
+        for route in LANGUAGES:
+            expected = (every if route == "german" else plain)(**inputs, route_ids=route).logits
+            assert torch.equal(one(**inputs, route_ids=route).logits, expected)
+    one.save_pretrained(tmp_path)
+    assert "was solved anew for german, by least squares" in " ".join(write_card(one, tmp_path).read_text().split())
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_a_stock_model_gets_its_tickets_from_files_alone(tmp_path, refit):
     network, inputs = build("llama")
@@ -253,6 +264,8 @@ MISTAKES = {
     "a criterion": ({"criterion": "fisher"}, "`criterion` must be one of 'activity', 'magnitude', 'random'"),
     "no batches": ({"num_batches": 0}, "`num_batches` must be at least 1, got 0"),
     "a refit of weights": ({"granularity": "weight", "refit": True}, "`refit` is for units"),
+    "a refit of one": ({"refit": "german"}, "`refit` is 'german'; allowed are True, False, or a list of names of"),
+    "a refit of none": ({"refit": ["greek"]}, r"`refit` is \['greek'\]; allowed are"),
     "a column": ({"route_column": "lang"}, "`route_column` = 'lang' is not in the data set"),
     "no mask": ({"prune_exclude": ["*down_proj*"]}, "no mask covers what reads model.layers.0.mlp.gate_proj"),
 }  # fmt: skip
