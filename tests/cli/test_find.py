@@ -53,6 +53,8 @@ def test_it_finds_what_find_tickets_finds(source, encoder, texts, tmp_path, caps
     assert found.mask_bank.fingerprint() == expected.mask_bank.fingerprint()
     assert values["density"] == dict(zip(found.route_names, found.mask_bank.density().tolist(), strict=True))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert main(["card", str(tmp_path / "out")]) == 0
+    assert "were found in one pass over at most 16 samples" in (tmp_path / "out" / "README.md").read_text()
 
     assert main(["export", str(tmp_path / "out"), "--route", "gear", str(tmp_path / "gear"), "--small"]) == 0
     small = AutoModel.from_pretrained(tmp_path / "gear").eval()
