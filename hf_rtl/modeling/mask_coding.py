@@ -156,7 +156,7 @@ def decode_units(coding: str, coded: Tensor, shapes: Sequence[torch.Size]) -> It
 
 
 def _vectors(mask: Tensor) -> list[Tensor]:
-    """Of each dimension, which of its indices have an element."""
+    """For each dimension: which of its indices have an element."""
     dims = range(mask.ndim)
     return [mask.any(dim=[other for other in dims if other != dim]) if mask.ndim > 1 else mask for dim in dims]
 

@@ -44,7 +44,7 @@ class UnitLayer:
     expert: int | None = None
 
     def own(self, tensor: Tensor) -> Tensor:
-        """Of a tensor of a parameter's shape, all of it, or the part of the expert: a view."""
+        """A tensor of a parameter's shape, or the part of it that belongs to the expert: a view."""
         return tensor if self.expert is None else tensor[self.expert]
 
 

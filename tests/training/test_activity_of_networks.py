@@ -51,7 +51,7 @@ def batch_of(name, samples, side):
 
 
 def naive_squares(network, names, samples):
-    """Of every reader, the sum of squares of each channel, and the number of positions: samples without padding."""
+    """The sums of squares that every reader is given, by channel, and the number of positions, without padding."""
     squares, counts = {name: {} for name in names}, dict.fromkeys(names, 0)
 
     def count(name):
