@@ -25,6 +25,9 @@ model = RTLModel.from_pretrained({base_name!r})
 model.load_tickets({repo_id!r})  # or routes=[…], some of them
 ```
 
+Where they were found in a stock model, that alone will do, with the class of its task:
+`RTLModelForCausalLM.from_backbone(stock_model, tickets={repo_id!r})`.
+
 {tickets}
 """
 

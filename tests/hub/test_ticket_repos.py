@@ -44,6 +44,7 @@ def test_a_strangers_ticket_in_three_lines(hub, run, base_with_statistics, tmp_p
         assert b"hf_bob" not in file.data and str(tmp_path).encode() not in file.data, path
     page = files["README.md"].data.decode()
     assert f"base_model: {base}" in page and "load_tickets('bob/moths')" in page and "| moth |" in page
+    assert "from_backbone(stock_model, tickets='bob/moths')" in page
 
 
 def test_only_the_tickets_that_are_asked_for_are_downloaded(run, base_with_statistics, tmp_path):
