@@ -23,6 +23,7 @@ VERSION = "0.1.0.dev0"
 FORMAT_VERSION = 2
 TICKET_TASKS = ("membership", "labels")
 NORM_STATISTICS = ("per_route", "shared")
+COMPUTE = ("full", "small")
 ROUTERS = ("given", "score", "centroid", "entropy")
 
 # Keys by which a configuration could make its backbone fetch weights or code.
@@ -64,8 +65,13 @@ class RTLConfig(PreTrainedConfig):
         added_routes (`list[str]`, *optional*): routes whose tickets were added to that base later.
         compact (`dict[str, str]`, *optional*): how the masks of a compact file are coded (see `model_file.py`); `None`
             for other files and in memory.
-        mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory; the
-            active route's are always kept.
+        mask_cache_bytes (`int`, *optional*, defaults to 268435456): bound on unpacked masks kept in memory for
+            training, and on masked weights kept for evaluation without gradients (see `ticket_cache.py`). Those of the
+            active route are always kept.
+        compute (`str`, *optional*, defaults to `"full"`): what a ticket computes with in evaluation without gradients:
+            `"full"`, matrices of the backbone's shapes with zeros in them, as a ticket from `extract_ticket(route)`;
+            `"small"`, matrices without the units that the ticket does not use, as one from
+            `extract_ticket(route, small=True)`. Outputs of the two are equal to rounding. Training is always full.
         format_version (`int`, *optional*, defaults to 1): of the saved files.
 
     Every other attribute is the backbone's, to read and to set: `config.pad_token_id` is that of `backbone_config`. So
@@ -108,6 +114,7 @@ class RTLConfig(PreTrainedConfig):
     added_routes: list[str] = field(default_factory=list)
     compact: dict | None = None
     mask_cache_bytes: int = 2**28
+    compute: str = "full"
     hf_rtl_version: str = VERSION
     format_version: int = 1
 
@@ -123,6 +130,7 @@ class RTLConfig(PreTrainedConfig):
         check_choice("ticket_task", self.ticket_task, TICKET_TASKS)
         check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
         check_choice("router", self.router, ROUTERS)
+        check_choice("compute", self.compute, COMPUTE)
         self.private_parameters = _checked_patterns(self.private_parameters)
         self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
         self.prune_include = list(self.prune_include or [])
@@ -258,6 +266,7 @@ class RTLConfig(PreTrainedConfig):
                 f"`thresholds` has {len(self.thresholds)} values, expected one per route, {self.num_routes}."
             )
         self._check_router()
+        check_choice("compute", self.compute, COMPUTE)
         if not set(self.added_routes) <= set(self.route_names):
             raise ValueError(f"`added_routes` = {self.added_routes} are not all among the routes {self.route_names}.")
         if self.base is not None and not isinstance(self.base.get("fingerprint"), dict):

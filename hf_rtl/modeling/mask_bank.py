@@ -111,7 +111,7 @@ class MaskBank(nn.Module):
     @property
     def packed(self) -> list[Tensor]:
         """The buffers `[num_routes, ceil(n/8)]`, in the order of the weights. No copies."""
-        return [self.get_buffer(f"m{layer:04d}") for layer in range(len(self.shapes))]
+        return list(self._buffers.values())  # type: ignore[arg-type]
 
     def route_index(self, route: int | str) -> int:
         """Index of a route given by name or index. Raises `ValueError` if it is unknown, `TypeError` if neither."""

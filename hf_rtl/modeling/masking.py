@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .mask_bank import MaskBank, fold, integer_dtype, unpack, unpack_as_integers
+from .module_tree import ModuleTree
 from .norm_statistics import BoundStatistics
 from .offloading import StandIn
-from .prunable import parameter_aliases, parameter_at, refuse_unmaskable
+from .prunable import parameter_at, refuse_unmaskable
 
 
 # The index of the union of all tickets, in place of a route's.
@@ -46,7 +47,9 @@ class WeightMasker:
         self.bank = bank
         self.cache_bytes = cache_bytes
         self.places: list[list[tuple[nn.Module, str]]] = []
-        self.locate()
+        self.tree: ModuleTree
+        self.located_weights: list[nn.Parameter]
+        self._find()
         # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
         self.cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
@@ -90,9 +93,8 @@ class WeightMasker:
             fresh (`bool`): whether to allocate new tensors, so that graphs of several routes can live at once, rather
                 than overwrite the persistent copy.
         """
-        # Located each time, since loading a model ties weights after this object is made.
-        self.locate()
-        weights = self.weights
+        self.check_shapes()
+        weights = self.located_weights
         masks, on_backward = self.masks([route]), partial(self.routes_since_update.add, route)
         # After a write in inference mode, a backward that still needs the overwritten values would not raise.
         with ordinary_tensors():
@@ -105,7 +107,6 @@ class WeightMasker:
         Every weight times the fraction of routes that keep it. The products require gradients. Masks are unpacked one
         at a time.
         """
-        self.locate()
         means = []
         for rows, shape, weight in zip(self.bank.packed, self.bank.shapes, self.weights, strict=True):
             kept = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -132,7 +133,7 @@ class WeightMasker:
     def stand_ins(self, masked: Sequence[Tensor], route: int) -> list[StandIn]:
         """What puts the `masked` weights of `route` into the layers, by `offloading.standing_in`."""
         return [
-            (module, attribute, partial(_masked, rows, route) if weight.is_meta else weight)
+            (module, attribute, partial(mask_weight, rows, route) if weight.is_meta else weight)
             for places, weight, rows in zip(self.places, masked, self.bank.packed, strict=True)
             for module, attribute in places
         ]
@@ -147,12 +148,23 @@ class WeightMasker:
 
     def locate(self) -> None:
         """
-        Finds every (module, attribute) that holds a weight of the bank, in the bank's order.
+        Finds every (module, attribute) that holds a weight of the bank, in the bank's order, if modules or parameters
+        were replaced since the last time. Loading a model, for one, ties weights after this object is made.
 
         Raises:
             ValueError: a weight is missing, has another shape, or is no ordinary tensor.
         """
-        aliases = parameter_aliases(self.backbone)
+        if not self.tree.is_current():
+            self._find()
+
+    def check_shapes(self) -> None:
+        """Raises `ValueError` if a weight has got another shape since it was located."""
+        if [weight.shape for weight in self.located_weights] != self.bank.shapes:
+            self._find()
+
+    def _find(self) -> None:
+        tree = ModuleTree(self.backbone)
+        aliases = tree.aliases
         for name, shape in zip(self.bank.weight_names, self.bank.shapes, strict=True):
             if name not in aliases:
                 _refuse_replaced(self.backbone, name)
@@ -171,6 +183,8 @@ class WeightMasker:
             max(new, old, key=len) if parameter_at(new[0]).is_meta else new
             for new, old in zip(found, self.places or found, strict=True)
         ]
+        self.tree = tree
+        self.located_weights = self.weights
 
     def _persistent(self, weights: Sequence[Tensor]) -> list[Tensor]:
         layouts = [(weight.dtype, weight.device, weight.stride()) for weight in weights]
@@ -195,12 +209,16 @@ def _refuse_replaced(backbone: nn.Module, name: str) -> None:
         )
 
 
-def _masked(rows: Tensor, route: int, weight: Tensor) -> Tensor:
-    """`weight` with zeros where the mask of `route`, among its packed `rows`, has none; no gradient flows into it."""
+def mask_weight(rows: Tensor, route: int, weight: Tensor, memory: Tensor | None = None) -> Tensor:
+    """
+    `weight` with zeros where the mask of `route`, among its packed `rows`, has none; no gradient flows into it. It may
+    take the `memory` of a tensor of the same layout.
+    """
     with ordinary_tensors(), torch.no_grad():
         row = fold(rows, torch.bitwise_or) if route == UNION else rows[route]
         mask = unpack_as_integers(row.to(weight.device), weight.shape, weight.dtype)
-        copy = torch.empty_like(weight, requires_grad=False)
+        # Another tensor object, since autocast knows by that what it has cast.
+        copy = torch.empty_like(weight, requires_grad=False) if memory is None else memory.detach()
         torch.bitwise_and(weight.view(mask.dtype), mask, out=copy.view(mask.dtype))
         return copy.requires_grad_(weight.requires_grad)
 

@@ -509,6 +509,9 @@ class RTLModel(RoutedModel):
             refit_ticket(ticket, dense, refit, self.unit_layers(example_inputs))
         return remove_units(ticket, example_inputs, layers=self.unit_layers(example_inputs)) if small else ticket
 
+    def make_small_ticket(self, index: int) -> PreTrainedModel:
+        return remove_units(extract_ticket(self, index), layers=self.unit_layers())
+
     def unit_layers(self, example_inputs: Mapping[str, Tensor] | None = None) -> list[UnitLayer]:
         """The layers of units of the backbone, found once; see [`find_units`]."""
         if self._unit_layers is None:
@@ -543,6 +546,7 @@ class RTLModel(RoutedModel):
             "norm_statistics": self.config.norm_statistics,
             "private_parameters": list(self.private_parameters.names),
             "mask_cache": {"bytes": self.masker.cached_bytes(), "limit": self.masker.cache_bytes},
+            "ticket_cache": {"bytes": self.tickets.num_bytes(), "limit": self.config.mask_cache_bytes},
             "router": self.config.router,
             "calibrated": self.config.thresholds is not None,
         }

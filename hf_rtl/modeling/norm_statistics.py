@@ -55,7 +55,7 @@ class NormStatistics(RouteRows):
 
     @property
     def rows(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._buffers]
+        return list(self._buffers.values())  # type: ignore[arg-type]
 
     def reset(self, backbone: nn.Module) -> None:
         """Fills every row with the backbone's own statistics."""
@@ -82,15 +82,15 @@ class NormStatistics(RouteRows):
 
 class BoundStatistics:
     """
-    A row of statistics in place of the running buffers of a backbone's layers, until `release`; without `statistics`,
-    as in models that share them, the layers' own buffers.
+    A row of statistics in place of the running buffers of layers, at `places` from `tracked_buffers`, until `release`;
+    without `statistics`, as in models that share them, the layers' own buffers.
 
     A layer of another floating point type than its row works on a cast copy, which is written back on release.
     """
 
-    def __init__(self, backbone: nn.Module, statistics: NormStatistics | None, route: int) -> None:
-        self._locations = list(tracked_buffers(backbone))
-        self._originals = [module.get_buffer(name) for module, name in self._locations]
+    def __init__(self, places: Sequence[tuple[nn.Module, str]], statistics: NormStatistics | None, route: int) -> None:
+        self._locations = places
+        self._originals: list[Any] = [module._buffers[name] for module, name in places]
         self._rows = self._originals if statistics is None else statistics.row(route)
         self._bound = [row.to(own.dtype) for row, own in zip(self._rows, self._originals, strict=True)]
         self._put(self._bound)

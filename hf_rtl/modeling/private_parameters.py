@@ -95,7 +95,10 @@ class PrivateParameters(nn.Module):
 
     def own(self, backbone: nn.Module) -> list[nn.Parameter]:
         """The backbone's own parameters of these names. `ValueError` if a module was replaced by another in size."""
-        found = [module._parameters.get(attribute) for module, attribute in self._places(backbone)]
+        return self._own(self.places(dict(backbone.named_modules())))
+
+    def _own(self, places: Sequence[tuple[nn.Module, str]]) -> list[nn.Parameter]:
+        found = [module._parameters.get(attribute) for module, attribute in places]
         for name, own, rows in zip(self.names, found, self.rows, strict=True):
             if own is None or own.shape != rows.shape[1:]:
                 _refuse_replaced(name, rows, "no such parameter" if own is None else tuple(own.shape))
@@ -151,19 +154,20 @@ class PrivateParameters(nn.Module):
         kept = ([*rows.detach()[:route], *rows.detach()[route + 1 :]] for rows in self.rows)
         self._replace([_as_rows(part, rows.requires_grad) for part, rows in zip(kept, self.rows, strict=True)])
 
-    def stand_ins(self, backbone: nn.Module, route: int, on_backward: Callable[[], Any]) -> list[StandIn]:
+    def stand_ins(self, modules: Mapping[str, nn.Module], route: int, on_backward: Callable[[], Any]) -> list[StandIn]:
         """
-        What puts the row of `route` into the layers, by `offloading.standing_in`. A gradient of the row calls
-        `on_backward`.
+        What puts the row of `route` into the layers among the `modules` of the backbone, by `offloading.standing_in`.
+        A gradient of the row calls `on_backward`.
         """
         if not self.names:
             return []
-        own = self.own(backbone)
+        places = self.places(modules)
+        own = self._own(places)
         # Called as a module, so that accelerate's hooks bring rows that are offloaded.
         bound = self(partial(_TakeRows.apply, route, own, on_backward))
         return [
             (module, attribute, partial(_on_device, row) if parameter.is_meta else row)
-            for (module, attribute), parameter, row in zip(self._places(backbone), own, bound, strict=True)
+            for (module, attribute), parameter, row in zip(places, own, bound, strict=True)
         ]
 
     def forward(self, take: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -171,14 +175,14 @@ class PrivateParameters(nn.Module):
         with ordinary_tensors():
             return like_parameters(take(*self.rows), self.rows)
 
-    def _places(self, backbone: nn.Module) -> list[tuple[nn.Module, str]]:
+    def places(self, modules: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str]]:
+        """The module and attribute of each parameter, among the `modules` of the backbone by name."""
         places = []
         for name, rows in zip(self.names, self.rows, strict=True):
             prefix, _, attribute = name.rpartition(".")
-            try:
-                places.append((backbone.get_submodule(prefix), attribute))
-            except AttributeError:
+            if prefix not in modules:
                 _refuse_replaced(name, rows, "no such module")
+            places.append((modules[prefix], attribute))
         return places
 
     def _replace(self, rows: Sequence[nn.Parameter]) -> None:

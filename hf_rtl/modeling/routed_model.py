@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -21,12 +20,14 @@ from transformers.utils import ModelOutput
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
+from .membership import one_versus_rest_loss, ticket_labels
 from .mixed_batch import batch_device, check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
-from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing, tracked_buffers
+from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
 from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
 from .structure import check_resizing, check_structure, shared_tensors
+from .ticket_cache import CachedTicket, TicketCache
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class RoutedModel(PreTrainedModel):
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self.active = ActiveRoute()
+        self.tickets = TicketCache()
         self._fixed_route: int | str | None = None
         self.post_init()
         # transformers saves a tensor with several names only if it is declared to be tied.
@@ -292,6 +294,10 @@ class RoutedModel(PreTrainedModel):
 
     # Masks in place
 
+    def make_small_ticket(self, index: int) -> PreTrainedModel:
+        """The ticket of a route as a plain model, without the units that it does not use."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def route_context(self, route: int | str, *, fresh: bool = False) -> Iterator[RoutedModel]:
         """
@@ -314,8 +320,14 @@ class RoutedModel(PreTrainedModel):
         index = self.route_index(route)
         if self.training and torch.is_grad_enabled():
             refuse_offloaded(self, "training")
-        with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
-            yield self
+        with self.active.hold(index, wait=not self.training):
+            ticket = None if fresh or torch.is_grad_enabled() else self._cached_ticket(index)
+            if ticket is not None:
+                with ticket.in_place():
+                    yield self
+            else:
+                with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
+                    yield self
 
     @contextlib.contextmanager
     def mixture_context(self) -> Iterator[list[Tensor]]:
@@ -324,24 +336,35 @@ class RoutedModel(PreTrainedModel):
         in the mask bank's order; they require gradients.
         """
         refuse_offloaded(self, "the mean of all masks, which the router 'entropy' differentiates,")
-        with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
-            yield weights
+        with self.active.hold(UNION, wait=not self.training):
+            with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
+                yield weights
+
+    def _cached_ticket(self, index: int) -> CachedTicket | None:
+        """The ticket from the cache; `None` in training, where weights and statistics change, or where offloaded."""
+        self.masker.locate()
+        if self.training or any(layer.training for layer in self.masker.tree.tracking_layers):
+            return None
+        return self.tickets.get(self, index)
 
     @contextlib.contextmanager
     def _weights_in_place(self, index: int, mask: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
-        statistics = [module.get_buffer(name) for module, name in tracked_buffers(self.backbone)]
-        refuse_offloaded_buffers([*self.mask_bank.buffers(), *statistics])
-        with self.active.hold(index, wait=not self.training):
-            bound = BoundStatistics(self.backbone, self.norm_statistics, index)
-            try:
-                weights = mask()
-                on_backward = partial(self.routes_since_update.add, index)
-                rows = self.private_parameters.stand_ins(self.backbone, index, on_backward)
-                self.active.statistics = bound
-                with standing_in(self.backbone, [*self.masker.stand_ins(weights, index), *rows]):
-                    yield weights
-            finally:
-                bound.release()
+        """The caller holds the active route."""
+        if self.training:
+            self.tickets.clear()
+        self.masker.locate()
+        tree = self.masker.tree
+        refuse_offloaded_buffers([*self.mask_bank.packed, *tree.statistics()])
+        bound = BoundStatistics(tree.tracked_buffers, self.norm_statistics, index)
+        try:
+            weights = mask()
+            on_backward = partial(self.routes_since_update.add, index)
+            rows = self.private_parameters.stand_ins(tree.named_modules, index, on_backward)
+            self.active.statistics = bound
+            with standing_in(self.backbone, [*self.masker.stand_ins(weights, index), *rows]):
+                yield weights
+        finally:
+            bound.release()
 
     @property
     def routes_since_update(self) -> set[int]:
@@ -496,20 +519,7 @@ class RoutedModel(PreTrainedModel):
                 output = self._run(inputs, None)
             columns.append(output.logits)
         logits = torch.cat(columns, dim=1)
-        loss = None
-        if home_routes is not None:
-            if home_routes.ndim != 1 or home_routes.is_floating_point():
-                raise ValueError(
-                    "without `route_ids` the `labels` of membership tickets are home routes, integers [batch], got "
-                    f"{home_routes.dtype} {tuple(home_routes.shape)}."
-                )
-            if ((home_routes < 0) | (home_routes >= self.num_routes)).any():
-                raise ValueError(
-                    "without `route_ids` the `labels` of membership tickets are home routes, allowed are 0 to "
-                    f"{self.num_routes - 1}, got {home_routes.tolist()}."
-                )
-            targets = one_hot(home_routes.long(), self.num_routes).to(logits.dtype)
-            loss = binary_cross_entropy_with_logits(logits, targets)
+        loss = None if home_routes is None else one_versus_rest_loss(logits, home_routes)
         output = type(output)(loss=loss, logits=logits)
         if self.router is None or self.training:
             return output
@@ -528,17 +538,7 @@ class RoutedModel(PreTrainedModel):
 
     def ticket_labels(self, labels: Tensor) -> Tensor:
         """Membership labels, 0 or 1, `[batch]` or `[batch, 1]`, as floats `[batch, 1]`. `ValueError` for others."""
-        if labels.ndim == 1:
-            labels = labels.unsqueeze(-1)
-        # Values are checked on the CPU only: the check would wait for another device, and break a compiled graph.
-        look = labels.is_cpu and not torch.compiler.is_compiling()
-        if labels.ndim != 2 or labels.shape[1] != 1 or (look and bool(((labels != 0) & (labels != 1)).any())):
-            raise ValueError(
-                "`labels` of a membership ticket are 0 or 1 per sample, [batch] or [batch, 1] (1: of the route), "
-                f"got {tuple(labels.shape)} with values up to {labels.max().item()}. Home routes are the labels of a "
-                "call without `route_ids`."
-            )
-        return labels.to(self.dtype)
+        return ticket_labels(labels, self.dtype)
 
     # What transformers and torch call
 
@@ -583,6 +583,7 @@ class RoutedModel(PreTrainedModel):
     def _apply(self, fn: Callable, recurse: bool = True):
         self._refuse_in_context("moving or casting the model")
         self.masker.forget()
+        self.tickets.clear()
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedModel:

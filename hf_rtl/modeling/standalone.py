@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .channel_graph import ChannelGraph
 from .image_processing import configured_shape
-from .masking import and_masks, ordinary_tensors
+from .masking import mask_weight, ordinary_tensors
 from .norm_statistics import tracked_buffers
 from .routed_model import RoutedModel
 from .structure import save_shared_tensors
@@ -72,9 +72,9 @@ def extract_ticket(
     # Inference tensors could not be trained, and other kernels compute with them.
     with ordinary_tensors():
         ticket = copy.deepcopy(model.backbone)
-    for name, mask in zip(model.mask_bank.weight_names, model.masker.masks([route]), strict=True) if masked else ():
+    for name, rows in zip(model.mask_bank.weight_names, model.mask_bank.packed, strict=True) if masked else ():
         weight = ticket.get_parameter(name)
-        weight.copy_(and_masks(weight.detach(), mask))
+        weight.copy_(mask_weight(rows, route, weight.detach()))
     if model.norm_statistics is not None:
         for (module, name), row in zip(tracked_buffers(ticket), model.norm_statistics.row(route), strict=True):
             module.get_buffer(name).copy_(row)

@@ -38,6 +38,7 @@ _DECIDING_NOTHING = (
     "architectures",
     "problem_type",
     "mask_cache_bytes",
+    "compute",
     "use_cache",
     "_name_or_path",
 )

@@ -185,14 +185,14 @@ def test_settings_may_be_tensors_as_long_as_the_batch(build):
 def test_a_route_is_masked_once_and_the_cache_is_used(build, monkeypatch):
     model, inputs = build("gpt2", eos_token_id=None)
     masked, lengths = [], []
-    apply = model.masker.apply
+    get = model.tickets.get
 
-    def noted(route, **options):
+    def noted(_, route):
         assert not torch.is_grad_enabled()
         masked.append(route)
-        return apply(route, **options)
+        return get(_, route)
 
-    monkeypatch.setattr(model.masker, "apply", noted)
+    monkeypatch.setattr(model.tickets, "get", noted)
     model.backbone.register_forward_pre_hook(
         lambda _, __, inputs: lengths.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
