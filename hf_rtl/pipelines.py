@@ -6,11 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, Subset
 from transformers import Pipeline, pipeline
 
-from .modeling.mixed_batch import group_by_route, read_route_ids
+from .modeling.mixed_batch import positions_by_route, read_route_ids
 from .modeling.modeling_rtl import RTLModel, model_folder
 
 
@@ -33,8 +32,7 @@ class _RoutedPipeline:
                 f"`route_ids` has {len(routes)} entries for {count} samples; give one per sample, or one for all."
             )
         answers: list[Any] = [None] * len(routes)
-        for route, found in group_by_route(routes, torch.device("cpu")).items():
-            positions = found.tolist()
+        for route, positions in positions_by_route(routes).items():
             # A pipeline answers a data set sample by sample, however few they are.
             samples = Subset(inputs, positions)  # type: ignore[arg-type]
             for position, answer in zip(positions, self._through(route)(samples, **options), strict=True):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_rtl import RTLConfig
-from .mixed_batch import batch_device, check_samples, group_by_route, read_route_ids, select_samples
+from .mixed_batch import batch_device, check_samples, count, group_by_route, read_route_ids, select_samples
 from .routed_model import RoutedModel
 
 
@@ -129,7 +129,7 @@ class RoutedGenerationMixin(RoutedModel):
             selected = select_samples(samples, positions, len(routes))
             with self.route_context(route):
                 sequences = self.backbone.generate(**{**arguments, **selected})
-            generated.append(sequences.view(len(positions), -1, sequences.shape[1]))
+            generated.append(sequences.view(count(positions), -1, sequences.shape[1]))
         lengths = {sequences.shape[2] for sequences in generated}
         pad_token = self._pad_token(arguments)
         if len(lengths) > 1 and pad_token is None:
@@ -140,7 +140,7 @@ class RoutedGenerationMixin(RoutedModel):
         shape = (len(routes), generated[0].shape[1], max(lengths))
         merged = generated[0].new_full(shape, 0 if pad_token is None else pad_token)
         for positions, sequences in zip(groups.values(), generated, strict=True):
-            merged[positions.to(merged.device), :, : sequences.shape[2]] = sequences
+            merged[positions, :, : sequences.shape[2]] = sequences
         return merged.flatten(0, 1)
 
     def _refuse_whole_batch_arguments(self, arguments: Mapping[str, Any]) -> None:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+# Which samples of a batch belong to a route.
+Positions = Tensor | slice
+
+
 def first_tensor(inputs: Mapping[str, Any]) -> Tensor | None:
     return next((value for value in inputs.values() if isinstance(value, Tensor)), None)
 
@@ -57,17 +61,33 @@ def batch_device(inputs: Mapping[str, Any]) -> torch.device:
     return torch.device("cpu") if main is None else main.device
 
 
-def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, Tensor]:
-    """Route -> positions of its samples, `int64`, routes ascending."""
+def positions_by_route(route_ids: Sequence[int]) -> dict[int, list[int]]:
+    """Route -> positions of its samples, routes and positions ascending."""
     positions: dict[int, list[int]] = {}
     for position, route in enumerate(route_ids):
         positions.setdefault(route, []).append(position)
-    return {route: torch.tensor(positions[route], device=device) for route in sorted(positions)}
+    return dict(sorted(positions.items()))
 
 
-def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int) -> dict[str, Any]:
+def group_by_route(route_ids: Sequence[int], device: torch.device) -> dict[int, Positions]:
+    """As `positions_by_route`: a slice where the samples of a route are neighbours, else `int64` indices."""
+    return {route: _as_slice(positions, device) for route, positions in positions_by_route(route_ids).items()}
+
+
+def _as_slice(positions: list[int], device: torch.device) -> Positions:
+    first, last = positions[0], positions[-1]
+    return slice(first, last + 1) if last - first < len(positions) else torch.tensor(positions, device=device)
+
+
+def count(positions: Positions) -> int:
+    """How many positions there are."""
+    return positions.stop - positions.start if isinstance(positions, slice) else len(positions)
+
+
+def select_samples(inputs: Mapping[str, Any], positions: Positions, batch_size: int) -> dict[str, Any]:
     """
-    The samples at `positions` of batch-first tensors. Other values, and tensors of one row, are returned unchanged.
+    The samples at `positions` of batch-first tensors: views if these are neighbours, else copies. Other values, and
+    tensors of one row, are returned unchanged.
 
     Raises:
         ValueError: a tensor with another first dimension.
@@ -81,12 +101,27 @@ def select_samples(inputs: Mapping[str, Any], positions: Tensor, batch_size: int
                 f"`{name}` has {len(value)} rows for a batch of {batch_size}; inputs of a batch with several routes "
                 "must be batch-first."
             )
-        return value.index_select(0, positions.to(value.device))
+        return value[positions] if isinstance(positions, slice) else value.index_select(0, positions.to(value.device))
 
     return {name: select(name, value) for name, value in inputs.items()}
 
 
-def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor], sizes: Sequence[Tensor]) -> dict:
+def num_loss_terms(labels: Tensor | None, num_samples: int, *, ignored: int, shifted: bool) -> Tensor:
+    """
+    Terms in the mean loss of a group, up to a factor: its samples, or its labelled tokens or pixels.
+
+    Args:
+        labels (`Tensor`, *optional*): of the group.
+        num_samples (`int`): in the group.
+        ignored (`int`): the label of what has none.
+        shifted (`bool`): whether the first position predicts nothing.
+    """
+    if labels is None or labels.ndim < 2 or labels.is_floating_point():
+        return torch.tensor(num_samples)
+    return ((labels[:, 1:] if shifted else labels) != ignored).sum()
+
+
+def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Positions], sizes: Sequence[Tensor]) -> dict:
     """
     Fields of the whole batch from those of its groups.
 
@@ -98,7 +133,6 @@ def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor]
     Raises:
         ValueError: a field is neither batch-first nor the loss.
     """
-    order = torch.argsort(torch.cat(list(groups)))
     merged: dict[str, Any] = {}
     for name in outputs[0]:
         values = [output[name] for output in outputs]
@@ -109,15 +143,15 @@ def merge_outputs(outputs: Sequence[Mapping[str, Any]], groups: Sequence[Tensor]
             losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
             merged[name] = (losses * weights).sum() / weights.sum()
         else:
-            merged[name] = _merge(name, values, groups, order)
+            merged[name] = _merge(name, values, groups)
     return merged
 
 
-def _merge(name: str, values: Sequence[Any], groups: Sequence[Tensor], order: Tensor) -> Any:
+def _merge(name: str, values: Sequence[Any], groups: Sequence[Positions]) -> Any:
     if isinstance(values[0], (tuple, list)):
-        return tuple(_merge(name, parts, groups, order) for parts in zip(*values, strict=True))
+        return tuple(_merge(name, parts, groups) for parts in zip(*values, strict=True))
     batch_first = all(
-        isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(group)
+        isinstance(value, Tensor) and value.ndim > 0 and len(value) == count(group)
         for value, group in zip(values, groups, strict=True)
     )
     if not batch_first:
@@ -125,4 +159,14 @@ def _merge(name: str, values: Sequence[Any], groups: Sequence[Tensor], order: Te
             f"the output `{name}` is not batch-first, so a batch with several routes cannot be put back together; "
             "turn it off (as with `use_cache=False`) or call the model once per route."
         )
-    return torch.cat(list(values)).index_select(0, order.to(values[0].device))
+    spans = [group for group in groups if isinstance(group, slice)]
+    if len(spans) == len(groups):
+        return torch.cat([values[k] for k in sorted(range(len(spans)), key=lambda k: spans[k].start)])
+    device = values[0].device
+    order = torch.cat(
+        [
+            torch.arange(group.start, group.stop, device=device) if isinstance(group, slice) else group.to(device)
+            for group in groups
+        ]
+    ).argsort()
+    return torch.cat(list(values)).index_select(0, order)

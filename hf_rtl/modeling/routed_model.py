@@ -21,7 +21,16 @@ from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
 from .membership import one_versus_rest_loss, ticket_labels
-from .mixed_batch import batch_device, check_samples, group_by_route, merge_outputs, read_route_ids, select_samples
+from .mixed_batch import (
+    batch_device,
+    check_samples,
+    count,
+    group_by_route,
+    merge_outputs,
+    num_loss_terms,
+    read_route_ids,
+    select_samples,
+)
 from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
 from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
@@ -322,12 +331,9 @@ class RoutedModel(PreTrainedModel):
             refuse_offloaded(self, "training")
         with self.active.hold(index, wait=not self.training):
             ticket = None if fresh or torch.is_grad_enabled() else self._cached_ticket(index)
-            if ticket is not None:
-                with ticket.in_place():
-                    yield self
-            else:
-                with self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh)):
-                    yield self
+            make = partial(self._weights_in_place, index, lambda: self.masker.apply(index, fresh=fresh))
+            with make() if ticket is None else ticket.in_place():
+                yield self
 
     @contextlib.contextmanager
     def mixture_context(self) -> Iterator[list[Tensor]]:
@@ -483,14 +489,16 @@ class RoutedModel(PreTrainedModel):
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
         """Runs each route's samples separately, and returns outputs in the batch's order."""
         # Parts of a backbone, such as a decoder, may have copies of its configuration.
-        parts = [module for module in self.backbone.modules() if isinstance(module, PreTrainedModel)]
+        self.masker.locate()
+        modules = self.masker.tree.named_modules.values()
+        parts = [module for module in modules if isinstance(module, PreTrainedModel)]
         if any(getattr(part.config, "use_cache", False) for part in parts):
             inputs.setdefault("use_cache", False)
         if labels is not None:
             inputs = {**inputs, "labels": labels}
         groups = group_by_route(routes, batch_device(inputs))
-        alone = self.training and any(len(positions) == 1 for positions in groups.values())
-        if alone and any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.modules()):
+        alone = self.training and any(count(positions) == 1 for positions in groups.values())
+        if alone and any(isinstance(module, _BatchNorm) and module.training for module in modules):
             raise ValueError(
                 "a route has a single sample in this training batch, and batch normalisation needs two: batch the "
                 "samples of a route together, or call `model.eval()`."
@@ -501,15 +509,13 @@ class RoutedModel(PreTrainedModel):
             group_labels = samples.pop("labels", None)
             with self.route_context(route, fresh=torch.is_grad_enabled()):
                 outputs.append(self._run(samples, group_labels))
-            sizes.append(self._loss_size(group_labels, len(positions)))
+            sizes.append(self._loss_size(group_labels, count(positions)))
         return type(outputs[0])(**merge_outputs(outputs, list(groups.values()), sizes))
 
     def _loss_size(self, labels: Tensor | None, num_samples: int) -> Tensor:
-        """Terms in the mean loss of a group, up to a factor: its samples, or its labelled tokens or pixels."""
-        if labels is None or labels.ndim < 2 or labels.is_floating_point() or self._is_membership:
-            return torch.tensor(num_samples)
-        counted = labels[:, 1:] if self._shifts_labels else labels
-        return (counted != getattr(self.backbone.config, "semantic_loss_ignore_index", -100)).sum()
+        ignored = getattr(self.backbone.config, "semantic_loss_ignore_index", -100)
+        labels = None if self._is_membership else labels
+        return num_loss_terms(labels, num_samples, ignored=ignored, shifted=self._shifts_labels)
 
     def _score_all(self, inputs: dict[str, Any], home_routes: Tensor | None) -> ModelOutput:
         """Every ticket's logit for every sample, `[batch, num_routes]`; the loss is the mean one-vs-rest BCE."""

@@ -212,7 +212,7 @@ def test_inputs_that_are_not_batch_first_are_refused(zoo):
 
 def test_grouping_selecting_and_merging():
     groups = group_by_route([2, 0, 2, 5, 0, 2], torch.device("cpu"))
-    assert {route: positions.tolist() for route, positions in groups.items()} == {0: [1, 4], 2: [0, 2, 5], 5: [3]}
+    assert groups[0].tolist() == [1, 4] and groups[2].tolist() == [0, 2, 5] and groups[5] == slice(3, 4)
     assert list(groups) == [0, 2, 5]
     inputs = {"x": torch.arange(12).view(6, 2), "one": torch.ones(1, 3), "scalar": torch.tensor(3.0), "flag": True}
     selected = select_samples(inputs, groups[2], 6)
@@ -233,6 +233,17 @@ def test_grouping_selecting_and_merging():
     for bad in (torch.tensor(1.0), torch.zeros(7, 1), "text", None):
         with pytest.raises(ValueError, match="`states` is not batch-first"):
             merge_outputs([{**o, "states": bad} for o in outputs], list(groups.values()), sizes)
+
+
+@pytest.mark.parametrize("route_ids", [[0, 0, 0, 1, 2, 2], [2, 2, 0, 0, 0, 1]])
+def test_a_batch_in_the_order_of_routes_is_not_copied(route_ids):
+    x = torch.randn(6, 2)
+    groups = group_by_route(route_ids, torch.device("cpu"))
+    parts = [select_samples({"x": x}, positions, 6)["x"] for positions in groups.values()]
+    assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
+    assert [route_ids[positions.start] for positions in groups.values()] == [0, 1, 2]
+    merged = merge_outputs([{"x": part} for part in parts], list(groups.values()), [])
+    assert torch.equal(merged["x"], x)
 
 
 def test_a_single_sample_under_batch_norm_in_training_is_refused(zoo):
