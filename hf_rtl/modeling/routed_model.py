@@ -331,8 +331,8 @@ class RoutedModel(PreTrainedModel):
             refuse_offloaded(self, "training")
         with self.active.hold(index, wait=not self.training):
             ticket = None if fresh or torch.is_grad_enabled() else self._cached_ticket(index)
-            make = partial(self._weights_in_place, index, lambda: self.masker.apply(index, fresh=fresh))
-            with make() if ticket is None else ticket.in_place():
+            masked = self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh))
+            with masked if ticket is None else ticket.in_place():
                 yield self
 
     @contextlib.contextmanager
