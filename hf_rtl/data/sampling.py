@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..modeling.checks import check_integer
 from .partition import check_route_ids
+from .seeds import spawned_words
 
 
 # First word of a spawn key, so that the two uses of one seed never draw from the same stream.
@@ -292,21 +295,22 @@ class RoutedDataset(Dataset[dict[str, Any]]):
     def _fetch(self, samples: Sequence[RouteSample]) -> Sequence[Any]:
         if self.seed_transforms:
             items = []
+            seeds = self._seeds(samples)
             with _generators_put_back():
-                for sample in samples:
-                    self._seed_generators(sample)
+                for sample, (for_python, for_numpy, for_torch) in zip(samples, seeds, strict=True):
+                    random.seed(for_python)
+                    np.random.seed(for_numpy % 2**32)
+                    # Not `torch.manual_seed`, which would seed the accelerators too.
+                    torch.default_generator.manual_seed(for_torch)
                     items.append(self.dataset[sample.index])
             return items
         return fetch(self.dataset, [sample.index for sample in samples])
 
-    def _seed_generators(self, sample: RouteSample) -> None:
-        index, route, occurrence, key = sample
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(_TRANSFORMS, *key, index, route, occurrence))
-        for_python, for_numpy, for_torch = (int(word) for word in sequence.generate_state(3, np.uint64))
-        random.seed(for_python)
-        np.random.seed(for_numpy % 2**32)
-        # Not `torch.manual_seed`, which would seed the accelerators too.
-        torch.default_generator.manual_seed(for_torch)
+    def _seeds(self, samples: Sequence[RouteSample]) -> Iterator[list[int]]:
+        """Three seeds for each sample."""
+        for key, group in groupby(samples, key=attrgetter("key")):
+            keys = [(sample.index, sample.route, sample.occurrence) for sample in group]
+            yield from spawned_words(self.seed, (_TRANSFORMS, *key), keys, 3).tolist()
 
     def _routed(self, item: Any, sample: RouteSample) -> dict[str, Any]:
         if not isinstance(item, Mapping):
