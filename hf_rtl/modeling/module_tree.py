@@ -25,6 +25,13 @@ class ModuleTree:
         self.backbone = backbone
         self.named_modules = dict(backbone.named_modules())
         self.aliases = parameter_aliases(backbone)
+        # The attribute has one name in transformers, another in timm.
+        self._checkpointing = [
+            (module, name)
+            for module in self.named_modules.values()
+            for name in ("gradient_checkpointing", "grad_checkpointing")
+            if hasattr(module, name)
+        ]
         self.tracked_buffers = list(tracked_buffers(backbone))
         self.tracking_layers = list(dict.fromkeys(module for module, _ in self.tracked_buffers))
         # A module without parts can be replaced, which shows in the module that holds it.
@@ -40,6 +47,10 @@ class ModuleTree:
     def statistics(self) -> list[Tensor]:
         """The layers' own running statistics, in the order of `tracked_buffers`."""
         return [module._buffers[name] for module, name in self.tracked_buffers]  # type: ignore[misc]
+
+    def is_checkpointing(self) -> bool:
+        """Whether any module recomputes activations in backward."""
+        return any(getattr(module, name) for module, name in self._checkpointing)
 
     def is_current(self) -> bool:
         """Whether no module, no parameter and no running statistics were added, removed or replaced since."""

@@ -111,12 +111,3 @@ class BoundStatistics:
     def _put(self, tensors: list[Tensor]) -> None:
         for (module, name), tensor in zip(self._locations, tensors, strict=True):
             module._buffers[name] = tensor
-
-
-def is_checkpointing(backbone: nn.Module) -> bool:
-    """Whether any module of the backbone recomputes activations in backward."""
-    # The attribute has one name in transformers, another in timm.
-    return any(
-        getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
-        for module in backbone.modules()
-    )

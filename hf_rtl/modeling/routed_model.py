@@ -31,7 +31,7 @@ from .mixed_batch import (
     read_route_ids,
     select_samples,
 )
-from .norm_statistics import BoundStatistics, NormStatistics, is_checkpointing
+from .norm_statistics import BoundStatistics, NormStatistics
 from .offloading import refuse_offloaded, refuse_offloaded_buffers, standing_in
 from .private_parameters import PrivateParameters, select_private
 from .routers import CentroidRouter, RouteDecision, Router, ScoreRouter, empty_router, with_decision
@@ -536,7 +536,7 @@ class RoutedModel(PreTrainedModel):
     @property
     def _recomputes(self) -> bool:
         """Whether the backward of this forward runs parts of it again."""
-        return self.training and torch.is_grad_enabled() and is_checkpointing(self.backbone)
+        return self.training and torch.is_grad_enabled() and self.masker.tree.is_checkpointing()
 
     @property
     def _is_membership(self) -> bool:

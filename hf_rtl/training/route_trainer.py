@@ -408,7 +408,8 @@ class RouteTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         route = inputs.pop("route")
-        model.train()
+        if not self.model.training:
+            model.train()  # `Trainer` does so in every step, but inside the context
         # All accumulated batches of an update are of one route, so only routes of a skipped step are forgotten here.
         self.model.routes_since_update.clear()
         if route == ALL_ROUTES:
@@ -422,7 +423,7 @@ class RouteTrainer(Trainer):
             inputs["labels"] = self.model.ticket_labels(inputs["labels"])
         with self.model.route_context(route):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             average_over_processes(running_statistics(self.model, route), self.accelerator)
         return loss
 
