@@ -21,8 +21,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # UMAP compiles for 20 seconds what takes one in Python on data as small as that of tests.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
-# The folders whose tests one worker has: their processes are forked from one that takes long to start.
+# The folders whose tests one worker has, as their processes are forked from one that takes long to start, and the files
+# whose tests one worker has, as they remember the units of networks.
 TOGETHER = {"tests/hub/": "hub", "tests/distributed/": "processes", "tests/recipes/": "processes"}
+TOGETHER |= dict.fromkeys(
+    [
+        *(
+            f"tests/modeling/test_{name}.py"
+            for name in ("refit", "small_ticket", "standalone", "unit_coding", "units")
+        ),
+        *(f"tests/training/test_find_tickets{name}.py" for name in ("", "_state")),
+    ],
+    "units",
+)
 SAID = "said"
 
 
