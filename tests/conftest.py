@@ -21,8 +21,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # UMAP compiles for 20 seconds what takes one in Python on data as small as that of tests.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
-# The folders whose tests one worker has: their processes are forked from one that takes long to start.
-TOGETHER = {"tests/hub/": "hub", "tests/distributed/": "processes", "tests/recipes/": "processes"}
+# Folders and files whose tests one worker has: their processes are forked from one that takes long to start, or they
+# remember the units of the same networks.
+TOGETHER = {
+    "tests/hub/": "hub",
+    "tests/distributed/": "processes",
+    "tests/recipes/": "processes",
+    "tests/modeling/test_refit.py": "units",
+    "tests/modeling/test_small_ticket.py": "units",
+    "tests/modeling/test_standalone.py": "units",
+    "tests/modeling/test_unit_coding.py": "units",
+    "tests/modeling/test_units.py": "units",
+    "tests/training/test_find_tickets": "units",
+}
 SAID = "said"
 
 
@@ -49,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _scope(nodeid: str) -> str:
     """The name of the tests that one worker has."""
-    return next((name for folder, name in TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0])
+    return next((name for begin, name in TOGETHER.items() if nodeid.startswith(begin)), nodeid.split("::")[0])
 
 
 def pytest_collection_finish() -> None:

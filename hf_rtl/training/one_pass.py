@@ -138,6 +138,7 @@ class Search:
             prune_include=config.prune_include,
             prune_exclude=[*config.prune_exclude, *readers],
         )
+        refitted._unit_layers = model._unit_layers  # of the same backbone
         if model.norm_statistics is not None and refitted.norm_statistics is not None:
             refitted.norm_statistics.load_state_dict(model.norm_statistics.state_dict())
         gather = gather_in_order if PartialState().num_processes > 1 else None

@@ -11,8 +11,16 @@ from PIL import Image
 from transformers import AutoModel, BertModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_rtl import RTLModel, find_tickets
+from hf_rtl.modeling import modeling_rtl
 from hf_rtl_cli.main import main
+from tests.modeling.small_backbones import units_found_once
 from tests.recipes.small_texts import make_tokenizer, save_encoder, sentences
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _units_found_once():
+    with units_found_once(modeling_rtl):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.child_processes import ROOT
+from tests.child_processes import ROOT, run_script
 from tests.distributed.launchers import ACCELERATE, TORCH, Command, Launcher
 from tests.distributed.processes import free_port
 
@@ -49,28 +49,26 @@ def with_accelerate(machine: int, port: int) -> list[str]:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """
-    `accelerate launch --cpu --num_processes 2` with a script that prints which `hf_rtl` its process has, and then runs
-    the recipe.
+    `accelerate launch --cpu --num_processes 2` with a script that prints which `hf_rtl` its process has, and how many
+    processes there are.
     """
-    folder = tmp_path_factory.mktemp("alone")
-    script = folder / "recipe.py"
+    folder = tmp_path_factory.mktemp("command")
+    script = folder / "script.py"
     script.write_text(
-        "import runpy, sys\nfrom tests.child_processes import package_file\n"
-        f"print(package_file())\nsys.path.insert(0, {str(RECIPES)!r})\n"
-        f"runpy.run_path({str(RECIPES / 'prune.py')!r}, run_name='__main__')\n"
+        "from accelerate import PartialState\nfrom tests.child_processes import package_file\n"
+        "print(package_file())\nprint('processes', PartialState(cpu=True).num_processes)\n"
     )
-    line = [*ACCELERATE, "--cpu", "--num_processes", "2", str(script), *SMALL, "--output_dir", str(folder / "run")]
-    command = Command(line, folder)
+    command = Command([*ACCELERATE, "--cpu", "--num_processes", "2", str(script)], folder)
     yield command
     command.stop()
 
 
 @pytest.fixture(scope="module")
-def alone(command: Command) -> tuple[str, dict]:
-    """What `command` prints, and the results of the recipe."""
-    code, printed = command.end()
-    assert code == 0, printed
-    return printed, json.loads(Path(command.process.args[-1], "results.json").read_text())
+def printed(command: Command) -> list[str]:
+    """The lines that `command` prints."""
+    code, text = command.end()
+    assert code == 0, text
+    return text.splitlines()
 
 
 def test_under_a_launcher_the_first_failure_is_shown(machines: list[Launcher], tmp_path: Path) -> None:
@@ -114,15 +112,13 @@ def test_a_machine_whose_process_is_killed_ends_the_other(
     assert "process 0 ends: process 1 on" in machines[0].printed()
 
 
-def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(alone: tuple[str, dict]) -> None:
-    assert alone[0].splitlines().count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
+def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(printed: list[str]) -> None:
+    assert printed.count(str(ROOT / "hf_rtl" / "__init__.py")) == 1
 
 
-def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(alone: tuple[str, dict]) -> None:
+def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(printed: list[str]) -> None:
     """If this fails, accelerate has changed: update README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
-    printed, results = alone
-    assert re.search(r"^processes +1$", printed, re.MULTILINE)
-    assert results["num_processes"] == 1
+    assert [line for line in printed if line.startswith("processes")] == ["processes 1"]
 
 
 def _of_hf_rtl(printed: str) -> list[str]:
@@ -134,9 +130,9 @@ def _of_hf_rtl(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if not of_torch.match(line)]
 
 
-def test_two_machines_find_the_masks_of_one_process(
-    alone: tuple[str, dict], machines: list[Launcher], tmp_path: Path
-) -> None:
+def test_two_machines_find_the_masks_of_one_process(machines: list[Launcher], tmp_path: Path) -> None:
+    alone = run_script(RECIPES / "prune.py", *SMALL, "--output_dir", tmp_path / "alone", OMP_NUM_THREADS="1")
+    assert re.search(r"^processes +1$", alone.stdout, re.MULTILINE)
     port = free_port()
     for machine in range(2):
         command = [*with_torch(machine, port), str(RECIPES / "prune.py"), *SMALL]
@@ -147,6 +143,6 @@ def test_two_machines_find_the_masks_of_one_process(
     plan, silence = (launcher.printed() for launcher in machines)
     assert re.findall(r"^processes +(\d+)$", plan, re.MULTILINE) == ["2"]
     assert plan.count("bal. acc.") == 1 and not _of_hf_rtl(silence)
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["num_processes"] == 2
-    assert results["rounds"][0]["mask_fingerprint"] == alone[1]["rounds"][0]["mask_fingerprint"]
+    results = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("alone", "run")]
+    assert [result["num_processes"] for result in results] == [1, 2]
+    assert len({result["rounds"][0]["mask_fingerprint"] for result in results}) == 1

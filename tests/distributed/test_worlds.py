@@ -8,6 +8,7 @@ from tests.distributed.processes import Team, launch
 
 
 ONE_ROUND = {"target_sparsity": [0.3]}
+TWO_EVENTS = {"target_sparsity": [0.5]}
 SHORT = {"max_steps": 1}  # joint retraining, where it does not matter
 
 
@@ -52,7 +53,7 @@ def whole_runs(request, tmp_path_factory):
     """(kind of network, folder, lines for the summary, world size -> results) of uninterrupted runs."""
     kind, worlds = request.param
     folder, said = tmp_path_factory.mktemp(kind), []
-    made = run_in_worlds(said.append, runs.train, folder, worlds, kind, {"max_steps": 3})
+    made = run_in_worlds(said.append, runs.train, folder, worlds, kind, {"max_steps": 3, **TWO_EVENTS})
     return kind, folder, said, made
 
 
@@ -63,7 +64,7 @@ def test_masks_are_the_same_for_any_number_of_processes(say, whole_runs):
         say(line)
     assert len({result["fingerprint"] for results in made.values() for result in results}) == 1
     files = [contents(folder / f"world-{world}" / "extraction") for world in made]
-    assert len(files[0]) == 1 + 3 * 3 and all(others == files[0] for others in files)
+    assert len(files[0]) == 1 + 2 * 3 and all(others == files[0] for others in files)
     for results in made.values():
         for name, tensor in results[0]["state"].items():
             assert all(np.array_equal(tensor, other["state"][name]) for other in results), name
@@ -84,14 +85,15 @@ def test_routes_of_different_sizes_are_balanced_and_a_process_may_have_none(say,
 
 @pytest.mark.slow
 def test_extraction_is_continued_on_another_number_of_processes(tmp_path):
-    whole = launch(runs.train, str(tmp_path / "whole"), "timm", SHORT, world_size=1, logs=tmp_path / "logs")
+    options = {**TWO_EVENTS, **SHORT}
+    whole = launch(runs.train, str(tmp_path / "whole"), "timm", options, world_size=1, logs=tmp_path / "logs")
     for first, then in ((2, 1), (1, 2)):
         folder, logs = str(tmp_path / f"{first}-{then}"), tmp_path / f"logs-{first}-{then}"
-        broken = Team(runs.fail, (folder, "timm", "extraction", 0, SHORT), world_size=first, logs=logs)
+        broken = Team(runs.fail, (folder, "timm", "extraction", 0, options), world_size=first, logs=logs)
         assert any(broken.wait(60))
         done = len(list((tmp_path / f"{first}-{then}").glob("extraction/event-*/*")))
-        assert 0 < done < 9
-        results = launch(runs.train, folder, "timm", SHORT, world_size=then, logs=logs)
+        assert 0 < done < 6
+        results = launch(runs.train, folder, "timm", options, world_size=then, logs=logs)
         assert [result["world_size"] for result in results] == [then] * then
         assert {result["fingerprint"] for result in results} == {whole[0]["fingerprint"]}
 
@@ -222,7 +224,7 @@ def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
     [
         ("per_route", [], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
         ("shared", [], {}),
-        ("per_route", [], {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        ("per_route", [], {"torch_compile": True, "torch_compile_backend": "eager"}),
         ("per_route", ["*.bn?.*", "*.fc.*"], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     ],
     ids=["accumulation", "shared", "compiled", "private"],

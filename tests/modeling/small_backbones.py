@@ -1,5 +1,6 @@
 """Small networks with units, of all kinds that tests remove units from."""
 
+import json
 from contextlib import ExitStack
 from unittest import mock
 
@@ -73,7 +74,9 @@ BACKBONES = {
     "timm vit": ("test_vit", AutoModelForImageClassification, {"depth": 2, "embed_dim": 32, "num_classes": 3}),
     "bottlenecks": ("resnet50", AutoModelForImageClassification, BOTTLENECKS),
     "basic blocks": ("resnet18", AutoModelForImageClassification, BOTTLENECKS),
-    "convnext": ("test_convnext", AutoModelForImageClassification, {"num_classes": 3}),
+    "convnext": (
+        "test_convnext", AutoModelForImageClassification, {"depths": [1, 2, 1, 1], "num_classes": 3},
+    ),
     "depthwise": ("test_efficientnet", AutoModelForImageClassification, {"num_classes": 3}),
 }  # fmt: skip
 
@@ -109,17 +112,25 @@ def zero_units(network, layer, removed):
                 matrices[name].index_fill_(dim, units[removed].flatten(), 0)
 
 
+# Fields of configurations that change no graph.
+_NAMES = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "label_names", "transformers_version"}
+_found = {}
+
+
+def find_units_once(network, example_inputs=None):
+    """As `find_units`, but once for all tests: tracing takes seconds. Neither weights nor sizes of inputs matter."""
+    config = {name: value for name, value in network.config.to_dict().items() if name not in _NAMES}
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
+    inputs = sorted(network.dummy_inputs if example_inputs is None else example_inputs)
+    key = (type(network), json.dumps(config, default=str, sort_keys=True), str(shapes), str(inputs))
+    if key not in _found:
+        _found[key] = find_units(network, example_inputs)
+    return _found[key]
+
+
 def units_found_once(*modules):
-    """A context in which modules find the units of networks of one configuration once: it takes seconds."""
-    found = {}
-
-    def find(network, example_inputs=None):
-        key = (type(network), network.config.to_json_string())
-        if key not in found:
-            found[key] = find_units(network, example_inputs)
-        return found[key]
-
+    """A context in which modules find units with `find_units_once`."""
     stack = ExitStack()
     for module in modules:
-        stack.enter_context(mock.patch.object(module, "find_units", find))
+        stack.enter_context(mock.patch.object(module, "find_units", find_units_once))
     return stack

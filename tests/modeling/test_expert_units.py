@@ -24,7 +24,7 @@ from hf_rtl.modeling.layer_inputs import LayerInputs
 from hf_rtl.modeling.small_ticket import remove_units
 from hf_rtl.modeling.units import find_units
 from hf_rtl.training.activity import add_up, input_squares
-from tests.modeling.small_backbones import units_found_once
+from tests.modeling.small_backbones import find_units_once, units_found_once
 
 
 COMMON = {
@@ -157,7 +157,7 @@ def test_tickets_without_neurons_of_experts_are_smaller(name, tmp_path):
     network = build(name)
     experts, module = experts_of(network)
     inputs = {"input_ids": torch.randint(3, 40, (2, 6))}
-    found = find_units(network, inputs)
+    found = find_units_once(network, inputs)
     layers = [layer for layer in found if layer.expert is not None]
     assert [(layer.name, layer.num_units) for layer in layers] == [(f"{experts}.{expert}", 16) for expert in range(4)]
     up, down = fused_matrices(module)

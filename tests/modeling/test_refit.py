@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_rtl import RTLModelForCausalLM
+from hf_rtl.modeling import modeling_rtl
 from hf_rtl.modeling.refit import refit, solve
-from hf_rtl.modeling.units import find_units
-from tests.modeling.small_backbones import build
+from tests.modeling.small_backbones import build, find_units_once, units_found_once
 
 
 def stacked(rows, weight, kept, ridge, centred):
@@ -40,10 +40,10 @@ def test_the_solution_is_that_of_the_stacked_system(centred):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "albert"])
 def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
-    network, _ = build(name)
+    network, inputs = build(name)
     network = network.double()
     batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(5)]
-    layers = [layer for layer in find_units(network, batches[0]) if "pooler" not in layer.name]
+    layers = [layer for layer in find_units_once(network, inputs) if "pooler" not in layer.name]
     kept = [torch.arange(layer.num_units) % 3 > 0 for layer in layers]
     expected = {}
     reference, _ = build(name)
@@ -81,14 +81,14 @@ def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
 def test_what_a_convolution_or_several_layers_read_is_left_alone():
     network, inputs = build("bottlenecks")
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    layers = find_units(network, inputs)
+    layers = find_units_once(network, inputs)
     refit(network, layers, [torch.arange(layer.num_units) % 2 > 0 for layer in layers], lambda: [inputs])
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
 def test_a_refit_needs_batches():
     network, inputs = build("llama")
-    layers = find_units(network, inputs)
+    layers = find_units_once(network, inputs)
     with pytest.raises(ValueError, match="`refit` needs at least one batch"):
         refit(network, layers, [torch.arange(24) > 3] * 2, list)
 
@@ -97,12 +97,13 @@ def test_a_refitted_ticket_is_nearer_to_the_network_without_masks():
     network, inputs = build("llama")
     model = RTLModelForCausalLM.from_backbone(network, route_names=["a", "b"], ticket_task="labels").eval()
     masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[0], strict=True))
-    for layer in find_units(network, inputs):
+    for layer in find_units_once(network, inputs):
         for (name, dim), units in layer.places.items():
             masks[name].index_fill_(dim, units[::2].flatten(), False)
     model.mask_bank["b"] = list(masks.values())
     rows = [{"input_ids": torch.randint(3, 40, (6,)), "labels": torch.zeros(6)} for _ in range(40)]
-    plain, fitted = (model.extract_ticket("b", small=True, refit=data) for data in (None, rows))
+    with units_found_once(modeling_rtl):
+        plain, fitted = (model.extract_ticket("b", small=True, refit=data) for data in (None, rows))
     seen = torch.stack([row["input_ids"] for row in rows])
     with torch.no_grad():
         dense = network(input_ids=seen).logits
@@ -114,7 +115,7 @@ def test_a_refitted_ticket_is_nearer_to_the_network_without_masks():
 def test_sums_of_single_batches_as_processes_exchange_them_give_the_same_to_the_bit():
     batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(5)]
     network, _ = build("llama")
-    layers = find_units(network, batches[0])
+    layers = find_units_once(network, batches[0])
     kept = [torch.arange(layer.num_units) % 2 > 0 for layer in layers]
     solved = []
     for gather in (None, lambda sums: sums):

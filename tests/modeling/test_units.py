@@ -1,10 +1,13 @@
 """Units are found from the graph of a network: which rows and columns belong together."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from torch import nn
 
 from hf_rtl.modeling.units import find_units
-from tests.modeling.small_backbones import build
+from tests.modeling.small_backbones import build, find_units_once
 
 
 def mlp(prefix, up, down, *, biases=(), transposed=False):
@@ -32,7 +35,7 @@ EXPECTED = {
     "phi3": ("neuron", 24, {(f"{PHI3}.gate_up_proj.weight", 0): 2, (f"{PHI3}.down_proj.weight", 1): 1}, 2),
     "t5": ("neuron", 24, mlp("decoder.block.0.layer.2.DenseReluDense", ["wi_0", "wi_1"], "wo"), 2),
     "timm vit": ("neuron", 96, mlp("timm_model.blocks.1.mlp", ["fc1"], "fc2", biases=["fc1"]), 2),
-    "convnext": ("neuron", 128, mlp("timm_model.stages.1.blocks.1.mlp", ["fc1"], "fc2", biases=["fc1"]), 9),
+    "convnext": ("neuron", 128, mlp("timm_model.stages.1.blocks.1.mlp", ["fc1"], "fc2", biases=["fc1"]), 5),
     # The stem, and two in each of four blocks. Sums of blocks are no units.
     "bottlenecks": ("channel", 16, conv(f"{BLOCK}.conv1", f"{BLOCK}.bn1", f"{BLOCK}.conv2"), 9),
 }
@@ -41,9 +44,8 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_units_have_all_their_places_and_no_others(name):
     network, inputs = build(name)
-    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     kind, num_units, places, num_layers = EXPECTED[name]
-    layers = find_units(network.train(), inputs)
+    layers = find_units_once(network, inputs)
     found = [layer for layer in layers if layer.places.keys() == places.keys()]
     assert len(layers) == num_layers and len(found) == 1
     (layer,) = found
@@ -53,12 +55,21 @@ def test_units_have_all_their_places_and_no_others(name):
     }
     assert layer.readers == [list(places)[-1]]
     assert layer.name == next(iter(places))[0].removesuffix(".weight")
-    assert network.training and all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+
+
+def test_a_network_stays_as_it_is():
+    network = nn.Sequential(OrderedDict(input=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4), last=nn.Conv2d(4, 2, 1)))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    (layer,) = find_units(network, {"input": torch.randn(2, 3, 5, 5)})
+    assert layer.name == "input" and layer.readers == [("last.weight", 1)]
+    assert all(module.training for module in network.modules())
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
 def test_halves_of_a_fused_projection_belong_together():
     network, inputs = build("phi3")
-    layer = find_units(network, inputs)[0]
+    layer = find_units_once(network, inputs)[0]
     units = layer.places["model.layers.0.mlp.gate_up_proj.weight", 0]
     assert units.tolist() == [[unit, unit + 24] for unit in range(24)]
 
@@ -67,7 +78,7 @@ def test_halves_of_a_fused_projection_belong_together():
 def test_without_its_matrices_a_unit_does_nothing(name):
     """Whatever a unit computes: its readers have zeros for it, so its bias or batch norm is not seen."""
     network, inputs = build(name)
-    layers = find_units(network, inputs)
+    layers = find_units_once(network, inputs)
     removed = [torch.arange(layer.num_units) % 3 == 1 for layer in layers]
     for layer, units in zip(layers, removed, strict=True):
         with torch.no_grad():

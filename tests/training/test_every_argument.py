@@ -17,9 +17,11 @@ from transformers import BertConfig, Trainer, TrainingArguments, default_data_co
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from hf_rtl import RTLModelForSequenceClassification, RTLTrainer
+from hf_rtl.modeling import modeling_rtl
 from hf_rtl.modeling.hashing import hash_tensors
 from hf_rtl.training.extraction import Extraction
 from hf_rtl.training.ticket_trainer import named_state
+from tests.modeling.small_backbones import units_found_once
 from tests.training.small_runs import arguments, make_trainer
 
 
@@ -28,6 +30,12 @@ BERT = BertConfig(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20, num_labels=2
 )
 DATA = [{"input_ids": [1 + i % 7, 2, 3 + i % 5], "label": i % 2, "domain": i // 2 % 2, "extra": i} for i in range(12)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _units_found_once():
+    with units_found_once(modeling_rtl):
+        yield
 
 
 class Phases:

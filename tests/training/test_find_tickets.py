@@ -231,6 +231,14 @@ def test_the_seed_draws_samples_and_random_tickets():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_network_is_traced_once(monkeypatch):
+    traced = []
+    found = modeling_rtl.find_units
+    monkeypatch.setattr(modeling_rtl, "find_units", lambda *given: traced.append(given) or found(*given))
+    search(build("llama")[0], refit=True).extract_ticket("german", small=True)
+    assert len(traced) == 1
+
+
 def test_it_says_what_was_asked_and_what_came(capsys, tmp_path):
     network, _ = build("llama")
     model = search(network)
