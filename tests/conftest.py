@@ -30,6 +30,7 @@ TOGETHER = {
     "tests/modeling/test_refit.py": "units",
     "tests/modeling/test_small_ticket.py": "units",
     "tests/modeling/test_standalone.py": "units",
+    "tests/modeling/test_ticket_cache.py": "units",
     "tests/modeling/test_unit_coding.py": "units",
     "tests/modeling/test_units.py": "units",
     "tests/training/test_find_tickets": "units",

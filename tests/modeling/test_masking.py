@@ -11,7 +11,7 @@ from transformers import LongformerConfig, WavLMConfig
 from hf_rtl import RTLModelForAudioClassification, RTLModelForMaskedLM
 from hf_rtl.modeling.mask_bank import pack, unpack_as_integers
 from hf_rtl.modeling.masking import UNION, MaskWeights
-from hf_rtl.modeling.norm_statistics import NormStatistics, is_checkpointing
+from hf_rtl.modeling.norm_statistics import NormStatistics
 from tests.modeling.naive import (
     BATCH,
     KINDS,
@@ -102,7 +102,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(zoo, kind):
         for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
             if checkpointing is not None:
                 model.gradient_checkpointing_enable(checkpointing)
-            assert is_checkpointing(model.backbone) == (checkpointing is not None)
+            assert model.masker.tree.is_checkpointing() == (checkpointing is not None)
             other = copy.deepcopy(model)
             other.train()
             calls: Counter = Counter()
@@ -116,7 +116,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(zoo, kind):
             statistics = {} if other.norm_statistics is None else other.norm_statistics.state_dict()
             results.append((loss, read_gradients(other), statistics))
             model.gradient_checkpointing_disable()
-        assert not is_checkpointing(model.backbone)
+        assert not model.masker.tree.is_checkpointing()
         for loss, gradients, statistics in results[1:]:
             # A plain T5 runs without a cache under checkpointing, and differs in the last bit too.
             equal = partial(torch.allclose, rtol=1e-4, atol=1e-7) if kind == "t5" else torch.equal
