@@ -25,6 +25,7 @@ class ModuleTree:
         self.backbone = backbone
         self.named_modules = dict(backbone.named_modules())
         self.aliases = parameter_aliases(backbone)
+        self.is_offloaded = any(parameter.is_meta for parameter in backbone.parameters())
         # The attribute has one name in transformers, another in timm.
         self._checkpointing = [
             (module, name)

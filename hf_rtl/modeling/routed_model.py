@@ -327,9 +327,10 @@ class RoutedModel(PreTrainedModel):
                 while weights are offloaded.
         """
         index = self.route_index(route)
-        if self.training and torch.is_grad_enabled():
-            refuse_offloaded(self, "training")
         with self.active.hold(index, wait=not self.training):
+            self.masker.locate()
+            if self.training and torch.is_grad_enabled() and self.masker.tree.is_offloaded:
+                refuse_offloaded(self, "training")
             ticket = None if fresh or torch.is_grad_enabled() else self._cached_ticket(index)
             masked = self._weights_in_place(index, lambda: self.masker.apply(index, fresh=fresh))
             with masked if ticket is None else ticket.in_place():
@@ -343,22 +344,21 @@ class RoutedModel(PreTrainedModel):
         """
         refuse_offloaded(self, "the mean of all masks, which the router 'entropy' differentiates,")
         with self.active.hold(UNION, wait=not self.training):
+            self.masker.locate()
             with self._weights_in_place(UNION, self.masker.apply_mean) as weights:
                 yield weights
 
     def _cached_ticket(self, index: int) -> CachedTicket | None:
         """The ticket from the cache; `None` in training, where weights and statistics change, or where offloaded."""
-        self.masker.locate()
         if self.training or any(layer.training for layer in self.masker.tree.tracking_layers):
             return None
         return self.tickets.get(self, index)
 
     @contextlib.contextmanager
     def _weights_in_place(self, index: int, mask: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
-        """The caller holds the active route."""
+        """The caller holds the active route, and has located the weights."""
         if self.training:
             self.tickets.clear()
-        self.masker.locate()
         tree = self.masker.tree
         refuse_offloaded_buffers([*self.mask_bank.packed, *tree.statistics()])
         bound = BoundStatistics(tree.tracked_buffers, self.norm_statistics, index)
@@ -489,8 +489,7 @@ class RoutedModel(PreTrainedModel):
     def _run_mixed(self, inputs: dict[str, Any], labels: Tensor | None, routes: list[int]) -> ModelOutput:
         """Runs each route's samples separately, and returns outputs in the batch's order."""
         # Parts of a backbone, such as a decoder, may have copies of its configuration.
-        self.masker.locate()
-        modules = self.masker.tree.named_modules.values()
+        modules = list(self.backbone.modules())
         parts = [module for module in modules if isinstance(module, PreTrainedModel)]
         if any(getattr(part.config, "use_cache", False) for part in parts):
             inputs.setdefault("use_cache", False)
