@@ -368,16 +368,19 @@ def fold(rows: Tensor, combine) -> Tensor:
 
 
 def byte_blocks(num_bytes: int, num_routes: int) -> Iterator[slice]:
-    """Slices over the bytes of a layer, small enough that a block of all routes stays in the processor's cache."""
-    size = max(1, 2**18 // num_routes)
+    """Slices over the bytes of a layer, small enough that a block of all routes, unpacked, stays in a CPU's cache."""
+    size = max(1, 2**17 // num_routes)
     return (slice(start, start + size) for start in range(0, num_bytes, size))
 
 
 def _intersections(rows: Tensor) -> Tensor:
-    """`int64 [K, K]`: kept weights that each pair of packed rows shares."""
+    """`int64 [K, K]`: kept weights that each pair of packed rows shares, as a product of matrices of zeros and ones."""
     num_routes = len(rows)
+    bits = _BITS.to(rows.device, torch.float32)
     result = torch.zeros(num_routes, num_routes, dtype=torch.int64, device=rows.device)
-    for block in byte_blocks(rows.shape[1], num_routes):
-        for route in range(num_routes):
-            result[route] += count_bits(rows[:, block] & rows[route, block])
+    # Sums below 2**24 are exact in float32. Autocast would round them.
+    with torch.autocast(rows.device.type, enabled=False):
+        for block in byte_blocks(rows.shape[1], num_routes):
+            kept = bits.index_select(0, rows[:, block].reshape(-1).to(torch.int32)).view(num_routes, -1)
+            result += (kept @ kept.T).long()
     return result
