@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,9 +55,8 @@ def _look_up(table: Tensor, packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 def count_bits(packed: Tensor) -> Tensor:
     """Number of set bits over the last dimension of a `uint8` tensor, as `int64`."""
-    pairs = packed - ((packed >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+    counts = np.bitwise_count(packed.cpu().numpy()).sum(-1, dtype=np.int64)
+    return torch.as_tensor(counts, device=packed.device)
 
 
 class MaskBank(nn.Module):
@@ -368,19 +368,18 @@ def fold(rows: Tensor, combine) -> Tensor:
 
 
 def byte_blocks(num_bytes: int, num_routes: int) -> Iterator[slice]:
-    """Slices over the bytes of a layer, small enough that a block of all routes, unpacked, stays in a CPU's cache."""
-    size = max(1, 2**17 // num_routes)
+    """Slices over the bytes of a layer, small enough that a block of all routes stays in the processor's cache."""
+    size = max(8, 2**18 // num_routes // 8 * 8)
     return (slice(start, start + size) for start in range(0, num_bytes, size))
 
 
 def _intersections(rows: Tensor) -> Tensor:
-    """`int64 [K, K]`: kept weights that each pair of packed rows shares, as a product of matrices of zeros and ones."""
-    num_routes = len(rows)
-    bits = _BITS.to(rows.device, torch.float32)
-    result = torch.zeros(num_routes, num_routes, dtype=torch.int64, device=rows.device)
-    # Sums below 2**24 are exact in float32. Autocast would round them.
-    with torch.autocast(rows.device.type, enabled=False):
-        for block in byte_blocks(rows.shape[1], num_routes):
-            kept = bits.index_select(0, rows[:, block].reshape(-1).to(torch.int32)).view(num_routes, -1)
-            result += (kept @ kept.T).long()
-    return result
+    """`int64 [K, K]`: kept weights that each pair of packed rows shares."""
+    num_routes, packed = len(rows), rows.cpu().numpy()
+    upper = np.zeros((num_routes, num_routes), np.int64)
+    for block in byte_blocks(packed.shape[1], num_routes):
+        # Words of eight bytes are counted faster than single ones.
+        words = np.pad(packed[:, block], ((0, 0), (0, -packed[:, block].shape[1] % 8))).view(np.uint64)
+        for route in range(num_routes):
+            upper[route, route:] += np.bitwise_count(words[route:] & words[route]).sum(1, dtype=np.int64)
+    return torch.from_numpy(upper + np.triu(upper, 1).T).to(rows.device)

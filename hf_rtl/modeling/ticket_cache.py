@@ -147,7 +147,7 @@ class _Sources:
 
     def __init__(self, model: Any) -> None:
         tree, private = model.masker.tree, model.private_parameters
-        self.others = [tree, model.config.compute, model.mask_bank.num_changes]
+        self.others = [tree, model.config.compute]
         self.masks = model.mask_bank.packed
         self.statistics = [] if model.norm_statistics is None else model.norm_statistics.rows
         if model.config.compute == "small":

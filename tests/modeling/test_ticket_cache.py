@@ -105,6 +105,11 @@ def edit_statistics(model):
         rows.add_(1)
 
 
+def replace_statistics(model):
+    if model.norm_statistics is not None and model.norm_statistics.rows:
+        model.norm_statistics.s0001 = model.norm_statistics.s0001 * 2
+
+
 def step(model):
     optimizer = MaskedAdamW(model.parameters(), model, lr=0.1)
     model.train()
@@ -209,9 +214,9 @@ def train(model):
 
 CHANGES = [
     *(edit_weight, edit_one_element, edit_data, set_data, edit_in_inference_mode, edit_through_numpy, edit_bias),
-    *(edit_private_rows, edit_statistics, step, step_of_torch, load, assign, move, move_a_layer, replace_parameter),
-    *(replace_module, freeze, edit_mask, edit_packed, edit_mask_in_inference_mode, load_masks, drop, add),
-    *(make_private, edit_what_is_in_place, train),
+    *(edit_private_rows, edit_statistics, replace_statistics, step, step_of_torch, load, assign, move, move_a_layer),
+    *(replace_parameter, replace_module, freeze, edit_mask, edit_packed, edit_mask_in_inference_mode, load_masks),
+    *(drop, add, make_private, edit_what_is_in_place, train),
 ]
 
 
@@ -239,8 +244,10 @@ def test_after_any_change_small_tickets_are_those_of_now(kept, kind, changes):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("what", ["model", "backbone"])
-def test_tickets_have_the_type_of_the_model(kept, dtype, what):
-    model, inputs = kept("resnet")
+def test_tickets_have_the_type_of_the_model(zoo, dtype, what):
+    model, _, inputs = zoo("resnet", torch.float32)
+    inputs = without_labels(inputs)
+    assert_as_extracted(model.eval(), inputs)
     (model if what == "model" else model.backbone).to(dtype)
     inputs = {name: value.to(dtype) for name, value in inputs.items()}
     assert_as_extracted(model, inputs)
@@ -273,6 +280,16 @@ def test_a_weight_that_is_tied_later_is_masked_in_both_places(zoo, fill_masks):
     with model.route_context(0), torch.no_grad():
         expected = torch.where(masks[0][position], one._parameters["weight"], 0)
         assert torch.equal(other.weight, expected) and torch.equal(one.weight, expected)
+
+
+def test_what_stands_in_for_a_parameter_requires_a_gradient_as_it_does(kept):
+    """By that torch chooses kernels."""
+    model, _ = kept("bert")
+    layer, attribute = model.masker.places[0][0]
+    for flag in (True, False):
+        layer._parameters[attribute].requires_grad_(flag)
+        with torch.no_grad(), model.route_context(0):
+            assert getattr(layer, attribute).requires_grad == flag
 
 
 def test_views_have_the_tickets_of_their_model(kept):
@@ -341,6 +358,7 @@ def test_weights_made_in_inference_mode_are_never_kept(zoo, fill_masks):
 def test_autocast_sees_the_ticket_that_answers(kept):
     """It keeps what it has cast, by tensor, until it is left."""
     model, inputs = kept("bert")
+    model.tickets.clear()
     model.config.mask_cache_bytes = 1
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = [model(**inputs, route_ids=route).logits for route in (0, 1, 0)]
@@ -408,6 +426,12 @@ def test_nothing_is_left_in_layers(kept, kind):
     assert [module.__dict__ for module in model.backbone.modules()] == tables
     for module, before in zip(model.backbone.modules(), buffers, strict=True):
         assert all(module._buffers[name] is before[name] for name in before)
+
+
+def test_layers_compute_in_as_many_groups_as_a_small_ticket_has():
+    model, inputs, _ = make_model("depthwise")
+    model.config.compute = "small"
+    assert_as_extracted(model, inputs, [0])
 
 
 def test_small_matrices_are_what_layers_compute_with(kept):

@@ -46,7 +46,8 @@ def make_model(kind, *, refit=False):
     """A model whose tickets lack random units, its inputs, and the number of its units."""
     network, inputs = build(kind)
     routes = {"route_names": ROUTES, "ticket_task": "labels"}
-    model = CLASSES[kind].from_backbone(network, **routes)
+    task_class = CLASSES.get(kind, RTLModelForImageClassification)
+    model = task_class.from_backbone(network, **routes)
     layers = [
         layer
         for layer in model.unit_layers(inputs)
@@ -54,7 +55,9 @@ def make_model(kind, *, refit=False):
     ]
     if refit:
         readers = [name for layer in layers for name, _ in layer.readers]
-        model = CLASSES[kind].from_backbone(network, private_parameters=readers, prune_exclude=readers, **routes)
+        model = CLASSES.get(kind, RTLModelForImageClassification).from_backbone(
+            network, private_parameters=readers, prune_exclude=readers, **routes
+        )
     generator = torch.Generator().manual_seed(0)
     for route in range(len(ROUTES)):
         masks = dict(zip(model.mask_bank.weight_names, model.mask_bank[route], strict=True))
