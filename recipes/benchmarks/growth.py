@@ -43,7 +43,9 @@ def measure(turns: int, full: bool = False) -> dict[str, Any]:
     ]
     lines += [grown(f"BERT of {name} weights", num_routes=10, size=size) for name, size in SIZES.items()]
     found = in_child(similarity, **SIMILARITY)
-    name = f"similarity of {SIMILARITY['num_masks']} masks of {SIMILARITY['num_layers'] * SIMILARITY['layer']:,} weights"
+    name = (
+        f"similarity of {SIMILARITY['num_masks']} masks of {SIMILARITY['num_layers'] * SIMILARITY['layer']:,} weights"
+    )
     figures = [
         alone(name, found["seconds"], "s", aim=AIM_SECONDS),
         alone(f"{name}, memory beyond the bank", found["bytes"] / MIB, "MiB", aim=AIM_BYTES / MIB),
@@ -73,10 +75,15 @@ def batches(name: str, backbone: str, shape: tuple[int, ...], turns: int) -> lis
     return lines
 
 
-def grown(name: str, *, num_routes: int, similarity: bool = True, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The line of a model: saved by one process, and measured in another."""
+def grown(
+    name: str, *, num_routes: int, similarity: bool = True, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The line of a model: saved by this process, and measured in another."""
     with tempfile.TemporaryDirectory() as folder:
-        in_child(save, folder=folder, num_routes=num_routes, size=size)
+        model = growing_case(size).model(num_routes)
+        fill_with_random_bits(model.mask_bank)
+        model.save_pretrained(folder)
+        del model
         found = in_child(load, folder=folder, similarity=similarity, size=size)
         num_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {"model": name, "routes": num_routes, "on disk (MiB)": num_bytes / MIB, **found}
@@ -92,15 +99,12 @@ def growing_case(size: tuple[int, int] | None) -> Case:
 def bert(width: int, depth: int) -> BertConfig:
     heads = width // 64
     return BertConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width, vocab_size=1000
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        vocab_size=1000,
     )
-
-
-def save(folder: str, num_routes: int, size: tuple[int, int] | None) -> dict[str, Any]:
-    model = growing_case(size).model(num_routes)
-    fill_with_random_bits(model.mask_bank)
-    model.save_pretrained(folder)
-    return {}
 
 
 def load(folder: str, similarity: bool, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -155,6 +159,7 @@ def retraining_memory(size: tuple[int, int]) -> dict[str, Any]:
         "gradients": _bytes(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
         "optimizer": _bytes(value for state in optimizer.state.values() for value in state.values()),
         "masked copy": _bytes(model.masker.weights),
+        "unpacked masks in the cache": model.masker.cached_bytes(),
         "packed bank": _bytes(model.mask_bank.packed),
     }
     return _memory_line("joint retraining", parts, peak_memory() - before)
@@ -185,7 +190,13 @@ def extraction_memory(size: tuple[int, int]) -> dict[str, Any]:
 def _memory_line(what: str, parts: dict[str, int], peak: int) -> dict[str, Any]:
     held = sum(parts.values())
     words = ", ".join(f"{name} {number / MIB:,.0f}" for name, number in parts.items())
-    return {"what": what, "holds (MiB)": words, "sum (MiB)": held / MIB, "peak (MiB)": peak / MIB, "ratio": peak / held}
+    return {
+        "what": what,
+        "holds (MiB)": words,
+        "sum (MiB)": held / MIB,
+        "peak (MiB)": peak / MIB,
+        "ratio": peak / held,
+    }
 
 
 def _bytes(tensors: Any) -> int:

@@ -127,21 +127,25 @@ class Samples(Dataset):
 
 
 def routed_run(case: Case, samples: Samples, number: int) -> None:
-    """Trains for `number` steps: half of them extract the tickets of all routes, one prune event each."""
     with tempfile.TemporaryDirectory() as folder:
-        args = RTLTrainingArguments(
-            output_dir=folder,
-            target_sparsity=[0.5],
-            prune_amount=0.99,
-            extraction_steps=number // 2 // NUM_ROUTES,
-            max_steps=number // 2,
-            route_batch_size=case.shape[0],
-            route_column="route",
-            **SETTINGS,
-        )
-        trainer = RTLTrainer(case.model(NUM_ROUTES), args, train_dataset=samples)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        routed_trainer(case, samples, number, folder).train()
+
+
+def routed_trainer(case: Case, samples: Samples, number: int, folder: str, **options: Any) -> RTLTrainer:
+    """A training of `number` steps: half of them extract the tickets of all routes, one prune event each."""
+    args = RTLTrainingArguments(
+        output_dir=folder,
+        target_sparsity=[0.5],
+        prune_amount=0.99,
+        extraction_steps=number // 2 // NUM_ROUTES,
+        max_steps=number // 2,
+        route_batch_size=case.shape[0],
+        route_column="route",
+        **{**SETTINGS, **options},
+    )
+    trainer = RTLTrainer(case.model(NUM_ROUTES), args, train_dataset=samples)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def plain_run(case: Case, samples: Samples, number: int) -> None:
