@@ -64,7 +64,7 @@ def child_seconds(command: list[str]) -> tuple[float, float]:
 
 
 def tiny_run() -> dict[str, Any]:
-    """Seconds of a training of one step of each route, all files, the card and its picture, by the processor's clock."""
+    """Seconds of the processor in a training of hardly any steps, with all files, the card and its picture."""
     case = Case("test_resnet", "test_resnet", (8, 3, 16, 16))
     with tempfile.TemporaryDirectory() as folder:
         trainer = routed_trainer(case, Samples(case.shape), 6, folder, save_strategy="steps")

@@ -1,4 +1,4 @@
-"""Answers: one route, routes in turn, mixed batches and small tickets, against extracted tickets; and LoRA's groups."""
+"""Answers of one route, of routes in turn, of mixed batches and small tickets, against extracted tickets; and LoRA."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def mixed_batch(case: Case, turns: int) -> list[dict[str, Any]]:
         ("shuffled", shuffled, ENOUGH_BYTES),
     ):
         model.config.mask_cache_bytes = limit
+        ids = routes.tolist()
         parts = [{name: value[routes == k] for name, value in inputs.items()} for k in range(IN_BATCH)]
         times = in_turn(
             {
-                "mixed": answers(lambda ids=routes.tolist(): model(**inputs, route_ids=ids)),
+                "mixed": answers(lambda ids=ids: model(**inputs, route_ids=ids)),
                 "tickets": answers(
                     lambda parts=parts: [ticket(**part) for ticket, part in zip(tickets, parts, strict=True)]
                 ),
