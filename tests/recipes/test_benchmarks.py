@@ -28,11 +28,18 @@ from pages import card
 
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SECONDS_IN_TURN", 0.0)
+    monkeypatch.setattr(timing, "SECONDS_IN_TURN", 1e-12)
 
 
 def in_this_process(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(function(**json.loads(json.dumps(arguments)))))
+
+
+def without_clocks(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, Times]:
+    """As `in_turn`, but takes every step once, and makes the times up."""
+    for step in steps.values():
+        step()
+    return {name: Times([1.0, 2.0], [1.0, 2.0]) for name in steps}
 
 
 TINY = Case("tiny", "test_resnet", (1, 3, 16, 16))
@@ -90,12 +97,11 @@ def test_random_bits_have_no_padding() -> None:
 
 def test_routes_are_measured_against_tickets_that_answer_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[dict[str, Any]] = []
-
-    def in_turn(steps: dict[str, Any], turns: int, **options: Any) -> dict[str, Times]:
-        compared.append(steps)
-        return timing.in_turn(steps, turns, **options)
-
-    monkeypatch.setattr(serving, "in_turn", in_turn)
+    monkeypatch.setattr(
+        serving, "in_turn", lambda steps, turns: compared.append(steps) or without_clocks(steps, turns)
+    )
+    monkeypatch.setattr(serving, "IN_TURN", 2)
+    monkeypatch.setattr(serving, "IN_BATCH", 3)
     monkeypatch.setattr(serving, "answers", lambda call: torch.no_grad()(call))
     serving.one_sample(TINY, 2)
     (one,) = compared
@@ -103,7 +109,7 @@ def test_routes_are_measured_against_tickets_that_answer_the_same(monkeypatch: p
     pairs = zip(one["routes"](), one["tickets"](), strict=True)
     assert all(torch.equal(ours.logits, rival.logits) for ours, rival in pairs)
 
-    lines = serving.mixed_batch(Case("tiny", "test_resnet", (20, 3, 16, 16)), 2)
+    lines = serving.mixed_batch(Case("tiny", "test_resnet", (6, 3, 16, 16)), 2)
     assert [line["figure"].split(": ")[0].split("batch, ")[1] for line in lines][1:] == ["sorted", "shuffled"]
     shuffled = compared[-1]
     mixed = shuffled["mixed"]().logits
@@ -186,10 +192,11 @@ def test_training_takes_the_steps_it_says(monkeypatch: pytest.MonkeyPatch) -> No
     case = Case("tiny", "test_resnet", (4, 3, 16, 16))
     count(TicketTrainer, "step", "extraction")
     count(training.RTLTrainer, "training_step", "joint")
-    training.routed_run(case, training.Samples(case.shape), 12)
+    training.routed_run(case, training.Samples(case.shape), 6)
     count(training.Trainer, "training_step", "plain")
-    training.plain_run(case, training.Samples(case.shape), 12)
-    assert counted == {"extraction": 6, "joint": 6, "plain": 12}
+    training.plain_run(case, training.Samples(case.shape), 6)
+    assert counted == {"extraction": 3, "joint": 3, "plain": 6}
+    monkeypatch.setattr(training, "in_turn", without_clocks)
     lines = training.single_steps(case, 2)
     assert [line["aim"] for line in lines] == [1.05, None, 1.02, None]
 
@@ -197,7 +204,8 @@ def test_training_takes_the_steps_it_says(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_growth_measures_models_that_another_process_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "in_child", in_this_process)
-    monkeypatch.setattr(growth, "growing_case", lambda size: TINY)
+    monkeypatch.setattr(growth, "growing_case", lambda size: Case("tiny", "test_resnet", (2, 3, 16, 16)))
+    monkeypatch.setattr(growth, "in_turn", without_clocks)
     for name, value in {
         "NUMS_OF_ROUTES": (2,),
         "MANY_ROUTES": 3,
