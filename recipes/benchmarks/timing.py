@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 # A turn repeats short steps until the shortest takes as long as this.
 SECONDS_IN_TURN = 0.02
 # No more turns begin after this time, once there are enough for quartiles.
-SECONDS = 20.0
+SECONDS = 10.0
 FEWEST_TURNS = 3
 
 

@@ -40,8 +40,8 @@ class Run:
 
 
 RUNS = (
-    Run(Case("test_resnet, 32 images of 16 px", "test_resnet", (32, 3, 16, 16)), 8, 1.15),
-    Run(Case("ghostnet_rtl, 64 images of 32 px", "ghostnet_rtl", (64, 3, 32, 32)), 2, 1.10),
+    Run(Case("test_resnet, 32 images of 16 px", "test_resnet", (32, 3, 16, 16)), 16, 1.15),
+    Run(Case("ghostnet_rtl, 64 images of 32 px", "ghostnet_rtl", (64, 3, 32, 32)), 3, 1.10),
     Run(Case("ghostnet_rtl, 320 images of 32 px", "ghostnet_rtl", (320, 3, 32, 32)), 1, 1.05),
 )
 NUM_ROUTES, NUM_SAMPLES = 3, 960
