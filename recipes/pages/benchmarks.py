@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from hf_rtl.plots import save_png
 from shared.report import table
 
-from .card import MODEL_CARDS, is_table
+from .card import MODEL_CARDS, is_table, keep_picture
 
 
 RESULTS = MODEL_CARDS / "benchmarks-results.json"
@@ -62,10 +62,12 @@ def draw(figures: list[dict[str, Any]], file: Path) -> None:
         axes.vlines(line["aim"], place - 0.45, place + 0.45, color="black", linewidth=2.5)
     axes.set_yticks(range(len(lines)), [f"{line['figure']} / {line['against']}" for line in lines], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set_xlabel("ratio to the rival, by the time of the processor; the line is the aim, hatched bars miss it")
+    axes.set_xlabel("ratio to the rival\nthe line is the aim, hatched bars miss it", fontsize="small")
+    axes.margins(y=0.02)
     axes.grid(axis="x", alpha=0.3)
     picture.tight_layout()
     save_png(picture, file)
+    keep_picture(file, file)
 
 
 if __name__ == "__main__":
