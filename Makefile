@@ -3,7 +3,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-long quality style clean
+.PHONY: help venv demo bench test test-fast test-long quality style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,12 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 	$(PYTHON) recipes/evaluate.py runs/digits/round-* runs/digits/final --compare runs/digits-results.json
 	$(PYTHON) recipes/verify.py runs/digits --results runs/digits-results.json
 	mv runs/digits-results.json runs/digits/results.json
+
+bench: export OMP_NUM_THREADS = 1
+bench: export PYTHONPATH = recipes
+bench: $(VENV)/.hf_rtl-bench  ## Measure time and memory beside rivals, in a quarter of an hour, and write docs/benchmarks.md
+	$(PYTHON) -m benchmarks --output model_cards/benchmarks-results.json
+	$(PYTHON) -m pages.benchmarks
 
 test: quality  ## Run the checks, then the tests
 	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile

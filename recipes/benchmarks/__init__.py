@@ -1,4 +1,5 @@
 """
-Benchmarks of the time of a step, of a mixed batch and of several processes, against plain PyTorch or a single process.
-Modules import hf_rtl and `shared`. The quality of tickets is not measured here.
+Benchmarks of time and memory: each figure of hf_rtl and that of its rival in turn in one process, by two clocks.
+`python -m benchmarks` runs all but scaling.py, which compares several processes with one. Modules import hf_rtl and
+`shared`. The quality of tickets is not measured here.
 """
