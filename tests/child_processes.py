@@ -104,7 +104,11 @@ def _run_file(command: list[str]) -> None:
 
 
 def _run_forked(function: Callable, arguments: tuple, files: list[str], variables: dict[str, str]) -> None:
+    import torch
+
     os.environ.update(variables)
+    # torch makes its pool of threads anew in a forked process, which two threads must not do at once.
+    torch.set_num_threads(torch.get_num_threads())
     for file, descriptor in zip(files, (1, 2), strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     function(*arguments)

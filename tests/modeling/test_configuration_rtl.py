@@ -158,6 +158,7 @@ def test_every_field_survives_a_file(tmp_path):
         added_routes=["9"],
         compact={"compact.union": "raw"},
         mask_cache_bytes=12345,
+        compute="small",
         hf_rtl_version="9.9",
         architectures=["RTLModelForImageClassification"],
         dtype="bfloat16",
