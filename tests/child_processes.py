@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +105,6 @@ def _run_file(command: list[str]) -> None:
 
 
 def _run_forked(function: Callable, arguments: tuple, files: list[str], variables: dict[str, str]) -> None:
-    import torch
-
     os.environ.update(variables)
     # torch makes its pool of threads anew in a forked process, which two threads must not do at once.
     torch.set_num_threads(torch.get_num_threads())
