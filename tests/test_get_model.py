@@ -27,6 +27,7 @@ def scans(number=24, *, num_channels=3, text=False, names=("disc", "square")):
     return dataset if text else dataset.cast_column("label", ClassLabel(names=list(names)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 def test_two_lines_train_tickets_for_labels_of_any_kind(tmp_path, capsys, text):
     dataset = scans(text=text)

@@ -122,6 +122,7 @@ def table(printed):
     return {row[0]: row[1:] for row in rows if row[0] in (*HOSPITALS, "mean", "worst")}
 
 
+@pytest.mark.slow
 def test_every_choice_is_said_in_a_line(notebook):
     assert notebook.printed.splitlines()[:5] == [
         "routes       3, of column 'hospital': north, south, west",

@@ -53,6 +53,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_saves_a_smaller_model_for_each_language(trained, monkeypatch):
     (code,) = re.findall(r"## Quick start\n.*?```python no-run\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 12

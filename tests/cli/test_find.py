@@ -74,6 +74,7 @@ def test_it_finds_what_find_tickets_finds(source, encoder, texts, tmp_path, caps
     assert "of " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_are_made_by_the_processor_of_the_model(tmp_path, capsys):
     config = ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4

@@ -345,6 +345,7 @@ def test_a_card_shows_nothing_private(trainer):
         assert [secret for secret in secrets if secret in text] == [], name
 
 
+@pytest.mark.slow
 def test_a_trainer_takes_trainer_s_names_and_ours(trainer):
     folder = Path(trainer.args.output_dir) / "final"
     trainer.create_model_card(

@@ -152,6 +152,7 @@ def test_neurons_of_experts_give_what_the_experts_give(name):
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[name], atol=TOLERANCE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tickets_without_neurons_of_experts_are_smaller(name, tmp_path):
     network = build(name)
@@ -253,6 +254,7 @@ def test_single_weights_of_experts_are_ranked_within_their_rows(name):
                 assert mask[output].nonzero().flatten().tolist() == sorted(best)
 
 
+@pytest.mark.slow
 def test_experts_that_do_not_say_how_they_compute_stay_whole(caplog):
     """Llama 4 multiplies by shares before its experts, and has a class of its own for them."""
     config = Llama4TextConfig(
@@ -277,6 +279,7 @@ def test_experts_that_do_not_say_how_they_compute_stay_whole(caplog):
         find_tickets(without, as_data(texts()), sparsity=0.5, route_column="language")
 
 
+@pytest.mark.slow
 def test_no_trace_is_left_of_the_way_in_which_experts_are_computed():
     network = build("mixtral")
     before = network.config.to_dict()

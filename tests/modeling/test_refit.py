@@ -38,6 +38,7 @@ def test_the_solution_is_that_of_the_stacked_system(centred):
         assert torch.allclose((rows @ solved.T + offset).mean(0), (rows @ weight.T).mean(0), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "albert"])
 def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
     network, inputs = build(name)
@@ -78,6 +79,7 @@ def test_layers_are_solved_in_order_on_what_the_layers_before_them_give(name):
             assert torch.equal(tensor, before[key])
 
 
+@pytest.mark.slow
 def test_what_a_convolution_or_several_layers_read_is_left_alone():
     network, inputs = build("bottlenecks")
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}

@@ -60,6 +60,7 @@ def assert_close(found, expected, tolerance):
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAID)
 def test_the_configuration_says_the_smaller_shapes(name, tmp_path):
     network, inputs, layers = halved(name)
@@ -88,6 +89,7 @@ def test_the_configuration_says_the_smaller_shapes(name, tmp_path):
     assert "hf_rtl" not in json.dumps(small.config.to_dict(), default=str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic blocks", "convnext", "depthwise"])
 def test_what_no_configuration_says_is_not_saved(name, tmp_path):
     network, inputs, _ = halved(name)
@@ -100,6 +102,7 @@ def test_what_no_configuration_says_is_not_saved(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_no_configuration_says_is_exported():
     network, inputs, _ = halved("depthwise")
     file = io.BytesIO()

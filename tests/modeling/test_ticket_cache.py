@@ -228,6 +228,7 @@ def test_after_any_change_tickets_are_those_of_now(kept, kind, change):
     assert_as_extracted(model, inputs, range(min(2, model.num_routes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, changes",
     [

@@ -410,6 +410,7 @@ def test_an_index_without_the_coding_of_rows_is_refused(refitted, tmp_path):
         user.load_tickets(folder, rename="auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["units", "private"])
 def test_damaged_units_of_a_compact_file_are_refused(key, refitted, tmp_path):
     name, model = f"compact.{key}", make_model("gpt2", refit=True)[0]

@@ -95,6 +95,7 @@ def test_random_bits_have_no_padding() -> None:
     assert 0 < bank.count().sum() < 62
 
 
+@pytest.mark.slow
 def test_routes_are_measured_against_tickets_that_answer_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[dict[str, Any]] = []
     monkeypatch.setattr(

@@ -40,6 +40,7 @@ def found(tmp_path_factory):
     return json.loads((folder / "run" / "results.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_every_method_has_a_cosine_for_each_domain_and_a_probe_where_sentiments_are_known(found):
     results, _ = found
     assert [line["method"] for line in results["figures"]] == METHODS

@@ -54,6 +54,7 @@ def compared(folder, tmp_path_factory):
     return run(folder, output_dir, "--seeds", 0, 1), output_dir
 
 
+@pytest.mark.slow
 def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compared):
     found, output_dir = compared
     assert [line["method"] for line in found["figures"]] == METHODS
@@ -92,6 +93,7 @@ def test_tickets_stand_beside_all_that_they_must_be_compared_with(folder, compar
     assert (output_dir / "tickets-against-data.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_trained_models_and_finished_seeds_are_read_back(folder, compared):
     first, output_dir = compared
     files = [output_dir / "seed-0" / "model.safetensors", output_dir / "seed-0.json"]

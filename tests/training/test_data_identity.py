@@ -78,6 +78,7 @@ def as_concatenated(change=None):
     return ConcatDataset([Subset(data, range(30)), data.select(range(30, NUMBER))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [as_list, as_hf, as_transformed, as_concatenated])
 def test_columns_that_change_no_batch_are_left_out(make):
     def collate(samples):

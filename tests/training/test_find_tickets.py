@@ -143,6 +143,7 @@ def test_a_unit_goes_in_all_its_tensors_and_tickets_get_smaller():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_refitted_readers_belong_to_routes_and_are_saved(tmp_path):
     network, inputs = build("bert")
     network.config.problem_type = "single_label_classification"
@@ -303,6 +304,7 @@ def test_after_a_refusal_a_routed_model_is_as_before():
     assert search(model, sparsity=0.7) is model
 
 
+@pytest.mark.slow
 def test_a_refit_of_channels_keeps_the_statistics_of_routes():
     """Convolutions are left as they are; what a given model has for each route goes along."""
     network, _ = build("bottlenecks")

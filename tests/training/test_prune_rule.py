@@ -104,6 +104,7 @@ def squares(made, network, route, event):
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
+@pytest.mark.slow
 def test_an_event_keeps_the_neurons_that_do_most_after_its_training(tmp_path):
     made = text_trainer(tmp_path, prune_granularity="neuron", prune_round_to=1, **ACTIVE)
     bank, layers = made.model.mask_bank, PruneRule.of(made.model, made.args).layers
@@ -149,6 +150,7 @@ def channels(tmp_path_factory):
     return run(tmp_path_factory.mktemp("channels") / "run", **CHANNELS, **ACTIVE, debug_determinism=True)
 
 
+@pytest.mark.slow
 def test_whole_channels_go_and_reports_tell_what_was_asked_and_what_came(channels, tmp_path):
     made, bank = channels, channels.model.mask_bank
     rounds, layers = made.plan().rounds, PruneRule.of(made.model, made.args).layers

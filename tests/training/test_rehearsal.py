@@ -81,6 +81,7 @@ def test_what_would_fail_after_extraction_fails_before_it(tmp_path, monkeypatch,
     assert "nothing has been written" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["label", "labels"])
 def test_labels_may_be_truth_values(tmp_path, column):
     found = []
@@ -110,6 +111,7 @@ def with_made_labels(*, stored="species", names=("label", "labels")):
     return datasets.Dataset.from_dict(data).with_transform(transform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "made",
     [

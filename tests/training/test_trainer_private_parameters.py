@@ -66,6 +66,7 @@ def test_a_run_with_private_parameters(private_run):
         assert torch.equal(made.model.extract_ticket(route)(images).logits, answer)
 
 
+@pytest.mark.slow
 def test_extraction_trains_private_parameters_as_if_they_were_shared(finished, private_run):
     """So runs that differ only in private parameters find the same masks, and can share them."""
     ours, theirs = (masks_on_disk(folder, finished.trainer.model) for folder in (private_run[0], finished.folder))
