@@ -429,6 +429,14 @@ def test_nothing_is_left_in_layers(kept, kind):
         assert all(module._buffers[name] is before[name] for name in before)
 
 
+def test_refitted_readers_are_small_too():
+    model, inputs, _ = make_model("bert", refit=True)
+    model.config.compute = "small"
+    assert_as_extracted(model, inputs)
+    edit_private_rows(model)
+    assert_as_extracted(model, inputs, [1])
+
+
 def test_layers_compute_in_as_many_groups_as_a_small_ticket_has():
     model, inputs, _ = make_model("depthwise")
     model.config.compute = "small"
