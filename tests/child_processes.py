@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +104,8 @@ def _run_file(command: list[str]) -> None:
 
 
 def _run_forked(function: Callable, arguments: tuple, files: list[str], variables: dict[str, str]) -> None:
+    import torch  # not above: short programs import this file, and torch takes seconds
+
     os.environ.update(variables)
     # torch makes its pool of threads anew in a forked process, which two threads must not do at once.
     torch.set_num_threads(torch.get_num_threads())
