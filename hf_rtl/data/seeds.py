@@ -20,7 +20,7 @@ _LIMIT = 2**32
 def spawned_words(seed: int, prefix: tuple[int, ...], keys: Sequence[tuple[int, ...]], num_words: int) -> np.ndarray:
     """
     `SeedSequence(seed, spawn_key=(*prefix, *key)).generate_state(num_words, np.uint64)` for each of `keys`:
-    `uint64 [len(keys), num_words]`. Twenty times faster for a batch, since all keys are mixed in together.
+    `uint64 [len(keys), num_words]`. Several times faster for a batch, since all keys are mixed in together.
 
     Args:
         seed (`int`): non-negative.

@@ -219,12 +219,6 @@ def test_similarity_over_several_blocks(monkeypatch):
     assert bank.similarity()[0, 2].item() == jaccard(everything(masks[0]), everything(masks[2]))
 
 
-def test_autocast_rounds_no_similarity():
-    bank = MaskBank([("weight", (999,))], ["a", "b"])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert bank.intersection_count().tolist() == [[999, 999], [999, 999]]
-
-
 @pytest.mark.parametrize(
     "num_bytes, num_routes", [(1, 1), (2**18, 1), (2**18 + 1, 1), (1000, 2**18), (5, 2**20), (0, 3)]
 )
