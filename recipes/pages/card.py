@@ -4,7 +4,6 @@ Render a card in model_cards/ from the results of runs, and keep a copy of these
     export PYTHONPATH=recipes    # in the root of the repository
     python -m pages.card digits runs/digits
     python -m pages.card scaling
-    python -m pages.card cifar10 runs/cifar10-per-route runs/cifar10-shared --names "per route" shared
     python -m pages.card cifar10_methods runs/cifar10_methods
     python -m pages.card inr runs/inr
     python -m pages.card speech runs/speech
