@@ -130,6 +130,7 @@ def test_no_files_import_each_other_in_a_circle():
     assert list(TopologicalSorter(graph).static_order())
 
 
+@pytest.mark.slow
 def test_no_private_name_is_imported_from_another_room():
     found = []
     for path in LIBRARY:

@@ -159,6 +159,7 @@ def test_the_table_has_hospitals_beside_chance_and_the_dense_model(notebook):
     assert notebook.printed.splitlines()[-1] == "the model with its 3 tickets is in 'run/final'"
 
 
+@pytest.mark.slow
 def test_the_same_cell_again_trains_nothing_and_shows_the_table(notebook):
     again = notebook(RUN)
     assert "'loss'" not in again

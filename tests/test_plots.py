@@ -115,6 +115,7 @@ def test_a_profile_of_any_number_of_layers_is_a_png(tmp_path, num_layers):
     assert min(height, width) > 300 and max(height, width) < 4000
 
 
+@pytest.mark.slow
 def test_a_profile_shows_similarity_chance_and_names(tmp_path):
     layers, names = torch.stack([make_matrix(3)] * 2), ["a", "b"]
     for name, arguments in {
@@ -159,6 +160,7 @@ def test_a_single_point_is_drawn_as_a_table(tmp_path, drawn):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["a", "b"], LONG], ids=len)
 def test_no_cell_of_a_table_is_clipped_or_runs_into_the_next(tmp_path, drawn, names):
     draw_table({"route": names, **dict.fromkeys(LONG[:3], names)}, tmp_path / "a.png", title="at a sparsity of 50 %")

@@ -114,6 +114,7 @@ def test_an_exported_graph_gives_the_same(call, model, folder, tmp_path):
     assert torch.allclose(graph(pixel_values=IMAGES)["logits"], logits(model, route_ids="owl"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_graph_takes_inputs_of_the_models_type(call, tmp_path):
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
     model = RTLModelForImageClassification.from_backbone(config, route_names=["a", "b"], ticket_task="labels", seed=0)
@@ -126,6 +127,7 @@ def test_a_graph_takes_inputs_of_the_models_type(call, tmp_path):
     assert torch.allclose(graph(pixel_values=images)["logits"], expected, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_graph_takes_the_images_of_the_saved_processor(call, model, folder, tmp_path):
     crop = {"do_center_crop": True, "crop_size": {"height": 24, "width": 40}, "do_convert_rgb": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(crop))

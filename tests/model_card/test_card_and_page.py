@@ -111,6 +111,7 @@ def test_a_card_comes_back_with_every_metric_as_it_was_measured(tmp_path, ticket
         assert {result.metric_type for result in results} == {"accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticket_task", ["membership", "labels"])
 def test_metadata_are_short_whatever_the_number_of_routes(tmp_path, ticket_task):
     model = make_model(ticket_task, route_names=[f"route {index}" for index in range(40)])

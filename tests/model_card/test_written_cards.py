@@ -122,6 +122,7 @@ def test_a_model_with_a_folder_is_enough(tmp_path):
     assert {path.name for path in file.parent.iterdir()} == {"README.md", "similarity.png"}
 
 
+@pytest.mark.slow
 def test_the_picture_is_of_the_models_tickets(tmp_path, monkeypatch):
     monkeypatch.setattr(hf_rtl.plots, "similarity_heatmap", draw_similarity)
     model = make_model()

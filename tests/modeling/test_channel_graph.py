@@ -171,6 +171,7 @@ def test_what_is_added_to_a_channel_that_is_read_only_before_goes():
     assert_removed(model, {"first": ([], [2]), "second": ([2], [])})
 
 
+@pytest.mark.slow
 def test_a_constant_of_two_summands_must_be_zero_in_the_sum():
     def forward(self, x):
         return self.head((self.one(x) + self.two(x)).relu())
@@ -187,6 +188,7 @@ def test_a_constant_of_two_summands_must_be_zero_in_the_sum():
         assert_removed(model, removed)
 
 
+@pytest.mark.slow
 def test_a_product_with_zero_is_zero_and_with_another_constant_is_not():
     def forward(self, x):
         x = self.one(x)
@@ -518,6 +520,7 @@ def test_parameters_that_the_forward_does_not_use_may_read_anything(caplog):
 # What stays beside the channels
 
 
+@pytest.mark.slow
 def test_types_modes_and_frozen_parameters_stay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).bfloat16()
     model[0].weight.requires_grad_(False)

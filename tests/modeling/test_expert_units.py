@@ -197,6 +197,7 @@ def search(network, rows, **options):
     return find_tickets(network, as_data(rows), **{**given, **options})
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_neurons_of_each_expert_that_do_most(tmp_path):
     network, rows = build("mixtral"), texts()
     name, module = experts_of(network)

@@ -114,6 +114,7 @@ def test_a_router_finds_the_route_of_every_prompt(model, tokenizer, answers, sai
     assert not new_warnings(said)
 
 
+@pytest.mark.slow
 def test_saving_and_loading_say_nothing(model, tokenizer, answers, said, tmp_path):
     model.generation_config.max_new_tokens = 5
     model.generation_config.do_sample = False

@@ -63,6 +63,7 @@ def test_modules_that_the_model_imports_lie_beside_it_and_need_no_other_package(
         assert set(get_imports(PACKAGE / f"{name}.py")) - sys.stdlib_module_names <= ALLOWED
 
 
+@pytest.mark.slow
 def test_code_is_saved_when_it_is_asked_for_and_no_class_is_changed(tiny_membership_model, tmp_path):
     tiny_membership_model.save_pretrained(tmp_path / "without")
     tiny_membership_model.save_pretrained(tmp_path / "with", with_code=True)

@@ -88,6 +88,7 @@ def test_what_a_convolution_or_several_layers_read_is_left_alone():
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_refit_needs_batches():
     network, inputs = build("llama")
     layers = find_units_once(network, inputs)

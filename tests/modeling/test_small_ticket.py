@@ -129,6 +129,7 @@ def test_layers_of_one_size_keep_as_many_units_as_the_largest_needs():
     assert torch.equal(small.get_parameter("bert.encoder.layer.0.intermediate.dense.bias"), bias[kept])
 
 
+@pytest.mark.slow
 def test_a_configuration_that_would_take_units_in_use_is_not_chosen():
     """timm's `base_width` is one for all stages; here the first can lose half of its channels, the others none."""
     network, inputs = build("bottlenecks")
@@ -217,6 +218,7 @@ class Branches(PreTrainedModel):
         return self.both(torch.cat([self.one(pixel_values).relu(), self.two(pixel_values).tanh()], 1))
 
 
+@pytest.mark.slow
 def test_units_of_two_layers_that_one_reads_side_by_side():
     network = Branches(PreTrainedConfig()).double().eval()
     inputs = {"pixel_values": torch.randn(2, 3, 4, 4, dtype=torch.float64)}

@@ -294,6 +294,7 @@ def test_example_inputs(tiny_t5_config, tiny_vit_config, tiny_bert_config):
         remove_dead_channels(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_extract_ticket_passes_example_inputs(tiny_membership_model):
     with pytest.raises(Exception, match="channels"):
         tiny_membership_model.extract_ticket(

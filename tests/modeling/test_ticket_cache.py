@@ -243,6 +243,7 @@ def test_after_any_change_small_tickets_are_those_of_now(kept, kind, changes):
         assert_as_extracted(model, inputs, [0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("what", ["model", "backbone"])
 def test_tickets_have_the_type_of_the_model(zoo, dtype, what):
@@ -437,6 +438,7 @@ def test_refitted_readers_are_small_too():
     assert_as_extracted(model, inputs, [1])
 
 
+@pytest.mark.slow
 def test_layers_compute_in_as_many_groups_as_a_small_ticket_has():
     model, inputs, _ = make_model("depthwise")
     model.config.compute = "small"

@@ -150,6 +150,7 @@ def test_a_model_that_was_made_in_python_is_evaluated_there(tmp_path: Path) -> N
         evaluate.evaluate(tmp_path / "model", None)
 
 
+@pytest.mark.slow
 def test_groups_of_classes_can_be_the_routes(tmp_path: Path) -> None:
     file = tmp_path / "groups.yaml"
     file.write_text("odd: [1, 3, 5, 7, 9]\neven: [0, 2, 4, 6, 8]\n")

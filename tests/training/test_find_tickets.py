@@ -180,6 +180,7 @@ def test_refitted_readers_belong_to_routes_and_are_saved(tmp_path):
     assert more == 4 * 3 * sum(sizes.values()) - 3 * masked // 8
 
 
+@pytest.mark.slow
 def test_a_refit_of_one_ticket_leaves_the_others(tmp_path):
     """The biases of GPT-2's removed neurons would be seen if the readers of the other routes were whole."""
     network, inputs = build("gpt2")
@@ -364,6 +365,7 @@ def test_what_was_found_is_printed_and_is_on_the_card(capsys, tmp_path):
     assert "How the tickets were found and trained is not known" in write_card(model, tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_tickets_of_membership_need_no_more_than_a_stock_model_with_one_logit(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(

@@ -210,6 +210,7 @@ def finished(tmp_path_factory):
     return run(folder, target_sparsity=[0.3])
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_no_start_of_another_run(finished, tmp_path):
     """The trap of notebooks: the cell that makes the trainer is run again, with the model of the last run."""
     model = finished.model

@@ -72,6 +72,7 @@ def test_a_line_says_what_each_prune_event_found(spoken):
     assert f"similarity {sum(others) / 6:.3f} (by chance " in found[-1] and found[-1].endswith("no emptied layer")
 
 
+@pytest.mark.slow
 def test_emptied_layers_are_counted(tmp_path, capsys):
     make_labels_trainer(tmp_path, **SPOKEN | {"target_sparsity": [0.97], "allow_disconnected": True}).train()
     printed = capsys.readouterr().out
@@ -231,6 +232,7 @@ class Tracker(TensorBoardCallback):
         self.events.append("end")
 
 
+@pytest.mark.slow
 def test_a_tracker_ends_its_log_with_the_run(tmp_path):
     tracker = Tracker()
     make_labels_trainer(tmp_path, callbacks=[tracker], target_sparsity=[0.3, 0.6]).train()

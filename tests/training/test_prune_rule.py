@@ -183,6 +183,7 @@ def test_whole_channels_go_and_reports_tell_what_was_asked_and_what_came(channel
     assert "| `prune_scope` |" not in card and "| `prune_granularity` |" in card
 
 
+@pytest.mark.slow
 def test_tickets_of_channels_are_small_saved_and_loaded(channels, tmp_path):
     model = channels.model
     loaded = RTLModel.from_pretrained(channels.run_directory.final_folder).eval()
@@ -201,6 +202,7 @@ def test_tickets_of_channels_are_small_saved_and_loaded(channels, tmp_path):
     assert model.footprint()["compact_bytes"] < model.footprint()["full_bytes"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_in_channels_is_continued_to_the_same_end(channels, tmp_path, monkeypatch):
     options = {**CHANNELS, **ACTIVE}
     interrupt(monkeypatch, tmp_path / "run", ("prune", 5), **options)
@@ -212,6 +214,7 @@ def test_an_interrupted_run_in_channels_is_continued_to_the_same_end(channels, t
             run(tmp_path / "run", **{**options, **change})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{}, ACTIVE, {**CHANNELS, **ACTIVE}, CHANNELS], ids=str)
 def test_without_training_masks_are_chosen_from_the_initial_weights(tmp_path, monkeypatch, values):
     monkeypatch.setattr(TicketTrainer, "step", None)
@@ -242,6 +245,7 @@ def test_without_training_rewound_weights_are_ranked(tmp_path):
     assert all(map(torch.equal, found, bank[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 0])
 def test_a_new_route_lacks_whole_neurons(tmp_path, steps):
     model = trained_model("vit")
@@ -260,6 +264,7 @@ def test_a_new_route_lacks_whole_neurons(tmp_path, steps):
     assert model.eval()(pixel_values=images, route_ids=UNION).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_granularity_that_the_backbone_lacks_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="BertForS.* has no channel that can be pruned; .*`prune_granularity`"):
         text_trainer(tmp_path / "run", prune_granularity="channel")

@@ -261,6 +261,7 @@ def test_a_failed_evaluation_costs_no_step(tmp_path, saving, number, num_left):
         assert logged == wanted
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_failed_is_done_once_and_leaves_no_checkpoint(tmp_path, caplog):
     options = {"target_sparsity": [0.3], "extraction_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"eval_on_start": True, "max_steps": 4}
@@ -322,6 +323,7 @@ class Complete(RTLTrainer):
         return metrics
 
 
+@pytest.mark.slow
 def test_own_evaluation_is_tried_on_all_samples_before_it_is_refused(tmp_path, caplog):
     data = Images(60, seed=1, columns=DOMAINS)
     options = {"batch_eval_metrics": True, "options": {"compute_metrics": Counted()}}

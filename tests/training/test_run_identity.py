@@ -107,6 +107,7 @@ def test_random_transforms_make_no_other_run(tmp_path):
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
+@pytest.mark.slow
 def test_what_decides_no_weight_may_change(tmp_path):
     first = run(tmp_path, target_sparsity=[0.3], metric_for_best_model="loss", **BEST)
     recorded = Recorder()
@@ -129,6 +130,7 @@ def test_where_the_best_model_is_kept_its_metric_makes_another_run_and_the_masks
     assert run(tmp_path / "other", metric_for_best_model="auroc", **masks, **options).rounds
 
 
+@pytest.mark.slow
 def test_other_calibration_data_make_another_run(tmp_path):
     def calibrated(seed):
         options = {"calibration_dataset": Images(12, seed=seed)}
@@ -198,6 +200,7 @@ def test_without_evaluation_data_the_figures_in_the_reports_stay(finished, tmp_p
     assert figures(folder) == []
 
 
+@pytest.mark.slow
 def test_what_saving_and_loading_write_makes_no_other_run(tmp_path):
     make_labels_trainer(tmp_path / "run", max_steps=1).train()
     saved = image_model(ticket_task="labels", num_labels=2)

@@ -200,6 +200,7 @@ def test_a_run_that_broke_off_after_its_last_step_trains_no_more(tmp_path, monke
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_model_with_nan_is_refused_also_when_it_is_continued(tmp_path):
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

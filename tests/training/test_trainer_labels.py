@@ -256,6 +256,7 @@ def test_encoder_decoder_models_train(tmp_path, config):
     assert np.isfinite(made.rounds[-1]["metrics"]["eval_loss"])
 
 
+@pytest.mark.slow
 def test_a_decoder_that_reads_no_encoder_is_noticed(tmp_path):
     """Without cross-attention the output depends on the decoder's own input alone."""
     made = sequence_run(tmp_path, T5Config(**SEQUENCES, d_kv=8, d_ff=24, num_layers=1, num_heads=2))

@@ -180,6 +180,7 @@ def test_one_update_is_one_route_with_accumulation(tmp_path, monkeypatch):
     assert seen == list(chain(*expected)) * 2
 
 
+@pytest.mark.slow
 def test_accumulated_batches_weigh_as_one(tmp_path):
     """Without batch norm, two batches of 4 equal one of 8: loss and gradient are means over all samples."""
     columns = DOMAINS

@@ -294,6 +294,7 @@ def test_a_model_with_other_routes_goes_without_the_rule(tmp_path, caplog):
     assert load_rule(tmp_path / "model") == ByGroups("label", GROUPS)
 
 
+@pytest.mark.slow
 def test_a_rule_goes_along_with_a_model_until_its_routes_change(tmp_path, caplog):
     run(tmp_path / "run", **grouped(), target_sparsity=[0.3])
     for source in (RTLModel.from_pretrained(tmp_path / "run" / "final"), None):

@@ -121,6 +121,7 @@ def test_private_rows_have_the_weight_decay_of_their_parameter(tmp_path):
     assert len(listed) == len(set(map(id, listed))) == sum(p.requires_grad for p in made.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_union_is_recalibrated_with_the_mean_of_all_rows(private_run):
     """Recalibration ran through the mean of the rows."""
     _, made, _ = private_run
