@@ -191,9 +191,7 @@ class ImageRuns(SeedRuns):
         """The report of a network per class, with the masks of the tickets of a round."""
         trainer = self.trained(PER_ROUTE)
         tickets = tickets_of_round(trainer, report)
-        found = self._timed(
-            MULTIPLE, report["at"], lambda: independent_metrics(trainer, self.test, tickets, round_index=index)
-        )
+        found = self._timed(MULTIPLE, report["at"], lambda: independent_metrics(trainer, tickets, round_index=index))
         networks = independent_costs(report, **{"minutes of retraining": found["seconds"] / 60})
         return {"metrics": found["metrics"], "at": report["at"], "kept": report["kept"], **networks}
 
@@ -205,7 +203,9 @@ class ImageRuns(SeedRuns):
         found = self._timed(
             ONE_VS_REST,
             report["at"],
-            lambda: one_vs_rest(trainer, self.test, self.backbone, round_index=index, masks=masks),
+            lambda: one_vs_rest(
+                trainer, self.backbone, round_index=index, masks=masks, in_chans=self.train.num_channels
+            ),
         )
         return {
             "metrics": found["metrics"],

@@ -31,8 +31,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from shared.arguments import parse, run_main, set_up
-from shared.data_arguments import DataArguments, read_splits
+from shared.data_arguments import DataArguments
 from shared.one_pass import OnePass, average, balanced, compare, costs, finish, middle, of_seeds
+from shared.read_data import read_splits
 
 
 COSINE, PROBE = "cosine", "probe"
@@ -62,7 +63,7 @@ def main() -> None:
     arguments, data = parse(
         (DomainArguments, DataArguments),
         description=__doc__,
-        defaults={"text_column": "text", "label_column": "sentiment", "max_length": 32},
+        defaults={"input_column": "text", "label_column": "sentiment", "max_length": 32},
     )
     set_up(arguments.threads)
     model = AutoModel.from_pretrained(arguments.model).eval()
@@ -100,14 +101,14 @@ def domains(arguments: DomainArguments, data: DataArguments) -> list[Dataset]:
 
     def tokens(split: Dataset, route_column: str, label_column: str | None) -> Dataset:
         texts = tokenizer(
-            list(split[data.text_column]), truncation=True, padding="max_length", max_length=data.max_length
+            list(split[data.input_column]), truncation=True, padding="max_length", max_length=data.max_length
         )
         scores = np.sign(split[label_column]) if label_column else np.zeros(len(split))
         positive = np.select([scores > 0, scores < 0], [1, 0], -1)
         return Dataset.from_dict({**texts, "route": list(map(str, split[route_column])), "positive": positive})
 
     columns = {
-        "text_column": data.text_column,
+        "input_column": data.input_column,
         "label_column": data.label_column,
         "route_column": arguments.route_column,
     }
@@ -115,7 +116,7 @@ def domains(arguments: DomainArguments, data: DataArguments) -> list[Dataset]:
     if arguments.other_dataset is None:
         return own
     other = DataArguments(**{**asdict(data), "dataset": arguments.other_dataset})
-    columns = {"text_column": data.text_column, "other_route_column": arguments.other_route_column}
+    columns = {"input_column": data.input_column, "other_route_column": arguments.other_route_column}
     chosen = [
         split.filter(lambda sample: sample[arguments.other_route_column] in arguments.other_routes)
         for split in read_splits(other, columns)

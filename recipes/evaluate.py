@@ -3,6 +3,7 @@ Evaluate saved models in a fresh process, from their folders and the data alone.
 
     python recipes/evaluate.py runs/digits/final
     python recipes/evaluate.py runs/digits/round-0* --compare runs/digits/results.json
+    python recipes/evaluate.py model --dataset scans --route_column hospital     # a model that was made in Python
 
 With --compare, the command exits with 1 unless every metric equals that in the file to the last digit. Use as many
 processes as the run had: the loss is a mean over the batches of each process.
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import HfArgumentParser
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
+from shared.arguments import BadInput, run_main
 from shared.data_arguments import DataArguments
-from shared.image_data import load_images
+from shared.prepare import bad_input, prepare
 from shared.report import row, table
-from shared.text_data import load_text
+from shared.rows import LABEL
 
 
 # The arguments of a run that its metrics depend on.
@@ -35,20 +37,28 @@ _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="folders of models, inside the folder of a run")
-    parser.add_argument("--dataset", help="folder or name of the same data, if they were moved")
+    parser = HfArgumentParser(
+        [DataArguments], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for action in parser._actions:
+        # Only what is given replaces what the run of a model had.
+        action.default = argparse.SUPPRESS
+    parser.add_argument("models", nargs="+", type=Path, help="folders of models")
+    parser.add_argument("--route_column", help="column of the routes, of a model that was made in Python")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="results.json to compare with")
-    arguments = parser.parse_args()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    arguments = vars(parser.parse_args())
+    models, route_column, threads, recorded = (
+        arguments.pop(name) for name in ("models", "route_column", "threads", "compare")
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    evaluated = {folder.name: evaluate(folder, arguments.dataset) for folder in arguments.models}
+    evaluated = {folder.name: evaluate(folder, arguments, route_column) for folder in models}
     lines = [table([row(name, 1 - report["density"], report) for name, report in evaluated.items()])]
     differing: list[str] = []
-    if arguments.compare is not None:
-        differing = compare(evaluated, json.loads(arguments.compare.read_text()))
+    if recorded is not None:
+        differing = compare(evaluated, json.loads(recorded.read_text()))
         names = f": {', '.join(differing[:5])}" if differing else ""
         lines.append(f"{len(differing)} of the recorded metrics differ{names}")
     if PartialState().is_main_process:
@@ -56,35 +66,49 @@ def main() -> None:
     sys.exit(bool(differing))
 
 
-def evaluate(folder: Path, dataset: str | None) -> dict[str, Any]:
+def evaluate(folder: Path, given: dict[str, Any] | None = None, route_column: str | None = None) -> dict[str, Any]:
     """
     The metrics of the model in `folder` on its test data, with its density and sizes for the table.
 
+    Args:
+        folder (`Path`): the model. Beside it lies the `data.json` of a run of `prune.py`, or its data are `given`.
+        given (`dict`, *optional*): values of [`DataArguments`] that replace those of the run.
+        route_column (`str`, *optional*): replaces the column of the training.
+
     Raises:
-        SystemExit: the model is not in the folder of a run of `prune.py`, which says what the test data are.
+        BadInput: the data are not known, cannot be read, or do not fit the model.
     """
-    missing = [
-        file for file in (folder.absolute().parent / "data.json", folder / "training_args.json") if not file.exists()
-    ]
-    if missing:
-        raise SystemExit(
-            f"{missing[0]} is missing, which recipes/prune.py writes at its end: evaluate.py takes the models of its "
-            "runs, such as runs/digits/final. For a model that was made in Python: "
-            f"RTLTrainer(RTLModel.from_pretrained({str(folder)!r}), RTLTrainingArguments(output_dir='evaluation'), "
-            "eval_dataset=test).evaluate(), with the route_column of its training"
-        )
-    model = RTLModel.from_pretrained(folder)
-    data = DataArguments.load(folder.absolute().parent)
-    data.dataset = dataset or data.dataset
-    saved = json.loads((folder / "training_args.json").read_text())
-    if data.text_column is None:
-        tokenizer, (_, test) = None, load_images(data, seed=saved["seed"])
+    given = given or {}
+    beside = folder.absolute().parent
+    if (beside / "data.json").exists():
+        data, backbone = DataArguments.load(beside)
+        # The processor in the folder has these already.
+        data.image_size = data.mean = data.std = None
+        vars(data).update(given)
+    elif "dataset" in given:
+        data, backbone = DataArguments(**given), str(folder)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        _, test = load_text(data, tokenizer, route_column=saved["route_column"], seed=saved["seed"])
-    with tempfile.TemporaryDirectory() as output_dir:
-        args = RTLTrainingArguments(output_dir=output_dir, **{name: saved[name] for name in _EVALUATED_WITH})
-        metrics = RTLTrainer(model, args, eval_dataset=test, processing_class=tokenizer).evaluate()
+        raise BadInput(
+            f"{str(folder)!r} is no model of a run of prune.py, so its test data are not known: name them, as in "
+            f"`evaluate.py {folder} --dataset FOLDER --route_column NAME`."
+        )
+    with bad_input():
+        model = RTLModel.from_pretrained(folder)
+        file = folder / "training_args.json"
+        recorded = json.loads(file.read_text()) if file.exists() else {}
+        saved = {name: recorded[name] for name in _EVALUATED_WITH if name in recorded}
+        column = route_column or saved.get("route_column")
+        found = data.route_groups or data.cluster_routes or column == LABEL
+        asked = None if found else column
+        prepared = prepare(data, backbone, route_column=asked, seed=saved.get("seed", 0), processor=str(folder))
+        with tempfile.TemporaryDirectory() as output_dir:
+            args = RTLTrainingArguments(output_dir=output_dir, **{**saved, "route_column": prepared.route_column})
+            served = {
+                name: value
+                for name, value in prepared.trainer_data().items()
+                if name not in ("train_dataset", "partition")
+            }
+            metrics = RTLTrainer(model, args, **served).evaluate()
     return {
         "metrics": metrics,
         "density": float(model.mask_bank.density().mean()),
@@ -106,4 +130,4 @@ def compare(evaluated: dict[str, dict[str, Any]], results: dict[str, Any]) -> li
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,7 +24,8 @@ from transformers.hf_argparser import HfArg
 from hf_rtl.clustering import group_class_names
 from hf_rtl.modeling.files import write_bytes
 from shared.arguments import parse, set_up
-from shared.data_arguments import DataArguments, read_splits
+from shared.data_arguments import DataArguments
+from shared.read_data import read_splits
 
 
 @dataclass
@@ -50,7 +51,8 @@ def main() -> None:
     set_up(None)
     names = arguments.names
     if not names:
-        names = read_splits(data, {"label_column": data.label_column})[0].features[data.label_column].names
+        column = data.label_column or "label"
+        names = read_splits(data, {"label_column": column})[0].features[column].names
     groups = group_class_names(
         names,
         lambda names: embed(names, arguments.text_encoder),

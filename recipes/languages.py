@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_cos
 from transformers.hf_argparser import HfArg
 
 from shared.arguments import parse, run_main, set_up
-from shared.data_arguments import DataArguments, read_splits
+from shared.data_arguments import DataArguments
 from shared.one_pass import (
     TICKETS,
     OnePass,
@@ -48,6 +48,7 @@ from shared.one_pass import (
     of_seeds,
     ticket_against_data,
 )
+from shared.read_data import read_splits
 
 
 BITS = "bits per byte"
@@ -75,10 +76,10 @@ class LanguageArguments:
 
 def main() -> None:
     arguments, data = parse(
-        (LanguageArguments, DataArguments), description=__doc__, defaults={"text_column": "text", "max_length": None}
+        (LanguageArguments, DataArguments), description=__doc__, defaults={"input_column": "text", "max_length": None}
     )
     set_up(arguments.threads)
-    columns = {"text_column": data.text_column, "route_column": arguments.route_column}
+    columns = {"input_column": data.input_column, "route_column": arguments.route_column}
     train, test = (as_windows(split, columns, arguments.window) for split in read_splits(data, columns))
     names = sorted(set(train["route"]))
     tested = balanced(test, arguments.test_windows, seed=0)
@@ -118,7 +119,7 @@ def main() -> None:
 def as_windows(split: Dataset, columns: dict[str, str], window: int) -> Dataset:
     """Samples of `window` bytes, which hold the texts of one language one after the other."""
     texts: dict[str, list[bytes]] = {}
-    for text, route in zip(split[columns["text_column"]], split[columns["route_column"]], strict=True):
+    for text, route in zip(split[columns["input_column"]], split[columns["route_column"]], strict=True):
         texts.setdefault(str(route), []).append(text.encode())
     parts = []
     for route, pieces in texts.items():

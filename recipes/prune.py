@@ -14,24 +14,19 @@ round into --output_dir. Run the same command again to continue an interrupted r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from hf_rtl import Partition, RTLModel, RTLModelForSequenceClassification, RTLTrainer, RTLTrainingArguments
+from hf_rtl import RTLTrainer, RTLTrainingArguments
 from shared.arguments import parse, run_main, set_up
-from shared.controls import dense_image_network, dense_text_network, image_controls, text_controls
+from shared.controls import dense_network, dense_one_vs_rest, labels_controls, membership_controls
 from shared.data_arguments import DataArguments
-from shared.image_data import load_images
-from shared.models import membership_model
+from shared.prepare import Prepared, bad_input, prepare
 from shared.report import plan_text, routes_rows, row, table, training_record, write_results
-from shared.text_data import load_text
 
 
 @dataclass
@@ -50,101 +45,56 @@ class ModelArguments:
     )
     sanity: bool = HfArg(
         default=False,
-        help="Also run the controls. For images: random and layer-shuffled masks, routes shifted by one, and a "
-        "dense one-vs-rest model. For texts: the other router, a single mask for all data, and a dense model.",
+        help="Also run the controls. For membership tickets: random and layer-shuffled masks, routes shifted by one, "
+        "and a dense one-vs-rest model. For labels: the other router, a single mask for all data, and a dense model.",
     )
-
-
-@dataclass
-class Task:
-    """
-    The data and the model of a run, and the baselines of its tickets.
-
-    Args:
-        data (`dict`): the arguments of the trainer for its data.
-        make_model (`Callable`): makes a model for these data, with the same initial weights at every call.
-        controls (`Callable`): makes the reports of the controls of --sanity from a trainer after its run.
-        dense (`Callable`): makes the report of a dense model alone from a trainer after its run.
-    """
-
-    data: dict[str, Any]
-    make_model: Callable[..., RTLModel]
-    controls: Callable[[RTLTrainer], list[dict[str, Any]]]
-    dense: Callable[[RTLTrainer], list[dict[str, Any]]]
 
 
 def main() -> None:
-    model_arguments, data, args = parse((ModelArguments, DataArguments, RTLTrainingArguments), description=__doc__)
-    set_up(model_arguments.threads)
-    prepare = prepare_images if data.text_column is None else prepare_texts
-    task = prepare(model_arguments, data, args)
-    trainer = RTLTrainer(task.make_model(), args, **task.data)
+    # Ranked over all layers together, the weights of a whole layer may be the smallest, and a ticket be cut through.
+    defaults = {"prune_scope": "layer"}
+    model, data, args = parse(
+        (ModelArguments, DataArguments, RTLTrainingArguments), description=__doc__, defaults=defaults
+    )
+    set_up(model.threads)
+    with bad_input():
+        prepared = prepare(
+            data,
+            model.backbone,
+            route_column=args.route_column,
+            seed=args.seed,
+            norm_statistics=model.norm_statistics,
+            prune_include=model.prune_include,
+            prune_exclude=model.prune_exclude,
+        )
+        args.route_column = prepared.route_column
+        trainer = RTLTrainer(prepared.make_model(), args, **prepared.trainer_data())
+        plan = trainer.plan()
     trainer.card_data = trainer.card_data.updated(data.on_card())
     main_process = trainer.is_world_process_zero()
     if main_process:
-        text = plan_text(trainer.plan(), batch_size=args.route_batch_size, num_processes=args.world_size)
-        print(text, flush=True)
+        print(f"task        {prepared.rows.task}, tickets of {prepared.rows.ticket_task}")
+        print(plan_text(plan, batch_size=args.route_batch_size, num_processes=args.world_size))
+        print(prepared.table(), flush=True)
     trainer.train()
     # A copy, since the controls train and evaluate with the same trainer.
     rounds = list(trainer.rounds)
-    controls: list[dict[str, Any]] = []
-    if model_arguments.sanity:
-        controls = task.controls(trainer)
-    elif model_arguments.dense:
-        controls = task.dense(trainer)
+    controls = other_reports(trainer, prepared, model)
     if main_process:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
-        data.save(args.output_dir)
-        report(trainer, rounds, controls, model_arguments, data)
+        data.save(args.output_dir, model.backbone)
+        report(trainer, rounds, controls, model, data)
 
 
-def prepare_images(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
-    """The task of images: a ticket per class or group of classes, which tells its images from all others."""
-    train, test = load_images(data, seed=args.seed)
-    partition = None
-    if train.rule is not None:
-        # The labels of `train` and `test` are already the groups; the rule assigns new data, which have classes.
-        partition = Partition(train.labels.numpy(), train.label_names, rule=train.rule)
-        args.route_column = "label"
-    make_model = partial(membership_model, model.backbone, train, **model_options(model, args))
-    return Task(
-        {"train_dataset": train, "eval_dataset": test, "partition": partition},
-        make_model,
-        controls=partial(image_controls, backbone=model.backbone),
-        dense=partial(dense_image_network, backbone=model.backbone),
-    )
-
-
-def prepare_texts(model: ModelArguments, data: DataArguments, args: RTLTrainingArguments) -> Task:
-    """The task of texts: a ticket per domain, which classifies the texts of its domain."""
-    tokenizer = AutoTokenizer.from_pretrained(model.backbone)
-    train, test = load_text(data, tokenizer, route_column=args.route_column, seed=args.seed)
-    label_names = train.features["label"].names
-    make_model = partial(
-        RTLModelForSequenceClassification.from_backbone,
-        model.backbone,
-        route_names=train.features[args.route_column].names,
-        ticket_task="labels",
-        id2label=dict(enumerate(label_names)),
-        label2id={name: label for label, name in enumerate(label_names)},
-        **model_options(model, args),
-    )
-    return Task(
-        {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer},
-        make_model,
-        controls=partial(text_controls, make_model=make_model),
-        dense=partial(dense_text_network, make_model=make_model),
-    )
-
-
-def model_options(model: ModelArguments, args: RTLTrainingArguments) -> dict[str, Any]:
-    """The options of the command line that models of images and of texts share."""
-    return {
-        "seed": args.seed,
-        "norm_statistics": model.norm_statistics,
-        "prune_include": model.prune_include,
-        "prune_exclude": model.prune_exclude,
-    }
+def other_reports(trainer: RTLTrainer, prepared: Prepared, model: ModelArguments) -> list[dict[str, Any]]:
+    """The reports of the dense model, or of all controls."""
+    if not (model.sanity or model.dense):
+        return []
+    if prepared.rows.ticket_task == "labels":
+        others = labels_controls if model.sanity else dense_network
+        return others(trainer, prepared.make_model, **prepared.metrics())
+    controls = membership_controls if model.sanity else dense_one_vs_rest
+    return controls(trainer, model.backbone, **prepared.inputs.options)
 
 
 def report(

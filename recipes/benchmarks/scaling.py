@@ -40,7 +40,7 @@ from .timing import command_line
 
 
 # As in recipes/configs/cifar10.yaml; nothing is evaluated.
-CIFAR10 = {"dataset": "uoft-cs/cifar10", "image_column": "img", "max_train_samples": 10000, "max_test_samples": 10}
+CIFAR10 = {"dataset": "uoft-cs/cifar10", "input_column": "img", "max_train_samples": 10000, "max_test_samples": 10}
 # Steps of joint retraining that are not timed, one of each route.
 WARM_UP = 10
 

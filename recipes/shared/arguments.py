@@ -16,6 +16,10 @@ import yaml
 from transformers import HfArgumentParser
 
 
+class BadInput(ValueError):
+    """Arguments or data of the caller that a recipe cannot use. `run_main` shows it in one line."""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the defaults, and leaves the lines of the description as they are."""
 
@@ -55,9 +59,15 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a recipe that trains. Ctrl-C ends it with one line that says how to go on, and with the exit code 130."""
+    """
+    Runs a recipe that trains. Input that it cannot use ends it with one line, and with the exit code 2; Ctrl-C with
+    one line that says how to go on, and with the exit code 130.
+    """
     try:
         main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped. Run the same command again to go on.", file=sys.stderr)
         sys.exit(130)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.trainer_utils import EvalPrediction
 
 from hf_rtl import RTLModel, RTLTrainer
 from hf_rtl.metrics import label_metrics, membership_metrics
@@ -22,7 +24,7 @@ from .plain_networks import one_vs_rest
 CONTROL_MASKS = {"random masks": random_masks, "layer-shuffled masks": shuffled_masks}
 
 
-def image_controls(trainer: RTLTrainer, backbone: str) -> list[dict[str, Any]]:
+def membership_controls(trainer: RTLTrainer, backbone: str, **options: Any) -> list[dict[str, Any]]:
     """
     Reports of the controls of a finished run, each with its `method`. Every round has three: the tickets with routes
     shifted by one, each answering for its neighbour, and random and layer-shuffled masks of the tickets' densities,
@@ -34,12 +36,12 @@ def image_controls(trainer: RTLTrainer, backbone: str) -> list[dict[str, Any]]:
         tickets = tickets_of_round(trainer, report)
         for method in CONTROL_MASKS:
             reports.append({"method": method, **with_other_masks(trainer, report, tickets, method)})
-    return reports + dense_image_network(trainer, backbone)
+    return reports + dense_one_vs_rest(trainer, backbone, **options)
 
 
-def dense_image_network(trainer: RTLTrainer, backbone: str) -> list[dict[str, Any]]:
+def dense_one_vs_rest(trainer: RTLTrainer, backbone: str, **options: Any) -> list[dict[str, Any]]:
     """The report of a dense one-vs-rest model alone, trained on the batches of the first round."""
-    metrics = one_vs_rest(trainer, trainer.eval_dataset, backbone)
+    metrics = one_vs_rest(trainer, backbone, **options)
     return [{"method": "dense one-vs-rest", "sparsity": None, "metrics": metrics}]
 
 
@@ -74,7 +76,7 @@ def _scores(trainer: RTLTrainer, model: RTLModel) -> tuple[np.ndarray, np.ndarra
     return output.predictions, output.label_ids
 
 
-def text_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> list[dict[str, Any]]:
+def labels_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel], **metrics: Any) -> list[dict[str, Any]]:
     """
     Reports of the controls of a finished run, each with its `method`: the last round with the other router; for every
     round, a single mask for all data, of the tickets' density; and a dense model.
@@ -82,6 +84,7 @@ def text_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> l
     Args:
         trainer ([`RTLTrainer`]): a trainer after `train()`. Its model keeps the other router.
         make_model (`Callable`): makes the model with given `route_names`, with the same initial weights at every call.
+        **metrics: `compute_metrics` and `preprocess_logits_for_metrics` of the trainer, if it was given any.
     """
     reports = []
     if trainer.args.router != "given":
@@ -89,23 +92,29 @@ def text_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> l
         trainer.fit_router(router)
         reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
     sparsities = sorted({0.0, *trainer.args.target_sparsity})
-    return reports + _single_mask(trainer, make_model, "single-mask", sparsities)
+    return reports + _single_mask(trainer, make_model, "single-mask", sparsities, metrics)
 
 
-def dense_text_network(trainer: RTLTrainer, make_model: Callable[..., RTLModel]) -> list[dict[str, Any]]:
-    """The report of a dense model alone; see `text_controls`."""
-    return _single_mask(trainer, make_model, "dense", [0.0])
+def dense_network(trainer: RTLTrainer, make_model: Callable[..., RTLModel], **metrics: Any) -> list[dict[str, Any]]:
+    """The report of a dense model alone; see `labels_controls`."""
+    return _single_mask(trainer, make_model, "dense", [0.0], metrics)
 
 
 def _single_mask(
-    trainer: RTLTrainer, make_model: Callable[..., RTLModel], folder: str, sparsities: list[float]
+    trainer: RTLTrainer,
+    make_model: Callable[..., RTLModel],
+    folder: str,
+    sparsities: list[float],
+    metrics: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """
     Reports of iterative magnitude pruning: the same trainer and data with a single route, which has as many samples in
     extraction and in retraining as all tickets together. The round at sparsity 0 trains a dense model.
     """
-    args, plan, names = trainer.args, trainer.plan(), trainer.model.route_names
-    route_ids = np.array(trainer.eval_dataset[args.route_column])
+    args, plan = trainer.args, trainer.plan()
+    # Without routes, the trainer would not measure every route by itself.
+    route_ids = trainer.eval_partition(trainer.eval_dataset).route_ids
+    measure = partial(_label_metrics, route_ids=route_ids, names=trainer.model.route_names)
     single = RTLTrainer(
         make_model(route_names=["all"]),
         replace(
@@ -119,8 +128,13 @@ def _single_mask(
         ),
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
-        compute_metrics=lambda output: label_metrics(output.predictions, output.label_ids, route_ids, names),
+        **(metrics or {"compute_metrics": measure}),
+        data_collator=trainer.data_collator,
         processing_class=trainer.processing_class,
     )
     single.train()
     return [{**report, "method": "single mask" if report["sparsity"] else "dense"} for report in single.rounds]
+
+
+def _label_metrics(output: EvalPrediction, *, route_ids: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    return label_metrics(output.predictions, output.label_ids, route_ids, names)

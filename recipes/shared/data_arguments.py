@@ -3,46 +3,90 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
 from transformers.hf_argparser import HfArg
+
+
+TASKS = ("image", "audio", "text", "token", "causal", "masked", "seq2seq")
+AUGMENTATIONS = ("none", "flip", "crop", "randaugment")
 
 
 @dataclass
 class DataArguments:
-    """Which images or texts a recipe reads, and how they become tensors."""
+    """Which samples a recipe reads, what is asked of them, and how they become tensors."""
 
     dataset: str = HfArg(
         default="digits",
-        help="'digits' (scikit-learn's, without a download), a folder of idx.gz files such as that of Debian's "
-        "dataset-fashion-mnist, a folder of parquet files, or a Hub name such as uoft-cs/cifar10.",
+        help="A folder or file: images or sounds in folders of their class, csv, json, jsonl, parquet, arrow, txt, "
+        "idx.gz, or what `save_to_disk` wrote. Or a Hub name such as uoft-cs/cifar10. Or 'digits', scikit-learn's.",
     )
     config_name: str | None = HfArg(default=None, help="Configuration of the Hub data set, if it has several.")
-    text_column: str | None = HfArg(default=None, help="Column of the texts. Without one, the data are images.")
-    max_length: int = HfArg(default=128, help="Tokens of a text; longer texts are cut.")
+    task: str | None = HfArg(
+        default=None,
+        metadata={"choices": TASKS},
+        help="Classification of images, sounds, texts or tokens, or a causal, masked or seq2seq language model; "
+        "default: what the columns admit.",
+    )
+    ticket_task: str | None = HfArg(
+        default=None,
+        metadata={"choices": ("membership", "labels")},
+        help="membership: a ticket tells its route's samples from all others; labels: it predicts the label. Default: "
+        "membership if the label is the route, else labels.",
+    )
+    input_column: str | None = HfArg(default=None, help="Column of images, sounds or texts; default: the only one.")
+    target_column: str | None = HfArg(default=None, help="Column of the texts that a seq2seq model writes.")
+    label_column: str | None = HfArg(
+        default=None, help="Column of the classes; default: 'label', 'labels', or the only column of classes."
+    )
     class_bounds: list[float] = HfArg(
-        default_factory=list, help="Ascending bounds that cut labels of texts into classes, if labels are numbers."
+        default_factory=list, help="Ascending bounds that cut labels into classes, if labels are numbers."
     )
     class_names: list[str] = HfArg(default_factory=list, help="Names of these classes, one more than --class_bounds.")
-    image_column: str = HfArg(default="image", help="Column of the images.")
-    label_column: str = HfArg(default="label", help="Column of the classes. For images, these are the routes.")
     route_groups: str | None = HfArg(
         default=None,
-        help="JSON or YAML file of {route: [classes]}, each class in one; default: each class is a route.",
+        help="JSON or YAML file of {route: [classes]}, each class in one: these groups are the routes, in place of "
+        "--route_column. recipes/group_classes.py writes one from the names of classes.",
+    )
+    cluster_routes: int | None = HfArg(
+        default=None, help="Find so many routes: clusters of what the backbone, before training, makes of a sample."
     )
     train_split: str = HfArg(default="train", help="Split to train on.")
-    test_split: str = HfArg(default="test", help="Split to evaluate on, not to train or calibrate on.")
-    image_size: int | None = HfArg(default=None, help="Side to resize images to; default: their own.")
-    num_channels: int = HfArg(default=3, help="1 for grey, 3 for colour.")
-    mean: float = HfArg(default=0.5, help="Subtracted from pixels scaled to [0, 1].")
-    std: float = HfArg(default=0.5, help="Divisor of pixels after that.")
+    test_split: str | None = HfArg(
+        default=None,
+        help="Split to evaluate on, not to train or calibrate on; default: test, else validation, else a part of the "
+        "training data.",
+    )
+    test_fraction: float = HfArg(
+        default=0.2, help="That part, of every route and label alike, drawn by --seed, if there is no test split."
+    )
     max_train_samples: int | None = HfArg(
-        default=None, help="Draw this many training samples by seed; texts, equally many of each route."
+        default=None, help="Draw this many training samples by seed; for labels tickets, equally many of each route."
     )
     max_test_samples: int | None = HfArg(default=None, help="Draw this many test samples by seed.")
+    image_size: int | None = HfArg(
+        default=None, help="Side of images; default: the backbone's, and of one that starts from scratch the images'."
+    )
+    num_channels: int | None = HfArg(default=None, help="1 for grey, 3 for colour; default: 3.")
+    mean: float | None = HfArg(
+        default=None, help="Subtracted from pixels scaled to [0, 1]; default: the backbone's, or .5."
+    )
+    std: float | None = HfArg(default=None, help="Divisor of pixels after that; default: the backbone's, or .5.")
+    augmentation: str = HfArg(
+        default="none",
+        metadata={"choices": AUGMENTATIONS},
+        help="Changes of training images, drawn anew at every use: flip left and right; crop: also shift by an "
+        "eighth; randaugment: also torchvision's RandAugment.",
+    )
+    max_seconds: float = HfArg(default=1.0, help="Length of sounds: longer ones are cut, shorter ones padded.")
+    max_length: int = HfArg(default=128, help="Tokens of a text; longer texts are cut, or split for --pack.")
+    pack: bool = HfArg(
+        default=True, help="For causal and masked models: join the texts of a route into samples of --max_length."
+    )
+    in_memory: bool = HfArg(default=False, help="Hold the decoded samples in memory. The results are the same.")
+    check_files: bool = HfArg(default=False, help="Decode all images and sounds before training, not their headers.")
+    skip_unreadable: bool = HfArg(default=False, help="The same, and leave out those that cannot be decoded.")
 
     def on_card(self) -> dict[str, str]:
         """The fields of a model card on the data; none if the data are a folder of this machine."""
@@ -50,39 +94,16 @@ class DataArguments:
             return {"dataset_name": "scikit-learn's digits, every fifth image", "dataset_split": "test"}
         if Path(self.dataset).expanduser().exists():
             return {}
-        fields = {"datasets": self.dataset, "dataset_split": self.test_split}
+        fields = {"datasets": self.dataset, "dataset_split": self.test_split or "test"}
         return fields if self.config_name is None else {**fields, "dataset_config": self.config_name}
 
-    def save(self, folder: str | Path) -> None:
-        (Path(folder) / "data.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def save(self, folder: str | Path, backbone: str) -> None:
+        """Writes the arguments, and the backbone that the samples were prepared for, into `data.json`."""
+        (Path(folder) / "data.json").write_text(json.dumps({"backbone": backbone, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> DataArguments:
-        return cls(**json.loads((Path(folder) / "data.json").read_text()))
-
-
-def read_splits(arguments: DataArguments, columns: Mapping[str, str]) -> list[Dataset]:
-    """
-    The training and the test split of a folder of parquet files or of a Hub data set.
-
-    Args:
-        columns (`Mapping[str, str]`): name of an argument -> the column that it names.
-
-    Raises:
-        ValueError: a split lacks one of these columns.
-    """
-    folder = Path(arguments.dataset).expanduser()
-    if folder.is_dir():
-        files = {name: f"{name}*.parquet" for name in (arguments.train_split, arguments.test_split)}
-        loaded = load_dataset("parquet", data_dir=str(folder), data_files=files)
-    else:
-        loaded = load_dataset(arguments.dataset, arguments.config_name)
-    splits = [loaded[name] for name in (arguments.train_split, arguments.test_split)]
-    for data in splits:
-        for argument, column in columns.items():
-            if column not in data.column_names:
-                raise ValueError(
-                    f"the data set {arguments.dataset!r} has no column {column!r}; it has "
-                    f"{', '.join(data.column_names)}. Name the right one with --{argument}."
-                )
-    return splits
+    def load(cls, folder: str | Path) -> tuple[DataArguments, str]:
+        """The arguments, and the backbone, that `save` wrote."""
+        saved = json.loads((Path(folder) / "data.json").read_text())
+        backbone = saved.pop("backbone")
+        return cls(**saved), backbone

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import AutoModelForImageClassification
+from torch.utils.data import DataLoader
 
-from hf_rtl import RTLTrainer, RTLTrainingArguments
+from hf_rtl import RTLTrainer
 from hf_rtl.data.sampling import ALL_ROUTES
 from hf_rtl.metrics import membership_metrics
 from hf_rtl.modeling.build_backbone import build_backbone
 from hf_rtl.modeling.files import read_tensors
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
-
-from .image_data import ImageTensors
 
 
 # (network, batch) -> loss
@@ -28,29 +26,30 @@ Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 def one_vs_rest(
     trainer: RTLTrainer,
-    test: ImageTensors,
     backbone: str,
     *,
     round_index: int = 0,
     masks: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """
     Metrics of one network with a logit per route, trained on the batches of a round. A batch of route k trains logit k
     alone; a batch that tickets compete for trains all. `masks`: one per prunable weight; by default nothing is pruned.
+    `options` build the backbone, such as `in_chans`.
     """
     args, names = trainer.args, trainer.model.route_names
     network = build_backbone(
         backbone,
-        AutoModelForImageClassification,
+        trainer.model.backbone_class,
         seed=args.seed,
         num_labels=len(names),
         problem_type="multi_label_classification",
-        in_chans=test.num_channels,
+        **options,
     ).to(args.device)
     theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
 
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(batch["pixel_values"]).logits
+        logits = network(**_inputs(batch)).logits
         if batch["route"] == ALL_ROUTES:
             return cross_entropy(logits, batch["labels"])
         logits = logits[:, batch["route"]]
@@ -61,7 +60,7 @@ def one_vs_rest(
     trainer.progress.begin_round("one-vs-rest")
     plain.train(masks, trainer.retraining_batches(round_index), seed=(args.seed, 0), on_step=trainer.progress.step)
     trainer.progress.finish()
-    return membership_metrics(_scores(network, test, args), test.labels.numpy(), names)
+    return _metrics(trainer, _scores(network, trainer))
 
 
 def independent_networks(
@@ -84,17 +83,17 @@ def independent_networks(
 
 
 def independent_metrics(
-    trainer: RTLTrainer, test: ImageTensors, tickets: Sequence[Sequence[Tensor]], *, round_index: int
+    trainer: RTLTrainer, tickets: Sequence[Sequence[Tensor]], *, round_index: int
 ) -> dict[str, float]:
-    """Metrics of one network per class of images, as `independent_networks` trains them."""
+    """Metrics of one network per class, as `independent_networks` trains them."""
 
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(batch["pixel_values"]).logits.squeeze(1)
+        logits = network(**_inputs(batch)).logits.squeeze(1)
         return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
 
     networks = independent_networks(trainer, tickets, loss, round_index=round_index)
-    scores = [_scores(network, test, trainer.args)[:, 0] for network in networks]
-    return membership_metrics(np.stack(scores, axis=1), test.labels.numpy(), trainer.model.route_names)
+    scores = [_scores(network, trainer)[:, 0] for network in networks]
+    return _metrics(trainer, np.stack(scores, axis=1))
 
 
 def _plain_trainer(trainer: RTLTrainer, network: nn.Module, theta0: dict[str, Tensor], loss: Loss) -> TicketTrainer:
@@ -103,12 +102,21 @@ def _plain_trainer(trainer: RTLTrainer, network: nn.Module, theta0: dict[str, Te
 
 
 @torch.no_grad()
-def _scores(network: nn.Module, test: ImageTensors, args: RTLTrainingArguments) -> np.ndarray:
-    """The logits of all test images, `[N, logits]`."""
+def _scores(network: nn.Module, trainer: RTLTrainer) -> np.ndarray:
+    """The logits of all samples to evaluate on, `[N, logits]`."""
     network.eval()
-    scores = []
-    for start in range(0, len(test), args.eval_batch_size):
-        samples = test.__getitems__(range(start, min(start + args.eval_batch_size, len(test))))
-        pixels = torch.stack([sample["pixel_values"] for sample in samples]).to(args.device)
-        scores.append(network(pixels).logits.float().cpu().numpy())
+    device, scores = trainer.args.device, []
+    for batch in DataLoader(trainer.eval_dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
+        inputs = {name: value.to(device) for name, value in _inputs(batch, trainer.args.route_column).items()}
+        scores.append(network(**inputs).logits.float().cpu().numpy())
     return np.concatenate(scores)
+
+
+def _metrics(trainer: RTLTrainer, scores: np.ndarray) -> dict[str, float]:
+    homes = trainer.eval_partition(trainer.eval_dataset).route_ids
+    return membership_metrics(scores, homes, trainer.model.route_names)
+
+
+def _inputs(batch: Mapping[str, Any], route_column: str | None = None) -> dict[str, Any]:
+    """What the network reads of a batch."""
+    return {name: value for name, value in batch.items() if name not in ("label", "labels", "route", route_column)}

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import yaml
-from scipy.signal import resample_poly
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from transformers.hf_argparser import HfArg
+
+from .audio import read_audio
 
 
 AUDIO = (".flac", ".mp3", ".ogg", ".wav")
@@ -184,13 +184,6 @@ def scene_files(arguments: SpeechArguments) -> dict[str, list[Path]]:
             raise ValueError(f"the noise folder {folder.name!r} has no subfolders; name its scenes by --noise_scenes.")
         return {path.name: _audio_files(path, "noise") for path in subfolders}
     return {scene: [folder / name for name in names] for scene, names in scenes.items()}
-
-
-def read_audio(source: Path | io.BytesIO, sampling_rate: int) -> np.ndarray:
-    """An audio file that soundfile can read, as one channel, `float32 [samples]`, at `sampling_rate` Hz."""
-    audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    divisor = math.gcd(rate, sampling_rate)
-    return resample_poly(audio.mean(axis=1), sampling_rate // divisor, rate // divisor).astype(np.float32)
 
 
 def _audio_files(folder: Path, argument: str) -> list[Path]:

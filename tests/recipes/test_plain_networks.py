@@ -59,9 +59,9 @@ def auroc(metrics: dict[str, float]) -> tuple[float, float]:
 @pytest.mark.slow
 def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTrainer) -> None:
     test, tickets = trainer.eval_dataset, read_tickets(trainer)
-    odd, even = auroc(independent_metrics(trainer, test, tickets, round_index=0))
+    odd, even = auroc(independent_metrics(trainer, tickets, round_index=0))
     full = [torch.ones_like(mask) for mask in tickets[1]]
-    same_odd, other_even = auroc(independent_metrics(trainer, test, [tickets[0], full], round_index=0))
+    same_odd, other_even = auroc(independent_metrics(trainer, [tickets[0], full], round_index=0))
     assert same_odd == odd and other_even != even
 
     # A plain loop trains the first network on the batches of its route, from a masked copy of θ0.
@@ -101,13 +101,13 @@ def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTra
 @pytest.mark.slow
 def test_one_network_for_all_has_one_mask(trainer: RTLTrainer) -> None:
     test, mask = trainer.eval_dataset, read_tickets(trainer)[0]
-    dense = one_vs_rest(trainer, test, BACKBONE)
-    full = one_vs_rest(trainer, test, BACKBONE, masks=[torch.ones_like(part) for part in mask])
-    masked = one_vs_rest(trainer, test, BACKBONE, masks=mask)
+    dense = one_vs_rest(trainer, BACKBONE, in_chans=1)
+    full = one_vs_rest(trainer, BACKBONE, in_chans=1, masks=[torch.ones_like(part) for part in mask])
+    masked = one_vs_rest(trainer, BACKBONE, in_chans=1, masks=mask)
     assert dense == full != masked
     # Each logit learns its own route.
     assert min(auroc(dense)) > 0.65
-    nothing = one_vs_rest(trainer, test, BACKBONE, masks=[torch.zeros_like(part) for part in mask])
+    nothing = one_vs_rest(trainer, BACKBONE, in_chans=1, masks=[torch.zeros_like(part) for part in mask])
     assert auroc(nothing) == (0.5, 0.5)
 
 

@@ -141,13 +141,9 @@ def test_recipes_that_train_can_be_stopped() -> None:
     assert len(trains) == 7 and all(file.read_text().endswith("    run_main(main)\n") for file in trains)
 
 
-def test_a_model_that_was_made_in_python_is_evaluated_there(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    with pytest.raises(SystemExit, match="data.json is missing.*RTLModel.from_pretrained.*model.*evaluate"):
-        evaluate.evaluate(tmp_path / "model", None)
-    (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(SystemExit, match="training_args.json is missing"):
-        evaluate.evaluate(tmp_path / "model", None)
+def test_the_data_of_a_model_without_a_run_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no model of a run of prune.py.*--dataset FOLDER --route_column NAME"):
+        evaluate.evaluate(tmp_path / "model")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 from hf_rtl import RTLModelForSequenceClassification
 from pages import card
 from shared.data_arguments import DataArguments
-from shared.text_data import load_text
+from shared.inputs import make_inputs
+from shared.rows import load_rows
 from tests.recipes.small_texts import DOMAINS, WORDS, make_tokenizer, save_data, sentences
 
 
@@ -28,7 +30,7 @@ def arguments(folder: str, **values: object) -> DataArguments:
     return DataArguments(
         **{
             "dataset": folder,
-            "text_column": "text",
+            "input_column": "text",
             "label_column": "sentiment",
             "class_bounds": [-1.5, 1.5],
             "class_names": ["negative", "neutral", "positive"],
@@ -37,11 +39,25 @@ def arguments(folder: str, **values: object) -> DataArguments:
     )
 
 
-def load(data: DataArguments, route_column: str | None = "domain") -> tuple[datasets.Dataset, datasets.Dataset]:
-    return load_text(data, make_tokenizer(), route_column=route_column, seed=0)
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
-def test_texts_become_tokens_classes_and_routes(tmp_path: Path) -> None:
+@pytest.fixture
+def load(tokenizer_folder: str) -> Callable[..., tuple[datasets.Dataset, datasets.Dataset]]:
+    """`load(arguments, route_column)` gives the training and the test texts as tokens."""
+
+    def load(data: DataArguments, route_column: str | None = "domain") -> tuple[datasets.Dataset, datasets.Dataset]:
+        inputs = make_inputs(load_rows(data, route_column=route_column, seed=0), data, tokenizer_folder)
+        return inputs.train, inputs.test
+
+    return load
+
+
+def test_texts_become_tokens_classes_and_routes(load: Callable, tmp_path: Path) -> None:
     given = sentences(30, 0)
     folder = save_data(tmp_path / "data", given, sentences(12, 1))
     train, test = load(arguments(folder, max_length=4))
@@ -55,7 +71,7 @@ def test_texts_become_tokens_classes_and_routes(tmp_path: Path) -> None:
         assert train.features["domain"].int2str(row["domain"]) == text["domain"]
 
 
-def test_labels_without_bounds_are_classes(tmp_path: Path) -> None:
+def test_labels_without_bounds_are_classes(load: Callable, tmp_path: Path) -> None:
     train = sentences(6, 0, label=["yes", "no", "no"] * 2)
     # The test data lack a class, but still have the ids of the training data.
     folder = save_data(tmp_path / "data", train, sentences(3, 1, label=["yes"] * 3))
@@ -64,7 +80,7 @@ def test_labels_without_bounds_are_classes(tmp_path: Path) -> None:
     assert loaded["label"][:3] == [1, 0, 0] and test["label"][:] == [1, 1, 1]
 
 
-def test_a_part_of_the_training_data_has_equally_many_samples_of_each_route(tmp_path: Path) -> None:
+def test_a_part_of_the_training_data_has_equally_many_samples_of_each_route(load: Callable, tmp_path: Path) -> None:
     folder = save_data(tmp_path / "data", sentences(60, 0), sentences(60, 1))
     train, test = load(arguments(folder, max_train_samples=20, max_test_samples=30))
     assert np.bincount(train["domain"]).tolist() == [10, 10]
@@ -79,15 +95,14 @@ def test_a_part_of_the_training_data_has_equally_many_samples_of_each_route(tmp_
         ({"test": {"domain": [*["film"] * 5, "food"]}}, "'domain' of the test data has 'food'.*'film', 'gear'"),
         ({"train": {"sentiment": [*[1.0] * 5, float("nan")]}}, "column 'sentiment' must have finite numbers"),
         ({"train": {"sentiment": ["1"] * 6}}, "column 'sentiment' must have finite numbers"),
-        ({"arguments": {"text_column": "words"}}, "no column 'words'.*--text_column"),
+        ({"arguments": {"input_column": "words"}}, "no column 'words'.*--input_column"),
         ({"arguments": {"label_column": "stars"}}, "no column 'stars'.*--label_column"),
         ({"arguments": {"class_names": ["low", "high"]}}, "need 3 --class_names"),
         ({"arguments": {"class_bounds": [1.5, -1.5]}}, "must ascend"),
         ({"route": "topic"}, "no column 'topic'.*--route_column"),
-        ({"route": None}, "need --route_column"),
     ],
 )
-def test_bad_data_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
+def test_bad_data_are_refused_by_name(load: Callable, tmp_path: Path, change: dict, message: str) -> None:
     train, test = (
         {**sentences(6, seed).to_dict(), **change.get(name, {})} for seed, name in enumerate(["train", "test"])
     )
@@ -162,13 +177,15 @@ def test_a_text_run_compares_tickets_with_a_single_mask_and_a_dense_model(text_r
 
 
 @pytest.mark.slow
-def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(text_run: Path) -> None:
+def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(
+    load: Callable, text_run: Path
+) -> None:
     first, second = (load_file(folder / "theta0.safetensors") for folder in (text_run, text_run / "single-mask"))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
     results = json.loads((text_run / "results.json").read_text())
-    data = DataArguments.load(text_run)
+    data, _ = DataArguments.load(text_run)
     _, test = load(data)
     model = RTLModelForSequenceClassification.from_pretrained(text_run / "single-mask" / "final")
     correct: dict[int, list[bool]] = {0: [], 1: []}
@@ -182,7 +199,7 @@ def test_the_single_mask_starts_from_the_same_weights_and_is_measured_by_domain(
 @pytest.mark.slow
 def test_a_fresh_load_recomputes_every_number(text_run: Path) -> None:
     results = json.loads((text_run / "results.json").read_text())
-    evaluated = {folder.name: evaluate(folder, None) for folder in (*text_run.glob("round-*"), text_run / "final")}
+    evaluated = {folder.name: evaluate(folder) for folder in (*text_run.glob("round-*"), text_run / "final")}
     assert len(evaluated) == 3 and compare(evaluated, results) == []
 
 
