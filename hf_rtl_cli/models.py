@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
-from hf_rtl import RTLModel
+from hf_rtl import RTLConfig, RTLModel
 from hf_rtl.data.rules import TENSORS_FILE
 from hf_rtl.modeling.files import written_whole
 from hf_rtl.modeling.hub import CARD_FILE
@@ -42,16 +42,26 @@ _REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 def load_model(name: str, *, revision: str | None = None, token: str | None = None) -> RTLModel:
     """The model in the folder or repo `name`. Raises `ValueError` if there is none; see `check_name` too."""
-    check_name(name, revision=revision)
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        models = [str(file.parent) for file in sorted(Path(name).glob("*/config.json"))]
-        hint = f" Its folders do: {', '.join(map(repr, models))}." if models else ""
-        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.{hint}")
+    _check_saved(name, revision=revision)
     # Downloads show a progress bar, but loading tensors does not.
     logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
     return RTLModel.from_pretrained(name, revision=revision, token=token)
+
+
+def load_config(name: str, *, revision: str | None = None, token: str | None = None) -> RTLConfig:
+    """The configuration of that model alone. Raises as `load_model`."""
+    _check_saved(name, revision=revision)
+    return RTLConfig.from_pretrained(name, revision=revision, token=token)
+
+
+def _check_saved(name: str, *, revision: str | None) -> None:
+    check_name(name, revision=revision)
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        models = [str(file.parent) for file in sorted(Path(name).glob("*/config.json"))]
+        hint = f" Its folders do: {', '.join(map(repr, models))}." if models else ""
+        raise ValueError(f"{name!r} holds no saved model: it has no config.json, which save_pretrained writes.{hint}")
 
 
 def check_name(name: str, *, revision: str | None = None) -> None:

@@ -59,12 +59,17 @@ def listing(
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None, keep_start: bool = True
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int | None = None,
+    keep_start: bool = True,
+    num_words: int = 1,
 ) -> str:
     """
-    Rows under their headers: the first column and those without a header to the left, the others, numbers, to the
-    right. If all is wider than `width`, by default the terminal, the first column is shortened, as `shortened` does
-    with `keep_start`.
+    Rows under their headers: the first `num_words` columns and those without a header to the left, the others,
+    numbers, to the right. If all is wider than `width`, by default the terminal, the first column is shortened, as
+    `shortened` does with `keep_start`.
     """
     width = width or terminal_width()
     lines = [list(headers), *map(list, rows)]
@@ -73,7 +78,7 @@ def table(
     for line in lines:
         line[0] = shortened(line[0], widths[0], keep_start=keep_start)
     lines.insert(1, ["-" * size for size in widths])
-    aligned = ["right" if number > 0 and header else "left" for number, header in enumerate(headers)]
+    aligned = ["right" if number >= num_words and header else "left" for number, header in enumerate(headers)]
     # The headers are a row like the others: `tabulate` makes a column two wider than a header of its own.
     return tabulate(lines, tablefmt="plain", colalign=aligned, disable_numparse=True)
 

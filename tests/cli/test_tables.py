@@ -20,5 +20,10 @@ def test_the_first_column_is_cut_to_the_width():
     assert end == "…ention.weight     1"
 
 
+def test_several_columns_of_words_stand_to_the_left():
+    lines = table(["file", "answer", "score"], [["a.png", "cat", ".5"]], num_words=2).splitlines()
+    assert lines == ["file   answer  score", "-----  ------  -----", "a.png  cat        .5"]
+
+
 def test_values_stand_below_each_other():
     assert key_values({"a": "1", "long": "2"}) == "a     1\nlong  2"
