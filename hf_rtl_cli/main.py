@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_rtl {importlib.metadata.version('hf_rtl')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_inspect, _add_similarity, _add_export, _add_card, _add_push, _add_tickets):
+    for add in (_add_inspect, _add_similarity, _add_predict, _add_export, _add_card, _add_push, _add_tickets):
         add(commands)
     return parser
 
@@ -86,6 +86,29 @@ def _add_similarity(commands: argparse._SubParsersAction) -> None:
         "--csv", metavar="FILE", help="write one line per pair, with --per-layer per pair and weight tensor"
     )
     _add_all(similarity)
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    predict = _add_command(
+        commands,
+        "predict",
+        "answer images, audio files or texts with the tickets of a model that classifies them",
+        "hf-rtl predict runs/digits/final one.png two.png",
+        "hf-rtl predict org/name review.txt --route books --json",
+    )
+    _add_model(predict)
+    predict.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="as the model takes: images, audio (wav, flac, ogg, …), or UTF-8 files, each of which is one text",
+    )
+    predict.add_argument(
+        "--route",
+        metavar="NAME",
+        help="route of the ticket that answers; default: the model's router finds it for each file; if the model has "
+        "none, all membership tickets are asked, and the one with the highest score is shown",
+    )
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:

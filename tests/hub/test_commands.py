@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests.hub.clients.commands import command, save
-from tests.hub.clients.repositories import pull, push
+from tests.hub.clients.models import TEXTS
+from tests.hub.clients.pipelines import ask
+from tests.hub.clients.repositories import pull, push, push_with_processor
 from tests.hub.clients.runs import SHORT, train
 from tests.hub.processes import ClientError
 from tests.hub.server import ConnectionCut, File, HubError
@@ -27,6 +29,19 @@ def test_a_folder_is_pushed_and_looked_at_by_its_name(hub, run, tmp_path):
     run(command, "push", str(tmp_path / "model"), "org/by-command", "--compact", "--revision", "small")
     assert len(repo.at("small").files["model.safetensors"].data) < len(head.files["model.safetensors"].data)
     assert run(pull, "org/by-command", revision="small")["outputs"] == saved["outputs"]
+
+
+def test_a_repository_answers_files_by_its_name(hub, run, tmp_path):
+    run(push_with_processor, "org/asked", "bert", ticket_task="labels")
+    (file := tmp_path / "text.txt").write_text(TEXTS[0])
+    (value,) = json.loads(run(command, "predict", "org/asked", str(file), "--route", "bee", "--json"))
+    _, scores = run(ask, "org/asked", "text-classification", route="bee")[0]
+    assert value["answer"] == max(scores, key=scores.__getitem__)
+    assert value["score"] == pytest.approx(max(scores.values()), rel=1e-5)
+    run(push, "org/without-tokenizer", "bert", ticket_task="labels")
+    remedy = r"AutoTokenizer\.from_pretrained\('org/backbone'\)\.push_to_hub\('org/without-tokenizer'\)"
+    with pytest.raises(ClientError, match=f"'org/without-tokenizer' has no tokenizer.*{remedy}"):
+        run(command, "predict", "org/without-tokenizer", str(file), "--route", "bee")
 
 
 def test_errors_of_the_hub_are_one_line(hub, run, monkeypatch, tmp_path):
