@@ -8,8 +8,9 @@ classification data set.
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/prune.py --config FILE
     python -m torch.distributed.run --nproc_per_node 2 recipes/prune.py --config FILE --use_cpu
 
-The command prints the plan, a progress bar and a table. It writes `results.json`, `curve.png` and a complete model per
-round into --output_dir. Run the same command again to continue an interrupted run.
+The command prints the plan, a progress bar and a table. It writes into --output_dir `report.html`, a page on
+what came out and what to try next, `results.json`, `curve.png` and a complete model per round. Run the same command
+again to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from shared.arguments import parse, run_main, set_up
 from shared.controls import dense_network, dense_one_vs_rest, labels_controls, membership_controls
 from shared.data_arguments import DataArguments
 from shared.prepare import Prepared, bad_input, prepare
-from shared.report import plan_text, routes_rows, row, table, training_record, write_results
+from shared.report import method_rows, plan_text, routes_rows, table, training_record, write_results
+from shared.run_page import write_run_page
 
 
 @dataclass
@@ -84,6 +86,7 @@ def main() -> None:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir, model.backbone)
         report(trainer, rounds, controls, model, data)
+    write_page(trainer, rounds, controls, model, data)
 
 
 def other_reports(trainer: RTLTrainer, prepared: Prepared, model: ModelArguments) -> list[dict[str, Any]]:
@@ -102,14 +105,15 @@ def report(
 ) -> None:
     """Prints the tables, and writes `results.json` and `curve.png`."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
-    rows = [row("RTL", found["sparsity"], found) for found in rounds]
-    rows += [row(control["method"], control["sparsity"], control) for control in controls]
+    rows = method_rows(rounds, controls)
     print(table(rows))
     by_route = routes_rows([{"method": "RTL", **found} for found in rounds] + controls)
     if by_route:
         print("\nAccuracy of every route", table(by_route), sep="\n")
-    for found in rounds + controls:
-        found.pop("log_history", None)
+    rounds, controls = (
+        [{name: value for name, value in found.items() if name != "log_history"} for found in reports]
+        for reports in (rounds, controls)
+    )
     write_results(
         output_dir / "results.json",
         data=asdict(data),
@@ -127,6 +131,39 @@ def report(
 
         similarities = {found["sparsity"]: found["mean_similarity"] for found in rounds}
         draw_rounds(rows, similarities, output_dir / "curve.png")
+
+
+def write_page(
+    trainer: RTLTrainer, rounds: list[dict], controls: list[dict], model: ModelArguments, data: DataArguments
+) -> None:
+    """Writes `report.html`; all processes take part."""
+    args, plan = trainer.args, trainer.plan()
+    answer = {"membership": "whether a sample is of its route", "labels": "the label of a sample of its route"}
+    write_run_page(
+        Path(args.output_dir, "report.html"),
+        trainer,
+        asked={
+            "data": data.dataset,
+            "training samples of routes": plan.route_sizes,
+            "evaluation samples": len(trainer.eval_dataset),
+            "backbone": model.backbone,
+            "a ticket answers": answer[trainer.model.config.ticket_task],
+            "sparsities": args.target_sparsity,
+            "prunable weights": plan.num_weights,
+            "steps before a prune event": max(plan.extraction_steps),
+            "steps of joint retraining": plan.retraining_steps,
+            "samples of a step": args.route_batch_size,
+            "learning rate": args.learning_rate,
+            "running statistics": model.norm_statistics,
+            "seed": args.seed,
+        },
+        tables={
+            "Methods": method_rows(rounds, controls),
+            "Accuracy of every route": routes_rows([{"method": "RTL", **found} for found in rounds] + controls),
+        },
+        rounds=rounds,
+        controls=controls,
+    )
 
 
 if __name__ == "__main__":

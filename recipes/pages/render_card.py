@@ -17,19 +17,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 
-STYLE = """
-body { max-width: 860px; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff;
-       font: 16px/1.5 -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sans-serif; }
-h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: .3em; }
-table { display: block; width: max-content; max-width: 100%; overflow: auto; border-collapse: collapse;
-        font-size: 14px; }
-th, td { border: 1px solid #d1d9e0; padding: 4px 10px; }
-tr:nth-child(2n) { background: #f6f8fa; }
-code { background: #f0f2f4; padding: .2em .4em; border-radius: 6px; font-size: 85%; }
-pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; overflow: auto; }
-pre code { background: none; padding: 0; }
-img { max-width: 100%; }
-"""
+STYLE = Path(__file__).parents[1].joinpath("shared", "page.css").read_text()
 
 
 def main() -> None:

@@ -60,13 +60,16 @@ def with_other_masks(
 def _shifted(trainer: RTLTrainer, report: dict[str, Any]) -> dict[str, Any]:
     """The report of a round in which ticket k scores for route k + 1."""
     model = model_of_round(trainer, report)
-    scores, homes = _scores(trainer, model)
+    scores, homes = predictions(trainer, model)
     metrics = membership_metrics(np.roll(scores, 1, axis=1), homes, model.route_names)
     return {"method": "routes shifted by one", "sparsity": report["sparsity"], "metrics": metrics}
 
 
-def _scores(trainer: RTLTrainer, model: RTLModel) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of all tickets, `[N, K]`, and the route of every sample, `[N]`."""
+def predictions(trainer: RTLTrainer, model: RTLModel) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The scores of all tickets `[N, K]` and the route of every sample `[N]`; of tickets for labels, the logits `[N, C]`
+    of every sample's ticket and the labels `[N]`.
+    """
     before, trainer.model = trainer.model, model.to(trainer.args.device)
     try:
         loader = trainer.get_eval_dataloader()

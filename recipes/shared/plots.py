@@ -60,6 +60,18 @@ def draw_rounds(rows: list[dict[str, Any]], similarities: dict[float, float], fi
     figure.savefig(file, dpi=150)
 
 
+def draw_losses(losses: Mapping[int, list[tuple[int, float]]], file: Path) -> None:
+    """Draws training losses, round -> (step, loss), as a PNG: a line per round, one after the other."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for number, points in enumerate(losses.values()):
+        axes.plot(*zip(*points, strict=True), linewidth=0.9, color=line_style(number)["color"])
+    axes.set_xlabel("step of joint retraining, over all rounds")
+    axes.set_ylabel("training loss")
+    axes.grid(alpha=0.3)
+    save_png(figure, file)
+
+
 def draw_methods(tables: Sequence[list[dict[str, Any]]], titles: Sequence[str], file: Path) -> None:
     """
     Draws columns of the tables of several seeds against sparsity, one panel per column: means, with the sample

@@ -58,6 +58,11 @@ def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str
     return line
 
 
+def method_rows(rounds: list[dict[str, Any]], controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of tickets after every round, then those of controls, each with its `method`."""
+    return [row(report.get("method", "RTL"), report["sparsity"], report) for report in rounds + controls]
+
+
 def routes_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of every route's accuracy, for tickets that predict labels; with a router, a second line of that."""
     lines = []
@@ -146,11 +151,16 @@ def training_record(args: RTLTrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
 
 
+def command_line() -> str:
+    """The command that runs, as it can be typed again."""
+    return shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+
+
 def write_results(file: Path, **content: Any) -> None:
     """Writes `content` as JSON, with the command, and the versions of Python and packages."""
     packages = ("torch", "transformers", "accelerate", "timm", "hf_rtl")
     environment = {
-        "command": shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "command": command_line(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
