@@ -66,7 +66,7 @@ def draw_losses(losses: Mapping[int, list[tuple[int, float]]], file: Path) -> No
     axes = figure.subplots()
     for number, points in enumerate(losses.values()):
         axes.plot(*zip(*points, strict=True), linewidth=0.9, color=line_style(number)["color"])
-    axes.set_xlabel("step of joint retraining, over all rounds")
+    axes.set_xlabel("step of joint retraining; a line per round")
     axes.set_ylabel("training loss")
     axes.grid(alpha=0.3)
     save_png(figure, file)

@@ -6,10 +6,13 @@ import base64
 import os
 import tempfile
 import time
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ from markupsafe import Markup
 from hf_rtl import MaskBank, RTLModel, RTLTrainer
 from hf_rtl.metrics import label_metrics, membership_metrics
 from hf_rtl.modeling.files import write_bytes
-from hf_rtl.modeling.footprint import FOOTPRINT_FORMS, human_bytes
+from hf_rtl.modeling.footprint import FOOTPRINT_FORMS
 from hf_rtl.plots import similarity_heatmap
 
 from .controls import CONTROL_MASKS, predictions
@@ -35,6 +38,7 @@ _MOST_LINES = 40  # of the matrix of layers and the table of mistakes
 _MOST_ADVICE = 4
 _SECONDS = 2.0  # of timing
 _UNKNOWN = float("nan")
+_CONSTANT = "a constant answer"  # the name of its line
 
 
 def write_run_page(
@@ -66,9 +70,13 @@ def write_run_page(
         answers = scores.argmax(axis=1), labels, trainer.eval_partition(trainer.eval_dataset).route_ids
     if not trainer.is_world_process_zero():
         return
-    constant = {} if answers is None else _constant_answer(model, *answers[1:])
-    losses = _losses(rounds[-1]["log_history"])
-    found = _findings(trainer, model.mask_bank, rounds[-1], controls, losses)
+    constant = None if answers is None else _constant_answer(model, *answers[1:])
+    logged = (entry for entry in rounds[-1]["log_history"] if "loss" in entry)
+    losses = {
+        number: [(entry["step"], entry["loss"]) for entry in entries]
+        for number, entries in groupby(logged, itemgetter("round"))
+    }
+    found = _findings(trainer, model.mask_bank, rounds[-1], [*controls, *([constant] if constant else [])], losses)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["table"] = lambda lines: Markup(table(lines, style="html"))  # tabulate escapes
     here = Path(__file__)
@@ -79,15 +87,20 @@ def write_run_page(
         command=command_line(),
         asked={name: _words(value) for name, value in asked.items() if value is not None},
         tables={title: _with_constant(lines, constant) for title, lines in tables.items() if lines},
-        has_constant=bool(constant),
         losses=losses,
         has_pictures=find_spec("matplotlib") is not None,
         pictures=_pictures(model.mask_bank, rounds, controls, losses) if find_spec("matplotlib") else {},
         **_masks(model.mask_bank),
         **_confused(model, answers),
-        sizes=_sizes(rounds[-1]["footprint"], model.num_routes),
+        sizes=[
+            {
+                "form": FOOTPRINT_FORMS[form].format(model.num_routes).replace("`", ""),
+                "bytes": rounds[-1]["footprint"][form],
+            }
+            for form in ("full_bytes", "compact_bytes", "independent_full_bytes")
+        ],
         times=_times(trainer, model),
-        timed_on=f"{trainer.args.device} ({torch.get_num_threads()} CPU threads)",
+        timed_on=f"{trainer.args.device} (CPU threads: {torch.get_num_threads()})",
         advice=advise(found),
     )
     write_bytes(file, page.encode())
@@ -106,13 +119,14 @@ class Figures(NamedTuple):
 class Findings:
     """
     What the rules of advice read, of the last round; NaN is unknown. `rival` is the best of the masks that no route
-    chose, at the same sparsity, and `losses` are those of joint retraining.
+    chose, at the same sparsity, `constant` the mean of a constant answer, and `losses` are those of joint retraining.
     """
 
     sparsity: float
     tickets: Figures
     dense: Figures
-    rival: tuple[str, float]
+    rival: tuple[float, str]
+    constant: float
     losses: Sequence[float]
     similarity: float
     chance: float
@@ -143,8 +157,13 @@ class Findings:
 _RULES: tuple[tuple[Callable[[Findings], bool], str], ...] = (
     (
         lambda found: found.num_emptied + found.num_constant > 0,
-        "The worst ticket has {0.num_emptied} layers without a weight, and {0.num_constant} tickets answer the same "
-        "to every sample: try --prune_scope layer, or a lower --target_sparsity.",
+        "Layers without a weight in the worst ticket: {0.num_emptied}; tickets that answer the same to every sample: "
+        "{0.num_constant}. Try --prune_scope layer, or a lower --target_sparsity.",
+    ),
+    (
+        lambda found: found.tickets.mean - found.constant <= 0.02,
+        "The tickets are hardly better than a constant answer, whose mean {0.tickets.metric} is {0.constant:.3f}: try "
+        "more --num_train_epochs, or another --learning_rate.",
     ),
     (
         lambda found: found.behind > 0.02,
@@ -152,8 +171,8 @@ _RULES: tuple[tuple[Callable[[Findings], bool], str], ...] = (
         "longer joint retraining (--num_train_epochs).",
     ),
     (
-        lambda found: found.rival[1] >= found.tickets.mean,
-        "The control with {0.rival[0]} reaches {0.rival[1]:.3f} at the same sparsity, so which weights a ticket keeps "
+        lambda found: found.rival[0] >= found.tickets.mean and found.tickets.metric != "loss",
+        "The control “{0.rival[1]}” reaches {0.rival[0]:.3f} at the same sparsity, so which weights a ticket keeps "
         "has not helped: try more --extraction_epochs.",
     ),
     (
@@ -200,28 +219,23 @@ def _findings(
     trainer: RTLTrainer,
     bank: MaskBank,
     report: dict[str, Any],
-    controls: list[dict[str, Any]],
-    losses: Mapping[int, list[tuple[int, float]]],
+    others: list[dict[str, Any]],
+    losses: Mapping[int, Any],
 ) -> Findings:
-    dense = [figures(control) for control in controls if control["method"].startswith("dense")]
-    rivals = [
-        (figures(control).mean, control["method"])
-        for control in controls
-        if control["method"] in (*CONTROL_MASKS, "single mask") and control["sparsity"] == report["sparsity"]
-    ]
-    line = row("RTL", report["sparsity"], report)
+    """The findings of the last round's `report`. `others` are the reports of controls and of a constant answer."""
+    same = {other["method"]: figures(other) for other in others if other["sparsity"] in (None, 0, report["sparsity"])}
+    unknown, line = Figures("", _UNKNOWN), row("RTL", None, report)
+    rivals = [(same[name].mean, name) for name in (*CONTROL_MASKS, "single mask") if name in same]
     pairs = ~torch.eye(bank.num_routes, dtype=torch.bool)
-    similarity, chance = (
-        float(matrix.cpu()[pairs].nanmean()) for matrix in (bank.similarity(), bank.chance_similarity())
-    )
     return Findings(
         sparsity=report["sparsity"],
         tickets=figures(report),
-        dense=dense[0] if dense else Figures("", _UNKNOWN),
-        rival=max(rivals)[::-1] if rivals and figures(report).route else ("", _UNKNOWN),
+        dense=next((of for name, of in same.items() if name.startswith("dense")), unknown),
+        rival=max(rivals, default=(_UNKNOWN, "")),
+        constant=same.get(_CONSTANT, unknown).mean,
         losses=[loss for _, loss in losses.get(report["round"], [])],
-        similarity=similarity,
-        chance=chance,
+        similarity=_UNKNOWN if report["mean_similarity"] is None else report["mean_similarity"],
+        chance=float(bank.chance_similarity().cpu()[pairs].nanmean()),
         num_emptied=line["emptied layers"] or 0,
         num_constant=line["constant tickets"] or 0,
         num_samples=trainer.plan().route_sizes,
@@ -238,8 +252,8 @@ def _words(value: Any) -> str:
 
 def _constant_answer(model: RTLModel, labels: np.ndarray, route_ids: np.ndarray) -> dict[str, Any]:
     """
-    The line in tables of answers that never read their input: the commonest label, of its route where that is given.
-    A membership ticket always says yes.
+    The report of answers that never read their input: the commonest label, of its route where that is given. A
+    membership ticket always says yes.
     """
     names, size = model.route_names, model.config.num_labels
     logits = np.eye(size)[[np.bincount(labels).argmax()] * len(labels)]
@@ -251,24 +265,16 @@ def _constant_answer(model: RTLModel, labels: np.ndarray, route_ids: np.ndarray)
         metrics |= label_metrics(logits, labels, route_ids, names, prefix="union_")
         metrics |= label_metrics(logits, labels, route_ids, names, prefix="inferred_")
     metrics["route_accuracy"] = float(np.bincount(route_ids).max() / len(route_ids))
-    report = {"method": "a constant answer", "sparsity": None, "metrics": metrics}
-    return {**next(iter(routes_rows([report])), {}), **row("a constant answer", None, report)}
+    return {"method": _CONSTANT, "sparsity": None, "metrics": metrics}
 
 
-def _with_constant(lines: list[dict[str, Any]], constant: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _with_constant(lines: list[dict[str, Any]], constant: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Lines of methods, and one of a constant answer in their columns of fractions. Other lines stay as they are."""
-    fractions = {title for line in lines for title, value in line.items() if isinstance(value, float)}
-    known = {title: value for title, value in constant.items() if title in fractions and isinstance(value, float)}
-    return [*lines, {"method": constant["method"], **known}] if known and "method" in lines[0] else lines
-
-
-def _losses(history: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
-    """Round -> the logged steps of its joint retraining, each with its loss."""
-    losses: dict[int, list[tuple[int, float]]] = {}
-    for entry in history:
-        if "loss" in entry:
-            losses.setdefault(entry["round"], []).append((entry["step"], entry["loss"]))
-    return losses
+    if constant is None or "method" not in lines[0]:
+        return lines
+    fractions = {title for line in lines for title, value in line.items() if isinstance(value, float)} - {"sparsity"}
+    cells = ChainMap(*method_rows([], [constant]), *routes_rows([constant]))
+    return [*lines, {"method": _CONSTANT, **{title: cells[title] for title in cells if title in fractions}}]
 
 
 def _pictures(
@@ -296,34 +302,30 @@ def _pictures(
 
 
 def _matrix(
-    corner: str, names: Sequence[str], columns: Sequence[str], values: Any, shares: Any, form: str = "{:.0f}"
+    corner: str, names: Sequence[str], columns: Sequence[str], values: np.ndarray, shares: np.ndarray, form: str
 ) -> dict[str, Any]:
     """A table of numbers `[rows, columns]`, shaded by `shares` from 0 to 1."""
-    texts = [[form.format(value) for value in line] for line in values]
-    lines = [list(zip(*line, strict=True)) for line in zip(texts, shares, strict=True)]
-    return {"corner": corner, "columns": columns, "lines": list(zip(names, lines, strict=True))}
+    lines = [
+        (name, [(form.format(value), share) for value, share in zip(*line, strict=True)])
+        for name, *line in zip(names, values, shares, strict=True)
+    ]
+    return {"corner": corner, "columns": columns, "lines": lines}
 
 
 def _masks(bank: MaskBank) -> dict[str, Any]:
     """Matrices: the similarity of tickets, `None` if they are too many, and the percentage of layers they keep."""
-    names, pairs = bank.route_names, bank.similarity().tolist()
-    density = bank.density(per_layer=True).cpu()
-    layers = sorted(density.amin(1).argsort()[:_MOST_LINES].tolist())
-    start = os.path.commonprefix(bank.weight_names).rfind(".") + 1
-    columns = names
+    names, similarity = bank.route_names, bank.similarity().cpu().numpy()
+    density, columns = bank.density(per_layer=True).cpu().numpy(), names
+    layers = sorted(density.min(axis=1).argsort(kind="stable")[:_MOST_LINES])
     if len(names) > _MOST_ROUTES:
+        density = np.stack([density.min(axis=1), density.mean(axis=1), density.max(axis=1)], axis=1)
         columns = ["least", "mean", "most"]
-        density = torch.stack([density.amin(1), density.mean(1), density.amax(1)], 1)
-    shares = density[layers].tolist()
+    start = os.path.commonprefix(bank.weight_names).rfind(".") + 1
+    shown = [bank.weight_names[layer][start:].removesuffix(".weight") for layer in layers]
+    is_small = 1 < len(names) <= _MOST_ROUTES
     return {
-        "pairs": _matrix("", names, names, pairs, pairs, "{:.2f}") if 1 < len(names) <= _MOST_ROUTES else None,
-        "kept": _matrix(
-            "layer",
-            [bank.weight_names[layer][start:].removesuffix(".weight") for layer in layers],
-            columns,
-            (100 * density[layers]).tolist(),
-            shares,
-        ),
+        "pairs": _matrix("ticket", names, names, similarity, similarity, "{:.2f}") if is_small else None,
+        "kept": _matrix("layer", shown, columns, 100 * density[layers], density[layers], "{:.0f}"),
         "num_layers": len(bank.weight_names),
     }
 
@@ -333,42 +335,30 @@ def _confused(model: RTLModel, answers: tuple[np.ndarray, np.ndarray, np.ndarray
     `confusions`: a matrix for every route, or a single one for membership tickets. If they are too many or too large,
     `mistakes`: lines of the most frequent ones. `answers`: answers, labels and routes of samples, `[N]` each.
     """
-    confusions: dict[str, Any] = {}
-    mistakes: list[dict[str, Any]] = []
-    if answers is not None:
-        answered, labels, route_ids = answers
-        names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-        parts = {name: route_ids == route for route, name in enumerate(model.route_names)}
-        if model.config.ticket_task == "membership":
-            parts = {"": np.full(len(labels), True)}
-        for route, part in parts.items():
-            counts = count_pairs(labels[part], answered[part], len(names))
-            shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-            confusions[route] = _matrix("", names, names, counts.tolist(), shares.tolist())
-            for label, answer in np.argwhere(counts * (1 - np.eye(len(names)))):
-                line = {"label": names[label], "answer": names[answer], "samples": int(counts[label, answer])}
-                mistakes.append({"route": route or None, **line})
-        if len(parts) <= _MOST_ROUTES and len(names) <= _MOST_LABELS:
-            return {"confusions": confusions, "mistakes": []}
-    return {"confusions": {}, "mistakes": sorted(mistakes, key=lambda line: -line["samples"])[:_MOST_LINES]}
-
-
-def count_pairs(labels: np.ndarray, answered: np.ndarray, size: int) -> np.ndarray:
-    """Integers `[size, size]`: how many samples of a label have got an answer."""
-    return np.bincount(labels * size + answered, minlength=size * size).reshape(size, size)
-
-
-def _sizes(footprint: Mapping[str, int], num_routes: int) -> list[dict[str, Any]]:
-    """Lines of the bytes of one model with all tickets, and of a dense model per route."""
-    forms = ("full_bytes", "compact_bytes", "independent_full_bytes")
-    return [
-        {
-            "form": FOOTPRINT_FORMS[form].format(num_routes).replace("`", ""),
-            "bytes": footprint[form],
-            "size": human_bytes(footprint[form]),
-        }
-        for form in forms
-    ]
+    if answers is None:
+        return {"confusions": {}, "mistakes": []}
+    answered, labels, route_ids = answers
+    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    parts, corner = {name: route_ids == route for route, name in enumerate(model.route_names)}, "label"
+    if model.config.ticket_task == "membership":
+        parts, corner = {"": np.full(len(labels), True)}, "route"
+    if len(parts) > _MOST_ROUTES or len(names) > _MOST_LABELS:
+        wrong = Counter(
+            (name or None, names[label], names[answer])
+            for name, part in parts.items()
+            for label, answer in zip(labels[part], answered[part], strict=True)
+            if label != answer
+        )
+        titles = ("of route", corner, "answer")
+        mistakes = [{**dict(zip(titles, of, strict=True)), "samples": n} for of, n in wrong.most_common(_MOST_LINES)]
+        return {"confusions": {}, "mistakes": mistakes}
+    confusions = {}
+    for name, part in parts.items():
+        pairs = labels[part] * len(names) + answered[part]
+        counts = np.bincount(pairs, minlength=len(names) ** 2).reshape(len(names), len(names))
+        shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+        confusions[name] = _matrix(corner, names, names, counts, shares, "{}")
+    return {"confusions": confusions, "mistakes": []}
 
 
 @torch.no_grad()

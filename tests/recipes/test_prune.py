@@ -69,7 +69,7 @@ def test_prune_prints_plan_and_table_and_writes_results(digits_run: tuple[Path, 
         assert f"{report['metrics']['eval_balanced_accuracy']:.3f}" in printed
         assert set(report["kept"].values()) == {NUM_WEIGHTS - round(report["sparsity"] * NUM_WEIGHTS)}
     assert (folder / "curve.png").stat().st_size > 10_000
-    assert "At 60% sparsity the tickets reach a balanced accuracy" in (folder / "report.html").read_text()
+    assert "At 60% sparsity the tickets reach a mean balanced accuracy" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

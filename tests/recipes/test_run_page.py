@@ -158,32 +158,48 @@ def test_confusion_of_membership_is_counted_over_the_highest_scores(
     for sample in membership.eval_dataset:
         with torch.no_grad():
             counts[sample["label"], int(model(sample["pixel_values"][None]).logits[0].argmax())] += 1
-    matrix = Page(files["membership"].read_text()).table("", *ROUTES)
+    matrix = Page(files["membership"].read_text()).table("route", *ROUTES)
     expected = [[name, *(str(counts[route, other]) for other in range(3))] for route, name in enumerate(ROUTES)]
     assert matrix[1:] == expected
 
 
-@pytest.mark.slow
-def test_confusion_of_labels_is_counted_for_every_route(
-    labels: RTLTrainer, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, counts = saved(labels), Counter()
-    for sample in labels.eval_dataset:
+def count_labels(trainer: RTLTrainer) -> Counter[tuple[int, int, int]]:
+    """(route, label, answer) -> how many evaluation samples."""
+    model, counts = saved(trainer), Counter()
+    for sample in trainer.eval_dataset:
         with torch.no_grad():
             logits = model(sample["pixel_values"][None], route_ids=sample["domain"]).logits
         counts[sample["domain"], sample["labels"], int(logits.argmax())] += 1
-    tables = Page(files["labels"].read_text()).tables
-    matrices = [table for table in tables if table[0] == ["", "LABEL_0", "LABEL_1"]]
+    return counts
+
+
+@pytest.mark.slow
+def test_confusion_of_labels_is_counted_for_every_route(labels: RTLTrainer, files: dict[str, Path]) -> None:
+    counts, tables = count_labels(labels), Page(files["labels"].read_text()).tables
+    matrices = [table for table in tables if table[0] == ["label", "LABEL_0", "LABEL_1"]]
     assert [[line[1:] for line in matrix[1:]] for matrix in matrices] == [
         [[str(counts[route, label, answer]) for answer in range(2)] for label in range(2)] for route in range(3)
     ]
 
-    monkeypatch.setattr(run_page, "_MOST_LABELS", 1)
-    mistakes = write(labels, tmp_path / "report.html").table("route", "label", "answer", "samples")[1:]
-    wrong = {key: count for key, count in counts.items() if key[1] != key[2]}
-    named = Counter({(ROUTES[k], f"LABEL_{a}", f"LABEL_{b}", str(count)): 1 for (k, a, b), count in wrong.items()})
-    assert Counter(map(tuple, mistakes)) == named
-    assert [int(line[-1]) for line in mistakes] == sorted(wrong.values(), reverse=True)
+
+@pytest.mark.slow
+def test_many_routes_have_the_commonest_mistakes_and_the_extremes_of_layers(
+    labels: RTLTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_page, "_MOST_ROUTES", 2)
+    monkeypatch.setattr(run_page, "_MOST_LINES", 2)
+    page = write(labels, tmp_path / "report.html")
+    wrong = {key: count for key, count in count_labels(labels).items() if key[1] != key[2]}
+    named = {(ROUTES[route], f"LABEL_{label}", f"LABEL_{answer}"): n for (route, label, answer), n in wrong.items()}
+    mistakes = page.table("of route", "label", "answer", "samples")[1:]
+    assert [int(line[-1]) for line in mistakes] == sorted(wrong.values(), reverse=True)[:2]
+    assert all(named[tuple(line[:-1])] == int(line[-1]) for line in mistakes)
+    density = saved(labels).mask_bank.density(per_layer=True)
+    fewest = sorted(density.amin(1).argsort()[:2].tolist())
+    expected = [[f"{100 * x:.0f}" for x in (of.min(), of.mean(), of.max())] for of in density[fewest]]
+    layers = page.table("layer", "least", "mean", "most")[1:]
+    assert layers == [[f"conv{layer + 1}", *of] for layer, of in zip(fewest, expected, strict=True)]
+    assert "the 2 of 3 layers" in page.text
 
 
 @pytest.mark.slow
@@ -208,7 +224,7 @@ def test_without_matplotlib_the_page_has_tables(
     assert page.headings == HEADINGS and page.tags["img"] == 0 and "matplotlib is not installed" in page.text
     assert [line[0] for line in page.table("round", "first loss")[1:]] == ["1", "2"]
     similarity = saved(membership).mask_bank.similarity()
-    assert page.table("", *ROUTES)[1:] == [
+    assert page.table("ticket", *ROUTES)[1:] == [
         [name, *(f"{value:.2f}" for value in of)] for name, of in zip(ROUTES, similarity, strict=True)
     ]
     assert page.text.endswith("Nothing in these figures asks for a change.")
@@ -242,7 +258,8 @@ GOOD = {
     "sparsity": 0.5,
     "tickets": Figures("accuracy", 0.9, "cat", 0.82),
     "dense": Figures("accuracy", 0.91, "cat", 0.8),
-    "rival": ("random masks", 0.85),
+    "rival": (0.85, "random masks"),
+    "constant": 0.5,
     "losses": [1.0, 0.9, 0.8, 0.7, 0.4, 0.4, 0.39, 0.39],
     "similarity": 0.6,
     "chance": 0.4,
@@ -251,20 +268,22 @@ GOOD = {
     "num_samples": {"cat": 40, "dog": 1000},
 }
 NAN = float("nan")
-UNKNOWN = ("", NAN)
+UNKNOWN = (NAN, "")
+LOSS = {"rival": UNKNOWN, "constant": NAN}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({}, None),
-        ({"num_emptied": 2}, "2 layers without a weight.*--prune_scope layer"),
-        ({"num_constant": 1}, "1 tickets answer the same.*--prune_scope layer"),
+        ({"num_emptied": 2}, "worst ticket: 2; .*--prune_scope layer"),
+        ({"num_constant": 1}, "to every sample: 1. .*--prune_scope layer"),
         ({"dense": Figures("accuracy", 0.93)}, "0.030 behind the dense model in accuracy.*lower --target_sparsity"),
-        ({"tickets": Figures("loss", 2.5), "dense": Figures("loss", 2.4), "rival": UNKNOWN}, "0.100 behind.*in loss"),
-        ({"tickets": Figures("loss", 2.4), "dense": Figures("loss", 2.5), "rival": UNKNOWN}, None),
+        ({"tickets": Figures("loss", 2.5), "dense": Figures("loss", 2.4), **LOSS}, "0.100 behind.*in loss"),
+        ({"tickets": Figures("loss", 2.4), "dense": Figures("loss", 2.5), **LOSS}, None),
         ({"dense": Figures("", NAN), "rival": UNKNOWN, "losses": [], "similarity": NAN, "chance": NAN}, None),
-        ({"rival": ("random masks", 0.9)}, "random masks reaches 0.900"),
+        ({"rival": (0.9, "random masks")}, "control “random masks” reaches 0.900"),
+        ({"constant": 0.89}, "hardly better than a constant answer, whose mean accuracy is 0.890"),
         ({"losses": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]}, "falling, by 36%.*--num_train_epochs"),
         ({"losses": [1.0, 0.5, 0.4, 0.3]}, None),
         ({"similarity": 0.41}, "no more than chance .*0.410, by chance 0.400"),
@@ -280,6 +299,6 @@ def test_advice_follows_from_the_figures(change: dict[str, Any], words: str | No
 
 
 def test_no_more_than_four_sentences_are_given() -> None:
-    worst = {"dense": Figures("accuracy", 0.99), "num_emptied": 1, "rival": ("random masks", 0.95), "similarity": 0.4}
+    worst = {"dense": Figures("accuracy", 0.99), "num_emptied": 1, "rival": (0.95, "random masks"), "similarity": 0.4}
     advice = advise(Findings(**{**GOOD, **worst, "losses": list(range(80, 0, -1))}))
     assert len(advice) == 4 and "without a weight" in advice[0]
