@@ -24,6 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLTrainer, RTLTrainingArguments
 from shared.arguments import parse, run_main, set_up
+from shared.check_rows import routes_by_labels
 from shared.controls import dense_network, dense_one_vs_rest, labels_controls, membership_controls
 from shared.data_arguments import DataArguments
 from shared.prepare import Prepared, bad_input, prepare
@@ -86,7 +87,7 @@ def main() -> None:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir, model.backbone)
         report(trainer, rounds, controls, model, data)
-    write_page(trainer, rounds, controls, model, data)
+    write_page(trainer, rounds, controls, model, data, prepared)
 
 
 def other_reports(trainer: RTLTrainer, prepared: Prepared, model: ModelArguments) -> list[dict[str, Any]]:
@@ -134,7 +135,12 @@ def report(
 
 
 def write_page(
-    trainer: RTLTrainer, rounds: list[dict], controls: list[dict], model: ModelArguments, data: DataArguments
+    trainer: RTLTrainer,
+    rounds: list[dict],
+    controls: list[dict],
+    model: ModelArguments,
+    data: DataArguments,
+    prepared: Prepared,
 ) -> None:
     """Writes `report.html`; all processes take part."""
     args, plan = trainer.args, trainer.plan()
@@ -144,7 +150,7 @@ def write_page(
         trainer,
         asked={
             "data": data.dataset,
-            "training samples of routes": plan.route_sizes,
+            "what is likely wrong with the data": "; ".join(prepared.said) or "nothing was found",
             "evaluation samples": len(trainer.eval_dataset),
             "backbone": model.backbone,
             "a ticket answers": answer[trainer.model.config.ticket_task],
@@ -158,6 +164,7 @@ def write_page(
             "seed": args.seed,
         },
         tables={
+            "Samples": routes_by_labels(prepared.rows),
             "Methods": method_rows(rounds, controls),
             "Accuracy of every route": routes_rows([{"method": "RTL", **found} for found in rounds] + controls),
         },

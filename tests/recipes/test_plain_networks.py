@@ -100,7 +100,7 @@ def test_independent_networks_have_each_its_own_mask_and_batches(trainer: RTLTra
 
 @pytest.mark.slow
 def test_one_network_for_all_has_one_mask(trainer: RTLTrainer) -> None:
-    test, mask = trainer.eval_dataset, read_tickets(trainer)[0]
+    mask = read_tickets(trainer)[0]
     dense = one_vs_rest(trainer, BACKBONE, in_chans=1)
     full = one_vs_rest(trainer, BACKBONE, in_chans=1, masks=[torch.ones_like(part) for part in mask])
     masked = one_vs_rest(trainer, BACKBONE, in_chans=1, masks=mask)
