@@ -26,23 +26,16 @@ from hf_rtl import RTLTrainer, RTLTrainingArguments
 from shared.arguments import parse, run_main, set_up
 from shared.check_rows import routes_by_labels
 from shared.controls import dense_network, dense_one_vs_rest, labels_controls, membership_controls
-from shared.data_arguments import DataArguments
+from shared.data_arguments import DataArguments, ModelArguments
 from shared.prepare import Prepared, bad_input, prepare
 from shared.report import method_rows, plan_text, routes_rows, table, training_record, write_results
 from shared.run_page import write_run_page
 
 
 @dataclass
-class ModelArguments:
-    """The backbone, and what tickets mask and share."""
+class ReportArguments:
+    """What is trained beside tickets."""
 
-    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
-    norm_statistics: str = HfArg(
-        default="per_route", help="Running statistics of normalisation: per_route, or shared (the paper's)."
-    )
-    prune_include: list[str] = HfArg(default_factory=list, help="Patterns of more weights to prune.")
-    prune_exclude: list[str] | None = HfArg(default=None, help="Patterns of weights never to prune.")
-    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
     dense: bool = HfArg(
         default=True, help="Also train a dense model on equally many samples, to compare the tickets with."
     )
@@ -56,20 +49,12 @@ class ModelArguments:
 def main() -> None:
     # Ranked over all layers together, the weights of a whole layer may be the smallest, and a ticket be cut through.
     defaults = {"prune_scope": "layer"}
-    model, data, args = parse(
-        (ModelArguments, DataArguments, RTLTrainingArguments), description=__doc__, defaults=defaults
+    model, data, asked, args = parse(
+        (ModelArguments, DataArguments, ReportArguments, RTLTrainingArguments), description=__doc__, defaults=defaults
     )
     set_up(model.threads)
     with bad_input():
-        prepared = prepare(
-            data,
-            model.backbone,
-            route_column=args.route_column,
-            seed=args.seed,
-            norm_statistics=model.norm_statistics,
-            prune_include=model.prune_include,
-            prune_exclude=model.prune_exclude,
-        )
+        prepared = prepare(data, model.backbone, route_column=args.route_column, seed=args.seed, **model.options())
         args.route_column = prepared.route_column
         trainer = RTLTrainer(prepared.make_model(), args, **prepared.trainer_data())
         plan = trainer.plan()
@@ -82,7 +67,7 @@ def main() -> None:
     trainer.train()
     # A copy, since the controls train and evaluate with the same trainer.
     rounds = list(trainer.rounds)
-    controls = other_reports(trainer, prepared, model)
+    controls = other_reports(trainer, prepared, model.backbone, asked)
     if main_process:
         # Not in the folders of models, since these are pushed and the file may name a folder of this machine.
         data.save(args.output_dir, model.backbone)
@@ -90,15 +75,17 @@ def main() -> None:
     write_page(trainer, rounds, controls, model, data, prepared)
 
 
-def other_reports(trainer: RTLTrainer, prepared: Prepared, model: ModelArguments) -> list[dict[str, Any]]:
+def other_reports(
+    trainer: RTLTrainer, prepared: Prepared, backbone: str, asked: ReportArguments
+) -> list[dict[str, Any]]:
     """The reports of the dense model, or of all controls."""
-    if not (model.sanity or model.dense):
+    if not (asked.sanity or asked.dense):
         return []
     if prepared.rows.ticket_task == "labels":
-        others = labels_controls if model.sanity else dense_network
+        others = labels_controls if asked.sanity else dense_network
         return others(trainer, prepared.make_model, **prepared.metrics())
-    controls = membership_controls if model.sanity else dense_one_vs_rest
-    return controls(trainer, model.backbone, **prepared.inputs.options)
+    controls = membership_controls if asked.sanity else dense_one_vs_rest
+    return controls(trainer, backbone, **prepared.inputs.options)
 
 
 def report(

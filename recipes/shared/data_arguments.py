@@ -1,16 +1,34 @@
-"""The arguments that choose the data of a recipe."""
+"""The arguments that choose the model and the data of a recipe."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.hf_argparser import HfArg
 
 
 TASKS = ("image", "audio", "text", "token", "causal", "masked", "seq2seq")
 AUGMENTATIONS = ("none", "flip", "crop", "randaugment")
+
+
+@dataclass
+class ModelArguments:
+    """The backbone, and what tickets mask and share."""
+
+    backbone: str = HfArg(default="ghostnet_rtl", help="A timm name, a repo id or a folder.")
+    norm_statistics: str = HfArg(
+        default="per_route", help="Running statistics of normalisation: per_route, or shared (the paper's)."
+    )
+    prune_include: list[str] = HfArg(default_factory=list, help="Patterns of more weights to prune.")
+    prune_exclude: list[str] | None = HfArg(default=None, help="Patterns of weights never to prune.")
+    threads: int | None = HfArg(default=None, help="CPU threads; by default torch decides.")
+
+    def options(self) -> dict[str, Any]:
+        """Those for `from_backbone`."""
+        return {name: getattr(self, name) for name in ("norm_statistics", "prune_include", "prune_exclude")}
 
 
 @dataclass

@@ -62,7 +62,7 @@ class OnePass:
     def serve(self) -> Iterator[tuple[str, Served]]:
         """Every method with its models, in the order of `METHODS`."""
         names = self.route_names
-        yield DENSE, Served([self.network] * len(names), _bytes(self.network))
+        yield DENSE, Served([self.network] * len(names), num_bytes(self.network))
         tickets = self.find(self.data)
         pool = self.data.remove_columns("route").add_column("route", ["all"] * len(self.data))
         num_batches = self.options["num_batches"] * len(names)
@@ -83,7 +83,7 @@ class OnePass:
 
     def _alone(self, model: RTLModel) -> Served:
         small = model.extract_ticket(0, small=True)
-        return Served([small] * len(self.route_names), _bytes(small))
+        return Served([small] * len(self.route_names), num_bytes(small))
 
     def _routed(self, model: RTLModel) -> Served:
         small = [model.extract_ticket(name, small=True) for name in self.route_names]
@@ -99,7 +99,7 @@ class OnePass:
         own_bytes = sum(
             parameter.nbytes for parameter, equal in zip(models[0].parameters(), same, strict=True) if not equal
         )
-        return Served(models, _bytes(models[0]) + (len(models) - 1) * own_bytes)
+        return Served(models, num_bytes(models[0]) + (len(models) - 1) * own_bytes)
 
 
 def compare(
@@ -119,7 +119,7 @@ def compare(
         inputs (`Mapping[str, Tensor]`): a batch to time.
         sparsity (`float`): goes into the reports.
     """
-    times = _times({method: served.models[0] for method, served in serving}, inputs)
+    times = call_times({method: served.models[0] for method, served in serving}, inputs)
     return [
         {
             "method": method,
@@ -135,7 +135,7 @@ def compare(
 
 
 @torch.no_grad()
-def _times(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], repeats: int = 15) -> dict[str, float]:
+def call_times(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], repeats: int = 15) -> dict[str, float]:
     """The median milliseconds of a call of each model; the models are called in turn."""
     found: dict[str, list[float]] = {method: [] for method in models}
     for _ in range(repeats):
@@ -180,7 +180,8 @@ def share_of_units(model: RTLModel) -> float:
     return float(torch.cat([used_units(union, layer) for layer in layers]).double().mean())
 
 
-def _bytes(model: nn.Module) -> int:
+def num_bytes(model: nn.Module) -> int:
+    """The bytes of all parameters, of shared ones once."""
     return sum(tensor.nbytes for tensor in {id(p): p for p in model.parameters()}.values())
 
 

@@ -49,7 +49,7 @@ def one_vs_rest(
     theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
 
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(**_inputs(batch)).logits
+        logits = network(**inputs_of(batch)).logits
         if batch["route"] == ALL_ROUTES:
             return cross_entropy(logits, batch["labels"])
         logits = logits[:, batch["route"]]
@@ -88,7 +88,7 @@ def independent_metrics(
     """Metrics of one network per class, as `independent_networks` trains them."""
 
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = network(**_inputs(batch)).logits.squeeze(1)
+        logits = network(**inputs_of(batch)).logits.squeeze(1)
         return binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
 
     networks = independent_networks(trainer, tickets, loss, round_index=round_index)
@@ -107,7 +107,7 @@ def _scores(network: nn.Module, trainer: RTLTrainer) -> np.ndarray:
     network.eval()
     device, scores = trainer.args.device, []
     for batch in DataLoader(trainer.eval_dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
-        inputs = {name: value.to(device) for name, value in _inputs(batch, trainer.args.route_column).items()}
+        inputs = {name: value.to(device) for name, value in inputs_of(batch, trainer.args.route_column).items()}
         scores.append(network(**inputs).logits.float().cpu().numpy())
     return np.concatenate(scores)
 
@@ -117,6 +117,6 @@ def _metrics(trainer: RTLTrainer, scores: np.ndarray) -> dict[str, float]:
     return membership_metrics(scores, homes, trainer.model.route_names)
 
 
-def _inputs(batch: Mapping[str, Any], route_column: str | None = None) -> dict[str, Any]:
+def inputs_of(batch: Mapping[str, Any], route_column: str | None = None) -> dict[str, Any]:
     """What the network reads of a batch."""
     return {name: value for name, value in batch.items() if name not in ("label", "labels", "route", route_column)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -72,6 +72,22 @@ class Prepared:
     def route_column(self) -> str | None:
         """The column of the routes in the data; `None` if there is one route."""
         return self.rows.route_column if self.rows.route_names else None
+
+    def labelled(self, data: Dataset) -> Dataset:
+        """Inputs for one network for all routes, whose labels are the routes if tickets only tell these."""
+        if self.rows.ticket_task == "labels" or self.rows.route_column == LABEL:
+            return data
+        return data.rename_column(self.rows.route_column, LABEL)
+
+    def make_single_model(self) -> RTLModel:
+        """A model with one route, for one network for all routes; see `labelled`."""
+        names = self.rows.route_names
+        named = (
+            {}
+            if self.rows.ticket_task == "labels"
+            else {"id2label": dict(enumerate(names)), "label2id": {name: route for route, name in enumerate(names)}}
+        )
+        return self.make_model(route_names=["all"], ticket_task="labels", **named)
 
     def trainer_data(self) -> dict[str, Any]:
         """The arguments of `RTLTrainer` for these data."""

@@ -215,9 +215,9 @@ class Comparison:
     def method_rows(self) -> list[dict[str, Any]]:
         """The lines of every method and sparsity: means and spreads over seeds."""
         num_seeds = len(next(iter(self.runs.values())))
-        return over_seeds([[self._line(at, place) for at in self.runs] for place in range(num_seeds)])
+        return over_seeds([[self.line(at, place) for at in self.runs] for place in range(num_seeds)])
 
-    def _line(self, at: Configuration, place: int) -> dict[str, Any]:
+    def line(self, at: Configuration, place: int) -> dict[str, Any]:
         run, dense = self.runs[at][place], self.runs.get(Configuration(DENSE, 0))
         quality = {title: of_seeds[place] for title, of_seeds in self.qualities(at).items()}
         faster = dense[place].ms / run.ms if dense else None

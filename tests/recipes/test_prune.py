@@ -139,7 +139,7 @@ def test_a_stopped_recipe_is_one_line(said: str, capsys: pytest.CaptureFixture[s
 
 def test_recipes_that_train_can_be_stopped() -> None:
     trains = [file for file in RECIPES.glob("*.py") if "set_up(" in file.read_text() and file.stem != "group_classes"]
-    assert len(trains) == 7 and all(file.read_text().endswith("    run_main(main)\n") for file in trains)
+    assert len(trains) == 8 and all(file.read_text().endswith("    run_main(main)\n") for file in trains)
 
 
 def test_the_data_of_a_model_without_a_run_must_be_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.recipes.commands import RECIPES
 def test_configurations_name_existing_arguments(config: str) -> None:
     # The first line names the recipe, unless it is prune.py.
     of_recipes = {
-        "prune": (prune.ModelArguments, prune.DataArguments),
+        "prune": (prune.ModelArguments, prune.ReportArguments, prune.DataArguments),
         "baselines": (baselines.ComparisonArguments, baselines.DataArguments),
         "collapse": (collapse.CollapseArguments, collapse.DataArguments),
         "domains": (domains.DomainArguments, domains.DataArguments),

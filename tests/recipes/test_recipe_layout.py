@@ -16,6 +16,7 @@ COMMANDS = {
         "analyze",
         "baselines",
         "collapse",
+        "compare",
         "domains",
         "evaluate",
         "group_classes",

@@ -1,0 +1,227 @@
+"""
+Are tickets ahead of what they must beat? The same data through tickets and their rivals, over seeds, with a verdict.
+
+    python recipes/compare.py --dataset scans --route_column hospital --backbone test_resnet --target_sparsity 0.5 0.75
+    python recipes/compare.py --config recipes/configs/digits.yaml --seeds 0 1 2 --methods dense "one mask" tickets
+    python recipes/compare.py --dataset texts --route_column domain --backbone FOLDER --one_pass
+
+The arguments are those of prune.py. The methods, each for every seed and sparsity:
+
+- `dense`: one network for all routes, not pruned;
+- `one mask`: that network with one mask as sparse as a ticket, found and trained in the same way on as many samples;
+- `one mask at the union's density`: with a mask as dense as all tickets together;
+- `a model per route`: a network of its own for each route, with the ticket's mask and the route's batches;
+- `one mask, LoRA per route`: the network with one mask, and an adapter for each route, as large as fit into the bytes
+  of the tickets (PEFT: pip install "hf_rtl[bench]");
+- `random tickets`, `another route's tickets`: what the choice of the weights is worth;
+- `tickets`.
+
+With --one_pass, a dense network is trained, and units are removed without training; some methods then solve anew the
+weights that read the units, `+ refit`. The quality is accuracy, of tokens for language models; of membership tickets
+it is the AUROC of their score. The command prints tables and two sentences, which say whether tickets are ahead,
+behind, or whether that is not decided: at equal time of a call, and at equal bytes. It writes them into `results.json`
+in --output_dir, and draws `curves.png`. Repeated, it continues an interrupted comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+from hf_rtl import RTLTrainingArguments
+from hf_rtl.modeling.files import write_json
+from shared import one_pass, round_methods
+from shared.arguments import BadInput, chosen_methods, parse, run_main, set_up
+from shared.data_arguments import DataArguments, ModelArguments
+from shared.one_pass import DENSE, TICKETS, OnePass, Served, balanced, call_times
+from shared.plain_networks import inputs_of
+from shared.prepare import Prepared, bad_input, prepare
+from shared.quality import Quality
+from shared.report import print_tables, training_record, write_results
+from shared.round_methods import RoundMethods
+from shared.verdict import BUDGETS, Comparison, Figures
+
+
+METHODS = list(dict.fromkeys([*round_methods.METHODS, *one_pass.METHODS]))
+
+
+@dataclass
+class ComparisonArguments:
+    """What is compared."""
+
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches; at least three.")
+    methods: list[str] = HfArg(default_factory=list, help="Methods to compare; default: all.")
+    one_pass: bool = HfArg(default=False, help="Tickets of units, found in one pass over a trained network.")
+    calibration_samples: int = HfArg(default=128, help="Samples of each route on which --one_pass chooses units.")
+    adapter_learning_rate: float = HfArg(default=1e-3, help="Learning rate of LoRA adapters.")
+    timed_samples: int = HfArg(default=8, help="Samples of a call whose time is measured.")
+
+
+def main() -> None:
+    compared, model, data, args = parse(
+        (ComparisonArguments, ModelArguments, DataArguments, RTLTrainingArguments),
+        description=__doc__,
+        defaults={"prune_scope": "layer"},
+    )
+    set_up(model.threads)
+    known = one_pass.METHODS if compared.one_pass else round_methods.METHODS
+    methods = chosen_methods(compared.methods or known, known)
+    methods = [method for method in known if method in (*methods, DENSE, TICKETS)]
+    same = {**asdict(model), **asdict(data), **asdict(compared), **training_record(args)}
+    check_same(Path(args.output_dir), same, free=("seeds", "seed", "methods", "threads"))
+    figures, unit = [], ""
+    for seed in compared.seeds:
+        with bad_input():
+            prepared = prepare(data, model.backbone, route_column=args.route_column, seed=seed, **model.options())
+        runs = SeedComparison(compared, prepared, replace(args, seed=seed))
+        unit = runs.quality.unit
+        figures.extend(runs.figures(methods))
+    comparison = Comparison(figures, unit)
+    tables = {
+        "methods": comparison.method_rows(),
+        "differences": comparison.difference_rows(),
+        "verdicts": comparison.verdict_rows(),
+    }
+    print()
+    print_tables(tables)
+    sentences = [comparison.verdict(budget).sentence for budget in BUDGETS]
+    print("\n".join(sentences))
+    output_dir = Path(args.output_dir)
+    pictures = []
+    if find_spec("matplotlib"):
+        from shared.plots import draw_methods
+
+        pictures.append("curves.png")
+        draw_methods(lines_of_seeds(comparison), [unit, f"worst {unit}"], output_dir / pictures[0])
+    write_results(
+        output_dir / "results.json",
+        pictures=pictures,
+        data={**asdict(data), "dataset": Path(data.dataset).name},
+        comparison=asdict(compared),
+        model={**asdict(model), "backbone": Path(model.backbone).name},
+        training=training_record(args),
+        **tables,
+        sentences=sentences,
+        figures=[asdict(run) for run in figures],
+    )
+
+
+def check_same(output_dir: Path, given: dict[str, Any], *, free: Sequence[str]) -> None:
+    """
+    Raises `BadInput` if the folder has a comparison with other arguments, whose figures would be read back. Those that
+    are `free` may differ.
+    """
+    file = output_dir / "comparison.json"
+    given = json.loads(json.dumps({name: value for name, value in given.items() if name not in free}))
+    if not file.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, given)
+    saved = json.loads(file.read_text())
+    other = [f"--{name} {saved.get(name)}" for name, value in given.items() if saved.get(name) != value]
+    if other:
+        raise BadInput(
+            f"--output_dir {str(output_dir)!r} has a comparison with {', '.join(other)}; choose another folder, or "
+            "give these."
+        )
+
+
+class SeedComparison:
+    """
+    The figures of all methods of one seed, below `output_dir/seed-N`. Each is measured once, and read back later.
+
+    Args:
+        compared ([`ComparisonArguments`]): what is compared.
+        prepared ([`Prepared`]): data and models of the seed.
+        args ([`RTLTrainingArguments`]): the arguments of all trainings, with the seed.
+    """
+
+    def __init__(self, compared: ComparisonArguments, prepared: Prepared, args: RTLTrainingArguments) -> None:
+        if compared.one_pass and prepared.rows.ticket_task != "labels":
+            raise BadInput(
+                "--one_pass needs tickets that predict labels: it removes units of one trained network, which has the "
+                "same labels for all routes. Name the column of the routes, --route_column NAME."
+            )
+        folder = Path(args.output_dir) / f"seed-{args.seed}"
+        self.compared, self.prepared, self.args = compared, prepared, args
+        self.runs = RoundMethods(prepared, args, folder, compared.adapter_learning_rate)
+        self.quality = Quality(prepared, args.per_device_eval_batch_size)
+        self.inputs = self.quality.sample_batch(compared.timed_samples)
+
+    def figures(self, methods: list[str]) -> Iterator[Figures]:
+        """The figures of the methods, at every sparsity; those of the dense network once."""
+        for index, sparsity in enumerate(sorted(self.args.target_sparsity)):
+            serving = self._served(methods, index, sparsity)
+            for method in methods:
+                at = 0.0 if method == DENSE else sparsity
+                if method == DENSE and index:
+                    continue
+                found = self.runs.measured(method, at, partial(self._measure, method, serving))
+                if not found:
+                    print(f"seed {self.args.seed}, {method}, {at:.0%}: left out, none is as small as the tickets")
+                    continue
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in found["quality"].items())
+                print(f"seed {self.args.seed}, {method}, {at:.0%}: {shown}", flush=True)
+                yield Figures(self.args.seed, method, at, found["quality"], found["ms"], found["bytes"])
+
+    def _measure(self, method: str, serving: Iterator[tuple[str, Served | None]]) -> dict[str, Any]:
+        """Quality of every route, milliseconds of a call, and bytes; nothing if the method has no such models."""
+        # Those that were read back were passed over.
+        served = next(served for name, served in serving if name == method)
+        if served is None:
+            return {}
+        names = self.prepared.rows.route_names
+        found = {
+            name: self.quality(network, name)[self.quality.unit]
+            for name, network in zip(names, served.models, strict=True)
+        }
+        times = call_times({DENSE: self._dense, method: served.models[0]}, self.inputs)
+        if method != DENSE:
+            # A ratio that was measured in turn, times one time of the dense network: those of other minutes differ.
+            reference = self.runs.measured(DENSE, 0.0, dict)["ms"]
+            times[method] = reference * times[method] / times[DENSE]
+        return {"quality": found, "ms": times[method], "bytes": served.stored_bytes}
+
+    @cached_property
+    def _dense(self) -> PreTrainedModel:
+        return self.runs.serve(DENSE, 0).models[0]
+
+    def _served(self, methods: list[str], index: int, sparsity: float) -> Iterator[tuple[str, Served | None]]:
+        """Every method with its models, in the order of `methods`, each made when it is asked for."""
+        if not self.compared.one_pass:
+            for method in methods:
+                yield method, self.runs.serve(method, index)
+            return
+        number = self.compared.calibration_samples
+        calibration = balanced(as_tensors(self.prepared), number, self.args.seed)
+        batch_size = self.args.route_batch_size
+        options = {"batch_size": batch_size, "num_batches": math.ceil(number / batch_size), "seed": self.args.seed}
+        yield from OnePass(self._dense, calibration, self.prepared.rows.route_names, sparsity, options).serve()
+
+
+def as_tensors(prepared: Prepared) -> Dataset:
+    """The training samples as tensors of equal shapes, with the name of the route as `route`."""
+    train = prepared.inputs.train
+    batch = Quality(prepared, 1).collate([train[index] for index in range(len(train))])
+    columns = {name: value.numpy() for name, value in inputs_of(batch, prepared.rows.route_column).items()}
+    routes = [prepared.rows.route_names[route] for route in train[prepared.rows.route_column]]
+    return Dataset.from_dict({**columns, "route": routes})
+
+
+def lines_of_seeds(comparison: Comparison) -> list[list[dict[str, Any]]]:
+    """The lines of every seed for `draw_methods`."""
+    num_seeds = len(next(iter(comparison.runs.values())))
+    return [[comparison.line(at, place) for at in comparison.runs] for place in range(num_seeds)]
+
+
+if __name__ == "__main__":
+    run_main(main)
