@@ -334,8 +334,13 @@ def _served(data: Dataset, transform: Callable[..., Any], held: dict[str, Any], 
     if not in_memory:
         return data.with_transform(transform)
     kept = {name: feature for name, feature in data.features.items() if name != transform.column}
+
+    def arrays(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        made = transform(batch)
+        return {name: list(map(np.asarray, values)) if name in held else values for name, values in made.items()}
+
     made = data.map(
-        transform,
+        arrays,
         batched=True,
         batch_size=64,
         remove_columns=transform.column,
