@@ -275,6 +275,7 @@ def _try_calibration_data(trainer: RouteTrainer) -> None:
     dataset = trainer.run_data.calibration_dataset
     if dataset is not None:
         partition = trainer.eval_partition(dataset)
+        trainer.model.eval()
         firsts = np.unique(partition.route_ids, return_index=True)[1].tolist()
         for inputs, _ in trainer.batches_with_routes(_rows(trainer, dataset, partition, firsts)):
             trainer.model(**inputs, route_ids=UNION)

@@ -192,6 +192,15 @@ class Touched(Recorder):
     on_evaluate = on_log = on_prediction_step = on_save = on_train_begin
 
 
+def test_calibration_data_are_tried_in_evaluation_mode(tmp_path):
+    """In training mode, batch norm refuses the single value per channel that one small image leaves."""
+    model = image_model(ticket_task="labels", num_labels=2, routes=["all"])
+    options = {"route_column": None, "calibration_fraction": 0.25, "router": "given"}
+    made = make_labels_trainer(tmp_path, model, **options)
+    made.eval_dataset = None
+    rounds.rehearse(made, made.plan().rounds[0])
+
+
 def test_a_rehearsal_leaves_nothing_behind(tmp_path):
     model = image_model(ticket_task="labels", num_labels=2, norm_statistics="shared")
     made = make_labels_trainer(
