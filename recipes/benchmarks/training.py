@@ -175,7 +175,23 @@ def single_steps(case: Case, turns: int) -> list[dict[str, Any]]:
         for kind, aim in (("joint", limit), ("extraction", None)):
             name = f"{kind} step, {sparsity:.0%} zeros: {case.name}"
             lines.append(compare(name, times[f"{kind} {sparsity}"], "dense step", times["dense"], aim=aim))
-    return lines
+    return [*lines, update_alone(case, turns)]
+
+
+def update_alone(case: Case, turns: int) -> dict[str, Any]:
+    """The update of a joint step, without forward and backward, against that of a dense step."""
+    inputs = {**case.inputs(), "labels": torch.arange(case.shape[0]) % 2}
+    model = with_random_masks(case.model(NUM_ROUTES), 0.5).train()
+    masked, dense = MaskedAdamW(model.parameters(), model, lr=1e-4), make_optimizer(model)
+    with model.route_context(0):
+        model(**inputs).loss.backward()
+
+    def update() -> None:
+        model.routes_since_update.add(0)
+        masked.step()
+
+    times = in_turn({"masked": update, "dense": dense.step}, turns)
+    return compare(f"update alone, 50% zeros: {case.name}", times["masked"], "fused AdamW", times["dense"])
 
 
 def dense_step(network: torch.nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
