@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import HfArgumentParser
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
-from shared.arguments import BadInput, run_main
+from shared.arguments import BadInput, Parser, run_main
 from shared.data_arguments import DataArguments
 from shared.prepare import bad_input, prepare
 from shared.report import row, table
@@ -37,9 +36,7 @@ _TIMINGS = ("runtime", "per_second", "epoch", "round", "preparation_time")
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        [DataArguments], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser([DataArguments], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for action in parser._actions:
         # Only what is given replaces what the run of a model had.
         action.default = argparse.SUPPRESS

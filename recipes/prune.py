@@ -1,10 +1,11 @@
 """
-Find one ticket per class, or per group of classes, of an image classification data set, or per domain of a text
-classification data set.
+Find one ticket per class, per group of classes, or per value of a column, of any data: images, sounds, texts.
 
     python recipes/prune.py --config recipes/configs/digits.yaml
     python recipes/prune.py --config recipes/configs/cifar10.yaml --target_sparsity 0.5 --seed 1
-    python recipes/prune.py --config recipes/configs/sentiment.yaml --dataset FOLDER --backbone FOLDER
+    python recipes/prune.py --dataset scans --route_column hospital --backbone resnet18 --output_dir runs/scans
+    python recipes/prune.py --dataset reviews.csv --route_column domain --backbone FOLDER --output_dir runs/reviews
+    python recipes/prune.py --dataset notes.jsonl --task causal --route_column author --backbone FOLDER
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/prune.py --config FILE
     python -m torch.distributed.run --nproc_per_node 2 recipes/prune.py --config FILE --use_cpu
 

@@ -7,17 +7,25 @@ import difflib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 class BadInput(ValueError):
     """Arguments or data of the caller that a recipe cannot use. `run_main` shows it in one line."""
+
+
+class Parser(HfArgumentParser):
+    """A parser that refuses arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,13 +35,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
     """
     Instances of `classes`: field defaults, overridden by `defaults`, by `--config FILE` and by the command line.
+    `--help` shows all but the arguments of `TrainingArguments`, in a group for each class.
 
     Raises:
-        SystemExit: an argument or a key of the file is unknown, or the file cannot be read. The message names the
-            closest known key.
+        SystemExit: an argument or a key of the file is unknown or has a wrong value, or the file cannot be read. The
+            message names the closest known key.
     """
-    parser = HfArgumentParser(list(classes), description=description, formatter_class=_HelpFormatter)
+    usage = "%(prog)s [--config FILE] [--ARGUMENT VALUE …]"
+    parser = Parser(list(classes), description=description, formatter_class=_HelpFormatter, usage=usage)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the arguments below")
+    parser.add_argument(
+        "--help_all", action="help", help="also show what every Trainer has, such as --output_dir and --learning_rate"
+    )
+    _group(parser, classes)
     known = {action.dest: action for action in parser._actions}
     for action in known.values():
         # A required argument may come from the file.
@@ -44,7 +58,7 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
         try:
             values = yaml.safe_load(config.read_text()) or {}
         except (OSError, yaml.YAMLError) as error:
-            parser.exit(2, f"{parser.prog}: error: --config {config} cannot be read: {' '.join(str(error).split())}\n")
+            parser.error(f"--config {config} cannot be read: {error}")
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -53,9 +67,27 @@ def parse(classes: Sequence[type], *, description: str, defaults: dict[str, Any]
                 )
         parser.set_defaults(**values)
     arguments = vars(parser.parse_args())
-    return tuple(
-        cls(**{name: arguments[name] for name in cls.__dataclass_fields__ if name in arguments}) for cls in classes
-    )
+    try:
+        return tuple(
+            cls(**{name: arguments[name] for name in cls.__dataclass_fields__ if name in arguments}) for cls in classes
+        )
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _group(parser: Parser, classes: Sequence[type]) -> None:
+    """Moves the arguments of every class into a group of the help, and hides those of `TrainingArguments`."""
+    general = parser._action_groups[1]._group_actions
+    inherited = {field.name for field in fields(TrainingArguments)}
+    for cls in classes:
+        names = {field.name for field in fields(cls)}
+        group = parser.add_argument_group(cls.__name__)
+        own = [action for action in general if action.dest in names - inherited]
+        group._group_actions.extend(own)
+        general[:] = [action for action in general if action not in own]
+    for action in general:
+        if action.dest in inherited and "--help_all" not in sys.argv:
+            action.help = argparse.SUPPRESS
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -66,7 +98,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # A worker that reads samples repeats the error at the end of its traceback.
+        lines = str(error).rpartition("BadInput: ")[2].split("\n")
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(filter(None, map(str.strip, lines)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped. Run the same command again to go on.", file=sys.stderr)

@@ -54,7 +54,7 @@ def warnings_of(rows: Rows) -> list[str]:
                 if title.startswith("of ") and matches(number)
             ]
             if cells:
-                found.append(f"{len(cells)} routes have {kind} training samples of a label: {_first(cells)}.")
+                found.append(f"{len(cells)} pairs of route and label have {kind} training samples: {_first(cells)}.")
     untested = [repr(line["route"]) for line in lines if not line["test samples"]]
     if untested:
         found.append(
@@ -103,6 +103,8 @@ def readable(rows: Rows, arguments: DataArguments, decode: Callable[[Any], Any])
                 good.append(index)
             except Exception as error:  # Every decoder has errors of its own.
                 left_out.append(f"{file_name(value, index)} ({_in_one_line(error)})")
+        if not good:
+            raise BadInput(f"no file of the {name} split can be read: {_first(left_out)}.")
         if len(good) < len(data):
             setattr(rows, name, data.select(good))
     if left_out and not arguments.skip_unreadable:
@@ -126,17 +128,22 @@ def audio_header(value: dict[str, Any]) -> int:
     """The number of samples of a sound, without decoding it."""
     import soundfile
 
-    return soundfile.info(opened(value)).frames
+    frames = soundfile.info(opened(value)).frames
+    if not frames:
+        raise ValueError("it has no samples")
+    return frames
 
 
 def opened(value: dict[str, Any]) -> Any:
     """What decoders read an undecoded image or sound from: its bytes, or its path."""
+    if value is None:
+        raise ValueError("it is missing")
     return value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
 
 
-def file_name(value: dict[str, Any], index: int) -> str:
+def file_name(value: dict[str, Any] | None, index: int) -> str:
     """How a sample is named in messages: by its file, or else by its position."""
-    return repr(Path(value["path"]).name) if value["path"] else f"sample {index}"
+    return repr(Path(value["path"]).name) if value and value["path"] else f"sample {index}"
 
 
 def _hash(value: Any) -> bytes:

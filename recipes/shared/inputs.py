@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .audio import read_audio
 from .check_rows import file_name, opened
 from .data_arguments import DataArguments
 from .read_data import require_columns
-from .rows import LABEL, Rows, sample_names, with_classes
+from .rows import LABEL, WORD_LABELS, Rows, sample_names, with_classes
 
 
 # What the loss leaves out.
@@ -95,7 +96,7 @@ def _images(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     processor = image_processor(backbone, arguments, first.size)
     num_channels = arguments.num_channels or 3
     plain = ImageTransform(rows.input_column, processor, num_channels, None)
-    augment = _augmentation(arguments.augmentation, first.size if arguments.image_size is None else None)
+    augment = _augmentation(arguments.augmentation)
     shape = tuple(plain({rows.input_column: [rows.train[0][rows.input_column]]})["pixel_values"][0].shape)
     held = {"pixel_values": Array3D(shape, "float32")}
     train = (
@@ -103,8 +104,7 @@ def _images(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
         if augment is not None
         else _served(rows.train, plain, held, arguments.in_memory)
     )
-    options = {"in_chans": num_channels} if _is_timm_name(backbone) else {}
-    return Inputs(train, _served(rows.test, plain, held, arguments.in_memory), processor, options=options)
+    return Inputs(train, _served(rows.test, plain, held, arguments.in_memory), processor)
 
 
 def image_processor(backbone: str, arguments: DataArguments, size: tuple[int, int]) -> Any:
@@ -113,7 +113,7 @@ def image_processor(backbone: str, arguments: DataArguments, size: tuple[int, in
     size of the first one. `image_size`, `mean` and `std` replace what the processor has.
     """
     own = (arguments.image_size, arguments.mean, arguments.std)
-    if not _is_timm_name(backbone) and own == (None,) * 3:
+    if not is_timm_name(backbone) and own == (None,) * 3:
         try:
             # A processor that is saved and loaded makes the same pixels with PIL, and rounds others with torchvision.
             return savable_processor(AutoImageProcessor.from_pretrained(backbone, backend="pil"))
@@ -136,19 +136,24 @@ def image_processor(backbone: str, arguments: DataArguments, size: tuple[int, in
     )
 
 
-def _is_timm_name(backbone: str) -> bool:
+def is_timm_name(backbone: str) -> bool:
     return timm.is_model(backbone.removeprefix("timm/")) and not Path(backbone).exists()
 
 
 def picture(value: dict[str, Any], num_channels: int) -> Any:
     """An undecoded image as a grey or coloured PIL image."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(opened(value)) as image:
+        # Cameras write how a picture was turned beside its pixels.
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # `convert` would cut off all above 255 of 16-bit pixels.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("L" if num_channels == 1 else "RGB")
 
 
-def _augmentation(name: str, size: tuple[int, int] | None) -> Callable[[Any], Any] | None:
+def _augmentation(name: str) -> Callable[[Any], Any] | None:
     """Changes of a PIL image by torchvision, whose randomness torch's generator of the sample decides."""
     if name == "none":
         return None
@@ -220,13 +225,23 @@ def _texts(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
 def _words(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     """Words with a label each; the label of a word is that of its first token, and no other token has one."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
-    column = arguments.label_column or next(
-        (name for name in ("tags", "ner_tags", "labels") if name in rows.train.column_names), "labels"
-    )
-    names = getattr(getattr(rows.train.features.get(column), "feature", None), "names", None)
+    found = (name for name in WORD_LABELS if name in rows.train.column_names)
+    column = arguments.label_column or next(found, "labels")
+    require_columns(arguments, rows.train, {"label_column": column})
+    names = getattr(getattr(rows.train.features[column], "feature", None), "names", None)
+    # Integers of a `ClassLabel` are the ids.
+    known: dict[Any, int] = {label: label for label in range(len(names or []))}
     if names is None:
-        names = [str(name) for name in sorted({label for labels in rows.train[column] for label in labels})]
-    known = {name: index for index, name in enumerate(names)}
+        known = {label: index for index, label in enumerate(sorted({*chain(*rows.train[column])} - {None}))}
+        names = [str(label) for label in known]
+    for data in (rows.train, rows.test):
+        for index, (of_text, of_words) in enumerate(zip(data[rows.input_column], data[column], strict=True)):
+            unknown = [label for label in of_words or [] if label is not None and label not in known]
+            if not of_text or len(of_text) != len(of_words or []) or unknown:
+                raise BadInput(
+                    f"sample {index} needs words in {rows.input_column!r}, each with a label in {column!r} that "
+                    f"training data have ({', '.join(names)}); it has {of_text} and {of_words}."
+                )
 
     def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
         made = tokenizer(
@@ -238,12 +253,12 @@ def _words(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
             for position, word in enumerate(words):
                 first = word is not None and (position == 0 or words[position - 1] != word)
                 label = of_words[word] if first else None
-                row.append(_IGNORED if label is None else label if isinstance(label, int) else known[label])
+                row.append(_IGNORED if label is None else known[label])
             labels.append(row)
         return {**made, "labels": labels}
 
     train, test = (_tokenised(data, rows, tokens) for data in (rows.train, rows.test))
-    options = {"id2label": dict(enumerate(names)), "label2id": known}
+    options = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     return Inputs(train, test, tokenizer, DataCollatorForTokenClassification(tokenizer), options)
 
 
@@ -316,7 +331,7 @@ def _blocks(data: Dataset, rows: Rows, tokenizer: Any, arguments: DataArguments)
             joined = [token for tokens in texts for token in tokens]
             texts = [joined[start : start + length] for start in range(0, len(joined), length)]
         found = [tokens[:length] for tokens in texts if len(tokens) >= length]
-        if not found and rows.route_names:
+        if not found:
             raise BadInput(f"route {name!r} has no {length} tokens; lower --max_length.")
         blocks.extend(found)
         routes.extend([name] * len(found))
@@ -353,7 +368,7 @@ def _served(data: Dataset, transform: Callable[..., Any], held: dict[str, Any], 
 
 
 def _tokenised(data: Dataset, rows: Rows, tokens: Callable[..., Any]) -> Dataset:
-    kept = [name for name in (LABEL, rows.route_column) if name in data.column_names]
+    kept = [*[LABEL] * bool(rows.label_names), *[rows.route_column] * bool(rows.route_names)]
     removed = [name for name in data.column_names if name not in kept]
     return data.map(
         tokens,

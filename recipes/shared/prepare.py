@@ -33,7 +33,7 @@ from hf_rtl.modeling.routers import pooled_features
 from .arguments import BadInput
 from .check_rows import readable, routes_by_labels, warnings_of
 from .data_arguments import DataArguments
-from .inputs import Inputs, decoder, make_inputs
+from .inputs import Inputs, decoder, is_timm_name, make_inputs
 from .report import table
 from .rows import LABEL, Rows, load_rows
 
@@ -153,6 +153,8 @@ def prepare(
     if rows.task in ("image", "audio"):
         rows, said = readable(rows, data, decoder(rows, data))
     inputs = make_inputs(rows, data, processor or backbone)
+    if rows.task == "image" and is_timm_name(backbone):
+        inputs.options = {"in_chans": data.num_channels or 3}
     model_class = MODEL_CLASSES[rows.task]
     named: dict[str, Any] = {}
     if rows.ticket_task == "labels" and rows.label_names:
@@ -175,13 +177,20 @@ def bad_input() -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise BadInput(str(error)) from error
 
 
 def _with_clusters(rows: Rows, inputs: Inputs, model: RTLModel, num_routes: int, seed: int) -> tuple[Rows, Inputs]:
     """The rows and inputs with the clusters of the backbone's features as routes."""
-    features = [_features(model, part, inputs) for part in (inputs.train, inputs.test)]
+    if rows.task in ("causal", "masked"):
+        # The samples are blocks of several texts.
+        train, test = (part.with_format(None) for part in (inputs.train, inputs.test))
+        rows = replace(rows, train=train, test=test, input_column="input_ids")
+    # Changes of images, and the choice of hidden tokens, are the same whenever the clusters are found.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        features = [_features(model, part, inputs) for part in (inputs.train, inputs.test)]
     partition = partition_by_features(features[0], num_routes=num_routes, seed=seed)
     assert partition.rule is not None
     names = partition.route_names

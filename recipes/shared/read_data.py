@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
@@ -29,7 +31,9 @@ _SUFFIXES: dict[str, Sequence[str]] = {
     "arrow": (".arrow",),
     "text": (".txt",),
 }
-_TEST_SPLITS = ("test", "validation")
+_TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+# Only nothing is missing: "NA" and "None" may be names of classes.
+_MISSING: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 _FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
 
 
@@ -83,6 +87,8 @@ def read(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def _undecoded(data: Dataset) -> Dataset:
+    # What `save_to_disk` wrote has the format that it had.
+    data = data.with_format(None)
     for name, feature in data.features.items():
         if isinstance(feature, (Image, Audio)):
             data = data.cast_column(name, type(feature)(decode=False))
@@ -98,8 +104,7 @@ def _load(arguments: DataArguments) -> Mapping[str, Dataset]:
             return load_dataset(arguments.dataset, arguments.config_name)
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
             raise BadInput(
-                f"--dataset {arguments.dataset!r} is no file or folder here, and cannot be loaded from the Hub: "
-                f"{str(error).splitlines()[0]}"
+                f"--dataset {arguments.dataset!r} is no file or folder here, and the Hub does not give it: {error}"
             ) from error
     if path.is_dir() and list(path.glob("*-ubyte.gz")):
         return _idx(path)
@@ -109,42 +114,67 @@ def _load(arguments: DataArguments) -> Mapping[str, Dataset]:
     builder = _builder(path)
     if builder in ("imagefolder", "audiofolder"):
         return _media_folder(path, arguments, builder)
-    options: dict[str, Any] = {}
-    if path.is_file():
-        options["data_files"] = {arguments.train_split: str(path)}
-        if path.suffix == ".tsv":
-            options["sep"] = "\t"
-    else:
-        options["data_dir"] = str(path)
-        # The first split decides the types of columns.
-        names = dict.fromkeys((arguments.train_split, arguments.test_split, *_TEST_SPLITS))
-        named = {name: f"{name}*" for name in names if name and any(map(Path.is_file, path.glob(f"{name}*")))}
-        if arguments.train_split in named:
-            options["data_files"] = named
+    files = _table_files(path, arguments, builder)
+    options = {"sep": _separator(next(iter(files.values()))[0]), **_MISSING} if builder == "csv" else {}
     try:
-        return load_dataset(builder, **options)
+        return load_dataset(builder, data_files=files, **options)
     except Exception as error:  # Each builder and parser has errors of its own.
         cause = error.__cause__ or error
         raise BadInput(f"--dataset {arguments.dataset!r} cannot be read as {builder}: {cause}") from error
 
 
+def _visible(path: Path, builder: str | None = None) -> list[Path]:
+    """
+    A file, or the files in a folder without hidden ones, such as macOS's `._scan.png`. `builder`: only those that it
+    reads.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and (builder is None or file.suffix.lower() in _SUFFIXES[builder])
+    ]
+
+
 def _builder(path: Path) -> str:
     """The builder of `datasets` for a file, or for the files in a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    found = Counter(file.suffix.lower() for file in files)
+    found = Counter(file.suffix.lower() for file in _visible(path))
     numbers = {builder: sum(found[suffix] for suffix in suffixes) for builder, suffixes in _SUFFIXES.items()}
     # A folder of images or sounds may also hold a metadata.csv, and notes.
     for builder in ("imagefolder", "audiofolder"):
         if numbers[builder] > 1:
             return builder
     best = max(numbers, key=lambda builder: numbers[builder])
-    if not numbers[best]:
+    if not numbers[best] or (path.is_file() and best in ("imagefolder", "audiofolder")):
         suffixes = ", ".join(sorted(suffix or "none" for suffix in found)) or "no files"
         raise BadInput(
             f"--dataset {str(path)!r} holds nothing that can be read: its suffixes are {suffixes}. Allowed are "
-            "images, sounds, csv, tsv, json, jsonl, parquet, arrow, txt and idx.gz, and what `save_to_disk` wrote."
+            "folders of images or sounds, csv, tsv, json, jsonl, parquet, arrow, txt and idx.gz, and what "
+            "`save_to_disk` wrote."
         )
     return best
+
+
+def _table_files(root: Path, arguments: DataArguments, builder: str) -> dict[str, list[str]]:
+    """The files of every split: those that it names, or whose folder it names. Without such, all others train."""
+    # The first split decides the types of columns.
+    names = dict.fromkeys(filter(None, (arguments.train_split, arguments.test_split, *_TEST_SPLITS)))
+    found: dict[str | None, list[str]] = {}
+    for file in _visible(root, builder):
+        parts = file.relative_to(root).parts
+        of_file = (name for name in names if any(re.match(rf"{re.escape(name)}(?![a-z])", part) for part in parts))
+        found.setdefault(next(of_file, None), []).append(str(file))
+    if arguments.train_split not in found and None in found:
+        found[arguments.train_split] = found[None]
+    return {name: found[name] for name in names if name in found}
+
+
+def _separator(file: str | Path) -> str:
+    """What separates the columns of a csv file: of comma, semicolon and tab, that of which the titles have most."""
+    with Path(file).open(encoding="utf-8-sig", errors="replace") as opened:
+        titles = opened.readline()
+    return max(",;\t", key=titles.count)
 
 
 def _media_folder(root: Path, arguments: DataArguments, builder: str) -> dict[str, Dataset]:
@@ -155,41 +185,54 @@ def _media_folder(root: Path, arguments: DataArguments, builder: str) -> dict[st
     """
     names = (arguments.train_split, *([arguments.test_split] if arguments.test_split else _TEST_SPLITS))
     folders = {name: root / name for name in names if (root / name).is_dir()}
+    outside = [file for file in _visible(root, builder) if file.relative_to(root).parts[0] not in folders]
+    if folders and outside and (len(folders) == 1 or arguments.train_split not in folders):
+        raise BadInput(
+            f"{str(root)!r} has the folder {next(iter(folders))!r} of a split, and files outside it, such as "
+            f"{str(outside[0].relative_to(root))!r}. Give the folder of the training data the name of --train_split, "
+            f"{arguments.train_split!r}; or another name to a class that is called as a split."
+        )
     if arguments.train_split not in folders:
         folders = {arguments.train_split: root}
-    return {name: _files(folder, root, builder) for name, folder in folders.items()}
+    files = {name: _visible(folder, builder) for name, folder in folders.items()}
+    in_classes = any(len({file.parent for file in of_split}) > 1 for of_split in files.values())
+    return {name: _files(folders[name], root, of_split, builder, in_classes) for name, of_split in files.items()}
 
 
-def _files(folder: Path, root: Path, builder: str) -> Dataset:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES[builder])
+def _files(folder: Path, root: Path, files: Sequence[Path], builder: str, in_classes: bool) -> Dataset:
+    columns: dict[str, Any] = {"label": [file.parent.name for file in files]} if in_classes else {}
+    tables = [place / f"metadata.{suffix}" for place in (folder, root) for suffix in ("csv", "jsonl")]
+    table = next((table for table in tables if table.exists()), None)
+    if table is not None:
+        columns |= _metadata(table, files)
     column, feature = ("image", Image) if builder == "imagefolder" else ("audio", Audio)
-    columns: dict[str, list[Any]] = {column: [str(file) for file in files]}
-    if len({file.parent for file in files}) > 1:
-        columns["label"] = [file.parent.name for file in files]
-    for place in dict.fromkeys((folder, root)):
-        if (place / "metadata.csv").exists():
-            for name, values in _metadata(place, files).items():
-                columns[name] = values
-            break
+    columns[column] = [str(file) for file in files]
     return Dataset.from_dict(columns).cast_column(column, feature(decode=False))
 
 
-def _metadata(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
-    """The columns of the metadata.csv in a folder, in the order of `files`."""
-    with (folder / "metadata.csv").open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        titles = list(reader.fieldnames or [])
-        if "file_name" not in titles:
-            raise BadInput(
-                f"the metadata.csv of {folder.name!r} needs a column 'file_name'; it has {', '.join(titles)}."
-            )
-        rows = {row["file_name"]: row for row in reader}
-    names = [file.relative_to(folder).as_posix() for file in files]
-    missing = next((name for name in names if name not in rows), None)
+def _metadata(table: Path, files: Sequence[Path]) -> dict[str, Sequence[Any]]:
+    """The columns of a metadata.csv or metadata.jsonl, in the order of `files`."""
+    try:
+        if table.suffix == ".csv":
+            frame = pd.read_csv(table, sep=_separator(table), dtype={"file_name": str}, **_MISSING)
+        else:
+            frame = pd.read_json(table, lines=True, dtype=False)
+    except ValueError as error:
+        raise BadInput(f"{str(table)!r} cannot be read: {error}") from error
+    if "file_name" not in frame:
+        raise BadInput(f"{str(table)!r} needs a column 'file_name'; it has {', '.join(map(str, frame.columns))}.")
+    frame.index = frame.pop("file_name").map(_normal)
+    names = [_normal(str(file.relative_to(table.parent))) for file in files]
+    missing = next((name for name in names if name not in frame.index), None)
     if missing is not None:
-        raise BadInput(f"the metadata.csv of {folder.name!r} has no row whose file_name is {missing!r}.")
-    others = [title for title in titles if title != "file_name"]
-    return {column: [rows[name][column] for name in names] for column in others}
+        raise BadInput(f"{str(table)!r} has no row whose file_name is {missing!r}.")
+    chosen = frame[~frame.index.duplicated(keep="last")].loc[names]
+    return Dataset.from_pandas(chosen, preserve_index=False)[:]
+
+
+def _normal(name: str) -> str:
+    """One spelling of a path: Windows has backslashes, and macOS takes letters and their accents apart."""
+    return unicodedata.normalize("NFC", PurePath(str(name).replace("\\", "/")).as_posix())
 
 
 def _digits() -> dict[str, Dataset]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-from datasets import Audio, ClassLabel, Dataset, Image, List
+from datasets import Audio, ClassLabel, Dataset, Image, List, Value
 
 from hf_rtl import ByGroups, partition_by_groups
 from hf_rtl.data.partition import Rule
@@ -20,6 +22,8 @@ from .read_data import read, require_columns
 LABEL, ROUTE, GROUP = "label", "route", "group"
 _LANGUAGE_MODELS = ("causal", "masked", "seq2seq")
 _LABEL_COLUMNS = ("label", "labels")
+WORD_LABELS = ("tags", "ner_tags", "labels", "label")
+_MEDIA: dict[str, Any] = {"image": Image, "audio": Audio}
 
 
 @dataclass
@@ -56,8 +60,10 @@ def load_rows(arguments: DataArguments, *, route_column: str | None, seed: int) 
             `class_bounds`; a test sample has a label or route that training data lack.
     """
     train, test = read(arguments)
+    held_out = test is None
     input_column, task = find_task(arguments, train)
-    label_column = find_label(arguments, train, route_column) if task not in (*_LANGUAGE_MODELS, "token") else None
+    classified = task not in (*_LANGUAGE_MODELS, "token")
+    label_column = find_label(arguments, train, route_column) if classified else None
     named = {"input_column": input_column, "label_column": label_column, "route_column": route_column}
     for data in (train, *([] if test is None else [test])):
         require_columns(arguments, data, {name: column for name, column in named.items() if column})
@@ -66,46 +72,84 @@ def load_rows(arguments: DataArguments, *, route_column: str | None, seed: int) 
             f"the data do not say the route of a sample; name a column, --route_column NAME, of "
             f"{', '.join(train.column_names)}; or find routes, as by --cluster_routes 4."
         )
-    rows = Rows(train, train if test is None else test, task, "", input_column, LABEL, [], [])
+    if classified and route_column == LABEL != label_column:
+        raise BadInput(f"the labels, of column {label_column!r}, will be named 'label'; rename the routes' column.")
+    parts = [_as_media(data, input_column, task, arguments.dataset) for data in (train, train if held_out else test)]
+    rows = Rows(*parts, task, "", input_column, LABEL, [], [])
     if label_column is not None:
         rows = _with_labels(rows, label_column, arguments)
     rows = _with_routes(rows, route_column, label_column, arguments)
-    by_label = rows.route_column == LABEL or rows.rule is not None
-    rows.ticket_task = arguments.ticket_task or ("membership" if by_label else "labels")
-    if test is None:
+    by_label = rows.route_column == LABEL or rows.rule is not None or label_column == route_column
+    rows.ticket_task = arguments.ticket_task or ("membership" if classified and by_label else "labels")
+    _check_classes(rows)
+    if task in _MEDIA:
+        kept = {input_column, rows.route_column, LABEL} & {*rows.train.column_names}
+        rows.train, rows.test = (data.select_columns(sorted(kept)) for data in (rows.train, rows.test))
+    if held_out:
         rows = _split(rows, arguments.test_fraction, seed)
     return _drawn(rows, arguments, seed)
 
 
+def _check_classes(rows: Rows) -> None:
+    """Raises `BadInput` if there is nothing to tell apart: one label, or one route of membership tickets."""
+    names, kind = (rows.route_names, "route") if rows.ticket_task == "membership" else (rows.label_names, "label")
+    if len(names) == 1:
+        raise BadInput(
+            f"all training samples have the {kind} {names[0]!r}, so {rows.ticket_task} tickets have nothing to tell "
+            f"apart; name another column with --{kind}_column."
+        )
+
+
 def find_task(arguments: DataArguments, data: Dataset) -> tuple[str, str]:
     """The input column and the task: those given, or else the only ones that the columns admit."""
+    features, task = data.features, arguments.task
+    kinds = {name: _kind(feature) for name, feature in features.items()}
     column = arguments.input_column
-    features = data.features
     if column is None:
-        media = [name for name, feature in features.items() if isinstance(feature, (Image, Audio))]
-        words = [name for name, feature in features.items() if _is_list_of(feature, "string")]
-        texts = [name for name in ("text", "sentence", "tokens", "content") if name in features]
-        found = media or words or texts
-        if not found or len(media) > 1:
+        media = [name for name, kind in kinds.items() if kind in _MEDIA and task in (None, kind)]
+        known = (*WORD_LABELS, arguments.label_column)
+        words = [name for name, kind in kinds.items() if kind == "token" == (task or kind) and name not in known]
+        texts = [name for name in ("text", "sentence", "content") if kinds.get(name) == "text" and task != "token"]
+        found = media or words or texts[:1]
+        if len(found) != 1:
             raise BadInput(
                 f"which column holds the samples? The data have {', '.join(data.column_names)}; name it with "
-                "--input_column."
+                "--input_column, and files that it has the paths of with --task image or audio."
             )
         column = found[0]
     require_columns(arguments, data, {"input_column": column})
-    if arguments.task is not None:
-        return column, arguments.task
-    feature = features[column]
-    if isinstance(feature, (Image, Audio)):
-        return column, "image" if isinstance(feature, Image) else "audio"
-    if _is_list_of(feature, "string"):
-        return column, "token"
+    kind = kinds[column]
+    if task is not None:
+        if kind in _MEDIA and kind != task:
+            raise BadInput(f"column {column!r} has {kind} files, which --task {task} cannot use; see --input_column.")
+        return column, task
+    if kind != "text":
+        return column, kind
     if arguments.label_column is None and not any(name in features for name in _LABEL_COLUMNS):
         raise BadInput(
             f"texts without a column 'label' admit several tasks: --task causal, masked or seq2seq; or name the "
             f"classes, --label_column NAME, of {', '.join(data.column_names)}."
         )
     return column, "text"
+
+
+def _kind(feature: object) -> str:
+    """The task that a column admits, for text the first of several."""
+    if isinstance(feature, (Image, Audio)):
+        return "image" if isinstance(feature, Image) else "audio"
+    return "token" if isinstance(feature, List) and _is_text(feature.feature) else "text"
+
+
+def _as_media(data: Dataset, column: str, task: str, dataset: str) -> Dataset:
+    """Of images and sounds: bytes, or paths that may be relative to the data, as a column of images or sounds."""
+    if task not in _MEDIA or isinstance(data.features[column], _MEDIA[task]):
+        return data
+    if _is_text(data.features[column]):
+        place = Path(dataset).expanduser()
+        folder = place if place.is_dir() else place.parent
+        paths = [None if path is None else str(folder / path) for path in data[column]]
+        data = data.remove_columns(column).add_column(column, paths)
+    return data.cast_column(column, _MEDIA[task](decode=False))
 
 
 def find_label(arguments: DataArguments, data: Dataset, route_column: str | None) -> str | None:
@@ -146,6 +190,8 @@ def _with_routes(rows: Rows, column: str | None, label_column: str | None, argum
         rows.rule, rows.route_column, rows.route_names = rule, GROUP, partition.route_names
         return rows
     if arguments.cluster_routes is not None:
+        parts = (rows.train, rows.test)
+        rows.train, rows.test = (part.remove_columns({ROUTE} & {*part.column_names}) for part in parts)
         rows.route_column = ROUTE
         return rows
     if column is not None:
@@ -163,10 +209,10 @@ def _split(rows: Rows, fraction: float, seed: int) -> Rows:
     """Holds out a part of every pair of route and label for testing, of pairs with more than one sample."""
     if not 0 < fraction < 1:
         raise BadInput(f"--test_fraction must be between 0 and 1, got {fraction}.")
+    # In an order, since every process must draw the same.
+    known = dict.fromkeys([LABEL] * bool(rows.label_names) + [rows.route_column] * bool(rows.route_names))
     cells = np.stack(
-        [np.asarray(rows.train[name]) for name in {LABEL, rows.route_column} if name in rows.train.column_names]
-        or [np.zeros(len(rows.train), dtype=int)],
-        axis=1,
+        [np.asarray(rows.train[name]) for name in known] or [np.zeros(len(rows.train), dtype=int)], axis=1
     )
     generator = np.random.default_rng([seed, 1])
     held_out = []
@@ -201,6 +247,8 @@ def _drawn(rows: Rows, arguments: DataArguments, seed: int) -> Rows:
         chosen = np.concatenate(shares)
     rows.train = rows.train.select(np.sort(chosen))
     rows.test = rows.test.select(np.sort(generator.permutation(len(rows.test))[: arguments.max_test_samples]))
+    if not len(rows.train) or not len(rows.test):
+        raise BadInput("--max_train_samples or --max_test_samples leaves no sample; training needs one of each route.")
     return rows
 
 
@@ -221,18 +269,27 @@ def sample_names(data: Dataset, column: str) -> list[str]:
     """The value of each sample in `column` as a string, by name if the column is a `ClassLabel`."""
     feature = data.features[column]
     values = data[column][:]
-    missing = next((index for index, value in enumerate(values) if value is None), None)
+    missing = next((index for index, value in enumerate(values) if value is None or value == ""), None)
     if missing is not None:
         raise BadInput(f"column {column!r} has no value at sample {missing}; remove such rows, or fill them.")
-    return feature.int2str(values) if isinstance(feature, ClassLabel) else list(map(str, values))
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(values)
+    wrong = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)
+    if wrong is not None or not isinstance(feature, Value):
+        raise BadInput(
+            f"column {column!r} has {values[0] if wrong is None else wrong!r}, which is no name of a class or route; "
+            "--class_bounds cuts labels that are numbers into classes."
+        )
+    return [str(int(value) if isinstance(value, float) else value) for value in values]
 
 
 def class_names(data: Dataset, column: str) -> list[str]:
-    """The names of a column of classes; those of other columns are their sorted values."""
+    """The names of a column of classes; those of other columns are their sorted values, whole numbers by size."""
     feature = data.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
-    return [str(value) for value in sorted(set(data[column]) - {None})]
+    names = sorted(set(sample_names(data, column)))
+    return sorted(names, key=int) if all(re.fullmatch(r"-?[0-9]+", name) for name in names) else names
 
 
 def with_classes(data: Dataset, column: str, values: Sequence[str], names: list[str], source: str) -> Dataset:
@@ -252,5 +309,5 @@ def _with_column(data: Dataset, column: str, ids: list[int], names: list[str]) -
     return kept.add_column(column, ids, feature=ClassLabel(names=names))
 
 
-def _is_list_of(feature: object, dtype: str) -> bool:
-    return isinstance(feature, List) and getattr(feature.feature, "dtype", None) == dtype
+def _is_text(feature: object) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
