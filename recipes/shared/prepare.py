@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 from transformers.trainer_utils import EvalPrediction
@@ -91,11 +92,14 @@ class Prepared:
 
     def trainer_data(self) -> dict[str, Any]:
         """The arguments of `RTLTrainer` for these data."""
+        task, ticket_task = self.rows.task, self.rows.ticket_task
         return {
             "train_dataset": self.inputs.train,
             "eval_dataset": self.inputs.test,
             "processing_class": self.inputs.processor,
             "data_collator": self.inputs.collator,
+            # Most audio models of transformers have the loss of exclusive classes alone.
+            "compute_loss_func": membership_loss if (task, ticket_task) == ("audio", "membership") else None,
             **self.partition(),
             **self.metrics(),
         }
@@ -214,6 +218,12 @@ def _features(model: RTLModel, data: Any, inputs: Inputs) -> Tensor:
         given = {name: value for name, value in batch.items() if name not in ("label", "labels")}
         found.append(torch.nn.functional.normalize(pooled_features(model.backbone, given)))
     return torch.cat(found)
+
+
+def membership_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The loss of a membership ticket: the mean over samples of the binary cross-entropy."""
+    number = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return binary_cross_entropy_with_logits(outputs.logits, labels, reduction="sum") / number
 
 
 def likeliest_tokens(logits: Any, labels: Tensor) -> Tensor:

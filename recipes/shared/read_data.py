@@ -200,12 +200,14 @@ def _media_folder(root: Path, arguments: DataArguments, builder: str) -> dict[st
 
 
 def _files(folder: Path, root: Path, files: Sequence[Path], builder: str, in_classes: bool) -> Dataset:
-    columns: dict[str, Any] = {"label": [file.parent.name for file in files]} if in_classes else {}
+    column, feature = ("image", Image) if builder == "imagefolder" else ("audio", Audio)
+    columns: dict[str, Any] = {column: None}
+    if in_classes:
+        columns["label"] = [file.parent.name for file in files]
     tables = [place / f"metadata.{suffix}" for place in (folder, root) for suffix in ("csv", "jsonl")]
     table = next((table for table in tables if table.exists()), None)
     if table is not None:
         columns |= _metadata(table, files)
-    column, feature = ("image", Image) if builder == "imagefolder" else ("audio", Audio)
     columns[column] = [str(file) for file in files]
     return Dataset.from_dict(columns).cast_column(column, feature(decode=False))
 

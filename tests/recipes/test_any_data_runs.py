@@ -1,0 +1,337 @@
+"""Small runs of `recipes/prune.py` on the files of a user, and `evaluate.py` on what they saved."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_rtl import RTLModelForImageClassification, RTLTrainer
+from shared.data_arguments import DataArguments
+from shared.prepare import prepare as prepare_data
+from tests.distributed.launchers import TORCH, Launcher
+from tests.recipes.commands import RECIPES
+from tests.recipes.small_files import save_backbone, save_csv, save_images, save_jsonl, save_sound, tone
+from tests.recipes.small_texts import WORDS
+from tests.training.small_runs import SMALL_NET
+
+
+pytestmark = pytest.mark.slow
+
+CELLS = {("cat", "north"): 8, ("cat", "süd"): 6, ("dög", "north"): 7, ("dög", "süd"): 9}
+# Two prune events and four steps.
+SHORT: dict[str, Any] = {
+    "target_sparsity": 0.5,
+    "prune_amount": 0.3,
+    "extraction_steps": 1,
+    "max_steps": 4,
+    "route_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 0.01,
+    "save_strategy": "no",
+    "dense": False,
+}
+IMAGES: dict[str, Any] = {"backbone": SMALL_NET, "image_size": 16, "route_column": "hospital"}
+# What tells how long a run took, not what came out.
+TIMED = ("runtime", "per_second", "preparation_time")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+        yield
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`backbone(kind)` is the folder of a tiny one; see `save_backbone`."""
+    folder, known = tmp_path_factory.mktemp("backbones"), {}
+
+    def backbone(kind: str) -> str:
+        if kind not in known:
+            known[kind] = save_backbone(kind, folder / kind)
+        return known[kind]
+
+    return backbone
+
+
+def command(values: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def start(script: str, *arguments: object) -> int:
+    """The exit status of a recipe in this process."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        raise SystemExit(0)
+    return int(ended.value.code or 0)
+
+
+def prune(dataset: object, output_dir: Path, **values: Any) -> dict[str, Any]:
+    """The results of a run."""
+    everything = {"dataset": dataset, "output_dir": output_dir, **SHORT, **values}
+    assert start("prune.py", *command(everything)) == 0
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """All that came out of a run."""
+    return {
+        f"{kind}-{index}/{name}": value
+        for kind in ("rounds", "controls")
+        for index, report in enumerate(results[kind])
+        for name, value in {**report["metrics"], "kept": report.get("kept"), "union": report.get("union")}.items()
+        if not name.endswith(TIMED)
+    }
+
+
+def masks(output_dir: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(output_dir / "final" / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if "mask" in name}
+
+
+def assert_evaluates_to_the_same(output_dir: Path) -> None:
+    assert start("evaluate.py", output_dir / "final", "--compare", output_dir / "results.json") == 0
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], status: int, output_dir: Path, message: str) -> None:
+    """One line, exit code 2, and nothing written."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert status == 2 and message in line and not output_dir.exists()
+
+
+@pytest.fixture(scope="module")
+def images_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """The folder of images, that of a run, and its results."""
+    folder = tmp_path_factory.mktemp("images")
+    results = prune(save_images(folder / "scans", CELLS), folder / "run", **IMAGES)
+    return folder / "scans", folder / "run", results
+
+
+def test_images_are_pruned_and_evaluated_again(
+    images_run: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, run, results = images_run
+    metrics = results["rounds"][0]["metrics"]
+    assert {"eval_north/accuracy", "eval_süd/accuracy"} <= set(metrics) and results["num_test"] == 6
+    assert_evaluates_to_the_same(run)
+    assert start("evaluate.py", run / "final", "--dataset", scans, "--max_test_samples", 4) == 0
+    assert "final" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values", [{"in_memory": True}, {"dataloader_num_workers": 2}], ids=["held", "workers"])
+def test_how_images_are_served_changes_nothing(
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, values: dict
+) -> None:
+    scans, run, results = images_run
+    again = prune(scans, tmp_path / "run", **IMAGES, **values)
+    assert figures(again) == figures(results)
+    assert all(torch.equal(mask, masks(run)[name]) for name, mask in masks(tmp_path / "run").items())
+
+
+def test_augmented_images_are_the_same_in_workers(
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    scans, _, plain = images_run
+    options = {**IMAGES, "augmentation": "flip", "seed_transforms": True}
+    runs = [
+        prune(scans, tmp_path / str(workers), **options, dataloader_num_workers=workers, in_memory=bool(workers))
+        for workers in (0, 2)
+    ]
+    assert figures(runs[0]) == figures(runs[1]) != figures(plain)
+
+
+def test_an_interrupted_run_is_continued(
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, run, results = images_run
+    original, steps = RTLTrainer.training_step, []
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        steps.append(None)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    values = {"dataset": scans, "output_dir": tmp_path / "run", **SHORT, **IMAGES}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RTLTrainer, "training_step", stopping)
+        assert start("prune.py", *command(values)) == 130
+    assert "again" in capsys.readouterr().err and not (tmp_path / "run" / "results.json").exists()
+    assert figures(prune(scans, tmp_path / "run", **IMAGES)) == figures(results)
+    assert all(torch.equal(mask, masks(run)[name]) for name, mask in masks(tmp_path / "run").items())
+
+
+def test_two_processes_find_the_same_tickets(images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    scans, run, results = images_run
+    values = {"dataset": scans, "output_dir": tmp_path / "run", **SHORT, **IMAGES}
+    started = Launcher(
+        [
+            *(*TORCH, "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"),
+            *("--rdzv_endpoint", "127.0.0.1:0", str(RECIPES / "prune.py"), *command(values), "--use_cpu"),
+        ],
+        tmp_path / "log",
+    )
+    try:
+        assert started.wait() == 0, started.printed()
+    finally:
+        started.stop()
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["num_processes"] == 2
+    assert all(torch.equal(mask, masks(run)[name]) for name, mask in masks(tmp_path / "run").items())
+    assert again["rounds"][0]["kept"] == results["rounds"][0]["kept"]
+
+
+def test_groups_of_classes_and_clusters_are_routes(tmp_path: Path) -> None:
+    cells = {(label, "north"): 5 for label in ("ant", "bee", "cat", "dog")}
+    root = save_images(tmp_path / "scans", cells)
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("insects: [ant, bee]\nmammals: [cat, dog]\n")
+    results = prune(root, tmp_path / "groups", backbone=SMALL_NET, image_size=16, num_channels=1, route_groups=groups)
+    assert {"eval_insects/recall", "eval_mammals/recall"} <= set(results["rounds"][0]["metrics"])
+    assert_evaluates_to_the_same(tmp_path / "groups")
+
+    # Dark images and bright ones.
+    save_images(tmp_path / "two", {("cat", "a"): 12, ("dog", "b"): 12})
+    values = {"backbone": SMALL_NET, "image_size": 16, "num_channels": 1, "cluster_routes": 2}
+    options = {"augmentation": "flip", "ticket_task": "membership"}
+    results = prune(tmp_path / "two", tmp_path / "clusters", **values, **options)
+    assert {"eval_cluster-0/recall", "eval_cluster-1/recall"} <= set(results["rounds"][0]["metrics"])
+    del values["backbone"]
+    arguments = DataArguments(dataset=str(tmp_path / "two"), **values, **options)
+    found = prepare_data(arguments, SMALL_NET, route_column=None, seed=0).rows
+    assert {*zip(found.train["label"], found.train["route"], strict=True)} in ({(0, 0), (1, 1)}, {(0, 1), (1, 0)})
+    assert_evaluates_to_the_same(tmp_path / "clusters")
+
+
+TEXTS = [
+    {"text": f"{WORDS[index % 6]} {['film', 'phone'][index % 2]}", "label": "bad" if index % 6 < 3 else "good"}
+    for index in range(24)
+]
+
+
+def test_texts_and_sounds_may_ask_for_membership(tmp_path: Path, encoder: str, backbone: Callable[[str], str]) -> None:
+    file = save_csv(tmp_path / "texts.csv", TEXTS)
+    results = prune(file, tmp_path / "texts", backbone=encoder, prune_exclude="*pooler*")
+    assert {"eval_bad/recall", "eval_good/recall"} <= set(results["rounds"][0]["metrics"])
+    assert_evaluates_to_the_same(tmp_path / "texts")
+
+    for index in range(16):
+        save_sound(tmp_path / "tones" / ("low", "high")[index % 2] / f"{index}.wav", tone(0.2, (40, 200)[index % 2]))
+    values = {"backbone": backbone("audio"), "max_seconds": 0.2}
+    runs = [
+        prune(tmp_path / "tones", tmp_path / f"sounds-{held}", **values, ticket_task="membership", in_memory=held)
+        for held in (False, True)
+    ]
+    assert {"eval_high/recall", "eval_low/recall"} <= set(runs[0]["rounds"][0]["metrics"])
+    assert figures(runs[0]) == figures(runs[1])
+    assert_evaluates_to_the_same(tmp_path / "sounds-False")
+
+
+@pytest.mark.parametrize("task", ["causal", "masked", "seq2seq", "token"])
+def test_language_models_and_words(tmp_path: Path, encoder: str, backbone: Callable[[str], str], task: str) -> None:
+    generator = np.random.default_rng(0)
+    samples = []
+    for index in range(40):
+        words = [str(word) for word in generator.choice(WORDS, 5)]
+        row: dict[str, Any] = {"text": " ".join(words), "answer": words[0], "site": "ab"[index % 2]}
+        if task == "token":
+            row = {"tokens": words, "tags": [len(word) // 4 for word in words], "site": "ab"[index % 2]}
+        samples.append(row)
+    values: dict[str, Any] = {"max_length": 8, "route_column": "site", "task": task}
+    if task == "seq2seq":
+        values["target_column"] = "answer"
+    results = prune(
+        save_jsonl(tmp_path / "a.jsonl", samples),
+        tmp_path / "run",
+        backbone=encoder if task == "token" else backbone(task),
+        **values,
+    )
+    metrics = results["rounds"][0]["metrics"]
+    assert 0 <= metrics["eval_worst_route_accuracy"] <= metrics["eval_accuracy"] <= 1
+    assert metrics["eval_worst_route_accuracy"] == min(metrics["eval_a/accuracy"], metrics["eval_b/accuracy"])
+    assert_evaluates_to_the_same(tmp_path / "run")
+
+
+def test_clusters_of_blocks_are_routes(tmp_path: Path, backbone: Callable[[str], str]) -> None:
+    generator = np.random.default_rng(0)
+    samples = [{"text": " ".join(generator.choice(WORDS[: 5 + 5 * (i % 2)], 8))} for i in range(40)]
+    file = save_jsonl(tmp_path / "a.jsonl", samples)
+    for task in ("causal", "masked"):
+        values = {"backbone": backbone(task), "task": task, "max_length": 8, "cluster_routes": 2}
+        prune(file, tmp_path / task, **values)
+        assert_evaluates_to_the_same(tmp_path / task)
+
+
+def test_a_broken_body_ends_a_run_and_the_flag_it_names_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = save_images(tmp_path / "scans", CELLS)
+    whole = (scans / "cat/002.png").read_bytes()
+    (scans / "cat/002.png").write_bytes(whole[: len(whole) // 2])
+    values = {"dataset": scans, **SHORT, **IMAGES}
+    for workers in (0, 2):
+        output_dir = tmp_path / f"run-{workers}"
+        assert (
+            start("prune.py", *command({**values, "output_dir": output_dir, "dataloader_num_workers": workers})) == 2
+        )
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "002.png" in line]
+        assert line.startswith("prune.py: error: '002.png' cannot be decoded") and "--skip_unreadable" in line
+    status = start("prune.py", *command({**values, "output_dir": tmp_path / "run"}), "--check_files")
+    assert_refused(capsys, status, tmp_path / "run", "1 files cannot be read: '002.png'")
+    assert start("prune.py", *command({**values, "output_dir": tmp_path / "run"}), "--skip_unreadable") == 0
+    assert "1 unreadable files are left out: '002.png'" in capsys.readouterr().out
+
+
+BAD = {
+    "a sparsity": ({"target_sparsity": 1.5}, "target_sparsity"),
+    "a task": ({"task": "smell"}, "invalid choice: 'smell'"),
+    "an argument": ({"target_sparsities": 0.5}, "--target_sparsities"),
+    "a data set": ({"dataset": "nothere/at/all.csv"}, "nothere/at/all.csv"),
+    "a column": ({"route_column": "town"}, "no column 'town'; it has image, label, hospital"),
+    "a backbone": ({"backbone": "no_such_net"}, "no_such_net"),
+    "a number": ({"max_train_samples": 1}, "leaves no sample"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    capsys.readouterr()
+    change, message = BAD[kind]
+    values = {"dataset": images_run[0], "output_dir": tmp_path / "run", **SHORT, **IMAGES, **change}
+    assert_refused(capsys, start("prune.py", *command(values)), tmp_path / "run", message)
+
+
+def test_a_model_made_in_python_is_evaluated_by_the_names_of_its_classes(
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, run, results = images_run
+    # The same model, but with its classes and routes in another order.
+    model = RTLModelForImageClassification.from_pretrained(run / "final")
+    assert model.config.id2label == {0: "cat", 1: "dög"}
+    model.save_pretrained(tmp_path / "model")
+    for name in ("preprocessor_config.json",):
+        (tmp_path / "model" / name).write_bytes((run / "final" / name).read_bytes())
+    options = ["--dataset", scans, "--route_column", "hospital"]
+    capsys.readouterr()
+    assert start("evaluate.py", tmp_path / "model", *options) == 0
+    accuracy = results["rounds"][0]["metrics"]["eval_accuracy"]
+    assert f"{accuracy:.3f}" in capsys.readouterr().out
+    assert start("evaluate.py", tmp_path / "model") == 2
+    assert "its test data are not known" in capsys.readouterr().err
