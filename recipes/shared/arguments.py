@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import torch
 import transformers
 import yaml
@@ -123,6 +124,8 @@ def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:
 def set_up(threads: int | None) -> None:
     """Logs warnings in one line each, hides the progress bars of transformers, and sets the number of CPU threads."""
     transformers.utils.logging.disable_progress_bar()
+    # What cannot be read is said by `BadInput`.
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if threads is not None:
         torch.set_num_threads(threads)

@@ -212,8 +212,19 @@ def _feature_of(tensor: Tensor) -> Any:
 # Texts
 
 
+def _tokenizer(backbone: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--backbone {backbone!r} has no tokenizer that can be read: {error}") from error
+    if tokenizer.pad_token is None:
+        # Masked out, so that any token will do.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _texts(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _tokenizer(backbone)
 
     def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
         return tokenizer(batch[rows.input_column], truncation=True, max_length=arguments.max_length)
@@ -224,7 +235,7 @@ def _texts(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
 
 def _words(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     """Words with a label each; the label of a word is that of its first token, and no other token has one."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _tokenizer(backbone)
     found = (name for name in WORD_LABELS if name in rows.train.column_names)
     column = arguments.label_column or next(found, "labels")
     require_columns(arguments, rows.train, {"label_column": column})
@@ -266,7 +277,7 @@ def _words(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
 
 
 def _causal(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _tokenizer(backbone)
     train, test = (_blocks(data, rows, tokenizer, arguments) for data in (rows.train, rows.test))
     train, test = (data.add_column("labels", data["input_ids"][:]) for data in (train, test))
     return Inputs(train.with_format("torch"), test.with_format("torch"), tokenizer)
@@ -291,7 +302,7 @@ class MaskTransform:
 
 def _masked(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     """Training tokens are hidden anew at every use, test tokens once."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _tokenizer(backbone)
     transform = MaskTransform(tokenizer)
     train, test = (_blocks(data, rows, tokenizer, arguments) for data in (rows.train, rows.test))
     with torch.random.fork_rng(devices=[]):
@@ -304,7 +315,7 @@ def _seq2seq(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     if arguments.target_column is None:
         raise BadInput("a seq2seq model needs --target_column NAME: the texts that it writes.")
     require_columns(arguments, rows.train, {"target_column": arguments.target_column})
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _tokenizer(backbone)
 
     def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
         given, target = batch[rows.input_column], batch[arguments.target_column]
@@ -395,8 +406,8 @@ def _decoded(value: dict[str, Any], decode: Callable[[Any], Any]) -> Any:
         return decode(value)
     except Exception as error:
         raise BadInput(
-            f"{file_name(value, 0) if value['path'] else 'a file'} cannot be decoded: {error}. Mend it, or run again "
-            "with --skip_unreadable, which leaves such files out."
+            f"{file_name(value, 0) if value['path'] else 'a file'} cannot be decoded: {error}. Mend it, or leave "
+            "such files out with --skip_unreadable and another --output_dir."
         ) from error
 
 

@@ -117,10 +117,12 @@ def _load(arguments: DataArguments) -> Mapping[str, Dataset]:
     files = _table_files(path, arguments, builder)
     options = {"sep": _separator(next(iter(files.values()))[0]), **_MISSING} if builder == "csv" else {}
     try:
-        return load_dataset(builder, data_files=files, **options)
+        splits = load_dataset(builder, data_files=files, **options)
     except Exception as error:  # Each builder and parser has errors of its own.
         cause = error.__cause__ or error
         raise BadInput(f"--dataset {arguments.dataset!r} cannot be read as {builder}: {cause}") from error
+    # Files of text have empty lines between paragraphs.
+    return splits.filter(lambda row: bool(row["text"].strip())) if builder == "text" else splits
 
 
 def _visible(path: Path, builder: str | None = None) -> list[Path]:

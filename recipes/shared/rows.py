@@ -167,6 +167,9 @@ def find_label(arguments: DataArguments, data: Dataset, route_column: str | None
 def _with_labels(rows: Rows, column: str, arguments: DataArguments) -> Rows:
     values = [_labels(data, column, arguments) for data in (rows.train, rows.test)]
     names = arguments.class_names or class_names(rows.train, column)
+    unnamed = sorted({*values[0]} - {*names})
+    if unnamed:
+        raise BadInput(f"--class_names lack {', '.join(map(repr, unnamed))}, of column {column!r}.")
     rows.train, rows.test = (
         with_classes(data, LABEL, of_data, names, column)
         for data, of_data in zip((rows.train, rows.test), values, strict=True)
