@@ -241,17 +241,14 @@ def _words(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
     require_columns(arguments, rows.train, {"label_column": column})
     names = getattr(getattr(rows.train.features[column], "feature", None), "names", None)
     # Integers of a `ClassLabel` are the ids.
-    known: dict[Any, int] = {label: label for label in range(len(names or []))}
-    if names is None:
-        known = {label: index for index, label in enumerate(sorted({*chain(*rows.train[column])} - {None}))}
-        names = [str(label) for label in known]
+    given = range(len(names)) if names is not None else sorted({*chain(*filter(None, rows.train[column]))} - {None})
+    known, names = {label: index for index, label in enumerate(given)}, names or list(map(str, given))
     for data in (rows.train, rows.test):
-        for index, (of_text, of_words) in enumerate(zip(data[rows.input_column], data[column], strict=True)):
-            unknown = [label for label in of_words or [] if label is not None and label not in known]
-            if not of_text or len(of_text) != len(of_words or []) or unknown:
+        for index, (words, labels) in enumerate(zip(data[rows.input_column], data[column], strict=True)):
+            if not words or len(words) != len(labels or []) or not {*labels} <= {*known, None}:
                 raise BadInput(
                     f"sample {index} needs words in {rows.input_column!r}, each with a label in {column!r} that "
-                    f"training data have ({', '.join(names)}); it has {of_text} and {of_words}."
+                    f"training data have ({', '.join(names)}); it has {words} and {labels}."
                 )
 
     def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:

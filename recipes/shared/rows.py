@@ -81,7 +81,6 @@ def load_rows(arguments: DataArguments, *, route_column: str | None, seed: int) 
     rows = _with_routes(rows, route_column, label_column, arguments)
     by_label = rows.route_column == LABEL or rows.rule is not None or label_column == route_column
     rows.ticket_task = arguments.ticket_task or ("membership" if classified and by_label else "labels")
-    _check_classes(rows)
     if task in _MEDIA:
         kept = {input_column, rows.route_column, LABEL} & {*rows.train.column_names}
         rows.train, rows.test = (data.select_columns(sorted(kept)) for data in (rows.train, rows.test))
@@ -90,21 +89,10 @@ def load_rows(arguments: DataArguments, *, route_column: str | None, seed: int) 
     return _drawn(rows, arguments, seed)
 
 
-def _check_classes(rows: Rows) -> None:
-    """Raises `BadInput` if there is nothing to tell apart: one label, or one route of membership tickets."""
-    names, kind = (rows.route_names, "route") if rows.ticket_task == "membership" else (rows.label_names, "label")
-    if len(names) == 1:
-        raise BadInput(
-            f"all training samples have the {kind} {names[0]!r}, so {rows.ticket_task} tickets have nothing to tell "
-            f"apart; name another column with --{kind}_column."
-        )
-
-
 def find_task(arguments: DataArguments, data: Dataset) -> tuple[str, str]:
     """The input column and the task: those given, or else the only ones that the columns admit."""
-    features, task = data.features, arguments.task
-    kinds = {name: _kind(feature) for name, feature in features.items()}
-    column = arguments.input_column
+    column, task = arguments.input_column, arguments.task
+    kinds = {name: _kind(feature) for name, feature in data.features.items()}
     if column is None:
         media = [name for name, kind in kinds.items() if kind in _MEDIA and task in (None, kind)]
         known = (*WORD_LABELS, arguments.label_column)
@@ -125,7 +113,7 @@ def find_task(arguments: DataArguments, data: Dataset) -> tuple[str, str]:
         return column, task
     if kind != "text":
         return column, kind
-    if arguments.label_column is None and not any(name in features for name in _LABEL_COLUMNS):
+    if arguments.label_column is None and not any(name in kinds for name in _LABEL_COLUMNS):
         raise BadInput(
             f"texts without a column 'label' admit several tasks: --task causal, masked or seq2seq; or name the "
             f"classes, --label_column NAME, of {', '.join(data.column_names)}."
@@ -147,7 +135,7 @@ def _as_media(data: Dataset, column: str, task: str, dataset: str) -> Dataset:
     if _is_text(data.features[column]):
         place = Path(dataset).expanduser()
         folder = place if place.is_dir() else place.parent
-        paths = [None if path is None else str(folder / path) for path in data[column]]
+        paths = [path and str(folder / path) for path in data[column]]
         data = data.remove_columns(column).add_column(column, paths)
     return data.cast_column(column, _MEDIA[task](decode=False))
 
@@ -167,9 +155,6 @@ def find_label(arguments: DataArguments, data: Dataset, route_column: str | None
 def _with_labels(rows: Rows, column: str, arguments: DataArguments) -> Rows:
     values = [_labels(data, column, arguments) for data in (rows.train, rows.test)]
     names = arguments.class_names or class_names(rows.train, column)
-    unnamed = sorted({*values[0]} - {*names})
-    if unnamed:
-        raise BadInput(f"--class_names lack {', '.join(map(repr, unnamed))}, of column {column!r}.")
     rows.train, rows.test = (
         with_classes(data, LABEL, of_data, names, column)
         for data, of_data in zip((rows.train, rows.test), values, strict=True)

@@ -366,14 +366,12 @@ BAD_LABELS = {
     "no value": ["a", "", "b", "a"],
     "fractions": [0.5, 1.5, 0.5, 1.0],
     "lists": [["a"], ["b"], ["a"], ["b"]],
-    "one": ["a", "a", "a", "a"],
 }
 REASONS = {
     "None": "column 'label' has no value at sample 1",
     "no value": "column 'label' has no value at sample 1",
     "fractions": r"column 'label' has 0\.5, which is no name of a class or route; --class_bounds",
     "lists": r"column 'label' has \['a'\], which is no name",
-    "one": "all training samples have the label 'a', so labels tickets have nothing to tell apart.*--label_column",
 }
 
 

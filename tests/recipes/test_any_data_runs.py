@@ -317,6 +317,8 @@ BAD = {
     "a backbone": ({"backbone": "no_such_net"}, "no_such_net"),
     "a number": ({"max_train_samples": 1}, "leaves no sample"),
     "a file": ({"route_groups": "nothere.yaml"}, "nothere.yaml"),
+    "one class": ({"route_column": "hospital", "label_column": "ward"}, "has the single label"),
+    "one route": ({"route_column": "ward", "ticket_task": "membership"}, "needs at least two routes"),
     "a small route": ({"route_column": "ward"}, "Route 'b' has a single sample; every route needs at least 2"),
 }
 
@@ -328,11 +330,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     capsys.readouterr()
     change, message = BAD[kind]
     scans = images_run[0]
-    if kind == "a small route":
+    if "ward" in change.values():
         shutil.copytree(scans, tmp_path / "scans")
         scans = tmp_path / "scans"
-        lines = (scans / "metadata.csv").read_text().splitlines()
-        rows = [dict(file_name=line.split(",")[0], ward="b" if line == lines[3] else "a") for line in lines[1:]]
+        files = [line.split(",")[0] for line in (scans / "metadata.csv").read_text().splitlines()[1:]]
+        wards = ["b" if kind == "a small route" and file == files[3] else "a" for file in files]
+        rows = [
+            {"file_name": file, "hospital": "ns"[index % 2], "ward": ward}
+            for index, (file, ward) in enumerate(zip(files, wards, strict=True))
+        ]
         save_csv(scans / "metadata.csv", rows)
     values = {"dataset": scans, "output_dir": tmp_path / "run", **SHORT, **IMAGES, **change}
     assert_refused(capsys, start("prune.py", *command(values)), tmp_path / "run", message)
