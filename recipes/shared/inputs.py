@@ -137,7 +137,8 @@ def image_processor(backbone: str, arguments: DataArguments, size: tuple[int, in
 
 
 def is_timm_name(backbone: str) -> bool:
-    return timm.is_model(backbone.removeprefix("timm/")) and not Path(backbone).exists()
+    # With the prefix, it is a repo id, whose weights and processor are loaded.
+    return timm.is_model(backbone) and not Path(backbone).exists()
 
 
 def picture(value: dict[str, Any], num_channels: int) -> Any:

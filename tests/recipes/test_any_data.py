@@ -19,7 +19,7 @@ from scipy.signal import resample_poly
 from shared.arguments import BadInput
 from shared.check_rows import readable, routes_by_labels, warnings_of
 from shared.data_arguments import DataArguments
-from shared.inputs import Inputs, decoder, make_inputs, picture
+from shared.inputs import Inputs, decoder, is_timm_name, make_inputs, picture
 from shared.rows import Rows, load_rows
 from tests.recipes.small_files import (
     RATE,
@@ -261,6 +261,11 @@ def test_images_become_pixels_held_in_memory_or_not(tmp_path: Path) -> None:
     image = picture(rows.train[0]["image"], 1).resize((8, 8), Image.Resampling.BILINEAR)
     expected = (np.asarray(image, dtype=np.float64) / 255 - 0.25) / 0.5
     assert np.allclose(at_use.train[0]["pixel_values"][0], expected, atol=1e-5)
+
+
+def test_a_timm_name_is_from_scratch_and_a_repository_of_timm_is_not() -> None:
+    assert is_timm_name("resnet18") and is_timm_name("resnet18.a1_in1k")
+    assert not is_timm_name("timm/resnet18.a1_in1k")
 
 
 # Held out, copies, tables

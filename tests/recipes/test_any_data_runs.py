@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import pytest
 import torch
 from evaluate import evaluate
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, TrainingArguments
 
-from hf_rtl import RTLModelForImageClassification, RTLTrainer
+from hf_rtl import RTLModelForImageClassification, RTLTrainer, RTLTrainingArguments
 from shared.data_arguments import DataArguments
 from shared.prepare import prepare as prepare_data
 from tests.distributed.launchers import TORCH, Launcher
@@ -306,6 +308,22 @@ def test_a_broken_body_ends_a_run_and_the_flag_it_names_mends_it(
     assert_refused(capsys, status, tmp_path / "run", "1 files cannot be read: '002.png'")
     assert start("prune.py", *command({**values, "output_dir": tmp_path / "run"}), "--skip_unreadable") == 0
     assert "1 unreadable files are left out: '002.png'" in capsys.readouterr().out
+
+
+def test_help_shows_our_arguments_and_help_all_those_of_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = {}
+    for flag in ("--help", "--help_all"):
+        assert start("prune.py", flag) == 0
+        printed[flag] = capsys.readouterr().out
+    ours = printed["--help"]
+    assert "\n    python recipes/prune.py --dataset scans --route_column hospital" in ours
+    groups = re.findall(r"^(\w+):$", ours, re.MULTILINE)
+    assert {"ModelArguments", "DataArguments", "RTLTrainingArguments"} <= set(groups)
+    shown = {name: set(re.findall(r"^  (?:-\w, )?--(\w+)", text, re.MULTILINE)) for name, text in printed.items()}
+    own = {field.name for field in fields(RTLTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
+    assert own | {field.name for field in fields(DataArguments)} <= shown["--help"]
+    assert not {"learning_rate", "output_dir", "adam_beta1"} & shown["--help"]
+    assert {"learning_rate", "output_dir", "adam_beta1"} | shown["--help"] <= shown["--help_all"]
 
 
 BAD = {
