@@ -18,10 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from accelerate import PartialState
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
-from shared.arguments import BadInput, Parser, run_main, set_up
+from shared.arguments import BadInput, Parser, run_main
 from shared.data_arguments import DataArguments
 from shared.prepare import bad_input, prepare
 from shared.report import row, table
@@ -46,7 +48,9 @@ def main() -> None:
     models, route_column, threads, recorded = (
         arguments.pop(name) for name in ("models", "route_column", "threads", "compare")
     )
-    set_up(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
     with bad_input():
         results = None if recorded is None else json.loads(recorded.read_text())
     evaluated = {folder.name: evaluate(folder, arguments, route_column) for folder in models}

@@ -235,7 +235,7 @@ def token_accuracy(
     prediction: EvalPrediction, *, route_ids: np.ndarray, route_names: list[str], shifted: bool
 ) -> dict[str, float]:
     """
-    The share of tokens that are predicted, of all, of every route, and the least of a route.
+    The share of tokens that are predicted, of all, of every route, and the mean and the least of these.
 
     Args:
         prediction (`EvalPrediction`): predicted and right tokens, `[N, positions]`; those of -100 do not count.
@@ -257,5 +257,6 @@ def token_accuracy(
     return {
         **{f"{name}/accuracy": value for name, value in of_routes.items()},
         "accuracy": float(right.sum() / max(1, numbers.sum())),
+        "mean_route_accuracy": float(np.mean(list(of_routes.values()))),
         "worst_route_accuracy": min(of_routes.values()),
     }

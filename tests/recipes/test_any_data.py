@@ -15,11 +15,13 @@ import torch
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from scipy.signal import resample_poly
+from transformers import EvalPrediction
 
 from shared.arguments import BadInput
 from shared.check_rows import readable, routes_by_labels, warnings_of
 from shared.data_arguments import DataArguments
 from shared.inputs import Inputs, decoder, is_timm_name, make_inputs, picture
+from shared.prepare import token_accuracy
 from shared.rows import Rows, load_rows
 from tests.recipes.small_files import (
     RATE,
@@ -527,6 +529,29 @@ def test_a_route_without_a_block_is_refused(tmp_path: Path, tokenizer: str) -> N
     file = save_jsonl(tmp_path / "a.jsonl", language_samples(12))
     with pytest.raises(BadInput, match="route '[ab]' has no 100 tokens; lower --max_length"):
         inputs_of(file, tokenizer, "site", task="causal", max_length=100)
+
+
+def test_the_lines_of_a_text_are_samples(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good film\n\n  \nbad plot\nso fine\n")
+    rows = load(tmp_path / "a.txt", task="causal", cluster_routes=2)
+    assert sorted(rows.train["text"][:] + rows.test["text"][:]) == ["bad plot", "good film", "so fine"]
+    assert (rows.ticket_task, rows.route_column, rows.label_names) == ("labels", "route", [])
+
+
+def test_accuracy_counts_the_tokens_of_every_route() -> None:
+    predicted = np.array([[1, 2, 3], [1, 1, 1], [9, 9, 9]])
+    labels = np.array([[1, 2, 4], [-100, 1, 2], [9, -100, -100]])
+    given = {"route_ids": np.array([0, 1, 1]), "route_names": ["a", "b", "untested"]}
+    found = token_accuracy(EvalPrediction(predicted, labels), **given, shifted=False)
+    assert found == pytest.approx(
+        {
+            **{"a/accuracy": 2 / 3, "b/accuracy": 2 / 3, "accuracy": 4 / 6},
+            **{"mean_route_accuracy": 2 / 3, "worst_route_accuracy": 2 / 3},
+        }
+    )
+    # A causal model says at each position what comes next: 1 -> 2, 2 -> 4; 1 -> 1, 1 -> 2.
+    found = token_accuracy(EvalPrediction(predicted, labels), **given, shifted=True)
+    assert (found["a/accuracy"], found["b/accuracy"], found["accuracy"]) == (0, 0.5, 0.25)
 
 
 def test_a_seq2seq_model_has_texts_on_both_sides(tmp_path: Path, tokenizer: str) -> None:

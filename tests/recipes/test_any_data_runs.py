@@ -276,7 +276,9 @@ def test_language_models_and_words(tmp_path: Path, encoder: str, backbone: Calla
     )
     metrics = results["rounds"][0]["metrics"]
     assert 0 <= metrics["eval_worst_route_accuracy"] <= metrics["eval_accuracy"] <= 1
-    assert metrics["eval_worst_route_accuracy"] == min(metrics["eval_a/accuracy"], metrics["eval_b/accuracy"])
+    of_routes = [metrics["eval_a/accuracy"], metrics["eval_b/accuracy"]]
+    assert metrics["eval_worst_route_accuracy"] == min(of_routes)
+    assert metrics["eval_mean_route_accuracy"] == sum(of_routes) / 2
     assert_evaluates_to_the_same(tmp_path / "run")
 
 
@@ -334,6 +336,7 @@ BAD = {
     "a column": ({"route_column": "town"}, "no column 'town'; it has image, label, hospital"),
     "a backbone": ({"backbone": "no_such_net"}, "no_such_net"),
     "a number": ({"max_train_samples": 1}, "leaves no sample"),
+    "a table": ({"dataset": "broken.csv"}, "cannot be read as csv: Error tokenizing"),
     "a file": ({"route_groups": "nothere.yaml"}, "nothere.yaml"),
     "one class": ({"route_column": "hospital", "label_column": "ward"}, "has the single label"),
     "one route": ({"route_column": "ward", "ticket_task": "membership"}, "needs at least two routes"),
@@ -348,6 +351,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     capsys.readouterr()
     change, message = BAD[kind]
     scans = images_run[0]
+    if kind == "a table":
+        change = {"dataset": tmp_path / "broken.csv"}
+        change["dataset"].write_text("text,label\na,b\nc,d,e\n")
     if "ward" in change.values():
         shutil.copytree(scans, tmp_path / "scans")
         scans = tmp_path / "scans"
