@@ -72,8 +72,8 @@ def load_rows(arguments: DataArguments, *, route_column: str | None, seed: int) 
             f"the data do not say the route of a sample; name a column, --route_column NAME, of "
             f"{', '.join(train.column_names)}; or find routes, as by --cluster_routes 4."
         )
-    if classified and route_column == LABEL != label_column:
-        raise BadInput(f"the labels, of column {label_column!r}, will be named 'label'; rename the routes' column.")
+    if route_column == LABEL != label_column:
+        raise BadInput("the column 'label' has the routes and not the labels, which get this name; rename it.")
     parts = [_as_media(data, input_column, task, arguments.dataset) for data in (train, train if held_out else test)]
     rows = Rows(*parts, task, "", input_column, LABEL, [], [])
     if label_column is not None:

@@ -319,6 +319,24 @@ def test_save_to_disk_keeps_names_and_splits(tmp_path: Path) -> None:
     assert two.test["label"][:] == [1, 0] and two.test["site"][:] == [1, 0]
 
 
+def test_of_two_columns_of_files_one_is_named(tmp_path: Path) -> None:
+    save_image(tmp_path / "1.png", 100)
+    save_sound(tmp_path / "1.wav", tone(0.1, 40))
+    given = {"photo": [str(tmp_path / "1.png")] * 4, "clip": [str(tmp_path / "1.wav")] * 4, "label": list("abab")}
+    data = Dataset.from_dict({**given, "caption": list("wxyz")})
+    data = data.cast_column("photo", datasets.Image()).cast_column("clip", Audio(decode=False))
+    data.save_to_disk(tmp_path / "both")
+    with pytest.raises(BadInput, match=r"which column holds the samples\? The data have photo, clip, label, caption"):
+        load(tmp_path / "both")
+    assert load(tmp_path / "both", task="audio").input_column == "clip"
+    assert load(tmp_path / "both", input_column="photo").task == "image"
+    assert load(tmp_path / "both", input_column="caption").task == "text"
+    # Only what is needed is kept, so that no column is taken for an input.
+    assert set(load(tmp_path / "both", task="image").train.column_names) == {"photo", "label"}
+    with pytest.raises(BadInput, match="column 'photo' has image files, which --task audio cannot use"):
+        load(tmp_path / "both", task="audio", input_column="photo")
+
+
 # Texts
 
 
@@ -402,7 +420,16 @@ def test_a_route_that_is_the_label_asks_for_membership(tmp_path: Path) -> None:
         ({"text": "t", "site": "s"}, {}, "texts without a column 'label' admit several tasks"),
         ({"x": "t", "site": "s"}, {}, "which column holds the samples\\? The data have x, site"),
         ({"text": "t", "label": "l"}, {"route": "town"}, "no column 'town'; it has text, label.*--route_column"),
-        ({"text": "t", "label": "s", "kind": "l"}, {"route": "label", "label_column": "kind"}, "rename the routes'"),
+        (
+            {"text": "t", "label": "s", "kind": "l"},
+            {"route": "label", "label_column": "kind"},
+            "'label' has the routes and",
+        ),
+        (
+            {"text": "t", "label": "s"},
+            {"route": "label", "task": "causal"},
+            "the column 'label' has the routes",
+        ),
         ({"text": "t"}, {"task": "causal"}, "the data do not say the route of a sample.*--cluster_routes 4"),
     ],
 )
