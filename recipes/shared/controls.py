@@ -90,7 +90,8 @@ def labels_controls(trainer: RTLTrainer, make_model: Callable[..., RTLModel], **
         **metrics: `compute_metrics` and `preprocess_logits_for_metrics` of the trainer, if it was given any.
     """
     reports = []
-    if trainer.args.router != "given":
+    # Scores and centroids of tickets are compared for tasks with one prediction a sample.
+    if trainer.args.router != "given" and not metrics:
         router = "score" if trainer.args.router == "centroid" else "centroid"
         trainer.fit_router(router)
         reports.append({**trainer.rounds[-1], "method": f"RTL, router {router}", "metrics": trainer.evaluate()})
