@@ -49,7 +49,12 @@ class Quality:
 
     def sample_batch(self, number: int) -> dict[str, Any]:
         """The inputs of the first test samples, to time a call with."""
-        return inputs_of(self.collate([self.test[index] for index in range(min(number, len(self.test)))]), self._route)
+        return self._inputs(self.collate([self.test[index] for index in range(min(number, len(self.test)))]))
+
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a model reads; the decoder of a seq2seq model reads the labels."""
+        decoded = {"labels": batch["labels"]} if self.rows.task == "seq2seq" else {}
+        return {**inputs_of(batch, self._route), **decoded}
 
     @property
     def _route(self) -> str:
@@ -64,7 +69,7 @@ class Quality:
         if self._scores[0] is not model:
             model.eval()
             batches = self._batches(np.arange(len(self.test)))
-            found = [model(**inputs_of(batch, self._route)).logits.double() for batch in batches]
+            found = [model(**self._inputs(batch)).logits.double() for batch in batches]
             self._scores = model, torch.cat(found).numpy()
         logits = torch.from_numpy(self._scores[1])
         return (logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(dim=1)[:, route]).numpy()
@@ -76,8 +81,7 @@ class Quality:
         shifted, by_token = self.rows.task == "causal", self.rows.task in ("causal", "masked", "seq2seq", "token")
         for batch in self._batches(indices):
             labels = batch["labels"]
-            inputs = inputs_of(batch, self._route)
-            logits = model(**inputs, **({"labels": labels} if self.rows.task == "seq2seq" else {})).logits
+            logits = model(**self._inputs(batch)).logits
             if shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             counted = labels != _IGNORED

@@ -64,8 +64,8 @@ def write_run_page(
     """
     model = model_of_round(trainer, rounds[-1]).to(trainer.args.device)
     answers = None
-    # Without classes, there would be as many scores as a vocabulary has words, for every token.
-    if figures(rounds[-1]).metric != "loss":
+    # With a prediction per token, there would be as many scores as a vocabulary has words, for every token.
+    if trainer.preprocess_logits_for_metrics is None and figures(rounds[-1]).metric != "loss":
         scores, labels = predictions(trainer, model)
         answers = scores.argmax(axis=1), labels, trainer.eval_partition(trainer.eval_dataset).route_ids
     if not trainer.is_world_process_zero():
@@ -367,7 +367,9 @@ def _times(trainer: RTLTrainer, model: RTLModel) -> list[dict[str, Any]]:
     lines, collate, start = [], trainer.collate_alone(), time.perf_counter()
     for turn, size in enumerate((1, 32), start=1):
         samples = [trainer.eval_dataset[index] for index in range(min(size, len(trainer.eval_dataset)))]
-        batch = {name: value.to(model.device) for name, value in collate(samples).items() if name != "labels"}
+        batch = {name: value.to(model.device) for name, value in collate(samples).items()}
+        if not model.backbone.config.is_encoder_decoder:  # whose decoder reads the labels
+            batch.pop("labels", None)
         calls = {
             f"ticket of route {model.route_names[0]}": partial(model, **batch, route_ids=0),
             "backbone alone": partial(model.backbone, **batch),
