@@ -148,6 +148,7 @@ def test_how_images_are_served_changes_nothing(
     assert all(torch.equal(mask, masks(run)[name]) for name, mask in masks(tmp_path / "run").items())
 
 
+@pytest.mark.long
 def test_augmented_images_are_the_same_in_workers(
     images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
