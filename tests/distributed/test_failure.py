@@ -11,6 +11,13 @@ from tests.distributed.processes import Team, launch
 
 # One round, with a checkpoint after every second step.
 OPTIONS = {"target_sparsity": [0.3], "save_strategy": "steps", "save_steps": 2}
+# Where a process fails, and which of two; `make test-long` tries the other pairs.
+PLACES = [
+    ("extraction", 0),
+    ("retraining", 1),
+    pytest.param("extraction", 1, marks=pytest.mark.long),
+    pytest.param("retraining", 0, marks=pytest.mark.long),
+]
 
 
 def started(folder, team, pattern, number=1):
@@ -41,9 +48,7 @@ def uninterrupted(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(
-    ("place", "rank"), [("extraction", 0), ("extraction", 1), ("retraining", 0), ("retraining", 1)]
-)
+@pytest.mark.parametrize(("place", "rank"), PLACES)
 def test_a_process_that_raises_ends_all_and_is_the_only_one_to_say_why(say, tmp_path, place, rank):
     begin = time.monotonic()
     team = Team(runs.fail, (str(tmp_path / "run"), "timm", place, rank, {}), world_size=2, logs=tmp_path / "logs")
@@ -65,8 +70,7 @@ def test_what_was_finished_before_a_failure_is_not_lost(tmp_path, uninterrupted)
     assert all(path.read_bytes() == content for path, content in masks.items())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("place", ["extraction", "retraining"])
+@pytest.mark.parametrize(("place", "rank"), PLACES)
 def test_a_process_that_is_killed_ends_all(say, tmp_path, place, rank):
     """In extraction, where the others do not wait for it; in joint retraining, where a connection breaks."""
     folder = tmp_path / "run"

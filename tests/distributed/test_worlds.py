@@ -224,7 +224,9 @@ def test_every_process_has_its_part_of_the_same_batches(say, tmp_path):
     [
         ("per_route", [], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
         ("shared", [], {}),
-        ("per_route", [], {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        pytest.param(
+            "per_route", [], {"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.long
+        ),
         ("per_route", ["*.bn?.*", "*.fc.*"], {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     ],
     ids=["accumulation", "shared", "compiled", "private"],
