@@ -283,6 +283,7 @@ def test_language_models_and_words(tmp_path: Path, encoder: str, backbone: Calla
     assert_evaluates_to_the_same(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_clusters_of_blocks_are_routes(tmp_path: Path, backbone: Callable[[str], str]) -> None:
     generator = np.random.default_rng(0)
     samples = [{"text": " ".join(generator.choice(WORDS[: 5 + 5 * (i % 2)], 8))} for i in range(40)]
