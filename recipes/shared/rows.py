@@ -129,7 +129,7 @@ def _kind(feature: object) -> str:
 
 
 def _as_media(data: Dataset, column: str, task: str, dataset: str) -> Dataset:
-    """Of images and sounds: bytes, or paths that may be relative to the data, as a column of images or sounds."""
+    """Bytes and paths of images or sounds become a column of these. Paths may be relative to the data."""
     if task not in _MEDIA or isinstance(data.features[column], _MEDIA[task]):
         return data
     if _is_text(data.features[column]):

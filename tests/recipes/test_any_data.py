@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ from tests.training.small_runs import SMALL_NET
 
 
 CELLS = {("cat", "north"): 4, ("cat", "süd"): 3, ("dög", "north"): 2, ("dög", "süd"): 5}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`datasets` keeps what it has read in a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
-        yield
 
 
 @pytest.fixture(scope="session")

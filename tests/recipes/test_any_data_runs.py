@@ -7,12 +7,11 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -48,13 +47,6 @@ SHORT: dict[str, Any] = {
 IMAGES: dict[str, Any] = {"backbone": SMALL_NET, "image_size": 16, "route_column": "hospital"}
 # What tells how long a run took, not what came out.
 TIMED = ("runtime", "per_second", "preparation_time")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from hf_rtl import RTLModelForSequenceClassification, RTLTrainingArguments
 from shared import one_pass, round_methods
 from shared.arguments import BadInput
 from shared.data_arguments import DataArguments
-from shared.prepare import prepare
+from shared.prepare import Prepared, prepare
 from shared.quality import Quality
 from tests.recipes.small_texts import DOMAINS, make_tokenizer, save_data, sentences
 
@@ -64,6 +64,13 @@ def test_all_methods_stand_in_the_table_and_two_sentences_end_it(compared: dict)
     assert {figure["seed"] for figure in compared["figures"]} == {0, 1}
 
 
+def prepared_texts(folder: Path, encoder: str) -> Prepared:
+    data = DataArguments(
+        dataset=str(folder / "data"), label_column="sentiment", class_bounds=[0], class_names=["bad", "good"]
+    )
+    return prepare(data, encoder, route_column="domain", seed=0)
+
+
 def figures_of(compared: dict, method: str, seed: int = 0) -> dict:
     (found,) = [run for run in compared["figures"] if (run["method"], run["seed"]) == (method, seed)]
     return found
@@ -74,10 +81,7 @@ def test_qualities_are_those_of_single_samples_through_the_saved_models(
     compared: dict, texts: tuple[Path, list[object]], encoder: str
 ) -> None:
     folder, _ = texts
-    data = DataArguments(
-        dataset=str(folder / "data"), label_column="sentiment", class_bounds=[0], class_names=["bad", "good"]
-    )
-    prepared = prepare(data, encoder, route_column="domain", seed=0)
+    prepared = prepared_texts(folder, encoder)
     model = RTLModelForSequenceClassification.from_pretrained(folder / "run/seed-0/tickets/final").eval()
     for method, shift in (("tickets", 0), ("another route's tickets", 1)):
         for route, name in enumerate(DOMAINS):
@@ -105,10 +109,7 @@ def test_adapters_have_the_largest_rank_that_fits_and_learn_their_route(
     compared: dict, texts: tuple[Path, list[object]], encoder: str
 ) -> None:
     folder, _ = texts
-    data = DataArguments(
-        dataset=str(folder / "data"), label_column="sentiment", class_bounds=[0], class_names=["bad", "good"]
-    )
-    prepared = prepare(data, encoder, route_column="domain", seed=0)
+    prepared = prepared_texts(folder, encoder)
     saved = json.loads((folder / "run/seed-0/tickets/final/training_args.json").read_text())
     names = ("target_sparsity", "prune_schedule", "prune_amount", "extraction_steps", "learning_rate", "prune_scope")
     same = {name: saved[name] for name in (*names, "route_batch_size", "num_train_epochs", "use_cpu")}

@@ -106,7 +106,7 @@ def membership(tmp_path_factory: pytest.TempPathFactory) -> RTLTrainer:
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> RTLTrainer:
-    """Of five evaluation samples of a route, three have label 0."""
+    """A trainer after a run; three of a route's five evaluation samples have label 0."""
     model = image_model(routes=ROUTES, ticket_task="labels", num_labels=2)
     evaluate = Images(15, seed=1, columns=DOMAINS)
     return trained(make_labels_trainer(tmp_path_factory.mktemp("labels"), model, evaluate=evaluate))

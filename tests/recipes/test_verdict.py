@@ -17,7 +17,7 @@ from shared.verdict import AHEAD, BEHIND, UNDECIDED, Comparison, Configuration, 
 
 PER_ROUTE, LORA = "a model per route", "LoRA per route"
 BUDGETS = ["time", "bytes"]
-# Of five seeds: around a mean of zero, with a sample standard deviation of 0.01.
+# Five values, one a seed, around a mean of zero, with a sample standard deviation of 0.01.
 NOISE = [value * 0.01 / math.sqrt(2.5) for value in (-2, -1, 0, 1, 2)]
 
 
@@ -313,7 +313,7 @@ def test_tables_show_every_method_every_difference_and_every_verdict() -> None:
         "accuracy": "0.800 ± 0.100",
         "worst accuracy": "0.700 ± 0.100",
         "ms": "9.333 ± 1.155",
-        # Of each seed: 20 / 8, 20 / 10, 20 / 10.
+        # The seeds have 20 / 8, 20 / 10 and 20 / 10.
         "times as fast": "2.167 ± 0.289",
         "stored bytes": 1000,
     }
