@@ -71,6 +71,17 @@ def prepared_texts(folder: Path, encoder: str) -> Prepared:
     return prepare(data, encoder, route_column="domain", seed=0)
 
 
+def runs_of_texts(folder: Path, prepared: Prepared) -> round_methods.RoundMethods:
+    """The finished runs of seed 0."""
+    saved = json.loads((folder / "run/seed-0/tickets/final/training_args.json").read_text())
+    names = ("target_sparsity", "prune_schedule", "prune_amount", "extraction_steps", "learning_rate", "prune_scope")
+    same = {name: saved[name] for name in (*names, "route_batch_size", "num_train_epochs", "use_cpu")}
+    args = RTLTrainingArguments(
+        output_dir=str(folder), seed=0, save_strategy="no", logging_strategy="no", report_to=[], **same
+    )
+    return round_methods.RoundMethods(prepared, args, folder / "run/seed-0", adapter_learning_rate=0.01)
+
+
 def figures_of(compared: dict, method: str, seed: int = 0) -> dict:
     (found,) = [run for run in compared["figures"] if (run["method"], run["seed"]) == (method, seed)]
     return found
@@ -105,18 +116,27 @@ def test_rivals_have_the_sizes_that_their_names_say(compared: dict, texts: tuple
 
 
 @pytest.mark.slow
+def test_another_routes_tickets_are_those_of_the_next_route(
+    compared: dict, texts: tuple[Path, list[object]], encoder: str
+) -> None:
+    folder, _ = texts
+    runs = runs_of_texts(folder, prepared_texts(folder, encoder))
+    own, others = (
+        [dict(model.named_parameters()) for model in runs.serve(method, 0).models]
+        for method in ("tickets", "another route's tickets")
+    )
+    assert not torch.equal(own[0][ATTENTION], own[1][ATTENTION])
+    for route, other in enumerate(others):
+        assert all(torch.equal(parameter, own[1 - route][name]) for name, parameter in other.items())
+
+
+@pytest.mark.slow
 def test_adapters_have_the_largest_rank_that_fits_and_learn_their_route(
     compared: dict, texts: tuple[Path, list[object]], encoder: str
 ) -> None:
     folder, _ = texts
     prepared = prepared_texts(folder, encoder)
-    saved = json.loads((folder / "run/seed-0/tickets/final/training_args.json").read_text())
-    names = ("target_sparsity", "prune_schedule", "prune_amount", "extraction_steps", "learning_rate", "prune_scope")
-    same = {name: saved[name] for name in (*names, "route_batch_size", "num_train_epochs", "use_cpu")}
-    args = RTLTrainingArguments(
-        output_dir=str(folder), seed=0, save_strategy="no", logging_strategy="no", report_to=[], **same
-    )
-    runs = round_methods.RoundMethods(prepared, args, folder / "run/seed-0", adapter_learning_rate=0.01)
+    runs = runs_of_texts(folder, prepared)
     trainer = runs.trained("tickets")
     layers = [(16, 16)] * 4 + [(16, 24), (24, 16), (16, 16), (16, 2)]
     of_rank_1 = 2 * sum(4 * (inputs + outputs) for inputs, outputs in layers)
@@ -164,20 +184,22 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
     assert prepared.rows.ticket_task == "membership"
     model = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run/seed-0/tickets/final").eval()
     homes = np.array(prepared.rows.test["label"])
-    for route, name in enumerate(prepared.rows.route_names):
-        rows = [torch.tensor([row["input_ids"]]) for row in prepared.inputs.test]
-        scores = np.array([model(input_ids=row, route_ids=route).logits.item() for row in rows])
-        pairs = [
-            (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
-            for i in range(20)
-            for j in range(20)
-            if homes[i] == route != homes[j]
-        ]
-        assert figures_of(results, "tickets")["quality"][name] == pytest.approx(np.mean(pairs), abs=0.02)
-    assert "AUROC" in results["methods"][0]
+    single = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run/seed-0/one-mask/final").eval()
     # The network for all routes has a logit for each.
-    single = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run/seed-0/one-mask/final")
     assert (single.config.ticket_task, single.config.label2id) == ("labels", {"film": 0, "gear": 1})
+    rows = [torch.tensor([row["input_ids"]]) for row in prepared.inputs.test]
+    for route, name in enumerate(prepared.rows.route_names):
+        of_ticket = [model(input_ids=row, route_ids=route).logits.item() for row in rows]
+        of_single = [single(input_ids=row, route_ids=0).logits.softmax(dim=1)[0, route].item() for row in rows]
+        for method, scores in (("tickets", of_ticket), ("one mask", of_single)):
+            pairs = [
+                (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
+                for i in range(20)
+                for j in range(20)
+                if homes[i] == route != homes[j]
+            ]
+            assert figures_of(results, method)["quality"][name] == pytest.approx(np.mean(pairs), abs=0.02)
+    assert "AUROC" in results["methods"][0]
 
 
 @pytest.fixture(scope="module")
