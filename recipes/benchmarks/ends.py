@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
+
+import hf_rtl.plots
+import hf_rtl.training.trainer
+from hf_rtl import RTLTrainer
+from hf_rtl.training.extraction import Extraction
 
 from .cases import Case
 from .child import in_child
 from .timing import Times, alone, compare, timed
-from .training import Samples, routed_trainer
+from .training import Samples, plain_run, routed_trainer
 
 
 OURS = ("import hf_rtl",)
@@ -21,11 +30,24 @@ RIVALS = ("import torch", "import timm", "from transformers import PreTrainedMod
 HELP = "import sys; from hf_rtl_cli.main import main; sys.argv = ['hf-rtl', '--help']; main()"
 # More processes say no more.
 MOST_TURNS = 5
+TINY, TINY_STEPS = Case("test_resnet", "test_resnet", (8, 3, 16, 16)), 6
+# The parts of a run, by the functions that do them. Time in a part within another is of the inner one alone.
+PARTS: tuple[tuple[str, Any, str], ...] = (
+    ("checks, and the rehearsal of all that comes after extraction", hf_rtl.training.trainer, "open_run"),
+    ("extraction, 3 steps", Extraction, "run"),
+    ("joint retraining, 3 steps", RTLTrainer, "retrain_jointly"),
+    ("statistics of every ticket, taken anew", RTLTrainer, "recalibrate"),
+    ("models on disk", RTLTrainer, "save_model"),
+    ("the card", RTLTrainer, "create_model_card"),
+    ("the card's picture, and matplotlib", hf_rtl.plots, "similarity_heatmap"),
+    ("garbage collection, which accelerate asks for", gc, "collect"),
+)
+REST = "plan, log, messages"
 AIM_IMPORT, AIM_HELP, AIM_RUN = 1.1, 0.3, 3.0
 
 
 def measure(turns: int) -> dict[str, Any]:
-    """The table `figures`."""
+    """The tables `figures` and `parts_of_a_run`."""
     turns = min(turns, MOST_TURNS)
     ours, rival, helps = Times(), Times(), Times()
     for _ in range(turns):
@@ -41,10 +63,11 @@ def measure(turns: int) -> dict[str, Any]:
         "figures": [
             compare("import hf_rtl", ours, "import torch, timm, Trainer, PreTrainedModel", rival, aim=AIM_IMPORT),
             alone("hf-rtl --help", statistics.median(helps.process), "s", aim=AIM_HELP),
-            alone("constant cost of a run of 6 steps", run["first"], "s", aim=AIM_RUN),
+            alone(f"constant cost of a run of {TINY_STEPS} steps", run["first"], "s", aim=AIM_RUN),
             alone("the same again, when all is imported", run["again"], "s"),
-            alone("the same again, without statistics taken anew", run["without statistics"], "s"),
-        ]
+            alone(f"`Trainer` itself, {TINY_STEPS} dense steps, nothing saved", run["Trainer"], "s"),
+        ],
+        "parts_of_a_run": run["parts"],
     }
 
 
@@ -66,10 +89,46 @@ def child_seconds(command: list[str]) -> tuple[float, float]:
 
 
 def tiny_run() -> dict[str, Any]:
-    """Seconds of the processor in a training of hardly any steps, with all files, the card and its picture."""
-    case, found = Case("test_resnet", "test_resnet", (8, 3, 16, 16)), {}
-    for name, options in (("first", {}), ("again", {}), ("without statistics", {"recalibration_batches": 0})):
+    """
+    Seconds of the processor in a training of hardly any steps, with all files, the card and its picture; in `parts`
+    they are told apart.
+    """
+    samples, totals, seconds = Samples(TINY.shape), {}, {}
+    for name in ("first", "again"):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = routed_trainer(case, Samples(case.shape), 6, folder, save_strategy="steps", **options)
-            found[name] = timed(trainer.train)[0]
-    return found
+            trainer = routed_trainer(TINY, samples, TINY_STEPS, folder, save_strategy="steps")
+            with parts_timed() as seconds[name]:
+                totals[name] = timed(trainer.train)[0]
+        seconds[name][REST] = totals[name] - sum(seconds[name].values())
+    parts = [
+        {"part": part, "first run (s)": seconds["first"][part], "again (s)": seconds["again"][part]}
+        for part in (*(name for name, _, _ in PARTS), REST)
+    ]
+    parts.append({"part": "all", "first run (s)": totals["first"], "again (s)": totals["again"]})
+    return {**totals, "Trainer": timed(lambda: plain_run(TINY, samples, TINY_STEPS))[0], "parts": parts}
+
+
+@contextlib.contextmanager
+def parts_timed() -> Iterator[dict[str, float]]:
+    """Name of a part -> its seconds of the processor within the context."""
+    seconds = dict.fromkeys((name for name, _, _ in PARTS), 0.0)
+    within: list[float] = []
+
+    def timed_part(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def part(*args: Any, **kwargs: Any) -> Any:
+            within.append(0.0)
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.process_time() - start
+                seconds[name] += spent - within.pop()
+                if within:
+                    within[-1] += spent
+
+        return part
+
+    with contextlib.ExitStack() as stack:
+        for name, owner, attribute in PARTS:
+            stack.enter_context(mock.patch.object(owner, attribute, timed_part(name, getattr(owner, attribute))))
+        yield seconds

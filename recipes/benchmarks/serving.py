@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from hf_rtl import RTLModel
 
 from .cases import BERT, VIT, Case, extract_all, with_random_masks, without_half_of_units
-from .timing import compare, in_turn
+from .timing import compare, difference, in_turn
 
 
 ONE_SAMPLE = (
@@ -50,7 +51,9 @@ def measure(turns: int) -> dict[str, Any]:
 
 
 def one_sample(case: Case, turns: int) -> list[dict[str, Any]]:
-    """One fixed route against its extracted ticket, and some in turn against theirs."""
+    """
+    One fixed route against its extracted ticket, some in turn against theirs, and what finding a kept ticket takes.
+    """
     model = with_random_masks(case.model(IN_TURN)).eval()
     tickets, inputs = extract_all(model), case.inputs()
     times = in_turn(
@@ -59,12 +62,31 @@ def one_sample(case: Case, turns: int) -> list[dict[str, Any]]:
             "ticket": answers(lambda: tickets[0](**inputs)),
             "routes": answers(lambda: [model(**inputs, route_ids=route) for route in range(IN_TURN)]),
             "tickets": answers(lambda: [ticket(**inputs) for ticket in tickets]),
+            # Between answers, since the processor's caches are full of those.
+            "found ticket": answers(lambda: (find(model, 0), tickets[0](**inputs))),
         },
         turns,
     )
     one = compare(f"one route: {case.name}", times["route"], "extracted ticket", times["ticket"], aim=AIM_ONE)
     name = f"{IN_TURN} routes in turn: {case.name}"
-    return [one, compare(name, times["routes"], "extracted tickets", times["tickets"], aim=AIM_IN_TURN)]
+    return [
+        one,
+        compare(
+            f"finding the ticket that is kept: {case.name}",
+            difference(times["found ticket"], times["ticket"]),
+            "its answer",
+            times["ticket"],
+        ),
+        compare(name, times["routes"], "extracted tickets", times["tickets"], aim=AIM_IN_TURN),
+    ]
+
+
+def find(model: RTLModel, route: int) -> None:
+    """What a call does before and after a kept ticket answers: it compares what the ticket was made of."""
+    ticket = model.tickets.get(model, route)
+    assert ticket is not None  # nothing is offloaded
+    with ticket.in_place():
+        pass
 
 
 def mixed_batch(case: Case, turns: int) -> list[dict[str, Any]]:
@@ -178,7 +200,7 @@ def break_even(lines: list[dict[str, Any]]) -> str:
     return f"Routes cost no more than adapters from groups of {after[0]} samples on."
 
 
-def answers(call: Callable[[], Tensor]) -> Callable[[], None]:
+def answers(call: Callable[[], object]) -> Callable[[], None]:
     def answer() -> None:
         with torch.inference_mode():
             call()

@@ -66,6 +66,15 @@ def in_turn(
     return times
 
 
+def difference(long: Times, short: Times) -> Times:
+    """What the long steps took more than the short ones of the same turn."""
+    process, wall = (
+        [more - less for more, less in zip(*both, strict=True)]
+        for both in ((long.process, short.process), (long.wall, short.wall))
+    )
+    return Times(process, wall)
+
+
 def timed(step: Callable[[], object], device: torch.device = CPU, repeats: int = 1) -> tuple[float, float]:
     """Seconds of a step by the clock of the processor, for all threads of this process, and by that of the wall."""
     _wait(device)

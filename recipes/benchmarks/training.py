@@ -19,7 +19,7 @@ from hf_rtl import MaskedAdamW, RTLModel, RTLTrainer, RTLTrainingArguments
 from hf_rtl.training.ticket_trainer import TicketTrainer, named_state
 
 from .cases import Case, with_random_masks
-from .timing import Times, compare, in_turn
+from .timing import compare, difference, in_turn
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,6 @@ def whole_run(run: Run, turns: int) -> tuple[list[dict[str, Any]], dict[str, Any
         compare(name, kinds["ours"], "bare steps", times["bare"]),
         compare(f"Trainer itself, {short} steps: {run.case.name}", kinds["Trainer"], "bare steps", times["bare"]),
     ], {"network": run.case.name, "ours (s)": constant["ours"], "Trainer (s)": constant["Trainer"]}
-
-
-def difference(long: Times, short: Times) -> Times:
-    """What the long runs took more than the short ones of the same turn."""
-    process, wall = (
-        [more - less for more, less in zip(*both, strict=True)]
-        for both in ((long.process, short.process), (long.wall, short.wall))
-    )
-    return Times(process, wall)
 
 
 class Samples(Dataset):
