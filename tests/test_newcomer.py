@@ -1,7 +1,7 @@
 """
 The first half hour of a new user: what is typed, and what must then be on the screen.
 
-Of nine jobs these are here: scans of three hospitals from Python, a run with the default prints, the same cell once
+These jobs are here: scans of three hospitals from Python, a run with the default prints, the same cell once
 more, pipelines with the classes' names, a model that is evaluated elsewhere, and the shell on what Python made. The
 others are in
 

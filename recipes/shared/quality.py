@@ -22,8 +22,8 @@ class Quality:
     """
     `quality(model, route)` gives figures of a plain model on the test samples of a route, in evaluation mode.
 
-    - Membership tickets: the AUROC of their score, of samples of the route against all others. Of a network with a
-      logit per route, the score is the logarithm of the route's probability.
+    - Membership tickets: the AUROC of their score, of samples of the route against all others. The score of a
+      network with a logit per route is the logarithm of the route's probability.
     - Labels: the accuracy on the samples of the route; of language models on their tokens, with the loss beside it.
 
     Args:

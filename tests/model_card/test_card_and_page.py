@@ -296,7 +296,7 @@ def test_limits_are_those_of_the_model(tmp_path):
     with_run(model, tmp_path)
     page = read_page(write_card(tmp_path, limitations=["Not for *cats*."]))
     layer = model.mask_bank.weight_names[3].replace("_", "\\_")
-    assert f"Of 1 of 15 prunable weights some tickets keep nothing: {layer} (1 of 3 tickets).\n" in page
+    assert f"Some tickets keep nothing of 1 of 15 prunable weights: {layer} (1 of 3 tickets).\n" in page
     assert "**1 ticket gives every sample the same score**" in page
     assert "- Not for *cats*.\n" in page and "is not described here" not in page
     assert "The calibrated thresholds fit" in page and "Statistics are shared" not in page

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_rtl import RTLModelForSequenceClassification, RTLTrainingArguments
+from hf_rtl import RTLModelForSequenceClassification, RTLTrainingArguments, find_tickets
 from shared import one_pass, round_methods
 from shared.arguments import BadInput
 from shared.data_arguments import DataArguments
@@ -236,11 +236,28 @@ def test_tickets_of_one_pass_have_baselines_of_their_own(generator: str, tmp_pat
     assert dense - one == 16 * 3 * 16 * 4
 
 
-def test_one_pass_over_membership_is_refused(encoder: str, tmp_path: Path) -> None:
-    train = sentences(20, 0, label=["a", "b"] * 10)
-    data = save_data(tmp_path / "data", train, train)
-    with pytest.raises(BadInput, match="--one_pass needs tickets that predict labels"):
-        run(tmp_path, "--dataset", data, "--backbone", encoder, "--one_pass", *SHORT)
+@pytest.mark.slow
+def test_tickets_of_one_pass_tell_their_route_by_its_logit(encoder: str, tmp_path: Path) -> None:
+    label = ["film" if text.split()[1] in DOMAINS["film"] else "gear" for text in sentences(60, 0)["text"]]
+    train = sentences(60, 0, label=label).remove_columns(["domain", "sentiment"])
+    data = save_data(tmp_path / "data", train, train.select(range(20)))
+    options = ("--one_pass", "--calibration_samples", 60, "--methods", "tickets", "--seeds", 0, "--max_steps", 6)
+    results = run(tmp_path, "--dataset", data, "--backbone", encoder, *options, *SHORT)
+    prepared = prepare(DataArguments(dataset=data), encoder, route_column=None, seed=0)
+    single = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run/seed-0/dense/final").eval()
+    # All samples of a route, so that it does not matter which are drawn.
+    rows = prepared.inputs.train.with_format(None).rename_column("label", "route")
+    found = find_tickets(single.extract_ticket(0), rows, sparsity=0.5, route_column="route", batch_size=8)
+    homes, inputs = prepared.rows.test["label"], [row["input_ids"][None] for row in prepared.inputs.test]
+    for route, name in enumerate(prepared.rows.route_names):
+        scores = [found(input_ids=row, route_ids=route).logits.log_softmax(dim=1)[0, route].item() for row in inputs]
+        pairs = [
+            (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
+            for i in range(20)
+            for j in range(20)
+            if homes[i] == route != homes[j]
+        ]
+        assert figures_of(results, "tickets")["quality"][name] == pytest.approx(np.mean(pairs), abs=0.02)
 
 
 @pytest.mark.slow
