@@ -18,10 +18,10 @@ The arguments are those of prune.py. The methods, each for every seed and sparsi
 
 With --one_pass, a dense network is trained, and units are removed without training; some methods then solve anew the
 weights that read the units, `+ refit`. The quality is accuracy, of tokens for language models; of membership tickets
-it is the AUROC of their score. Tickets in one pass are parts of a network with a logit for each route, so their score is
-the logarithm of its route's probability. The command prints tables and two sentences, which say whether tickets are ahead,
-behind, or whether that is not decided: at equal time of a call, and at equal bytes. It writes them into `results.json`
-in --output_dir, and draws `curves.png`. Repeated, it continues an interrupted comparison.
+it is the AUROC of their score. Tickets in one pass are parts of a network with a logit for each route, so their score
+is the logarithm of its route's probability. The command prints tables and two sentences, which say whether tickets are
+ahead, behind, or whether that is not decided: at equal time of a call, and at equal bytes. It writes them into
+`results.json` in --output_dir, and draws `curves.png`. Repeated, it continues an interrupted comparison.
 """
 
 from __future__ import annotations

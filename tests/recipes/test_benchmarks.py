@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,11 +259,25 @@ def test_starts_are_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ends, "OURS", ("import json",))
     monkeypatch.setattr(ends, "RIVALS", ("import json", "from pathlib import Path"))
     monkeypatch.setattr(ends, "HELP", "print('usage')")
-    monkeypatch.setattr(ends, "tiny_run", lambda: {"first": 5.0, "again": 3.0, "without statistics": 2.0})
+    monkeypatch.setattr(ends, "tiny_run", lambda: {"first": 5.0, "again": 3.0, "Trainer": 2.0, "parts": []})
     monkeypatch.setattr(ends, "in_child", in_this_process)
     lines = ends.measure(2)["figures"]
     assert [line["unit"] for line in lines] == ["ms", *["s"] * 4]
     assert [(line["ours"], line["result"]) for line in lines[2:]] == [(5.0, "missed"), (3.0, None), (2.0, None)]
+
+
+def test_time_of_a_part_within_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 10.0, 10.5, 17.0, 20.0, 24.0])
+    monkeypatch.setattr(ends.time, "process_time", lambda: next(clock))
+    work = SimpleNamespace(inner=lambda: None)
+    work.outer = lambda: (work.inner(), work.inner())
+    monkeypatch.setattr(ends, "PARTS", (("outer", work, "outer"), ("inner", work, "inner"), ("never", work, "never")))
+    work.never = None
+    with ends.parts_timed() as seconds:
+        work.outer()  # from 0 to 17, with the inner part from 1 to 3 and from 10 to 10.5
+        work.inner()  # from 20 to 24
+    assert seconds == {"outer": 14.5, "inner": 6.5, "never": 0.0}
+    work.outer()  # the clock has no more times
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -292,7 +307,7 @@ def test_all_parts_make_one_file_and_one_page(
         "serving": {"adapters": [], "break_even": "Never."},
         "training": {"constant_cost": [{"network": "n", "ours (s)": 1.25}]},
         "growth": {"growth": [{"model": "m", "routes": 2}], "memory": [{"what": "w"}]},
-        "ends": {},
+        "ends": {"parts_of_a_run": [{"part": "p", "again (s)": 0.5}]},
         "gpu": {"synchronisations": []},
     }
     asked: list[dict[str, Any]] = []

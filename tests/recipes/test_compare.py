@@ -10,6 +10,7 @@ import compare
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_rtl import RTLModelForSequenceClassification, RTLTrainingArguments, find_tickets
@@ -246,9 +247,19 @@ def test_tickets_of_one_pass_tell_their_route_by_its_logit(encoder: str, tmp_pat
     prepared = prepare(DataArguments(dataset=data), encoder, route_column=None, seed=0)
     single = RTLModelForSequenceClassification.from_pretrained(tmp_path / "run/seed-0/dense/final").eval()
     # All samples of a route, so that it does not matter which are drawn.
-    rows = prepared.inputs.train.with_format(None).rename_column("label", "route")
-    found = find_tickets(single.extract_ticket(0), rows, sparsity=0.5, route_column="route", batch_size=8)
-    homes, inputs = prepared.rows.test["label"], [row["input_ids"][None] for row in prepared.inputs.test]
+    width = max(len(row["input_ids"]) for row in prepared.inputs.train)
+    rows = [
+        {
+            "input_ids": [*row["input_ids"], *[0] * (width - len(row["input_ids"]))],
+            "attention_mask": [place < len(row["input_ids"]) for place in range(width)],
+            "route": row["label"],
+        }
+        for row in prepared.inputs.train.with_format(None)
+    ]
+    found = find_tickets(
+        single.extract_ticket(0), Dataset.from_list(rows), sparsity=0.5, route_column="route", batch_size=8
+    )
+    homes, inputs = prepared.rows.test["label"], [torch.tensor([row["input_ids"]]) for row in prepared.inputs.test]
     for route, name in enumerate(prepared.rows.route_names):
         scores = [found(input_ids=row, route_ids=route).logits.log_softmax(dim=1)[0, route].item() for row in inputs]
         pairs = [
