@@ -11,6 +11,7 @@ Render a card in model_cards/ from the results of runs, and keep a copy of these
     python -m pages.card digits_collapse runs/digits_collapse
     python -m pages.card cifar10_similarity runs/cifar10_methods/seed-[012]/per-route/analysis
     python -m pages.card sentiment runs/sentiment-[012] --names "seed 0" "seed 1" "seed 2"
+    python -m pages.card resnet_cifar runs/resnet runs/resnet-one-pass --names rounds one_pass
 
 Every number of the card comes from the results.json of a run. The card of every run's final model is kept too, with
 its picture; `recipes/pages/render_card.py` renders it as HTML.
@@ -65,9 +66,11 @@ def main() -> None:
             for name, run in zip(names, arguments.runs, strict=True)
         }
     comparison = next((result for result in results.values() if "figures" in result), None)
-    if comparison is not None and len(results) > 1:
-        parser.error("the results of a comparison make a card by themselves; give one folder.")
-    if comparison is not None:
+    if len(results) > 1 and all("sentences" in result for result in results.values()):
+        write_kept(kept, {name: verdict_alone(result) for name, result in results.items()})
+    elif comparison is not None and len(results) > 1:
+        parser.error("the results of such a comparison make a card by themselves; give one folder.")
+    elif comparison is not None:
         write_kept(kept, comparison)
         template = (MODEL_CARDS / "templates" / f"{arguments.card}.md").read_text()
         for picture in comparison.get("pictures", []):
@@ -90,6 +93,11 @@ def write_kept(file: Path, comparison: dict[str, Any]) -> None:
     # Strings in JSON hold no line breaks, so none is changed.
     short = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda record: record[0].replace("\n", " "), json.dumps(kept, indent=0))
     write_bytes(file, f"{short}\n".encode())
+
+
+def verdict_alone(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The results of compare.py without the figures of every seed."""
+    return _rounded({name: value for name, value in comparison.items() if name != "figures"})
 
 
 def kept_report(report: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +177,10 @@ def render(card: str) -> str:
     results = json.loads((MODEL_CARDS / f"{card}-results.json").read_text())
     template = (MODEL_CARDS / "templates" / f"{card}.md").read_text()
     if "figures" in results:
-        tables = {name: lines for name, lines in results.items() if is_table(lines)}
-        texts = {name: table(lines, style="github") for name, lines in tables.items()}
-        return template.format(**{**results, **texts})
+        return template.format(**with_tables(results))
     first = next(iter(results.values()))
+    if "sentences" in first:
+        return template.format(**{name: with_tables(result) for name, result in results.items()})
     routes = first["rounds"][0]["kept"]
     if first.get("routes"):
         lines = over_seeds([result["table"] for result in results.values()])
@@ -191,6 +199,14 @@ def render(card: str) -> str:
         per_route=per_route,
         masks=masks_table(first),
     )
+
+
+def with_tables(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with tables, and a list of sentences, as Markdown."""
+    texts = {name: table(lines, style="github") for name, lines in results.items() if is_table(lines)}
+    if "sentences" in results:
+        texts["sentences"] = "\n".join(f"- {sentence}" for sentence in results["sentences"])
+    return {**results, **texts}
 
 
 def _rounded(value: Any) -> Any:

@@ -21,10 +21,12 @@ def test_cards_follow_from_their_results(name: str) -> None:
 
 
 def runs_of_cards() -> list[tuple[str, str]]:
-    """(name of a card, name of its run) for all runs of cards; benchmarks have `figures` instead of runs."""
+    """(name of a card, name of its run) for all runs of prune.py; other cards have figures or sentences."""
     files = sorted(MODEL_CARDS.glob("*-results.json"))
     results = {file.name.removesuffix("-results.json"): json.loads(file.read_text()) for file in files}
-    return [(name, run) for name, runs in results.items() if "figures" not in runs for run in runs]
+    return [
+        (name, run) for name, runs in results.items() if "figures" not in runs for run in runs if "rounds" in runs[run]
+    ]
 
 
 @pytest.mark.parametrize(("name", "run_name"), runs_of_cards())
@@ -60,6 +62,23 @@ def test_a_card_is_of_one_comparison(
     with pytest.raises(SystemExit):
         card.main()
     assert "give one folder" in capsys.readouterr().err and not (tmp_path / "some-results.json").exists()
+
+
+def test_verdicts_of_several_comparisons_make_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "MODEL_CARDS", tmp_path)
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "some.md").write_text("{one[command]}: {one[methods]}\n{two[sentences]}\n")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        results = {"command": f"make {name}", "methods": [{"method": "dense", "accuracy": "0.5"}]}
+        results |= {"sentences": [f"{name} is ahead.", "It is behind."], "figures": [{"seed": 0}]}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    command = ["card.py", "some", str(tmp_path / "one"), str(tmp_path / "two"), "--names", "one", "two"]
+    monkeypatch.setattr(sys, "argv", command)
+    card.main()
+    text = (tmp_path / "some.md").read_text()
+    assert text.startswith("make one: | method") and text.endswith("\n- two is ahead.\n- It is behind.\n")
+    assert set(json.loads((tmp_path / "some-results.json").read_text())["one"]) == {"command", "methods", "sentences"}
 
 
 def test_what_is_kept_beside_cards_is_small() -> None:
