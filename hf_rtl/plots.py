@@ -130,20 +130,60 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
     low = torch.where(known, pairs, torch.inf).amin(1).masked_fill(~known.any(1), torch.nan)
     high = torch.where(known, pairs, -torch.inf).amax(1).masked_fill(~known.any(1), torch.nan)
     layers = range(num_layers)
-    figure = Figure(figsize=(min(max(6.5, 2.0 + 0.25 * num_layers), 16.0), 4.5), layout="constrained")
+    figure = Figure(figsize=(_width_of_layers(num_layers), 4.5), layout="constrained")
     axes = figure.subplots()
     axes.fill_between(layers, low, high, color="#9ecae1", linewidth=0, label="from the least to the most alike pair")
     axes.plot(layers, pairs.nanmean(1), color="#08519c", marker="o", markersize=3, label="mean over pairs")
     axes.plot(layers, by_chance.nanmean(1), color="#636363", linestyle="--", label="by chance, at these densities")
-    ticks = list(range(0, num_layers, -(-num_layers // _MAX_NAMED)))
-    shared = os.path.commonprefix(list(names)).rfind(".") + 1
-    labels = [_label(names[index][shared:].removesuffix(".weight"), limit=24) for index in ticks]
-    axes.set_xticks(ticks, labels, fontsize=7, **_TURNED)
-    axes.set_ylim(-0.02, 1.02)
+    _name_layers(axes, names)
     axes.set_ylabel("Jaccard similarity of two tickets")
-    axes.grid(axis="y", linewidth=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    save_png(figure, file)
+
+
+def layer_densities(density: Tensor, names: Sequence[str], route_names: Sequence[str], file: Path) -> None:
+    """
+    Draws the density of every ticket in each prunable weight, as a PNG: a line per ticket. Of more than 24 tickets the
+    lines are grey, with their mean in black. `file` is never half-written.
+
+    Args:
+        density (`Tensor`): `[L, K]`, from `MaskBank.density(per_layer=True)`.
+        names (`Sequence[str]`): L names.
+        route_names (`Sequence[str]`): K names.
+        file (`Path`): where to write, such as `densities.png`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a tensor of another shape.
+    """
+    if density.shape != (len(names), len(route_names)):
+        raise ValueError(
+            f"`density` has shape {list(density.shape)}, which does not fit {len(names)} names and {len(route_names)} "
+            "routes, as from `bank.density(per_layer=True)`, `bank.weight_names` and `bank.route_names`."
+        )
+    from matplotlib.figure import Figure
+
+    values, layers = density.detach().cpu().double(), range(len(names))
+    figure = Figure(figsize=(_width_of_layers(len(names)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    many = len(route_names) > len(_COLOURS) * len(_LINES)
+    for route, name in enumerate(route_names):
+        style: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 0.8}
+        if not many:
+            # Tickets may keep equally much: a line in front is thinner than those behind it.
+            behind = 1 - (route + 1) / len(route_names)
+            style = {
+                **line_style(route),
+                "label": _label(name),
+                "linewidth": 1 + 4 * behind,
+                "markersize": 4 + 5 * behind,
+            }
+        axes.plot(layers, values[:, route], **style)
+    if many:
+        axes.plot(layers, values.mean(1), color="black", marker="o", markersize=3, label="mean over tickets")
+    _name_layers(axes, names)
+    axes.set_ylabel("share of the weights that a ticket keeps")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
     save_png(figure, file)
 
 
@@ -238,6 +278,22 @@ def save_png(figure: Any, file: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     write_bytes(file, buffer.getvalue())
+
+
+def _width_of_layers(num_layers: int) -> float:
+    """Inches of a picture with a tick per layer."""
+    return min(max(6.5, 2.0 + 0.25 * num_layers), 16.0)
+
+
+def _name_layers(axes: Any, names: Sequence[str]) -> None:
+    """Names the prunable weights below the axis, without what all names begin with; the other goes from 0 to 1."""
+    ticks = list(range(0, len(names), -(-len(names) // _MAX_NAMED)))
+    shared = os.path.commonprefix(list(names)).rfind(".") + 1
+    labels = [_label(names[index][shared:].removesuffix(".weight"), limit=24) for index in ticks]
+    axes.set_xticks(ticks, labels, fontsize=7, **_TURNED)
+    axes.set_ylim(-0.02, 1.02)
+    axes.grid(axis="y", linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _label(name: str, *, limit: int = 20) -> str:

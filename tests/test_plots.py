@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from hf_rtl.plots import draw_table, layer_profile, line_style, route_curves, similarity_heatmap
+from hf_rtl.plots import draw_table, layer_densities, layer_profile, line_style, route_curves, similarity_heatmap
 
 
 LONG = [f"{name} hospital of the {index}th district" for index, name in enumerate(("north", "south", "west") * 8)]
@@ -73,6 +73,9 @@ def test_no_label_of_a_heatmap_is_clipped(tmp_path, drawn, names, label):
 def test_no_label_of_other_pictures_is_clipped(tmp_path, drawn):
     sparsity, layers = torch.linspace(0.2, 0.9, 5), torch.stack([make_matrix(3)] * 24)
     layer_profile(layers, layers / 2, LONG, tmp_path / "a.png")
+    assert find_clipped(drawn, tmp_path / "a.png") == []
+    drawn.clear()
+    layer_densities(make_matrix(24)[:, :10], LONG, LONG[:10], tmp_path / "a.png")
     assert find_clipped(drawn, tmp_path / "a.png") == []
     drawn.clear()
     route_curves([("accuracy", sparsity, make_matrix(24)[:5, :10])], LONG[:10], tmp_path / "a.png")
@@ -190,3 +193,23 @@ def test_a_heatmap_says_what_its_values_are(tmp_path):
     similarity_heatmap(make_matrix(3), ["a", "b", "c"], tmp_path / "one")
     similarity_heatmap(make_matrix(3), ["a", "b", "c"], tmp_path / "two", label="similarity of two classes")
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("num_routes, num_lines", [(1, 1), (24, 24), (25, 26)])
+def test_densities_are_a_line_per_ticket_and_of_many_also_their_mean(tmp_path, monkeypatch, num_routes, num_lines):
+    figures = []
+    monkeypatch.setattr("hf_rtl.plots.save_png", lambda figure, file: figures.append(figure))
+    density = make_matrix(num_routes)[:4] if num_routes > 4 else torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    layer_densities(density, [f"block.{n}.weight" for n in range(4)], [f"r{n}" for n in range(num_routes)], tmp_path)
+    (axes,) = figures[0].axes
+    values = torch.stack([torch.tensor(line.get_ydata()) for line in axes.lines], dim=1)
+    assert values.shape == (4, num_lines) and torch.equal(values[:, :num_routes], density.double())
+    if num_lines > num_routes:
+        assert torch.allclose(values[:, -1], density.double().mean(1))
+        assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["mean over tickets"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_densities_of_another_shape_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has shape \[3, 2\], which does not fit 2 names and 3 routes"):
+        layer_densities(torch.zeros(3, 2), ["a", "b"], ["x", "y", "z"], tmp_path / "a.png")
