@@ -27,7 +27,7 @@ COMMANDS = {
         "verify",
     ),
 }
-ROOMS = {"shared", "pages", "benchmarks"}
+ROOMS = {"shared", "pages", "benchmarks", "space"}
 FILES = sorted(RECIPES.rglob("*.py"))
 
 
