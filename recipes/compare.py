@@ -10,10 +10,13 @@ The arguments are those of prune.py. The methods, each for every seed and sparsi
 - `dense`: one network for all routes, not pruned;
 - `one mask`: that network with one mask as sparse as a ticket, found and trained in the same way on as many samples;
 - `one mask at the union's density`: with a mask as dense as all tickets together;
+- `one mask, each logit alone`: for membership tickets, that network with a logit per route, each trained on the
+  batches of its ticket and deciding by itself, as tickets do;
 - `a model per route`: a network of its own for each route, with the ticket's mask and the route's batches;
 - `one mask, LoRA per route`: the network with one mask, and an adapter for each route, as large as fit into the bytes
   of the tickets (PEFT: pip install "hf_rtl[bench]");
-- `random tickets`, `another route's tickets`: what the choice of the weights is worth;
+- `random tickets`, `layer-shuffled tickets` (random in every layer), `another route's tickets`: what the choice of the
+  weights is worth;
 - `tickets`.
 
 With --one_pass, a dense network is trained, and units are removed without training; some methods then solve anew the
@@ -48,7 +51,7 @@ from shared.one_pass import DENSE, TICKETS, OnePass, Served, balanced, call_time
 from shared.plain_networks import inputs_of
 from shared.prepare import Prepared, bad_input, prepare
 from shared.quality import Quality
-from shared.report import print_tables, training_record, write_results
+from shared.report import over_seeds, print_tables, row, training_record, write_results
 from shared.round_methods import RoundMethods
 from shared.verdict import BUDGETS, Comparison, Figures
 
@@ -80,18 +83,20 @@ def main() -> None:
     methods = [method for method in known if method in (*methods, DENSE, TICKETS)]
     same = {**asdict(model), **asdict(data), **asdict(compared), **training_record(args)}
     check_same(Path(args.output_dir), same, free=("seeds", "seed", "methods", "threads"))
-    figures, unit = [], ""
+    figures, decisions, unit = [], [], ""
     for seed in compared.seeds:
         with bad_input():
             prepared = prepare(data, model.backbone, route_column=args.route_column, seed=seed, **model.options())
         runs = SeedComparison(compared, prepared, replace(args, seed=seed))
         unit = runs.quality.unit
         figures.extend(runs.figures(methods))
+        decisions.append(runs.decisions)
     comparison = Comparison(figures, unit)
     tables = {
         "methods": comparison.method_rows(),
         "differences": comparison.difference_rows(),
         "verdicts": comparison.verdict_rows(),
+        "decisions": over_seeds(decisions),
     }
     print()
     print_tables(tables)
@@ -152,9 +157,12 @@ class SeedComparison:
         self.runs = RoundMethods(prepared, args, folder, compared.adapter_learning_rate)
         self.quality = Quality(prepared, args.per_device_eval_batch_size)
         self.inputs = self.quality.sample_batch(compared.timed_samples)
+        self.decisions: list[dict[str, Any]] = []
 
     def figures(self, methods: list[str]) -> Iterator[Figures]:
         """The figures of the methods, at every sparsity; those of the dense network once."""
+        if self.prepared.rows.ticket_task == "labels":
+            methods = [method for method in methods if method not in round_methods.OF_MEMBERSHIP]
         for index, sparsity in enumerate(sorted(self.args.target_sparsity)):
             serving = self._served(methods, index, sparsity)
             for method in methods:
@@ -167,6 +175,8 @@ class SeedComparison:
                     continue
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in found["quality"].items())
                 print(f"seed {self.args.seed}, {method}, {at:.0%}: {shown}", flush=True)
+                if found["metrics"]:
+                    self.decisions.append(row(method, at, found))
                 yield Figures(self.args.seed, method, at, found["quality"], found["ms"], found["bytes"])
 
     def _measure(self, method: str, serving: Iterator[tuple[str, Served | None]]) -> dict[str, Any]:
@@ -175,17 +185,14 @@ class SeedComparison:
         served = next(served for name, served in serving if name == method)
         if served is None:
             return {}
-        names = self.prepared.rows.route_names
-        found = {
-            name: self.quality(network, name)[self.quality.unit]
-            for name, network in zip(names, served.models, strict=True)
-        }
+        of_routes, metrics = self.quality(served)
+        found = {name: figures[self.quality.unit] for name, figures in of_routes.items()}
         times = call_times({DENSE: self._dense, method: served.models[0]}, self.inputs)
         if method != DENSE:
             # A ratio that was measured in turn, times one time of the dense network: those of other minutes differ.
             reference = self.runs.measured(DENSE, 0.0, dict)["ms"]
             times[method] = reference * times[method] / times[DENSE]
-        return {"quality": found, "ms": times[method], "bytes": served.stored_bytes}
+        return {"quality": found, "metrics": metrics, "ms": times[method], "bytes": served.stored_bytes}
 
     @cached_property
     def _dense(self) -> PreTrainedModel:

@@ -25,8 +25,8 @@ from hf_rtl.modeling.units import find_units
 from .report import over_seeds, print_tables, write_results
 
 
-DENSE, ONE, UNION, RANDOM = "dense", "one mask", "one mask at the union's density", "random tickets"
-TICKETS, OTHER = "tickets", "another route's tickets"
+DENSE, ONE, UNION = "dense", "one mask", "one mask at the union's density"
+TICKETS, OTHER, RANDOM = "tickets", "another route's tickets", "random tickets"
 ONE_REFIT, EACH_REFIT = "one mask + refit", "one mask, refit per route"
 TICKETS_REFIT = "tickets + refit"
 METHODS = [DENSE, ONE, UNION, RANDOM, OTHER, TICKETS, ONE_REFIT, EACH_REFIT, TICKETS_REFIT]
@@ -34,10 +34,19 @@ METHODS = [DENSE, ONE, UNION, RANDOM, OTHER, TICKETS, ONE_REFIT, EACH_REFIT, TIC
 
 @dataclass
 class Served:
-    """What a method answers with: a plain model per route, and the bytes of all that is stored."""
+    """
+    What a method answers with.
+
+    Args:
+        models (`list[PreTrainedModel]`): a plain model per route.
+        stored_bytes (`int`): the bytes of all that is stored.
+        each_alone (`bool`, defaults to `False`): whether each of several logits, one per route, decides by itself. By
+            default the highest decides.
+    """
 
     models: list[PreTrainedModel]
     stored_bytes: int
+    each_alone: bool = False
 
 
 @dataclass

@@ -45,7 +45,15 @@ def one_vs_rest(
         num_labels=len(names),
         problem_type="multi_label_classification",
         **options,
-    ).to(args.device)
+    )
+    return _metrics(trainer, _scores(one_vs_rest_network(trainer, network, masks, round_index=round_index), trainer))
+
+
+def one_vs_rest_network(
+    trainer: RTLTrainer, network: nn.Module, masks: Sequence[Tensor] | None, *, round_index: int
+) -> nn.Module:
+    """The same network, with a logit per route, trained as [`one_vs_rest`] says."""
+    network.to(trainer.args.device)
     theta0 = {name: tensor.detach().cpu().clone() for name, tensor in named_state(network)}
 
     def loss(network: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -58,9 +66,10 @@ def one_vs_rest(
     plain = _plain_trainer(trainer, network, theta0, loss)
     trainer.progress.start(trainer.plan().retraining_steps)
     trainer.progress.begin_round("one-vs-rest")
-    plain.train(masks, trainer.retraining_batches(round_index), seed=(args.seed, 0), on_step=trainer.progress.step)
+    batches = trainer.retraining_batches(round_index)
+    plain.train(masks, batches, seed=(trainer.args.seed, 0), on_step=trainer.progress.step)
     trainer.progress.finish()
-    return _metrics(trainer, _scores(network, trainer))
+    return network
 
 
 def independent_networks(

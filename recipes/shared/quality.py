@@ -1,4 +1,4 @@
-"""The quality of plain models on the test data of a route: accuracy, or how well a ticket's score tells its route."""
+"""The quality of what a method serves, on test data: accuracy of every route, or how well scores tell their routes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, default_data_collator
 
+from hf_rtl.metrics import membership_metrics
+
+from .one_pass import Served
 from .plain_networks import inputs_of
 from .prepare import Prepared
 
 
 _IGNORED = -100
+# Metrics of decisions: exactly one route is predicted where the highest logit decides.
+DECIDED = ("balanced_accuracy", "precision", "recall", "f1", "worst_balanced_accuracy")
 
 
 class Quality:
     """
-    `quality(model, route)` gives figures of a plain model on the test samples of a route, in evaluation mode.
+    `quality(served)` gives figures of every route, and those of all routes together, in evaluation mode.
 
-    - Membership tickets: the AUROC of their score, of samples of the route against all others. The score of a
-      network with a logit per route is the logarithm of the route's probability.
+    - Membership tickets: the AUROC of their scores, of samples of the route against all others, and the metrics of
+      [`membership_metrics`]. The score of a network with a logit per route is the logarithm of the route's
+      probability; it says yes to the route of the highest logit alone, as the paper scores a single network. If each
+      logit decides alone, it is the score.
     - Labels: the accuracy on the samples of the route; of language models on their tokens, with the loss beside it.
 
     Args:
@@ -39,13 +46,35 @@ class Quality:
         if len(self.route_ids) != len(self.test):  # Packed language models have other samples than texts.
             self.route_ids = np.asarray(self.test[self.rows.route_column])
         self.unit = "AUROC" if self.rows.ticket_task == "membership" else "accuracy"
-        self._scores: tuple[PreTrainedModel | None, np.ndarray] = None, np.empty(0)
+        self._logits_of: tuple[PreTrainedModel | None, Tensor] = None, torch.empty(0)
 
-    def __call__(self, model: PreTrainedModel, name: str) -> dict[str, float]:
-        route = self.rows.route_names.index(name)
+    def __call__(self, served: Served) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        names = self.rows.route_names
         if self.rows.ticket_task == "membership":
-            return {"AUROC": float(roc_auc_score(self.route_ids == route, self._score(model, route)))}
-        return self._accuracy(model, np.flatnonzero(self.route_ids == route))
+            metrics = self._membership(served)
+            return {name: {self.unit: metrics[f"{name}/auroc"]} for name in names}, _of_all_routes(metrics)
+        pairs = enumerate(zip(names, served.models, strict=True))
+        return {name: self._accuracy(model, np.flatnonzero(self.route_ids == k)) for k, (name, model) in pairs}, {}
+
+    def _membership(self, served: Served) -> dict[str, float]:
+        """The metrics of the scores of all routes; those of decisions are of margins over the other logits."""
+        scores, margins = [], []
+        for route, model in enumerate(served.models):
+            logits = self._logits(model)
+            several = logits.shape[1] > 1
+            own = logits[:, route] if several else logits[:, 0]
+            if several and not served.each_alone:
+                others = logits.index_fill(1, torch.tensor(route), -torch.inf)
+                scores.append(logits.log_softmax(dim=1)[:, route])
+                margins.append(own - others.amax(dim=1))
+            else:
+                scores.append(own)
+                margins.append(own)
+        found, decided = (
+            membership_metrics(torch.stack(columns, dim=1).numpy(), self.route_ids, self.rows.route_names)
+            for columns in (scores, margins)
+        )
+        return {**found, **{name: value for name, value in decided.items() if name.rpartition("/")[-1] in DECIDED}}
 
     def sample_batch(self, number: int) -> dict[str, Any]:
         """The inputs of the first test samples, to time a call with."""
@@ -64,15 +93,14 @@ class Quality:
         return DataLoader(Subset(self.test, indices.tolist()), self.batch_size, collate_fn=self.collate)
 
     @torch.no_grad()
-    def _score(self, model: PreTrainedModel, route: int) -> np.ndarray:
-        """The scores of all samples for a route, `[N]`. Logits are kept, since one model may answer for all routes."""
-        if self._scores[0] is not model:
+    def _logits(self, model: PreTrainedModel) -> Tensor:
+        """The logits of all samples, `[N, L]`, which are kept, since one model may answer for all routes."""
+        if self._logits_of[0] is not model:
             model.eval()
             batches = self._batches(np.arange(len(self.test)))
             found = [model(**self._inputs(batch)).logits.double() for batch in batches]
-            self._scores = model, torch.cat(found).numpy()
-        logits = torch.from_numpy(self._scores[1])
-        return (logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(dim=1)[:, route]).numpy()
+            self._logits_of = model, torch.cat(found)
+        return self._logits_of[1]
 
     @torch.no_grad()
     def _accuracy(self, model: PreTrainedModel, indices: np.ndarray) -> dict[str, float]:
@@ -90,3 +118,7 @@ class Quality:
             loss += float(cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum"))
         figures = {"accuracy": right / max(1, number)}
         return {**figures, "loss": loss / max(1, number)} if by_token else figures
+
+
+def _of_all_routes(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if "/" not in name}

@@ -14,17 +14,21 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
 from hf_rtl import RTLModel, RTLTrainer, RTLTrainingArguments
-from hf_rtl.pruning import random_masks
+from hf_rtl.pruning import random_masks, shuffled_masks
 
-from .methods import SeedRuns
+from .methods import SeedRuns, file_name
 from .models import model_of_round, tickets_of_round
 from .one_pass import DENSE, ONE, OTHER, RANDOM, TICKETS, UNION, Served, num_bytes
-from .plain_networks import independent_networks, inputs_of
+from .plain_networks import independent_networks, inputs_of, one_vs_rest_network
 from .prepare import Prepared
 
 
 EACH, ADAPTERS = "a model per route", "one mask, LoRA per route"
-METHODS = [DENSE, ONE, UNION, EACH, ADAPTERS, RANDOM, OTHER, TICKETS]
+ONE_VS_REST, SHUFFLED = "one mask, each logit alone", "layer-shuffled tickets"
+METHODS = [DENSE, ONE, UNION, ONE_VS_REST, EACH, ADAPTERS, RANDOM, SHUFFLED, OTHER, TICKETS]
+# Those of membership tickets alone.
+OF_MEMBERSHIP = (ONE_VS_REST,)
+_CONTROL_MASKS = {RANDOM: random_masks, SHUFFLED: shuffled_masks}
 
 
 class RoundMethods(SeedRuns):
@@ -81,8 +85,10 @@ class RoundMethods(SeedRuns):
             return Served([model.extract_ticket(0)] * len(names), model.footprint()["compact_bytes"])
         trainer = self.trained(TICKETS)
         report = trainer.rounds[index]
-        if method == RANDOM:
-            return routed(self._random(trainer, report))
+        if method == ONE_VS_REST:
+            return self._one_vs_rest(trainer, index)
+        if method in _CONTROL_MASKS:
+            return routed(self._with_other_masks(trainer, report, method))
         model = model_of_round(trainer, report)
         own = routed(model)
         if method == OTHER:
@@ -95,13 +101,20 @@ class RoundMethods(SeedRuns):
         trainer = self.trained(method)
         return model_of_round(trainer, trainer.rounds[index])
 
-    def _random(self, trainer: RTLTrainer, report: dict[str, Any]) -> RTLModel:
+    def _one_vs_rest(self, trainer: RTLTrainer, index: int) -> Served:
+        """A network with the one mask and a logit per route, each trained on the batches of its ticket."""
+        single = self._model(ONE, index)
+        network = self.prepared.make_single_model().backbone
+        network = one_vs_rest_network(trainer, network, single.mask_bank[0], round_index=index).cpu().eval()
+        return Served([network] * trainer.model.num_routes, single.footprint()["compact_bytes"], each_alone=True)
+
+    def _with_other_masks(self, trainer: RTLTrainer, report: dict[str, Any], method: str) -> RTLModel:
         """Masks of the tickets' densities, drawn by the seed and retrained as tickets."""
         masks = [
-            random_masks(mask, generator=torch.Generator().manual_seed(trainer.args.seed * 1000 + route))
+            _CONTROL_MASKS[method](mask, generator=torch.Generator().manual_seed(trainer.args.seed * 1000 + route))
             for route, mask in enumerate(tickets_of_round(trainer, report))
         ]
-        name = f"random-sparsity-{report['sparsity']:g}"
+        name = f"{file_name(method)}-sparsity-{report['sparsity']:g}"
         return model_of_round(trainer, trainer.retrain(masks, like=report["folder"], name=name))
 
     def _independent(self, trainer: RTLTrainer, index: int) -> list[PreTrainedModel]:

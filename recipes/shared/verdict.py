@@ -20,11 +20,14 @@ from scipy.stats import t
 
 from .one_pass import DENSE, OTHER, RANDOM, TICKETS, middle
 from .report import over_seeds
+from .round_methods import SHUFFLED
 
 
 AHEAD, BEHIND, UNDECIDED = "ahead", "behind", "not decided"
 CLAIMS = {AHEAD: "{} are ahead of", BEHIND: "{} are behind", UNDECIDED: "it is not decided whether {} are ahead of"}
 # What is equal -> its name in `Figures`, and what a rival must be.
+# What nobody would serve.
+CONTROLS = (RANDOM, SHUFFLED, OTHER)
 BUDGETS = {"time": ("ms", "fast"), "bytes": ("stored_bytes", "small")}
 
 
@@ -186,8 +189,8 @@ class Comparison:
         Tickets at one sparsity beside the strongest rival that costs at most as much.
 
         Up to 5 % more are as much, since two measurements of one network differ too. Rivals are all methods at all
-        sparsities: who can afford tickets can afford each of these, and would take the best. Only random tickets and
-        those of other routes are none, which nobody would serve. The strongest rival has the best mean quality over
+        sparsities: who can afford tickets can afford each of these, and would take the best. Only controls are none,
+        which nobody would serve. The strongest rival has the best mean quality over
         seeds and routes; among equals, it is the cheapest. Tickets have no such choice, which favours rivals. The
         worst route is compared with that of the same rival. For the correction for the choice see `lead_of`.
 
@@ -199,7 +202,7 @@ class Comparison:
         own = Configuration(TICKETS, middle(self.sparsities) if sparsity is None else sparsity)
         figure, adjective = BUDGETS[budget]
         costs = {at: mean(getattr(run, figure) for run in runs) for at, runs in self.runs.items()}
-        rivals = [at for at in costs if at.method not in (TICKETS, RANDOM, OTHER) and costs[at] <= 1.05 * costs[own]]
+        rivals = [at for at in costs if at.method not in (TICKETS, *CONTROLS) and costs[at] <= 1.05 * costs[own]]
         if not rivals:
             return Verdict(f"At equal {budget}, it is not decided: no rival is as {adjective} as {own}.")
         alone = {at: self.paired(own.sparsity, at)[self.unit] for at in rivals}

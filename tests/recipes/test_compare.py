@@ -17,6 +17,7 @@ from hf_rtl import RTLModelForSequenceClassification, RTLTrainingArguments, find
 from shared import one_pass, round_methods
 from shared.arguments import BadInput
 from shared.data_arguments import DataArguments
+from shared.one_pass import Served
 from shared.prepare import Prepared, prepare
 from shared.quality import Quality
 from tests.recipes.small_texts import DOMAINS, make_tokenizer, save_data, sentences
@@ -58,7 +59,9 @@ def compared(texts: tuple[Path, list[object]]) -> dict:
 def test_all_methods_stand_in_the_table_and_two_sentences_end_it(compared: dict) -> None:
     methods = {(line["method"], line["sparsity"]) for line in compared["methods"]}
     # An adapter of rank 1 has an eighth of the weights of these small layers, more than two tickets need beside one.
-    expected = {(method, 0.5) for method in round_methods.METHODS if method != "one mask, LoRA per route"}
+    # A network whose logits decide alone is for membership.
+    without = ("one mask, LoRA per route", "one mask, each logit alone")
+    expected = {(method, 0.5) for method in round_methods.METHODS if method not in without}
     expected = expected - {("dense", 0.5)} | {("dense", 0.0)}
     assert methods == expected
     assert [sentence.split(",")[0] for sentence in compared["sentences"]] == ["At equal time", "At equal bytes"]
@@ -179,7 +182,7 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
     label = ["film" if text.split()[1] in DOMAINS["film"] else "gear" for text in sentences(60, 0)["text"]]
     train = sentences(60, 0, label=label).remove_columns(["domain", "sentiment"])
     data = save_data(tmp_path / "data", train, train.select(range(20)))
-    methods = ("--methods", "one mask", "a model per route")
+    methods = ("--methods", "one mask", "one mask, each logit alone", "layer-shuffled tickets")
     results = run(tmp_path, "--dataset", data, "--backbone", encoder, "--max_steps", 6, *SHORT, *methods, "--seeds", 0)
     prepared = prepare(DataArguments(dataset=data), encoder, route_column=None, seed=0)
     assert prepared.rows.ticket_task == "membership"
@@ -189,9 +192,12 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
     # The network for all routes has a logit for each.
     assert (single.config.ticket_task, single.config.label2id) == ("labels", {"film": 0, "gear": 1})
     rows = [torch.tensor([row["input_ids"]]) for row in prepared.inputs.test]
+    yes: dict[str, list[list[bool]]] = {"tickets": [], "one mask": []}
     for route, name in enumerate(prepared.rows.route_names):
         of_ticket = [model(input_ids=row, route_ids=route).logits.item() for row in rows]
         of_single = [single(input_ids=row, route_ids=0).logits.softmax(dim=1)[0, route].item() for row in rows]
+        yes["tickets"].append([score > 0 for score in of_ticket])
+        yes["one mask"].append([probability > 0.5 for probability in of_single])  # the higher of two logits
         for method, scores in (("tickets", of_ticket), ("one mask", of_single)):
             pairs = [
                 (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
@@ -200,6 +206,27 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
                 if homes[i] == route != homes[j]
             ]
             assert figures_of(results, method)["quality"][name] == pytest.approx(np.mean(pairs), abs=0.02)
+    decided = {line["method"]: line for line in results["decisions"]}
+    for method, of_routes in yes.items():
+        halves = [
+            (
+                np.mean([said[i] for i in range(20) if homes[i] == k]),
+                np.mean([said[i] for i in range(20) if homes[i] != k]),
+            )
+            for k, said in enumerate(of_routes)
+        ]
+        balanced = np.mean([(right + 1 - wrong) / 2 for right, wrong in halves])
+        assert float(decided[method]["bal. acc."]) == pytest.approx(balanced, abs=0.03)
+    # As many weights as the one mask; the same number in every layer as the tickets.
+    assert (
+        figures_of(results, "one mask, each logit alone")["stored_bytes"]
+        == figures_of(results, "one mask")["stored_bytes"]
+    )
+    shuffled = RTLModelForSequenceClassification.from_pretrained(
+        tmp_path / "run/seed-0/tickets/layer-shuffled-tickets-sparsity-0.5"
+    )
+    for own, other in zip(model.mask_bank[0], shuffled.mask_bank[0], strict=True):
+        assert own.sum() == other.sum() and not torch.equal(own, other)
     assert "AUROC" in results["methods"][0]
 
 
@@ -278,6 +305,7 @@ def test_tokens_are_counted_one_by_one(generator: str, tmp_path: Path) -> None:
         DataArguments(dataset=data, task="causal", max_length=6), generator, route_column="domain", seed=0
     )
     network = LlamaForCausalLM.from_pretrained(generator).eval()
+    of_routes, _ = Quality(prepared, batch_size=4)(Served([network] * 2, 0))
     for route, name in enumerate(DOMAINS):
         right, losses = [], []
         for row in prepared.inputs.test:
@@ -288,6 +316,6 @@ def test_tokens_are_counted_one_by_one(generator: str, tmp_path: Path) -> None:
                 target = int(row["input_ids"][position + 1])
                 right.append(int(logits[position].argmax()) == target)
                 losses.append(-float(logits[position].log_softmax(0)[target]))
-        found = Quality(prepared, batch_size=4)(network, name)
+        found = of_routes[name]
         assert found["accuracy"] == pytest.approx(np.mean(right))
         assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
