@@ -120,7 +120,9 @@ class RTLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         named_code = kwargs.pop("auto_map", None)
-        _refuse_keys({name: value for name, value in kwargs.items() if name != "model_type"}, "config")
+        # The class has it. The base class would set it as an attribute, which would be passed on to the backbone.
+        kwargs.pop("model_type", None)
+        _refuse_keys(kwargs, "config")
         _check_named_code(named_code)
         # Kept only if this module was itself loaded from a repository; otherwise the installed classes are used.
         if named_code and self._auto_class is not None:

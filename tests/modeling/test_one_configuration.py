@@ -128,6 +128,18 @@ def test_settings_by_hand(
             assert all(same(one, two) for (_, one), (_, two) in zip(expected, found, strict=True))
 
 
+def test_the_type_of_the_backbone_stays_its_own(tmp_path, tiny_bert_config):
+    model = RTLModelForSequenceClassification.from_backbone(tiny_bert_config, num_labels=2, **ROUTES)
+    model.save_pretrained(tmp_path)
+    loaded = RTLModel.from_pretrained(tmp_path)
+    types = [
+        loaded.config.model_type,
+        loaded.backbone.config.model_type,
+        loaded.extract_ticket("day").config.model_type,
+    ]
+    assert types == ["rtl", "bert", "bert"]
+
+
 def test_keywords_of_from_pretrained(tmp_path, tiny_bert_config):
     RTLModelForSequenceClassification.from_backbone(tiny_bert_config, **ROUTES).save_pretrained(tmp_path)
     model = RTLModel.from_pretrained(
