@@ -36,7 +36,7 @@ from .report import command_line, method_rows, routes_rows, row, table, without_
 _MOST_ROUTES, _MOST_LABELS = 12, 20  # of matrices
 _MOST_LINES = 40  # of the matrix of layers and the table of mistakes
 _MOST_ADVICE = 4
-_SECONDS = 2.0  # of timing
+_SECONDS, _CALLS = 2.0, 30  # of timing at most, and of each size of batch
 _UNKNOWN = float("nan")
 _CONSTANT = "a constant answer"  # the name of its line
 
@@ -376,11 +376,13 @@ def _times(trainer: RTLTrainer, model: RTLModel) -> list[dict[str, Any]]:
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
         with trainer.compute_loss_context_manager():
-            while not all(times.values()) or time.perf_counter() - start < turn * _SECONDS / 2:
+            for _ in range(_CALLS):
                 for name, call in calls.items():
                     before = time.perf_counter()
                     call()[0].flatten()[0].item()  # waits for the device
                     times[name].append(1000 * (time.perf_counter() - before))
+                if time.perf_counter() - start > turn * _SECONDS / 2:
+                    break
         # The first call also unpacks the masks.
         medians = {name: median(of_calls[1:]) for name, of_calls in times.items() if of_calls[1:]}
         lines.append({"samples of a call": len(samples), **medians})
