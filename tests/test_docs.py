@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 import hf_rtl
 from hf_rtl.modeling import modeling_rtl
+from tests.modeling.small_backbones import units_found_once
 
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +71,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         assert info in ("python", "python no-run"), f"{_id(page)} has a block fenced as {info!r}"
         compiled = compile(code, str(page), "exec")
         if info == "python":
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), units_found_once(modeling_rtl):
                 exec(compiled, namespace)
 
 

@@ -11,10 +11,7 @@ from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer, BertModel
 
-from hf_rtl.modeling import modeling_rtl
-from shared import one_pass
 from shared.one_pass import DENSE, METHODS, ONE, TICKETS, average
-from tests.modeling.small_backbones import units_found_once
 from tests.recipes.small_texts import DOMAINS, save_data, save_encoder, sentences
 
 
@@ -34,7 +31,7 @@ def found(tmp_path_factory):
     given = ["--model", save_encoder(folder / "encoder"), "--dataset", data, "--other_dataset", other]
     given += ["--other_routes", "far", "--output_dir", folder / "run", "--max_length", 8, "--sparsity", 0.5]
     given += ["--calibration_texts", 16, "--test_texts", 999, "--probe_texts", 999, "--seeds", 0]
-    with pytest.MonkeyPatch.context() as patched, units_found_once(modeling_rtl, one_pass):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["domains.py", *map(str, given)])
         domains.main()
     return json.loads((folder / "run" / "results.json").read_text()), folder

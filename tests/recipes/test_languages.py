@@ -11,10 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
-from hf_rtl.modeling import modeling_rtl
-from shared import one_pass
 from shared.one_pass import DENSE, METHODS, ONE, TICKETS, TICKETS_REFIT
-from tests.modeling.small_backbones import units_found_once
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +37,6 @@ def run(folder, output_dir, *options):
         patched.setattr(sys, "argv", ["languages.py", *map(str, [*given, *options])])
         languages.main()
     return json.loads((output_dir / "results.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _units_found_once():
-    with units_found_once(modeling_rtl, one_pass):
-        yield
 
 
 @pytest.fixture(scope="module")
