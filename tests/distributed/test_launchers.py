@@ -15,6 +15,7 @@ import pytest
 from tests.child_processes import ROOT, run_script
 from tests.distributed.launchers import ACCELERATE, TORCH, Command, Launcher
 from tests.distributed.processes import free_port
+from tests.training.small_runs import SMALL_NET
 
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ RECIPES = ROOT / "recipes"
 SMALL = [
     *("--config", str(RECIPES / "configs/digits.yaml"), "--target_sparsity", "0.3", "--max_steps", "2"),
     *("--extraction_steps", "2", "--max_train_samples", "200", "--max_test_samples", "100", "--use_cpu"),
+    *("--backbone", SMALL_NET, "--image_size", "16"),
 ]
 MULTI_NODE = [*ACCELERATE, "--config_file", str(RECIPES / "accelerate/multi_node.yaml"), "--num_processes", "2"]
 
@@ -95,7 +97,7 @@ def test_a_machine_whose_process_is_killed_ends_the_other(
     """
     port = free_port()
     for machine in range(2):
-        line = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "40"]
+        line = [*with_accelerate(machine, port), str(RECIPES / "prune.py"), *SMALL, "--extraction_steps", "100"]
         line += ["--output_dir", str(tmp_path / "run")]
         machines.append(Launcher(line, tmp_path / f"log-{machine}", impatient=True))
     deadline = time.monotonic() + 120

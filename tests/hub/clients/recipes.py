@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from transformers import AutoImageProcessor
 
 from hf_rtl import RTLModel
 from tests.child_processes import ROOT
+
+
+RECIPES = ROOT / "recipes"
 
 
 def prune_and_push(config: str, name: str) -> None:
@@ -24,11 +27,13 @@ def prune_and_push(config: str, name: str) -> None:
             for index in range(number):
                 pixels = generator.normal(level, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
-    command = [sys.executable, ROOT / "recipes" / "prune.py", "--config", ROOT / "recipes" / "configs" / config]
+    command = [RECIPES / "prune.py", "--config", RECIPES / "configs" / config]
     command += ["--dataset", "images", "--input_column", "image", "--backbone", "test_resnet", "--output_dir", "run"]
     command += ["--target_sparsity", 0.5, "--num_train_epochs", 1, "--extraction_steps", 1, "--route_batch_size", 4]
     command += ["--no_dense", "--use_cpu", "--push_to_hub", "--hub_model_id", name]
-    subprocess.run(list(map(str, command)), check=True)
+    sys.argv = list(map(str, command))
+    sys.path.insert(0, str(RECIPES))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def answers(name: str) -> list[float]:
