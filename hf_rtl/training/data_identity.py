@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -52,12 +53,14 @@ def identify_data(
     with seeded((0, Stream.READING), device):  # without column names it reads a sample
         column = label_column(dataset)
 
+    read_stored = stored_samples(dataset)
+
     def features(index: int) -> dict[str, Any]:
-        sample = dataset[index] if make_collate is None else read_raw(dataset, index)
+        sample = dataset[index] if make_collate is None else read_stored(index)
         return {name: value for name, value in sample.items() if name != column}
 
     def label(index: int) -> Any:
-        return read_raw(dataset, index)[column]
+        return read_stored(index)[column]
 
     labels = None
     # Random transforms may change labels too.
@@ -85,14 +88,23 @@ def identify_data(
     return {**found, **_hash_parts(both, len(dataset), device)}
 
 
-def read_raw(dataset: Any, index: int) -> Any:
-    """A sample of a data set, of `datasets` as it is stored, without transforms and formats."""
+def stored_samples(dataset: Any) -> Callable[[int], Any]:
+    """Reads a sample of a data set by its index, of `datasets` as it is stored, without transforms and formats."""
     if isinstance(dataset, Subset):
-        return read_raw(dataset.dataset, dataset.indices[index])
+        read = stored_samples(dataset.dataset)
+        return lambda index: read(dataset.indices[index])
     if isinstance(dataset, ConcatDataset):
-        part = next(number for number, end in enumerate(dataset.cumulative_sizes) if index < end)
-        return read_raw(dataset.datasets[part], index - ([0, *dataset.cumulative_sizes])[part])
-    return dataset.with_format("arrow")[index].to_pylist()[0] if is_hf_dataset(dataset) else dataset[index]
+        reads, ends = list(map(stored_samples, dataset.datasets)), dataset.cumulative_sizes
+
+        def read_part(index: int) -> Any:
+            part = bisect.bisect_right(ends, index)
+            return reads[part](index - [0, *ends][part])
+
+        return read_part
+    if is_hf_dataset(dataset):
+        rows = dataset.with_format("arrow")
+        return lambda index: rows[index].to_pylist()[0]
+    return dataset.__getitem__
 
 
 def _current_labels(dataset: Any, label: Callable[[int], Any]) -> Any:
