@@ -28,6 +28,10 @@ REPORT_FILE = "round.json"
 RETRAINED_FILE = "retrained.json"
 
 
+class OtherRunError(ValueError):
+    """A directory holds a run, or masks, of another configuration, or one that cannot be read."""
+
+
 class RunDirectory:
     """
     The files of a run:
@@ -74,7 +78,7 @@ class RunDirectory:
             environment (`Mapping[str, str]`): versions and devices, which decide rounding. Warns of differences.
 
         Raises:
-            ValueError: the same as for `check`.
+            OtherRunError: the same as for `check`.
         """
         saved = self.check(configuration, extraction)
         for file, settings in saved.items():
@@ -96,14 +100,14 @@ class RunDirectory:
             The content of the files that exist.
 
         Raises:
-            ValueError: the directory holds a run, or extracted masks, of another configuration (the error names the
+            OtherRunError: the directory holds a run, or extracted masks, of another configuration (the error names the
                 values that differ, and how to keep the masks if they fit), or a file with a configuration is damaged.
         """
         settings = self._settings(configuration, extraction)
         saved = {file: _read_settings(file) for file in settings if file.exists()}
         run, masks = (_differences_from_file(saved.get(file), content) for file, content in settings.items())
         if run or masks:
-            raise ValueError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
+            raise OtherRunError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
         return saved
 
     def _settings(
@@ -207,7 +211,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         saved = json.loads(file.read_text())
         return {"configuration": saved["configuration"], "surroundings": saved["surroundings"]}
     except (KeyError, TypeError, ValueError):
-        raise ValueError(
+        raise OtherRunError(
             f"{str(file)!r} is damaged, so the configuration of the run in this folder is unknown. Delete the folder, "
             "or choose another one."
         ) from None

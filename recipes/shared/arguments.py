@@ -17,6 +17,8 @@ import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_rtl.training.run_directory import OtherRunError
+
 
 class BadInput(ValueError):
     """Arguments or data of the caller that a recipe cannot use. `run_main` shows it in one line."""
@@ -98,7 +100,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OtherRunError) as error:
         # A worker that reads samples repeats the error at the end of its traceback.
         lines = str(error).rpartition("BadInput: ")[2].split("\n")
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(filter(None, map(str.strip, lines)))}", file=sys.stderr)
