@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 
 TASKS = ("image", "audio", "text", "token", "causal", "masked", "seq2seq")
-AUGMENTATIONS = ("none", "flip", "crop", "randaugment")
+AUGMENTATIONS = ("none", "flip", "crop", "randaugment", "timm")
 
 
 @dataclass
@@ -95,7 +95,8 @@ class DataArguments:
         default="none",
         metadata={"choices": AUGMENTATIONS},
         help="Changes of training images, drawn anew at every use: flip left and right; crop: also shift by an "
-        "eighth; randaugment: also torchvision's RandAugment.",
+        "eighth; randaugment: also torchvision's RandAugment; timm: crops of any scale, flips and "
+        "colours, as timm trains.",
     )
     max_seconds: float = HfArg(default=1.0, help="Length of sounds: longer ones are cut, shorter ones padded.")
     max_length: int = HfArg(default=128, help="Tokens of a text; longer texts are cut, or split for --pack.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -74,37 +75,39 @@ def decoder(rows: Rows, arguments: DataArguments) -> Callable[[Any], Any]:
 
 
 class ImageTransform:
-    """Makes `pixel_values` of a batch of rows: decodes, augments, and calls the image processor."""
+    """Makes `pixel_values` of a batch of rows: decodes, and calls what makes pixels of a PIL image."""
 
-    def __init__(self, column: str, processor: Any, num_channels: int, augment: Callable[[Any], Any] | None) -> None:
-        self.column, self.processor, self.num_channels, self.augment = column, processor, num_channels, augment
+    def __init__(self, column: str, pixels: Callable[[Any], Tensor], num_channels: int) -> None:
+        self.column, self.pixels, self.num_channels = column, pixels, num_channels
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         others = {name: values for name, values in batch.items() if name != self.column}
         if self.column not in batch:
             return others
         images = [_decoded(value, lambda value: picture(value, self.num_channels)) for value in batch[self.column]]
-        if self.augment is not None:
-            images = [self.augment(image) for image in images]
-        # One by one, since processors want images of a batch to have one size.
-        pixels = [self.processor(image, return_tensors="pt").pixel_values[0] for image in images]
-        return {**others, "pixel_values": pixels}
+        return {**others, "pixel_values": [self.pixels(image) for image in images]}
 
 
 def _images(rows: Rows, arguments: DataArguments, backbone: str) -> Inputs:
-    first = picture(rows.train[0][rows.input_column], arguments.num_channels or 3)
-    processor = image_processor(backbone, arguments, first.size)
     num_channels = arguments.num_channels or 3
-    plain = ImageTransform(rows.input_column, processor, num_channels, None)
-    augment = _augmentation(arguments.augmentation)
-    shape = tuple(plain({rows.input_column: [rows.train[0][rows.input_column]]})["pixel_values"][0].shape)
+    first = picture(rows.train[0][rows.input_column], num_channels)
+    processor = image_processor(backbone, arguments, first.size)
+    plain = partial(_processed, processor)
+    shape = tuple(plain(first).shape)
     held = {"pixel_values": Array3D(shape, "float32")}
+    changed = _augmented(arguments.augmentation, processor, shape)
+    served = ImageTransform(rows.input_column, plain, num_channels)
     train = (
-        rows.train.with_transform(ImageTransform(rows.input_column, processor, num_channels, augment))
-        if augment is not None
-        else _served(rows.train, plain, held, arguments.in_memory)
+        rows.train.with_transform(ImageTransform(rows.input_column, changed, num_channels))
+        if changed is not None
+        else _served(rows.train, served, held, arguments.in_memory)
     )
-    return Inputs(train, _served(rows.test, plain, held, arguments.in_memory), processor)
+    return Inputs(train, _served(rows.test, served, held, arguments.in_memory), processor)
+
+
+def _processed(processor: Any, image: Any) -> Tensor:
+    # One by one, since processors want images of a batch to have one size.
+    return processor(image, return_tensors="pt").pixel_values[0]
 
 
 def image_processor(backbone: str, arguments: DataArguments, size: tuple[int, int]) -> Any:
@@ -154,10 +157,21 @@ def picture(value: dict[str, Any], num_channels: int) -> Any:
         return image.convert("L" if num_channels == 1 else "RGB")
 
 
-def _augmentation(name: str) -> Callable[[Any], Any] | None:
-    """Changes of a PIL image by torchvision, whose randomness torch's generator of the sample decides."""
+def _augmented(name: str, processor: Any, shape: Sequence[int]) -> Callable[[Any], Tensor] | None:
+    """Makes pixels of a PIL image that is changed first; the generators of the sample decide how."""
     if name == "none":
         return None
+    if name == "timm":
+        from PIL.Image import Resampling
+
+        channels = shape[0]
+        return timm.data.create_transform(
+            tuple(shape),
+            is_training=True,
+            interpolation=Resampling(processor.resample).name.lower(),
+            mean=processor.image_mean if processor.do_normalize else [0.0] * channels,
+            std=processor.image_std if processor.do_normalize else [1.0] * channels,
+        )
     from torchvision.transforms import v2
 
     changes: list[Any] = [v2.RandomHorizontalFlip()]
@@ -165,7 +179,7 @@ def _augmentation(name: str) -> Callable[[Any], Any] | None:
         changes.append(v2.RandomAffine(0, translate=(0.125, 0.125)))
     if name == "randaugment":
         changes.append(v2.RandAugment())
-    return v2.Compose(changes)
+    return v2.Compose([*changes, partial(_processed, processor)])
 
 
 # Sounds

@@ -30,6 +30,7 @@ from hf_rtl import (
     partition_by_features,
 )
 from hf_rtl.modeling.routers import pooled_features
+from hf_rtl.training.randomness import seeded
 
 from .arguments import BadInput
 from .check_rows import readable, routes_by_labels, warnings_of
@@ -192,7 +193,7 @@ def _with_clusters(rows: Rows, inputs: Inputs, model: RTLModel, num_routes: int,
         train, test = (part.with_format(None) for part in (inputs.train, inputs.test))
         rows = replace(rows, train=train, test=test, input_column="input_ids")
     # Changes of images, and the choice of hidden tokens, are the same whenever the clusters are found.
-    with torch.random.fork_rng(devices=[]):
+    with seeded((seed,), torch.device("cpu")):
         torch.manual_seed(seed)
         features = [_features(model, part, inputs) for part in (inputs.train, inputs.test)]
     partition = partition_by_features(features[0], num_routes=num_routes, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from scipy.signal import resample_poly
-from transformers import EvalPrediction
+from timm.data import create_transform
+from transformers import EvalPrediction, ViTImageProcessor
 
+from hf_rtl.training.randomness import seeded
 from shared.arguments import BadInput
 from shared.check_rows import readable, routes_by_labels, warnings_of
 from shared.data_arguments import DataArguments
@@ -66,6 +69,32 @@ def checked(dataset: object, route_column: str | None = None, **values: Any) -> 
 def inputs_of(dataset: object, backbone: str, route_column: str | None = None, **values: Any) -> Inputs:
     arguments = DataArguments(dataset=str(dataset), **values)
     return make_inputs(load_rows(arguments, route_column=route_column, seed=0), arguments, backbone)
+
+
+@pytest.mark.parametrize("processor", [None, "bicubic"])
+def test_timm_changes_images_as_it_trains(tmp_path: Path, processor: str | None) -> None:
+    """At the size of the processor, with its mean, deviation and interpolation; test images stay whole."""
+    root, backbone = save_images(tmp_path / "scans", CELLS), SMALL_NET
+    own: dict[str, Any] = {"image_size": 24, "mean": 0.2, "std": 0.4}
+    expected = {"mean": (0.2,) * 3, "std": (0.4,) * 3, "interpolation": "bilinear"}
+    if processor is not None:
+        own, backbone = {}, str(tmp_path / "vit")
+        size = {"height": 24, "width": 24}
+        ViTImageProcessor(size=size, resample=3, image_mean=[0.3] * 3, image_std=[0.6] * 3).save_pretrained(backbone)
+        expected = {"mean": (0.3,) * 3, "std": (0.6,) * 3, "interpolation": "bicubic"}
+    inputs = inputs_of(root, backbone, **own, augmentation="timm")
+    image = picture(load(root).train[0]["image"], 3)
+
+    def drawn(make: Callable[[], torch.Tensor], seed: int) -> torch.Tensor:
+        with seeded((seed,), torch.device("cpu")):
+            return make()
+
+    timm_itself = create_transform((3, 24, 24), is_training=True, **expected)
+    found = [drawn(lambda: inputs.train[0]["pixel_values"], seed) for seed in (1, 1, 2)]
+    assert torch.equal(found[0], drawn(lambda: timm_itself(image), 1)) and found[0].shape == (3, 24, 24)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    whole = inputs_of(root, backbone, **own)
+    assert torch.equal(inputs.test[0]["pixel_values"], whole.test[0]["pixel_values"])
 
 
 def names(data: Dataset, column: str) -> list[str]:

@@ -141,11 +141,12 @@ def test_how_images_are_served_changes_nothing(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("augmentation", ["flip", "timm"])
 def test_augmented_images_are_the_same_in_workers(
-    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+    images_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, augmentation: str
 ) -> None:
     scans, _, plain = images_run
-    options = {**IMAGES, "augmentation": "flip", "seed_transforms": True}
+    options = {**IMAGES, "augmentation": augmentation, "seed_transforms": True}
     runs = [
         prune(scans, tmp_path / str(workers), **options, dataloader_num_workers=workers, in_memory=bool(workers))
         for workers in (0, 1)
