@@ -124,9 +124,11 @@ def _single_mask(
         replace(
             args,
             output_dir=f"{args.output_dir}/{folder}",
+            push_to_hub=False,
             target_sparsity=sparsities,
             extraction_steps=sum(plan.extraction_steps),
-            max_steps=plan.retraining_steps,
+            # Without steps, `num_train_epochs` is 0.
+            max_steps=plan.retraining_steps or -1,
             router="given",
             route_column=None,
         ),
