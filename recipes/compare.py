@@ -29,26 +29,22 @@ ahead, behind, or whether that is not decided: at equal time of a call, and at e
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from hf_rtl import RTLTrainingArguments
-from hf_rtl.modeling.files import write_json
 from shared import one_pass, round_methods
-from shared.arguments import BadInput, chosen_methods, parse, run_main, set_up
+from shared.arguments import check_same, chosen_methods, parse, run_main, set_up
 from shared.data_arguments import DataArguments, ModelArguments
-from shared.one_pass import DENSE, TICKETS, OnePass, Served, balanced, call_times
-from shared.plain_networks import inputs_of
+from shared.one_pass import DENSE, TICKETS, OnePass, Served, call_times
+from shared.one_pass_run import OnePassArguments, calibration_data
 from shared.prepare import Prepared, bad_input, prepare
 from shared.quality import Quality
 from shared.report import over_seeds, print_tables, row, training_record, write_results
@@ -60,13 +56,11 @@ METHODS = list(dict.fromkeys([*round_methods.METHODS, *one_pass.METHODS]))
 
 
 @dataclass
-class ComparisonArguments:
+class ComparisonArguments(OnePassArguments):
     """What is compared."""
 
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="For weights, data and batches; at least three.")
     methods: list[str] = HfArg(default_factory=list, help="Methods to compare; default: all.")
-    one_pass: bool = HfArg(default=False, help="Tickets of units, found in one pass over a trained network.")
-    calibration_samples: int = HfArg(default=128, help="Samples of each route on which --one_pass chooses units.")
     adapter_learning_rate: float = HfArg(default=1e-3, help="Learning rate of LoRA adapters.")
     timed_samples: int = HfArg(default=8, help="Samples of a call whose time is measured.")
 
@@ -82,7 +76,8 @@ def main() -> None:
     methods = chosen_methods(compared.methods or known, known)
     methods = [method for method in known if method in (*methods, DENSE, TICKETS)]
     same = {**asdict(model), **asdict(data), **asdict(compared), **training_record(args)}
-    check_same(Path(args.output_dir), same, free=("seeds", "seed", "methods", "threads"))
+    decisive = {name: value for name, value in same.items() if name not in ("seeds", "seed", "methods", "threads")}
+    check_same(Path(args.output_dir, "comparison.json"), decisive, kind="a comparison")
     figures, decisions, unit = [], [], ""
     for seed in compared.seeds:
         with bad_input():
@@ -120,25 +115,6 @@ def main() -> None:
         sentences=sentences,
         figures=[asdict(run) for run in figures],
     )
-
-
-def check_same(output_dir: Path, given: dict[str, Any], *, free: Sequence[str]) -> None:
-    """
-    Raises `BadInput` if the folder has a comparison with other arguments, whose figures would be read back. Those that
-    are `free` may differ.
-    """
-    file = output_dir / "comparison.json"
-    given = json.loads(json.dumps({name: value for name, value in given.items() if name not in free}))
-    if not file.exists():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(file, given)
-    saved = json.loads(file.read_text())
-    other = [f"--{name} {saved.get(name)}" for name, value in given.items() if saved.get(name) != value]
-    if other:
-        raise BadInput(
-            f"--output_dir {str(output_dir)!r} has a comparison with {', '.join(other)}; choose another folder, or "
-            "give these."
-        )
 
 
 class SeedComparison:
@@ -204,20 +180,9 @@ class SeedComparison:
             for method in methods:
                 yield method, self.runs.serve(method, index)
             return
-        number = self.compared.calibration_samples
-        calibration = balanced(as_tensors(self.prepared), number, self.args.seed)
-        batch_size = self.args.route_batch_size
-        options = {"batch_size": batch_size, "num_batches": math.ceil(number / batch_size), "seed": self.args.seed}
-        yield from OnePass(self._dense, calibration, self.prepared.rows.route_names, sparsity, options).serve()
-
-
-def as_tensors(prepared: Prepared) -> Dataset:
-    """The training samples as tensors of equal shapes, with the name of the route as `route`."""
-    train = prepared.inputs.train
-    batch = Quality(prepared, 1).collate([train[index] for index in range(len(train))])
-    columns = {name: value.numpy() for name, value in inputs_of(batch, prepared.rows.route_column).items()}
-    routes = [prepared.rows.route_names[route] for route in train[prepared.rows.route_column]]
-    return Dataset.from_dict({**columns, "route": routes})
+        data = calibration_data(self.prepared, self.compared.calibration_samples, self.args.seed)
+        options = self.compared.options(self.args)
+        yield from OnePass(self._dense, data, self.prepared.rows.route_names, sparsity, options).serve()
 
 
 def lines_of_seeds(comparison: Comparison) -> list[list[dict[str, Any]]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_rtl.modeling.files import write_json
 from hf_rtl.training.run_directory import OtherRunError
 
 
@@ -108,6 +110,24 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped. Run the same command again to go on.", file=sys.stderr)
         sys.exit(130)
+
+
+def check_same(file: Path, given: Mapping[str, Any], *, kind: str) -> None:
+    """
+    Raises `BadInput` if the file has other arguments than those that are `given`, since results would be read back.
+    Writes them into it if there is none. `kind`: what the folder of the file has.
+    """
+    given = json.loads(json.dumps(given))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, given)
+    saved = json.loads(file.read_text())
+    other = [f"--{name} {saved.get(name)}" for name, value in given.items() if saved.get(name) != value]
+    if other:
+        raise BadInput(
+            f"--output_dir {str(file.parent)!r} has {kind} with {', '.join(other)}; choose another folder, or give "
+            "these."
+        )
 
 
 def chosen_methods(methods: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -78,10 +78,13 @@ class Quality:
 
     def sample_batch(self, number: int) -> dict[str, Any]:
         """The inputs of the first test samples, to time a call with."""
-        return self._inputs(self.collate([self.test[index] for index in range(min(number, len(self.test)))]))
+        return self.batch([self.test[index] for index in range(min(number, len(self.test)))])
+
+    def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a model reads of samples; the decoder of a seq2seq model reads the labels."""
+        return self._inputs(self.collate(samples))
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What a model reads; the decoder of a seq2seq model reads the labels."""
         decoded = {"labels": batch["labels"]} if self.rows.task == "seq2seq" else {}
         return {**inputs_of(batch, self._route), **decoded}
 

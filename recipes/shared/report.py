@@ -51,6 +51,8 @@ def row(method: str, sparsity: float | None, report: dict[str, Any]) -> dict[str
     line: dict[str, Any] = {"method": method, "sparsity": sparsity}
     line.update({title: metrics[key] for title, key in columns.items() if key in metrics})
     emptied = report.get("emptied_layers")
+    units = report.get("units")
+    line["units kept"] = None if units is None else mean(units["kept"].values()) / units["number"]
     line["union"] = report.get("union")
     line["bytes"] = report["footprint"]["total_bytes"] if "footprint" in report else None
     line["emptied layers"] = None if emptied is None else max(map(len, emptied.values()), default=0)
@@ -129,21 +131,40 @@ def cell(title: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def plan_text(plan: Any, *, batch_size: int, num_processes: int) -> str:
-    """The plan of a run as text."""
+def plan_text(
+    plan: Any, *, batch_size: int, num_processes: int, one_pass: int | None = None, retrained: bool = True
+) -> str:
+    """
+    The plan of a run as text.
+
+    Args:
+        plan ([`Plan`]): the rounds, and how many steps they take.
+        batch_size (`int`), num_processes (`int`): samples of a step, and processes.
+        one_pass (`int`, *optional*): samples of each route, if tickets are found in one pass over a trained network.
+        retrained (`bool`): whether joint retraining follows.
+    """
     sizes = ", ".join(f"{name} {size:,}" for name, size in plan.route_sizes.items())
     events = "; ".join(f"{round_.sparsity:.0%} after {len(round_.kept)} prune events" for round_ in plan.rounds)
-    return "\n".join(
-        (
-            f"routes      {len(plan.route_sizes)}: {sizes} training samples",
-            f"prunable    {plan.num_weights:,} weights",
-            f"rounds      {len(plan.rounds)}: {events}",
-            f"extraction  {max(plan.extraction_steps)} steps of {batch_size} samples per route and event, at most",
-            f"retraining  {plan.retraining_steps:,} steps of {batch_size} samples, routes in turn",
-            f"trainings   {plan.num_trainings:,}, of {plan.num_steps:,} steps in all",
-            f"processes   {num_processes}",
+    lines = {
+        "routes": f"{len(plan.route_sizes)}: {sizes} training samples",
+        "prunable": f"{plan.num_weights:,} weights",
+        "rounds": f"{len(plan.rounds)}: {events}",
+        "extraction": f"{max(plan.extraction_steps)} steps of {batch_size} samples per route and event, at most",
+        "retraining": f"{plan.retraining_steps:,} steps of {batch_size} samples, routes in turn",
+        "trainings": f"{plan.num_trainings:,}, of {plan.num_steps:,} steps in all",
+        "processes": str(num_processes),
+    }
+    if one_pass is not None:
+        layers = plan.rounds[0].layers
+        units = f"{sum(layer.num_units for layer in layers):,} {layers[0].kind}s in {len(layers)} layers"
+        lines["rounds"] = (
+            f"{len(plan.rounds)}: {', '.join(f'{round_.sparsity:.0%}' for round_ in plan.rounds)} of {units}"
         )
-    )
+        lines["extraction"] = f"one pass over at most {one_pass:,} samples of each route, after a dense training"
+        lines["trainings"] = f"dense, of {plan.retraining_steps:,} steps of {batch_size} samples of all routes"
+        if not retrained:
+            del lines["retraining"]
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
 
 
 def training_record(args: RTLTrainingArguments) -> dict[str, Any]:

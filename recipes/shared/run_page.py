@@ -133,6 +133,20 @@ class Findings:
     num_emptied: int
     num_constant: int
     num_samples: Mapping[str, int]
+    is_retrained: bool = True
+    searches: bool = True  # whether tickets are trained before they are chosen
+
+    @property
+    def more_training(self) -> str:
+        return "longer joint retraining (--num_train_epochs)" if self.is_retrained else "--retrain_tickets"
+
+    @property
+    def more_search(self) -> str:
+        return "--extraction_epochs" if self.searches else "--calibration_samples"
+
+    @property
+    def controls(self) -> str:
+        return "--sanity" if self.searches else "compare.py --one_pass"
 
     @property
     def behind(self) -> float:
@@ -168,7 +182,7 @@ _RULES: tuple[tuple[Callable[[Findings], bool], str], ...] = (
     (
         lambda found: found.behind > 0.02,
         "Tickets are {0.behind:.3f} behind the dense model in {0.tickets.metric}: try a lower --target_sparsity, or "
-        "longer joint retraining (--num_train_epochs).",
+        "{0.more_training}.",
     ),
     (
         lambda found: found.rival[0] >= found.tickets.mean and found.tickets.metric != "loss",
@@ -183,12 +197,12 @@ _RULES: tuple[tuple[Callable[[Findings], bool], str], ...] = (
     (
         lambda found: found.similarity - found.chance <= 0.02 and found.chance < 0.9,
         "Tickets share no more than chance (similarity {0.similarity:.3f}, by chance {0.chance:.3f}), as if noise had "
-        "chosen their weights: see with --sanity whether random masks do as well.",
+        "chosen their weights: see with {0.controls} whether random masks do as well.",
     ),
     (
         lambda found: found.similarity >= 0.98 and found.chance < 0.9,
         "Tickets are nearly the same (similarity {0.similarity:.3f}): maybe the data of the routes do not differ, or "
-        "extraction was too short to tell them apart; try more --extraction_epochs.",
+        "the search was too short to tell them apart; try more {0.more_search}.",
     ),
     (
         lambda found: found.tickets.mean - found.tickets.worst > 0.1,
@@ -239,6 +253,8 @@ def _findings(
         num_emptied=line["emptied layers"] or 0,
         num_constant=line["constant tickets"] or 0,
         num_samples=trainer.plan().route_sizes,
+        is_retrained="one_pass" not in report,
+        searches=trainer.args.extraction_steps != 0,
     )
 
 
