@@ -288,7 +288,7 @@ def test_a_folder_of_another_run_is_refused_and_a_failure_keeps_its_traceback(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--one_pass"], ["--one_pass", "--retrain_tickets"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--one_pass"]], ids=" ".join)
 def test_the_tickets_alone_are_pushed(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
