@@ -3,7 +3,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-fast test-long quality style clean
+.PHONY: help venv demo bench fuzz test test-fast test-long quality style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ bench: export PYTHONPATH = recipes
 bench: $(VENV)/.hf_rtl-bench  ## Measure time and memory beside rivals, in a quarter of an hour, and write docs/benchmarks.md
 	$(PYTHON) -m benchmarks --output model_cards/benchmarks-results.json
 	$(PYTHON) -m pages.benchmarks
+
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: venv  ## Read 10,000 damaged files of models, tickets, rules, runs and cards, in a few minutes
+	$(PYTHON) -m tests.fuzz
 
 test: quality  ## Run the checks, then the tests
 	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile

@@ -26,6 +26,7 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 TOGETHER = {
     "tests/hub/": "hub",
     "tests/distributed/": "processes",
+    "tests/fuzz/": "processes",
     "tests/recipes/": "processes",
     "tests/modeling/test_refit.py": "units",
     "tests/modeling/test_small_ticket.py": "units",

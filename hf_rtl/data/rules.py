@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from torch import Tensor
 
-from ..modeling.files import read_tensors, write_json, write_tensors
+from ..modeling.files import read_json, read_tensors, write_json, write_tensors
 from ..modeling.mask_bank import check_route_names
 from .columns import read_column
 from .partition import Partition, Rule, routes_of_values
@@ -335,7 +334,7 @@ def _has_tensors(values: Any) -> bool:
 
 def _read_json(file: Path, shown: Path | None = None) -> Any:
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except ValueError as error:
         raise ValueError(f"{shown or file} is damaged: {error}.") from error
 

@@ -142,7 +142,12 @@ def write_card(
     file = target / CARD_FILE
     readme = _to_change(file, remote)
     noted = readme.record or {}
-    card = RTLCardData().updated({**noted.get("given", {}), **given})
+    try:
+        card = RTLCardData().updated({**noted.get("given", {}), **given})
+    except TypeError as error:
+        raise ValueError(
+            f"the mark `hf_rtl: begin` in {str(file)!r} is damaged: {error} Delete it, and all up to the next one."
+        ) from error
     metadata = card_metadata(model, card, run)
     merged = readme.merged(metadata)
     for name in sorted(given.keys() & metadata.keys()):

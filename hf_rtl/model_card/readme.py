@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _NOTE = (
 ALL_ROUTES_LABEL = "all routes"
 # The configurations of results that are ours.
 _OURS = re.compile(rf"(^|, )(route .+|{ALL_ROUTES_LABEL})$", re.DOTALL)
+# A few lines of YAML can say more than memory holds, by aliases of aliases.
+_MOST_VALUES, _MOST_DEPTH = 100_000, 50
 # A line of YAML with which a new key of the outermost mapping begins.
 _KEY = re.compile(r"^(?=[^\s#\-].*:)", re.MULTILINE)
 
@@ -51,6 +54,16 @@ class Readme:
             metadata = yaml.safe_load(self.front)
         except yaml.YAMLError as error:
             raise ValueError(f"the metadata of README.md, between its lines of dashes, is no YAML: {error}") from None
+        except RecursionError:
+            metadata = None
+            is_large = True
+        else:
+            is_large = _num_values(metadata, {}) > _MOST_VALUES
+        if is_large:
+            raise ValueError(
+                f"the metadata of README.md may have {_MOST_VALUES:,} values, with those that aliases repeat, nested "
+                f"{_MOST_DEPTH} deep; it has more."
+            )
         if not isinstance(metadata or {}, dict):
             raise ValueError(
                 f"the metadata of README.md must be `key: value` lines between two lines of dashes, got {metadata!r}."
@@ -179,7 +192,8 @@ def merge_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any], before: M
             merged[key] = our
         elif isinstance(our, list):
             listed = their if isinstance(their, list) else [their] if their is not None else []
-            added = [entry for entry in our if entry not in [*listed, *(old or [])]]
+            before_ours = old if isinstance(old, list) else []
+            added = [entry for entry in our if entry not in [*listed, *before_ours]]
             merged[key] = [*listed, *added] if added else their
         else:
             merged[key] = their
@@ -193,6 +207,17 @@ def _merged_index(theirs: list[dict], ours: list[dict]) -> list[dict]:
     results += ours[0]["results"] if ours else []
     name = first.get("name") or (ours[0]["name"] if ours else None)
     return ([{"name": name, "results": results}] if results else []) + theirs[1:]
+
+
+def _num_values(value: Any, known: dict[int, float], depth: int = 0) -> float:
+    """The number of values in `value`; infinite if it has itself within, or is nested too deeply."""
+    if depth > _MOST_DEPTH:
+        return math.inf
+    if isinstance(value, (dict, list)) and id(value) not in known:
+        known[id(value)] = math.inf  # until all in it are counted
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(item, known, depth + 1) for item in inner)
+    return known.get(id(value), 1)
 
 
 def _dumped(key: str, value: Any) -> str:
@@ -209,6 +234,8 @@ def _parsed(front: str) -> dict[str, Any]:
 
 def _noted(record: str) -> dict[str, Any]:
     try:
-        return json.loads(record)
-    except ValueError:
+        noted = json.loads(record)
+    except (RecursionError, ValueError):
         return {}  # somebody has typed there
+    kinds = {"metadata": dict, "given": dict, "pushed": str, "repo_id": str}
+    return noted if all(isinstance(noted.get(name, kind()), kind) for name, kind in kinds.items()) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
 from .checks import folders_beside
@@ -159,6 +161,44 @@ def check_buildable(model: PreTrainedModel, auto_class: Any) -> None:
             f"saved copy would be loaded as: wrap a {type(built).__name__}, or {register}"
         )
     check_structure(model, built, f"Change the configuration and build the model from it, or {register}")
+
+
+def build_described(config: PreTrainedConfig, auto_class: Any, num_prunable: int) -> PreTrainedModel:
+    """
+    The backbone that the configuration of a saved model describes.
+
+    Args:
+        num_prunable (`int`): the number of its prunable weights. A backbone that has far more modules than these is
+            not the one that was saved, and not built to its end, which might never come.
+
+    Raises:
+        ValueError: `config` builds no such backbone.
+    """
+    try:
+        with _few_modules(10_000 + 100 * num_prunable):
+            return auto_class.from_config(config, dtype=torch.get_default_dtype())
+    except (ImportError, OSError):  # the installation lacks something, not the configuration
+        raise
+    except Exception as error:  # every backbone has its own checks, and fails in its own way without
+        raise ValueError(
+            f"`backbone_config`, of a {type(config).model_type!r}, builds no backbone: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _few_modules(most: int) -> Iterator[None]:
+    """A context in which at most so many modules can be made."""
+    numbers = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(numbers) > most:
+            raise ValueError(f"it has more than {most} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _from_config(config: PreTrainedConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:

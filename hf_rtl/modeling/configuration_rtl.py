@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -134,7 +136,7 @@ class RTLConfig(PreTrainedConfig):
         check_choice("router", self.router, ROUTERS)
         check_choice("compute", self.compute, COMPUTE)
         self.private_parameters = _checked_patterns(self.private_parameters)
-        self.prunable = [(str(name), [int(size) for size in shape]) for name, shape in self.prunable or []]
+        self.prunable = _checked_prunable(self.prunable)
         self.prune_include = list(self.prune_include or [])
         self.prune_exclude = list(self.prune_exclude or [])
         label_names = self._label_names()
@@ -215,18 +217,29 @@ class RTLConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any):
-        """As `PreTrainedConfig.get_config_dict`. Its `OSError` also says what lies beside a folder that is missing."""
+        """
+        As `PreTrainedConfig.get_config_dict`. Its `OSError` also says what lies beside a folder that is missing.
+        Raises `ValueError` if the file holds JSON, but no configuration.
+        """
         try:
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            found = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
             beside = folders_beside(str(pretrained_model_name_or_path))
             if not beside:
                 raise
             raise OSError(f"{beside}. As a repo id: {error}") from error
+        except Exception as error:  # what came instead decides where it fails
+            raise _damaged(f"of {str(pretrained_model_name_or_path)!r} ", error) from error
+        if not isinstance(found[0], dict):
+            raise _damaged(f"of {str(pretrained_model_name_or_path)!r} ", TypeError(f"it is {type(found[0])}"))
+        return found
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is not of this kind of model."""
+        """
+        As `PreTrainedConfig.from_dict`. Raises `ValueError` if the dict is not of this kind of model, or a field has a
+        value that it cannot have.
+        """
         model_type = config_dict.get("model_type")
         if model_type is None:
             raise ValueError(
@@ -239,8 +252,14 @@ class RTLConfig(PreTrainedConfig):
                 "backbone of a routed model: `RTLModelFor….from_backbone(name, …)`."
             )
         # First, since other fields may have another meaning in a newer format.
-        check_format_version(config_dict, FORMAT_VERSION, "the model")
-        return super().from_dict(config_dict, **kwargs)
+        check_format_version(config_dict, FORMAT_VERSION, "the model of this `config.json`")
+        _check_kinds(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # a value of another type fails wherever it is used first
+            raise _damaged("", error) from error
 
     @property
     def num_routes(self) -> int:
@@ -377,7 +396,69 @@ def _checked_backbone_config(config: Any) -> PreTrainedConfig:
     _refuse_keys(content, "backbone_config")
     if isinstance(config, PreTrainedConfig):
         return config
-    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # every backbone has its own checks, and fails in its own way without
+        raise ValueError(
+            f"`backbone_config` is no configuration of a {config['model_type']!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked_prunable(prunable: Any) -> list[tuple[str, list[int]]]:
+    try:
+        checked = [(name, [operator.index(size) for size in shape]) for name, shape in prunable or []]
+        whole = all(isinstance(name, str) and all(size >= 0 for size in shape) for name, shape in checked)
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            "`prunable` must be a list of names and shapes, such as [['fc.weight', [10, 512]]], got "
+            f"{_shortened(prunable)}."
+        )
+    return checked
+
+
+def _check_kinds(saved: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a field of a saved configuration is of another kind than any version has written."""
+    for kind, (holds, names) in _KINDS.items():
+        for name in names:
+            if saved.get(name) is not None and not holds(saved[name]):
+                raise ValueError(f"`{name}` in `config.json` must be {kind}, got {_shortened(saved[name])}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(holds, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What fields of a saved configuration are, of which nothing else checks it.
+_KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a string": (_is_text, ("mask_fingerprint", "hf_rtl_version", "router_fallback", "dtype", "compute")),
+    "a list of strings": (
+        _is_list_of(_is_text),
+        ("architectures", "private_parameters", "prune_include", "prune_exclude", "added_routes"),
+    ),
+    "a number": (_is_number, ("router_threshold",)),
+    "a list of numbers": (_is_list_of(_is_number), ("thresholds",)),
+    "a number from 0": (lambda value: type(value) is int and value >= 0, ("mask_cache_bytes", "router_features")),
+    "a dict": (lambda value: isinstance(value, dict), ("base", "compact", "id2label", "label2id", "backbone_config")),
+}
+
+
+def _damaged(whose: str, error: Exception) -> ValueError:
+    return ValueError(f"`config.json` {whose}is damaged: {type(error).__name__}: {error}")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}…"
 
 
 def _check_named_code(auto_map: Any) -> None:

@@ -28,6 +28,14 @@ def write_json(file: Path, value: Any, *, owner: str = "") -> None:
         beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(file: Path) -> Any:
+    """The value in a JSON file. Raises `ValueError` if it holds none, or one that is nested too deeply to be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def json_values(value: Any) -> Any:
     """`value`, nested to any depth, with `None` in place of NaN and infinities: JSON and YAML lack these numbers."""
     if isinstance(value, Mapping):

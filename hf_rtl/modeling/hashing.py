@@ -38,6 +38,11 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def has_hash(file: Path, expected: str) -> bool:
+    """Whether there is a file with this [`hash_file`]. Devices, which may never end, are not read."""
+    return file.is_file() and hash_file(file) == expected
+
+
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     Hashes of tensors as they are stored, and as they would be stored after a cast: a type, such as `"float32"` -> the

@@ -288,6 +288,13 @@ class MaskBank(nn.Module):
                     f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(shape)}."
                 )
 
+    def fits(self, packed: Sequence[Tensor]) -> bool:
+        """Whether packed rows are as `pack` makes them: `uint8 [ceil(n/8)]`, one per weight, padding bits zero."""
+        sizes = [shape.numel() for shape in self.shapes]
+        if [(row.dtype, tuple(row.shape)) for row in packed] != [(torch.uint8, (-(-size // 8),)) for size in sizes]:
+            return False
+        return not any(size % 8 and int(row[-1]) >> size % 8 for row, size in zip(packed, sizes, strict=True))
+
     def pack(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """The packed rows of a mask, `uint8 [ceil(n/8)]`, one per weight. Raises `ValueError` unless it fits."""
         self.check_masks(masks)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from .files import read_json
 from .mask_bank import MaskBank, fold, pack, unpack
 from .mask_coding import decode, decode_bits, decode_units, encode, encode_rows, encode_units
 from .routed_model import RoutedModel
@@ -175,26 +180,35 @@ def _rows(columns: Tensor, kept: Tensor, num_routes: int) -> Tensor:
     return torch.stack([pack(mask) for mask in masks])
 
 
-def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None:
+def check_sizes(model: RoutedModel, files: Sequence[str], name: Any) -> None:
     """
-    Raises `ValueError` unless a checkpoint is complete, was saved as this class, and has its own masks.
+    Raises `ValueError` if a model that is built, but has no memory yet, would need more of it than its files fill.
 
     Args:
-        model ([`RoutedModel`]): as loaded.
+        model ([`RoutedModel`]): on the device `"meta"`; on another one nothing is checked.
+        files (`Sequence[str]`): of its checkpoint. Only their headers are read.
         name (`str` or path): of the checkpoint, for errors.
-        info (`Mapping[str, Any]`): what `from_pretrained` says about keys with `output_loading_info=True`.
     """
-    saved_as = (model.config.architectures or [type(model).__name__])[0]
-    if saved_as not in [known.__name__ for known in type(model).__mro__]:
-        raise ValueError(
-            f"the checkpoint {str(name)!r} was saved as {saved_as}, which {type(model).__name__} "
-            f"is not; RTLModel.from_pretrained loads it as {saved_as}."
-        )
-    # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
-    own = {"mask_bank", "norm_statistics", "private_parameters", "router"}
-    foreign = [name for name in info["unexpected_keys"] if own & set(name.split("."))]
-    mismatched = [entry[0] for entry in info["mismatched_keys"]]
-    problems = {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    left_out = set(model.all_tied_weights_keys)
+    state = model.state_dict()
+    if model.config.compact is not None:
+        left_out |= {f"backbone.{weight}" for weight in model.mask_bank.weight_names}
+        left_out |= {key for key in state if key.startswith(("mask_bank.", "private_parameters."))}
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items() if tensor.is_meta and key not in left_out}
+    wrong = [key for key, shape in expected.items() if found.get(key) != shape]
+    others = sum(math.prod(shape) for key, shape in found.items() if expected.get(key) != shape)
+    # Loading may rename tensors, split them and join them, which leaves the number of elements as it is.
+    if sum(math.prod(expected[key]) for key in wrong) > 2 * others:
+        of_other_sizes = [key for key in wrong if key in found]
+        _refuse(name, {"has wrong sizes of": of_other_sizes, "lacks": [key for key in wrong if key not in found]})
+
+
+def _refuse(name: Any, problems: Mapping[str, Collection[str]]) -> None:
+    """Raises `ValueError` if any problem has names of tensors."""
     for problem, names in problems.items():
         if names:
             listed = ", ".join(sorted(names)[:5])
@@ -203,6 +217,49 @@ def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None
                 f"model ({listed}): it is cut short, or saved from another model, or its `config.json` or an argument "
                 "has changed what the configuration builds."
             )
+
+
+def check_index(name: Any, hub_arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the checkpoint of this `name` is in several files, and their index is damaged."""
+    known = {key: hub_arguments[key] for key in ("revision", "cache_dir", "subfolder") if key in hub_arguments}
+    file = cached_file(
+        name, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False, **known
+    )
+    if file is None:
+        return
+    try:
+        index = read_json(Path(file))
+        whole = isinstance(index["metadata"], dict) and all(type(name) is str for name in index["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {str(name)!r} is damaged.")
+
+
+def check_class(model: RoutedModel, name: Any) -> None:
+    """Raises `ValueError` unless a checkpoint of this `name` was saved as the class of `model`."""
+    saved_as = (model.config.architectures or [type(model).__name__])[0]
+    if saved_as not in [known.__name__ for known in type(model).__mro__]:
+        raise ValueError(
+            f"the checkpoint {str(name)!r} was saved as {saved_as}, which {type(model).__name__} "
+            f"is not; RTLModel.from_pretrained loads it as {saved_as}."
+        )
+
+
+def check_loaded(model: RoutedModel, name: Any, info: Mapping[str, Any]) -> None:
+    """
+    Raises `ValueError` unless a checkpoint is complete and has its own masks.
+
+    Args:
+        model ([`RoutedModel`]): as loaded.
+        name (`str` or path): of the checkpoint, for errors.
+        info (`Mapping[str, Any]`): what `from_pretrained` says about keys with `output_loading_info=True`.
+    """
+    # Anywhere in the name: for timm backbones the loader puts a prefix before names that it does not know.
+    own = {"mask_bank", "norm_statistics", "private_parameters", "router"}
+    foreign = [name for name in info["unexpected_keys"] if own & set(name.split("."))]
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    _refuse(name, {"has wrong sizes of": mismatched, "lacks": info["missing_keys"], "has unknown": foreign})
     if model.config.mask_fingerprint is None:
         raise ValueError(
             f"the configuration of {str(name)!r} has no `mask_fingerprint`, so its masks "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from .generation import RoutedGenerationMixin
 from .hub import MODEL_FILES, TICKET_FILES, push, read_card, save_code, write_model_card, write_tickets_page
 from .image_processing import savable_processor, warn_of_unfitting_processor
 from .mask_bank import check_route_names
-from .model_file import align, check_loaded, compact_state, expand_state
+from .model_file import align, check_class, check_index, check_loaded, check_sizes, compact_state, expand_state
 from .offloading import refuse_offloaded, refuse_offloaded_buffers
 from .prunable import coverage_table, select_prunable, warn_of_low_coverage
 from .routed_model import RoutedModel
@@ -202,6 +203,9 @@ class RTLModel(RoutedModel):
             raise ValueError(
                 f"a file of weights of {str(pretrained_model_name_or_path)!r} is cut short or damaged: {error}."
             ) from error
+        except (AttributeError, KeyError, RecursionError, TypeError, JSONDecodeError, UnicodeDecodeError):
+            check_index(pretrained_model_name_or_path, kwargs)  # transformers reads it unchecked
+            raise
         refuse_offloaded_buffers(model.mask_bank.buffers())
         check_loaded(model, pretrained_model_name_or_path, info)
         model.private_parameters.freeze(model.backbone)  # loading makes new parameters
@@ -213,12 +217,17 @@ class RTLModel(RoutedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """As `PreTrainedModel`'s, also for compact checkpoints; records where on the Hub the weights are from."""
         config, name = model.config, str(load_config.pretrained_model_name_or_path)
+        check_class(model, name)
+        check_sizes(model, checkpoint_files or (), name)
         if config.compact is not None:
             tensors = {key: tensor for file in checkpoint_files for key, tensor in load_file(file).items()}
             keys = [f"backbone.{weight}" for weight in model.mask_bank.weight_names]
             keys = [model.all_tied_weights_keys.get(key, key) for key in keys]
             shapes = [rows.shape for rows in model.private_parameters.rows]
-            state_dict = expand_state(tensors, config.compact, keys, model.mask_bank, shapes)
+            try:
+                state_dict = expand_state(tensors, config.compact, keys, model.mask_bank, shapes)
+            except ValueError as error:
+                raise ValueError(f"the checkpoint {name!r} is damaged: {error}") from error
             config.compact = None
         commit = extract_commit_hash(str(checkpoint_files[0]), None) if checkpoint_files else None
         if commit is not None and not Path(name).is_dir():

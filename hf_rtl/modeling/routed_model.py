@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .build_backbone import build_described
 from .configuration_rtl import RTLConfig
 from .mask_bank import MaskBank
 from .masking import UNION, ActiveRoute, WeightMasker
@@ -77,7 +78,7 @@ class RoutedModel(PreTrainedModel):
                     f"the model was saved as {(config.architectures or ['another class'])[0]}, which "
                     f"{type(self).__name__} is not; `RTLModel.from_pretrained` opens it as what it is."
                 )
-            backbone = self.backbone_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+            backbone = build_described(config.backbone_config, self.backbone_class, len(config.prunable))
         self.backbone = backbone
         self.config.backbone_config = backbone.config
         self.mask_bank = MaskBank(config.prunable, config.route_names)
@@ -86,7 +87,10 @@ class RoutedModel(PreTrainedModel):
         private = select_private(backbone, config.private_parameters, self.mask_bank.weight_names)
         self.private_parameters = PrivateParameters(backbone, private, config.num_routes)
         self.router = empty_router(config)
-        self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
+        try:
+            self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
+        except ValueError as error:
+            raise ValueError(f"`prunable` does not fit the backbone: {error}") from error
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self.active = ActiveRoute()

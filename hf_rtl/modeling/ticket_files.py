@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_rtl import VERSION, check_format_version
-from .files import read_tensors, write_json, write_tensors, written_whole
+from .files import read_json, read_tensors, write_json, write_tensors, written_whole
 from .hashing import hashes, matches_fingerprint
 from .hub import CARD_FILE, write_tickets_page
 from .mask_bank import count_bits, unpack
@@ -186,7 +185,7 @@ class _TicketFolder:
         self._hub_arguments = dict(hub_arguments)
         try:
             file = self.path(INDEX_FILE)
-            text = file.read_text()
+            file.stat()  # a folder may lack it
         except LocalEntryNotFoundError:  # it is a repository, and the Hub cannot be reached
             raise
         except (FileNotFoundError, RemoteEntryNotFoundError):
@@ -198,10 +197,13 @@ class _TicketFolder:
         if commit is not None:
             self._hub_arguments["revision"] = commit
         try:
-            self.index = json.loads(text)
+            self.index = read_json(file)
+        except ValueError:
+            raise self.damaged(INDEX_FILE) from None
+        try:
             check_format_version(self.index, TICKETS_FORMAT_VERSION, f"{self.name!r}")
             whole = _is_whole(self.index)
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        except (AttributeError, KeyError, TypeError):
             raise self.damaged(INDEX_FILE) from None
         if not whole:
             raise self.damaged(INDEX_FILE)

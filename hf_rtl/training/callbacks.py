@@ -95,7 +95,7 @@ def _read_masks(event: int, bank: MaskBank, run_directory: RunDirectory) -> list
     """Reads the masks of all routes after a prune event from disk."""
     masks = []
     for route in range(bank.num_routes):
-        packed = run_directory.load_mask(event, route)
+        packed = run_directory.load_mask(event, route, bank)
         if packed is None:
             raise RuntimeError(
                 f"{str(run_directory.mask_file(event, route))!r} cannot be read, although it was written. Run the "

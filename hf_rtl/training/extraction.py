@@ -88,7 +88,7 @@ class Extraction:
     def _assign_routes(self, round_: Round) -> list[list[int]]:
         """The routes of every process, so that all have about the same number of missing steps."""
         missing = [
-            sum(self.run_directory.load_mask(event, route) is None for event in round_.events)
+            sum(self.run_directory.load_mask(event, route, self.bank) is None for event in round_.events)
             for route in range(self.bank.num_routes)
         ]
         steps = [number * steps for number, steps in zip(missing, self.num_steps, strict=True)]
@@ -99,7 +99,7 @@ class Extraction:
         name = self.bank.route_names[route]
         for number, (event, num_kept) in enumerate(zip(round_.events, round_.kept, strict=True), start=1):
             self.progress.begin_route(name, number, len(round_.kept))
-            pruned = self.run_directory.load_mask(event, route)
+            pruned = self.run_directory.load_mask(event, route, self.bank)
             if pruned is None:
                 pruned, started_from = self.train_and_prune(route, event, mask, num_kept, self.progress.step)
                 self.run_directory.save_mask(event, route, pruned, started_from=started_from)
@@ -162,7 +162,7 @@ class Extraction:
         if self.processes.rank == rank:
             before = masks[route]
             if len(round_.events) > 1:
-                loaded = self.run_directory.load_mask(event - 1, route)
+                loaded = self.run_directory.load_mask(event - 1, route, self.bank)
                 if loaded is None:
                     raise RuntimeError(
                         f"process {rank} cannot read the mask of route {name!r} after event {event - 1}."

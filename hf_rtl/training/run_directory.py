@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..modeling.files import read_tensors, write_json, write_tensors
-from ..modeling.hashing import hash_file
+from ..modeling.files import read_json, read_tensors, write_json, write_tensors
+from ..modeling.hashing import has_hash, hash_file
+from ..modeling.mask_bank import MaskBank
 from .run_identity import with_later_fields
 
 
@@ -26,6 +27,17 @@ logger = logging.getLogger(__name__)
 _NUM_SHOWN = 12  # most differences that an error lists
 REPORT_FILE = "round.json"
 RETRAINED_FILE = "retrained.json"
+# What a continued run reads of a report.
+_READ_OF_REPORTS: dict[str, Any] = {
+    "folder": str,
+    "files": dict,
+    "mask_fingerprint": str,
+    "thresholds": (list, type(None)),
+    "metrics": (dict, type(None)),
+    "train_loss": float,
+    "steps": int,
+    "log_history": list,
+}
 
 
 class OtherRunError(ValueError):
@@ -105,7 +117,7 @@ class RunDirectory:
         """
         settings = self._settings(configuration, extraction)
         saved = {file: _read_settings(file) for file in settings if file.exists()}
-        run, masks = (_differences_from_file(saved.get(file), content) for file, content in settings.items())
+        run, masks = (_differences_from_file(file, saved.get(file), content) for file, content in settings.items())
         if run or masks:
             raise OtherRunError(self._explain(run, masks, fit=len(saved) == 2 and not masks))
         return saved
@@ -178,11 +190,11 @@ class RunDirectory:
         if file is None:
             return None
         try:
-            report = json.loads(file.read_text())
-            damaged = [name for name, expected in report["files"].items() if hash_file(folder / name) != expected]
-        except FileNotFoundError as error:
-            damaged = [Path(error.filename).name]
-        except (KeyError, ValueError):
+            report = read_json(file)
+            if not all(isinstance(report[name], kind) for name, kind in _READ_OF_REPORTS.items()):
+                raise TypeError
+            damaged = [name for name, expected in report["files"].items() if not has_hash(folder / name, expected)]
+        except (AttributeError, KeyError, TypeError, ValueError):
             damaged = [file.name]
         if damaged:
             logger.warning(f"{damaged[0]} in {str(folder)!r} is damaged: the joint retraining is done again.")
@@ -200,29 +212,40 @@ class RunDirectory:
         tensors = {f"m{layer:04d}": row.cpu() for layer, row in enumerate(packed)}
         write_tensors(self.mask_file(event, route), tensors, owner=self.owner, started_from=started_from)
 
-    def load_mask(self, event: int, route: int) -> list[Tensor] | None:
-        """The packed rows that `save_mask` wrote; `None` if they are missing or damaged."""
+    def load_mask(self, event: int, route: int, bank: MaskBank | None = None) -> list[Tensor] | None:
+        """The packed rows that `save_mask` wrote; `None` if they are missing or damaged, or do not fit `bank`."""
         tensors = read_tensors(self.mask_file(event, route))
-        return None if tensors is None else [tensors[name] for name in sorted(tensors)]
+        if tensors is None:
+            return None
+        packed = [tensors[name] for name in sorted(tensors)]
+        return packed if bank is None or bank.fits(packed) else None
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(file.read_text())
+        saved = read_json(file)
         return {"configuration": saved["configuration"], "surroundings": saved["surroundings"]}
     except (KeyError, TypeError, ValueError):
-        raise OtherRunError(
-            f"{str(file)!r} is damaged, so the configuration of the run in this folder is unknown. Delete the folder, "
-            "or choose another one."
-        ) from None
+        raise _damaged(file) from None
 
 
-def _differences_from_file(saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
+def _damaged(file: Path) -> OtherRunError:
+    return OtherRunError(
+        f"{str(file)!r} is damaged, so the configuration of the run in this folder is unknown. Delete the folder, "
+        "or choose another one."
+    )
+
+
+def _differences_from_file(file: Path, saved: Mapping[str, Any] | None, configuration: Mapping[str, Any]) -> str:
     """The differences of a configuration from the one in its file; `""` if there are none, or no file."""
     if saved is None:
         return ""
     current = json.loads(json.dumps(configuration))
-    return _differences(json.loads(json.dumps(with_later_fields(saved["configuration"], current))), current)
+    try:
+        completed = json.loads(json.dumps(with_later_fields(saved["configuration"], current)))
+    except (AttributeError, KeyError, TypeError):  # a value of another kind than any version has written
+        raise _damaged(file) from None
+    return _differences(completed, current)
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
@@ -274,9 +297,12 @@ def mark_complete(checkpoint: Path, *, world_size: int) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is marked as whole and its files have not changed since."""
     try:
-        files = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]
-        return all(hash_file(checkpoint / name) == expected for name, expected in files.items())
-    except (FileNotFoundError, KeyError, ValueError):  # another OSError proves no damage
+        mark = read_json(checkpoint / CHECKPOINT_FILE)
+        files = mark["files"]
+        return isinstance(mark["world_size"], int) and all(
+            has_hash(checkpoint / name, expected) for name, expected in files.items()
+        )
+    except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError):  # another OSError proves no damage
         return False
 
 
@@ -284,13 +310,16 @@ def is_usable(checkpoint: Path) -> bool:
     """Whether training can continue from a checkpoint: it is whole, and so is the best checkpoint that it names."""
     if not is_whole(checkpoint):
         return False
-    best = best_checkpoint(checkpoint)
+    try:
+        best = best_checkpoint(checkpoint)
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # no trainer has written this
+        return False
     return best is None or is_whole(best)
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
     """The best checkpoint at the time of this one. It is looked up beside this one, because a run may be moved."""
-    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    best = read_json(checkpoint / TRAINER_STATE_NAME)["best_model_checkpoint"]
     return None if best is None else checkpoint.parent / Path(best).name
 
 

@@ -42,7 +42,7 @@ def points_of_run(run: Path, extraction_dir: Path | None) -> list[Point]:
     points = []
     for event in range(len(list(directory.extraction_path.glob("event-*")))):
         bank = MaskBank([tuple(weight) for weight in configuration["prunable"]], configuration["model"]["route_names"])
-        masks = [directory.load_mask(event, route) for route in range(bank.num_routes)]
+        masks = [directory.load_mask(event, route, bank) for route in range(bank.num_routes)]
         found = [mask for mask in masks if mask is not None]
         if len(found) < bank.num_routes:  # The run has not finished this event.
             break

@@ -177,3 +177,26 @@ def test_edits_since_a_push_are_seen():
 def test_a_file_that_cannot_be_read_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
         Readme.parse(content)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "front", [BOMB, "a: &a [*a]\n", "a: &a {b: *a}\n", f"a: {60 * '['}{60 * ']'}\n", f"a: {9000 * '['}{9000 * ']'}\n"]
+)
+def test_metadata_that_are_larger_than_they_look_are_refused(front):
+    with pytest.raises(ValueError, match=r"metadata of README.md may have 100,000 values.*nested 50 deep"):
+        Readme.parse(f"---\n{front}---\ntext".encode())
+
+
+def test_aliases_that_repeat_little_are_read():
+    readme = Readme.parse(b"---\na: &a [x, y]\nb: *a\nc: [[[[*a]]]]\n---\ntext")
+    assert readme.metadata == {"a": ["x", "y"], "b": ["x", "y"], "c": [[[[["x", "y"]]]]]}
+
+
+def test_a_record_that_is_nested_too_deeply_is_forgotten():
+    nested = 9000 * "["
+    assert Readme.parse(f'<!-- hf_rtl: begin {{"a": {nested}}} -->\n<!-- hf_rtl: end -->'.encode()).record == {}

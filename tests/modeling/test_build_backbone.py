@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForTokenClassification
+from hf_rtl.modeling.build_backbone import build_described
 from tests.modeling.bits import assert_bit_equal
 
 
@@ -172,3 +173,24 @@ def test_weights_that_timm_does_not_have():
     for name, known in (("test_resnet.best", "timm has 'test_resnet.r160_in1k'"), ("ghostnet_rtl", "timm has none")):
         with pytest.raises(ValueError, match=f"`backbone` = '{name}' with `pretrained=True`: .* {known}"):
             RTLModelForImageClassification.from_backbone(name, pretrained=True, **ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "no such function"}, "KeyError"),
+        ({"num_hidden_layers": 10**9}, "it has more than 10200 modules"),
+        ({"hidden_size": 2**62}, "RuntimeError"),
+    ],
+)
+def test_a_configuration_that_builds_nothing_is_refused(tiny_vit_config, fields, reason):
+    for name, value in fields.items():
+        setattr(tiny_vit_config, name, value)
+    with torch.device("meta"), pytest.raises(ValueError, match=f"`backbone_config`, of a 'vit', .*{reason}"):
+        build_described(tiny_vit_config, AutoModelForImageClassification, 2)
+
+
+def test_modules_are_not_counted_afterwards(tiny_vit_config):
+    build_described(tiny_vit_config, AutoModelForImageClassification, 2)
+    assert len(nn.ModuleList([nn.Identity() for _ in range(10_300)])) == 10_300

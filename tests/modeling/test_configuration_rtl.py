@@ -584,3 +584,43 @@ def test_other_routes_bring_other_labels():
 def test_bad_entries_of_the_base_are_refused(fields_, message):
     with pytest.raises(ValueError, match=message):
         make(bert_dict(), **fields_)
+
+
+@pytest.mark.parametrize("content", ["null", "5", "[]", "[[]]", "9" * 5000, "[" * 10**5 + "]" * 10**5])
+def test_a_file_that_holds_no_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=f"{tmp_path}|config.json"):
+        RTLConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prunable": 5}, "`prunable` must be a list of names and shapes"),
+        ({"prunable": [["a", [1, 2], 3]]}, "`prunable` must be"),
+        ({"prunable": [["a", [1, -2]]]}, "`prunable` must be"),
+        ({"prunable": [["a", [1.0]]]}, "`prunable` must be"),
+        ({"prunable": [[None, [1]]]}, "`prunable` must be"),
+        ({"thresholds": 5}, "`config.json` is damaged: TypeError|`thresholds`"),
+        ({"id2label": 5}, "`config.json` is damaged|`id2label`"),
+    ],
+)
+def test_a_field_that_is_damaged_is_named(tmp_path, tiny_vit_config, fields, message):
+    config = RTLConfig(backbone_config=tiny_vit_config, route_names=["x"], ticket_task="labels", prunable=[["a", [2]]])
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        RTLConfig.from_pretrained(tmp_path)
+
+
+def test_a_field_of_the_backbone_that_is_damaged_is_named(tmp_path, tiny_vit_config):
+    config = RTLConfig(backbone_config=tiny_vit_config, route_names=["x"], ticket_task="labels", prunable=[["a", [2]]])
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    for value in (None, "x", [1]):
+        saved["backbone_config"]["hidden_size"] = value
+        file.write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match="`backbone_config` is no configuration of a 'vit': .*hidden_size"):
+            RTLConfig.from_pretrained(tmp_path)

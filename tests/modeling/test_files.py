@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_rtl.modeling.files
-from hf_rtl.modeling.files import read_tensors, write_json, write_tensors
+from hf_rtl.modeling.files import read_json, read_tensors, write_json, write_tensors
 from hf_rtl.modeling.hashing import hash_tensors
 
 
@@ -152,3 +152,13 @@ def test_equal_tensors_give_equal_files(tmp_path):
         write_tensors(tmp_path / "file", tensors, **metadata)
         contents.add((tmp_path / "file").read_bytes())
     assert len(contents) == 1
+
+
+def test_json_that_is_none_or_too_deep_is_one_kind_of_error(tmp_path):
+    file = tmp_path / "file.json"
+    write_json(file, {"a": [1, None]})
+    assert read_json(file) == {"a": [1, None]}
+    for content in (b"", b"{", b"\xff", b"9" * 5000, b"[" * 10**5 + b"]" * 10**5):
+        file.write_bytes(content)
+        with pytest.raises(ValueError):
+            read_json(file)

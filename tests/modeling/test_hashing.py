@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hf_rtl.modeling.hashing import hash_tensors, hashes, matches_fingerprint
+from hf_rtl.modeling.hashing import has_hash, hash_tensors, hashes, matches_fingerprint
 
 
 @pytest.fixture
@@ -83,3 +83,11 @@ def test_the_hash_covers_names_types_shapes_and_bits():
     assert hash_tensors({"a": torch.arange(6.0).view(2, 3).t()}) == hash_tensors(
         {"a": torch.arange(6.0).view(2, 3).t().contiguous()}
     )
+
+
+def test_a_file_that_is_missing_or_a_device_has_no_hash(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert has_hash(tmp_path / "file", hashlib.sha256(b"abc").hexdigest())
+    assert not has_hash(tmp_path / "file", hashlib.sha256(b"abd").hexdigest())
+    for name in ("missing", "/dev/zero", "."):
+        assert not has_hash(tmp_path / name, hashlib.sha256(b"").hexdigest())

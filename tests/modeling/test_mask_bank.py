@@ -493,3 +493,20 @@ def test_validate():
             bank.validate()
     bank.m0000 = good
     bank.validate()
+
+
+def test_packed_rows_fit_if_they_are_those_of_a_mask():
+    bank = MaskBank([("a", (3, 5)), ("b", (8,))], ["x"])
+    packed = bank.pack([torch.rand(3, 5) < 0.5, torch.rand(8) < 0.5])
+    assert bank.fits(packed)
+    padding = packed[0].clone()
+    padding[1] |= 0x80
+    for wrong in (
+        packed[:1],
+        [*packed, packed[0]],
+        [packed[0][:1], packed[1]],
+        [packed[0][None], packed[1]],
+        [packed[0].to(torch.int32), packed[1]],
+        [padding, packed[1]],
+    ):
+        assert not bank.fits(wrong)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_rtl.modeling.files
-from hf_rtl.modeling.mask_bank import pack
+from hf_rtl.modeling.mask_bank import MaskBank, pack
 from hf_rtl.training.run_directory import RunDirectory
 
 
@@ -120,7 +120,11 @@ def test_extracted_masks_are_shared_by_runs_that_agree_on_them(tmp_path):
     assert files(tmp_path) == before  # the third run has not even a run.json
 
 
-REPORT_OF_A_ROUND = {"round": 1, "kept": {"ant": 3}}
+REPORT_OF_A_ROUND = {
+    **{"round": 1, "kept": {"ant": 3}, "folder": "round-01-sparsity-0.5", "mask_fingerprint": "ab", "steps": 7},
+    **{"log_history": [{"loss": 0.5}], "train_loss": 0.5, "thresholds": None, "metrics": None},
+}
+METRICS = {"eval_loss": 0.5}
 
 
 def finished_round(tmp_path):
@@ -131,14 +135,14 @@ def finished_round(tmp_path):
     (folder / "notes.txt").write_text("not ours")
     written = RunDirectory(tmp_path).mark_retrained(folder, REPORT_OF_A_ROUND)
     assert RunDirectory(tmp_path).read_report(folder) == written
-    RunDirectory(tmp_path).write_report(folder, {**written, "metrics": 1})
+    RunDirectory(tmp_path).write_report(folder, {**written, "metrics": METRICS})
     assert not (folder / "retrained.json").exists()
-    return folder, {**written, "metrics": 1}
+    return folder, {**written, "metrics": METRICS}
 
 
 def test_a_finished_round_comes_back(tmp_path):
     folder, written = finished_round(tmp_path)
-    assert written == {**REPORT_OF_A_ROUND, "metrics": 1, "files": written["files"]}
+    assert written == {**REPORT_OF_A_ROUND, "metrics": METRICS, "files": written["files"]}
     assert set(written["files"]) == {"model.safetensors", "config.json"}
     (folder / "notes.txt").unlink()
     (folder / "more.json").write_text("{}")
@@ -163,12 +167,40 @@ def test_a_damaged_round_is_not_finished(tmp_path, caplog, damage):
     ]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: [report],
+        lambda report: {**report, "files": {"/dev/zero": 64 * "0"}},
+        lambda report: {**report, "files": [1]},
+        lambda report: {**report, "steps": "7"},
+        lambda report: {name: value for name, value in report.items() if name != "log_history"},
+    ],
+)
+def test_a_report_that_no_run_has_written_is_damaged(tmp_path, caplog, change):
+    folder, report = finished_round(tmp_path)
+    (folder / "round.json").write_text(json.dumps(change(report)))
+    assert RunDirectory(tmp_path).read_report(folder) is None
+    assert "is damaged: the joint retraining is done again." in caplog.text
+
+
+def test_masks_of_another_bank_are_none(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.save_mask(2, 1, PACKED)
+    bank = MaskBank([("a", (3, 5)), ("b", (8, 1))], ["x"])
+    assert directory.load_mask(2, 1, bank) is not None
+    assert directory.load_mask(2, 1, MaskBank([("a", (3, 5)), ("b", (9, 1))], ["x"])) is None
+
+
 def test_a_round_that_was_not_finished_is_no_damage(tmp_path, caplog):
     assert RunDirectory(tmp_path).read_report(tmp_path / "round-01-sparsity-0.5") is None
     assert not caplog.records
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"configuration": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"configuration": {}}', '{"configuration": 5, "surroundings": 5}', "[" * 10**5 + "]" * 10**5],
+)
 @pytest.mark.parametrize("name", ["run.json", "extraction/extraction.json"])
 def test_settings_that_cannot_be_read_are_refused(tmp_path, name, content):
     RunDirectory(tmp_path).open(CONFIGURATION, EXTRACTION, VERSIONS)
