@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -26,6 +27,8 @@ ALL_ROUTES_LABEL = "all routes"
 _OURS = re.compile(rf"(^|, )(route .+|{ALL_ROUTES_LABEL})$", re.DOTALL)
 # A few lines of YAML can say more than memory holds, by aliases of aliases.
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
+# What YAML raises for text that is none, and for values that are none of their type, such as `!!bool x`.
+_YAML_ERRORS = (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError)
 # A line of YAML with which a new key of the outermost mapping begins.
 _KEY = re.compile(r"^(?=[^\s#\-].*:)", re.MULTILINE)
 
@@ -51,14 +54,12 @@ class Readme:
 
     def __post_init__(self) -> None:
         try:
-            metadata = yaml.safe_load(self.front)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the metadata of README.md, between its lines of dashes, is no YAML: {error}") from None
+            metadata = None if _is_deep(self.front) else yaml.safe_load(self.front)
+            is_large = _is_deep(self.front) or _num_values(metadata, {}) > _MOST_VALUES
         except RecursionError:
-            metadata = None
             is_large = True
-        else:
-            is_large = _num_values(metadata, {}) > _MOST_VALUES
+        except _YAML_ERRORS as error:
+            raise ValueError(f"the metadata of README.md, between its lines of dashes, is no YAML: {error}") from None
         if is_large:
             raise ValueError(
                 f"the metadata of README.md may have {_MOST_VALUES:,} values, with those that aliases repeat, nested "
@@ -161,8 +162,8 @@ class Readme:
             else:
                 lines += [_dumped(keys[0], new[keys[0]])] if keys[0] in new else []
                 lines += [line.rstrip("\r") for line in chunk.split("\n") if line.lstrip().startswith("#")]
-            if keys:
-                new.pop(keys[0], None)
+            for key in keys:
+                new.pop(key, None)
         lines += [_dumped(key, value) for key, value in new.items()]
         front = "\n".join(line for line in lines if line).replace("\r\n", "\n")
         if _parsed(front) != metadata:  # written in a way that cannot be taken apart by lines
@@ -209,6 +210,12 @@ def _merged_index(theirs: list[dict], ours: list[dict]) -> list[dict]:
     return ([{"name": name, "results": results}] if results else []) + theirs[1:]
 
 
+def _is_deep(front: str) -> bool:
+    """Whether brackets are nested so deeply that YAML takes long to refuse them; those in texts count, too."""
+    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", front))
+    return max(accumulate(changes), default=0) > 4 * _MOST_DEPTH
+
+
 def _num_values(value: Any, known: dict[int, float], depth: int = 0) -> float:
     """The number of values in `value`; infinite if it has itself within, or is nested too deeply."""
     if depth > _MOST_DEPTH:
@@ -227,7 +234,7 @@ def _dumped(key: str, value: Any) -> str:
 def _parsed(front: str) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(front)
-    except yaml.YAMLError:
+    except (RecursionError, *_YAML_ERRORS):
         return {}
     return parsed if isinstance(parsed, dict) else {}
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -15,6 +14,7 @@ import timm
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .checks import check_choice, folders_beside
+from .configuration_kinds import check_kinds, shortened
 from .mask_bank import check_route_names
 from .mask_coding import format_version
 
@@ -248,13 +248,13 @@ class RTLConfig(PreTrainedConfig):
             )
         if model_type != cls.model_type:
             raise ValueError(
-                f"this is the configuration of a model of type {model_type!r}, which has no tickets yet; make it the "
+                f"this is the `config.json` of a model of type {model_type!r}, which has no tickets yet; make it the "
                 "backbone of a routed model: `RTLModelFor….from_backbone(name, …)`."
             )
         # First, since other fields may have another meaning in a newer format.
         check_format_version(config_dict, FORMAT_VERSION, "the model of this `config.json`")
-        _check_kinds(config_dict)
         try:
+            check_kinds(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except ValueError:
             raise
@@ -413,52 +413,13 @@ def _checked_prunable(prunable: Any) -> list[tuple[str, list[int]]]:
     if not whole:
         raise ValueError(
             "`prunable` must be a list of names and shapes, such as [['fc.weight', [10, 512]]], got "
-            f"{_shortened(prunable)}."
+            f"{shortened(prunable)}."
         )
     return checked
 
 
-def _check_kinds(saved: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a field of a saved configuration is of another kind than any version has written."""
-    for kind, (holds, names) in _KINDS.items():
-        for name in names:
-            if saved.get(name) is not None and not holds(saved[name]):
-                raise ValueError(f"`{name}` in `config.json` must be {kind}, got {_shortened(saved[name])}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(map(holds, value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-# What fields of a saved configuration are, of which nothing else checks it.
-_KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a string": (_is_text, ("mask_fingerprint", "hf_rtl_version", "router_fallback", "dtype", "compute")),
-    "a list of strings": (
-        _is_list_of(_is_text),
-        ("architectures", "private_parameters", "prune_include", "prune_exclude", "added_routes"),
-    ),
-    "a number": (_is_number, ("router_threshold",)),
-    "a list of numbers": (_is_list_of(_is_number), ("thresholds",)),
-    "a number from 0": (lambda value: type(value) is int and value >= 0, ("mask_cache_bytes", "router_features")),
-    "a dict": (lambda value: isinstance(value, dict), ("base", "compact", "id2label", "label2id", "backbone_config")),
-}
-
-
 def _damaged(whose: str, error: Exception) -> ValueError:
     return ValueError(f"`config.json` {whose}is damaged: {type(error).__name__}: {error}")
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else f"{text[:200]}…"
 
 
 def _check_named_code(auto_map: Any) -> None:

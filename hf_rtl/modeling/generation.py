@@ -195,6 +195,11 @@ class RoutedGenerationMixin(RoutedModel):
         except OSError:
             # The model was saved without one. The backbone has made its own from its configuration.
             return
+        except Exception as error:  # what came instead decides where it fails
+            raise ValueError(
+                f"`generation_config.json` of {str(pretrained_model_name_or_path)!r} is damaged: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _is_of_samples(name: str, value: Any) -> bool:

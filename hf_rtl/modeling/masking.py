@@ -49,7 +49,10 @@ class WeightMasker:
         self.places: list[list[tuple[nn.Module, str]]] = []
         self.tree: ModuleTree
         self.located_weights: list[nn.Parameter]
-        self._find()
+        try:
+            self._find()
+        except ValueError as error:
+            raise ValueError(f"`prunable` does not fit the backbone: {error}") from error
         # Routes that a gradient has flowed through since the last optimizer step, for the masked update (`optim.py`).
         self.routes_since_update: set[int] = set()
         self.cache: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()

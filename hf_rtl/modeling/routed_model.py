@@ -87,10 +87,7 @@ class RoutedModel(PreTrainedModel):
         private = select_private(backbone, config.private_parameters, self.mask_bank.weight_names)
         self.private_parameters = PrivateParameters(backbone, private, config.num_routes)
         self.router = empty_router(config)
-        try:
-            self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
-        except ValueError as error:
-            raise ValueError(f"`prunable` does not fit the backbone: {error}") from error
+        self.masker = WeightMasker(backbone, self.mask_bank, cache_bytes=config.mask_cache_bytes)
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self.active = ActiveRoute()

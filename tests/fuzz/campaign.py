@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -53,14 +54,16 @@ class Worker:
         """What comes of a case. A worker that dies, or takes too long, is a finding."""
         try:
             self._connection.send(case)
-            if self._connection.poll(MOST_SECONDS + 5):
+            if self._connection.poll(12 * MOST_SECONDS):
                 return self._connection.recv()
         except (EOFError, OSError):
             pass
+        self._process.join(5)
+        code = self._process.exitcode
         self.end()
         log = self._log.read_text(errors="replace")
         lines = [line.strip() for line in log.splitlines() if "/hf_rtl/" in line]
-        what = f"takes more than {MOST_SECONDS} s" if "Timeout" in log else f"dies ({self._process.exitcode})"
+        what = f"takes more than {MOST_SECONDS} s" if code in (None, -signal.SIGPROF) else f"dies ({code})"
         self._start()
         where = f"{what}, in {lines[0] if lines else 'the libraries'}"
         return {"came": "found", "died": True, "done": [], "signature": where, "detail": log[-3000:]}

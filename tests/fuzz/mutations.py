@@ -218,7 +218,7 @@ def _change_values(file: Path, part: str, name: str, at: int, *values: Any) -> s
     elif name == "copy":
         parent[key] = copy.deepcopy(_get(document, places[values[0] % len(places)]))
     elif name == "repeat":
-        parent[key] = [parent[key]] * values[0]
+        parent[key] = [parent[key]] * min(values[0], 10**6 // len(json.dumps(parent[key])))
     else:
         parent[key], nested = mark, "[" * values[0] + "]" * values[0]
     text = json.dumps(document[0]) if document else ""

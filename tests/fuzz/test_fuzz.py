@@ -17,7 +17,6 @@ from tests.fuzz.campaign import SHARES, in_words, worker
 from tests.fuzz.folders import CHANGED, write_folders
 from tests.fuzz.mutations import NUM_FOLDERS, PLANTED, TENSOR_CHANGES, apply
 from tests.fuzz.oracle import MOST_BYTES, Broken, Watch, is_refusal, limited_memory, listing, signature
-from tests.fuzz.worker import MOST_SECONDS
 
 
 pytestmark = pytest.mark.slow
@@ -49,13 +48,12 @@ def test_undamaged_files_are_read(seeds):
                 assert verdict["came"] == "loaded", (kind, folder, verdict)
 
 
-def test_a_process_that_dies_or_hangs_is_a_finding_and_the_next_case_is_read(seeds, monkeypatch):
+def test_a_process_that_dies_is_a_finding_and_the_next_case_is_read(seeds):
     with worker(seeds) as one:
         verdict = one.ask({"kind": "no such kind", "folder": 0, "mutations": []})
         assert verdict["came"] == "found" and "dies (1)" in verdict["signature"]
         assert "KeyError: 'no such kind'" in verdict["detail"]
         assert one.ask({"kind": "rules", "folder": 0, "mutations": []})["came"] == "loaded"
-    assert MOST_SECONDS == 10
 
 
 MUTATIONS = [

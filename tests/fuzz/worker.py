@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import resource
 import shutil
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -20,7 +21,7 @@ from tests.fuzz.oracle import Broken, Watch, is_refusal, limited_memory, listing
 
 
 MOST_MEMORY = 2 * 2**30  # bytes, beside what the libraries have taken at the start
-MOST_SECONDS = 10
+MOST_SECONDS = 10  # of the processor, since other programs may run
 
 
 def serve(connection: Connection, seeds: Path, folder: Path) -> None:
@@ -34,12 +35,10 @@ def serve(connection: Connection, seeds: Path, folder: Path) -> None:
             run(watch, {"kind": kind, "folder": number, "mutations": []}, seeds, folder)
     resource.setrlimit(resource.RLIMIT_AS, 2 * (memory("VmSize") + MOST_MEMORY,))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.register(signal.SIGPROF, chain=True)  # says where, and then ends the process
     connection.send("ready")
     while (case := connection.recv()) is not None:
-        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
-        verdict = run(watch, case, seeds, folder)
-        faulthandler.cancel_dump_traceback_later()
-        connection.send(verdict)
+        connection.send(run(watch, case, seeds, folder))
 
 
 def run(watch: Watch, case: dict[str, Any], seeds: Path, folder: Path) -> dict[str, Any]:
@@ -76,7 +75,10 @@ def run(watch: Watch, case: dict[str, Any], seeds: Path, folder: Path) -> dict[s
 
 def attempt(kind: str, folder: Path) -> str | BaseException:
     """What the reader returns, or the error that it raises."""
+    signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
     try:
         return readers.READERS[kind](folder)
     except (Exception, SystemExit) as error:
         return error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)

@@ -200,3 +200,18 @@ def test_aliases_that_repeat_little_are_read():
 def test_a_record_that_is_nested_too_deeply_is_forgotten():
     nested = 9000 * "["
     assert Readme.parse(f'<!-- hf_rtl: begin {{"a": {nested}}} -->\n<!-- hf_rtl: end -->'.encode()).record == {}
+
+
+@pytest.mark.parametrize("front", ["a: !!bool x", "a: !!timestamp x", "a: 2001-13-01", "a: !!int x", "a: !!float x"])
+def test_values_that_are_none_of_their_type_are_refused(front):
+    with pytest.raises(ValueError, match="the metadata of README.md, between its lines of dashes, is no YAML"):
+        Readme.parse(f"---\n{front}\n---\ntext".encode())
+
+
+def test_a_key_that_takes_two_lines_is_written_once():
+    ours = {"license": "mit"}
+    readme = Readme.parse(b'---\n{"": "x", "tags": ["a"]}\n---\ntext')
+    for _ in range(2):
+        content = readme.with_generated("part", readme.merged(ours), {"metadata": ours})
+        assert content.count(b"? ''") == 1
+        readme = Readme.parse(content)

@@ -624,3 +624,27 @@ def test_a_field_of_the_backbone_that_is_damaged_is_named(tmp_path, tiny_vit_con
         file.write_text(json.dumps(saved))
         with pytest.raises(ValueError, match="`backbone_config` is no configuration of a 'vit': .*hidden_size"):
             RTLConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("architectures", True, "a list of strings"),
+        ("architectures", [{"a": 1}], "a list of strings"),
+        ("dtype", True, "a string"),
+        ("mask_cache_bytes", {}, "a number from 0"),
+        ("mask_cache_bytes", -1, "a number from 0"),
+        ("router_threshold", float("nan"), "a number"),
+        ("thresholds", [None], "a list of numbers"),
+        ("compact", [], "a dict"),
+        ("prune_include", "x" * 10**5, "a list of strings"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, tiny_vit_config, name, value, kind):
+    config = RTLConfig(backbone_config=tiny_vit_config, route_names=["x"], ticket_task="labels", prunable=[["a", [2]]])
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(ValueError, match=f"`{name}` in `config.json` must be {kind}, got .") as raised:
+        RTLConfig.from_pretrained(tmp_path)
+    assert len(str(raised.value)) < 400

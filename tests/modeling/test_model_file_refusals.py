@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from hf_rtl import RTLModel, RTLModelForSequenceClassification
+from hf_rtl import RTLModel, RTLModelForCausalLM, RTLModelForSequenceClassification
 
 
 @pytest.fixture
@@ -89,3 +89,12 @@ def test_damaged_codes_name_the_checkpoint(folder):
     save_file({**tensors, name: torch.zeros(3, dtype=torch.uint8)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"the checkpoint {str(folder)!r} is damaged: a coded mask"):
         RTLModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "[" * 10**5, '{"max_length": []}'])
+def test_damaged_settings_of_generation_are_named(tmp_path, tiny_gpt2_config, content):
+    model = RTLModelForCausalLM.from_backbone(tiny_gpt2_config, route_names=["x"], ticket_task="labels", seed=0)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="`generation_config.json` of .* is damaged"):
+        RTLModel.from_pretrained(tmp_path)

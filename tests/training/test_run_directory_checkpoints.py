@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_rtl.training import run_directory as checkpoints
+import hf_rtl.modeling.hashing
 from hf_rtl.training.run_directory import (
     CHECKPOINT_FILE,
     best_checkpoint,
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(checkpoin
     def stale(*arguments, **keywords):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(checkpoints, "hash_file", stale)
+    monkeypatch.setattr(hf_rtl.modeling.hashing, "hash_file", stale)
     with pytest.raises(OSError, match="Stale"):
         last_usable_checkpoint(checkpoint.parent, world_size=2)
     assert checkpoint.exists()
