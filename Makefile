@@ -26,8 +26,8 @@ bench: $(VENV)/.hf_rtl-bench  ## Measure time and memory beside rivals, in a qua
 	$(PYTHON) -m pages.benchmarks
 
 fuzz: export OMP_NUM_THREADS = 1
-fuzz: venv  ## Read 10,000 damaged files of models, tickets, rules, runs and cards, in a few minutes
-	$(PYTHON) -m tests.fuzz
+fuzz: venv  ## Read 10,000 damaged folders of models, tickets, rules, runs and cards, and write docs/compatibility.md
+	$(PYTHON) -m tests.fuzz --page docs/compatibility.md
 
 test: quality  ## Run the checks, then the tests
 	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile

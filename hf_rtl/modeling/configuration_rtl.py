@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -256,8 +257,6 @@ class RTLConfig(PreTrainedConfig):
         try:
             check_kinds(config_dict)
             return super().from_dict(config_dict, **kwargs)
-        except ValueError:
-            raise
         except Exception as error:  # a value of another type fails wherever it is used first
             raise _damaged("", error) from error
 
@@ -408,6 +407,8 @@ def _checked_prunable(prunable: Any) -> list[tuple[str, list[int]]]:
     try:
         checked = [(name, [operator.index(size) for size in shape]) for name, shape in prunable or []]
         whole = all(isinstance(name, str) and all(size >= 0 for size in shape) for name, shape in checked)
+        # torch counts elements in 64 bits.
+        whole = whole and all(math.prod(max(size, 1) for size in shape) < 2**63 for _, shape in checked)
     except (TypeError, ValueError):
         whole = False
     if not whole:
@@ -419,7 +420,8 @@ def _checked_prunable(prunable: Any) -> list[tuple[str, list[int]]]:
 
 
 def _damaged(whose: str, error: Exception) -> ValueError:
-    return ValueError(f"`config.json` {whose}is damaged: {type(error).__name__}: {error}")
+    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ValueError(f"`config.json` {whose}cannot be used: {reason}")
 
 
 def _check_named_code(auto_map: Any) -> None:

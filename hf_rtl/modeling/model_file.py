@@ -191,8 +191,11 @@ def check_sizes(model: RoutedModel, files: Sequence[str], name: Any) -> None:
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        except OSError as error:  # the index of files may name a folder
+            raise ValueError(f"{file!r}, of the checkpoint {str(name)!r}, cannot be read: {error}.") from error
     left_out = set(model.all_tied_weights_keys)
     state = model.state_dict()
     if model.config.compact is not None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.fuzz.campaign import OUTCOMES, SHARES, Results, fuzz, in_words, worke
 from tests.fuzz.folders import write_folders
 
 
+MARK = "<!-- make fuzz writes here -->"
 PACKAGES = ("torch", "transformers", "timm", "safetensors", "huggingface_hub", "hypothesis")
 
 
@@ -47,7 +49,11 @@ def main() -> int:
             print(verdict["came"], *verdict["done"], verdict.get("signature", ""), verdict.get("detail", ""), sep="\n")
             return int(verdict["came"] == "found")
         found = run(seeds, arguments.only, arguments.cases, arguments.seed, arguments.processes)
-    return show(found, arguments.seed, time.perf_counter() - start)
+    result = table(found, arguments.seed, time.perf_counter() - start)
+    print(result)
+    if arguments.page is not None:
+        write_result(arguments.page, result)
+    return int(any(results.findings for results in found))
 
 
 def parse() -> argparse.Namespace:
@@ -60,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=list(SHARES), help=f"kinds, of {','.join(SHARES)}"
     )
+    parser.add_argument("--page", type=Path, help="a page to write the result into, between two marks")
     parser.add_argument("--repeat", type=json.loads, help="read this one case")
     return parser.parse_args()
 
@@ -93,12 +100,19 @@ def run(seeds: Path, kinds: Sequence[str], number: int, seed: int, processes: in
     return merged
 
 
-def show(found: Sequence[Results], seed: int, seconds: float) -> int:
+def table(found: Sequence[Results], seed: int, seconds: float) -> str:
+    """What came of all cases, as Markdown: counts by kind, and under which circumstances."""
     rows = [[results.kind, results.counts.total(), *(results.counts[name] for name in OUTCOMES)] for results in found]
     rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
-    print(tabulate(rows, headers=["files", "cases", *OUTCOMES], tablefmt="github", intfmt=","))
-    print(f"\nseed {seed}, {seconds:.0f} seconds, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
-    return int(any(results.findings for results in found))
+    counts = tabulate(rows, headers=["files", "cases", *OUTCOMES], tablefmt="github", intfmt=",")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"{counts}\n\nSeed {seed}, {date.today()}, {seconds:.0f} seconds; {versions}.\n"
+
+
+def write_result(page: Path, result: str) -> None:
+    """Writes the result into a page, between its two marks."""
+    before, _, rest = page.read_text().partition(MARK)
+    page.write_text(f"{before}{MARK}\n\n{result}\n{MARK}{rest.partition(MARK)[2]}")
 
 
 if __name__ == "__main__":

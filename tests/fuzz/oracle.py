@@ -42,8 +42,8 @@ def is_refusal(error: BaseException, folder: Path, words: set[str]) -> bool:
     if not isinstance(error, REFUSALS):
         return False
     text = str(error)
-    names = {path.name for path in folder.rglob("*")}
-    return str(folder) in text or bool(_FIELD.search(text)) or not (names | words).isdisjoint(_WORD.findall(text))
+    names, found = {path.name for path in folder.rglob("*")}, {word.strip(".-") for word in _WORD.findall(text)}
+    return str(folder) in text or bool(_FIELD.search(text)) or not (names | words).isdisjoint(found)
 
 
 def signature(error: BaseException) -> str:

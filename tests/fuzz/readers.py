@@ -156,7 +156,10 @@ def _card_model() -> RTLModel:
 
 
 def words(folder: Path) -> set[str]:
-    """Names of keys and tensors in the undamaged files of a folder."""
+    """
+    Names of keys and tensors in the undamaged files of a folder, except those that are English words, which may be in
+    any error.
+    """
     found: set[str] = set()
 
     def collect(value: Any) -> None:
@@ -170,4 +173,4 @@ def words(folder: Path) -> set[str]:
 
     for file in folder.rglob("*.json"):
         collect(json.loads(file.read_text()))
-    return {word for word in found if len(word) > 3}
+    return {word for word in found if not word.isalpha()}

@@ -600,9 +600,12 @@ def test_a_file_that_holds_no_configuration_is_named(tmp_path, content):
         ({"prunable": [["a", [1, 2], 3]]}, "`prunable` must be"),
         ({"prunable": [["a", [1, -2]]]}, "`prunable` must be"),
         ({"prunable": [["a", [1.0]]]}, "`prunable` must be"),
+        ({"prunable": [["a", [2**63, 0]]]}, "`prunable` must be"),
+        ({"prunable": [["a", [2**40, 2**40]]]}, "`prunable` must be"),
         ({"prunable": [[None, [1]]]}, "`prunable` must be"),
-        ({"thresholds": 5}, "`config.json` is damaged: TypeError|`thresholds`"),
-        ({"id2label": 5}, "`config.json` is damaged|`id2label`"),
+        ({"thresholds": 5}, "`config.json` cannot be used: `thresholds`"),
+        ({"id2label": 5}, "`config.json` cannot be used: `id2label`"),
+        ({"id2label": {"x": "y"}}, "`config.json` cannot be used: .*invalid literal"),
     ],
 )
 def test_a_field_that_is_damaged_is_named(tmp_path, tiny_vit_config, fields, message):

@@ -81,6 +81,15 @@ def test_a_damaged_index_of_files_is_named(folder, content):
         RTLModel.from_pretrained(folder)
 
 
+def test_an_index_that_names_a_folder_is_refused(folder):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "")
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="of the checkpoint .* cannot be read"):
+        RTLModel.from_pretrained(folder)
+
+
 def test_damaged_codes_name_the_checkpoint(folder):
     RTLModel.from_pretrained(folder).save_pretrained(folder, compact=True)
     file = folder / "model.safetensors"
@@ -91,7 +100,7 @@ def test_damaged_codes_name_the_checkpoint(folder):
         RTLModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "[" * 10**5, '{"max_length": []}'])
+@pytest.mark.parametrize("content", ["null", "[]", "[" * 10**5, "5"])
 def test_damaged_settings_of_generation_are_named(tmp_path, tiny_gpt2_config, content):
     model = RTLModelForCausalLM.from_backbone(tiny_gpt2_config, route_names=["x"], ticket_task="labels", seed=0)
     model.save_pretrained(tmp_path)
