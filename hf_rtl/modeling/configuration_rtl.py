@@ -32,6 +32,7 @@ ROUTERS = ("given", "score", "centroid", "entropy")
 # Keys by which a configuration could make its backbone fetch weights or code.
 _FORBIDDEN_KEYS = ("auto_map", "backbone", "use_pretrained_backbone", "use_timm_backbone", "quantization_config")
 _FORBIDDEN_MODEL_ARGS = ("checkpoint_path", "cache_dir", "scriptable", "exportable")
+_MOST_LABELS = 10**6
 _OWN_CLASS = re.compile(r"(configuration|modeling)_rtl\.RTL\w+")
 
 
@@ -442,6 +443,10 @@ def _refuse_keys(value: Any, path: str) -> None:
         for key, inner in value.items():
             if key in _FORBIDDEN_KEYS and inner:
                 raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names something outside this file.")
+            if key in ("num_labels", "num_classes") and isinstance(inner, int) and inner > _MOST_LABELS:
+                raise ValueError(
+                    f"`{path}.{key}` = {inner} is more than {_MOST_LABELS:,} labels, each of which has a name."
+                )
             if "_implementation" in str(key) and _names_a_repo(inner):
                 raise ValueError(f"`{path}.{key}` = {inner!r} is not allowed: it names code on the Hub.")
             _refuse_keys(inner, f"{path}.{key}")

@@ -23,8 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.mutations import PLANTED
-
 
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 MOST_BYTES, MOST_TIMES = 2**27, 50
@@ -85,8 +83,10 @@ class Watch:
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        if event in _RUNS or (event == "import" and PLANTED in str(arguments[0])):
+        if event in _RUNS:
             self.seen.append(f"runs {event} {arguments[:1]}")
+        elif event == "exec" and str(self.allowed) in getattr(arguments[0], "co_filename", ""):
+            self.seen.append(f"runs {Path(arguments[0].co_filename).name}")
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             flags = arguments[2] or 0
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):

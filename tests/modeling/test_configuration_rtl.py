@@ -604,6 +604,7 @@ def test_a_file_that_holds_no_configuration_is_named(tmp_path, content):
         ({"prunable": [["a", [2**40, 2**40]]]}, "`prunable` must be"),
         ({"prunable": [[None, [1]]]}, "`prunable` must be"),
         ({"thresholds": 5}, "`config.json` cannot be used: `thresholds`"),
+        ({"num_labels": 2**40}, r"`config.num_labels` = \d+ is more than 1,000,000 labels"),
         ({"id2label": 5}, "`config.json` cannot be used: `id2label`"),
         ({"id2label": {"x": "y"}}, "`config.json` cannot be used: .*invalid literal"),
     ],
@@ -622,6 +623,11 @@ def test_a_field_of_the_backbone_that_is_damaged_is_named(tmp_path, tiny_vit_con
     config.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
+    for name in ("num_labels", "num_classes"):
+        many = {**saved, "backbone_config": {**saved["backbone_config"], name: 2**40}}
+        file.write_text(json.dumps(many))
+        with pytest.raises(ValueError, match=f"`backbone_config.{name}` = .* is more than 1,000,000 labels"):
+            RTLConfig.from_pretrained(tmp_path)
     for value in (None, "x", [1]):
         saved["backbone_config"]["hidden_size"] = value
         file.write_text(json.dumps(saved))
