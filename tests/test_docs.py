@@ -1,10 +1,16 @@
-"""The documentation: every Python block runs, every relative link leads somewhere, the reference is complete."""
+"""
+The documentation: every Python block runs, and every command of the tutorial; every relative link leads somewhere, the
+reference is complete.
+"""
 
 import contextlib
 import dataclasses
 import doctest
 import io
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ from transformers import TrainingArguments
 
 import hf_rtl
 from hf_rtl.modeling import modeling_rtl
+from hf_rtl_cli.main import main
 from tests.modeling.small_backbones import units_found_once
 
 
@@ -22,12 +29,13 @@ REFERENCE = ROOT / "docs" / "reference.md"
 
 # Parts of code that make runs longer than a test needs, and what is run in their place.
 SHORTER = {
-    "README.md": {"samples[:1400], eval_dataset=samples[1400:]": "samples[:200], eval_dataset=samples[1690:]"},
+    "README.md": {"range(400)": "range(10)"},  # tests/test_quick_start.py runs it in full
     "docs/tutorial.md": {
-        "samples[:1400], samples[1400:]": "samples[:400], samples[1590:]",
-        "extraction_steps=20": "extraction_steps=4",
-        "max_steps=120": "max_steps=15",
-        "2 * 3 * 20 + 2 * 120": "2 * 3 * 4 + 2 * 15",
+        "range(1200)": "range(1050, 1200)",
+        "range(1200, 1797)": "range(1200, 1260)",
+        "extraction_steps=20": "extraction_steps=2",
+        "max_steps=120": "max_steps=5",
+        "--extraction_steps 20 --max_steps 120": "--extraction_steps 2 --max_steps 2",
     },
 }
 
@@ -35,13 +43,22 @@ _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def _python_blocks(text: str) -> list[tuple[str, str]]:
-    """(info string, code) of every Python fence; line numbers of the code are those of the page."""
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(info string, code) of every fence; line numbers of the code are those of the page."""
     return [
-        (fence[1].strip(), "\n" * text[: fence.start(2)].count("\n") + fence[2])
-        for fence in _FENCE.finditer(text)
-        if fence[1].strip().startswith("python")
+        (fence[1].strip(), "\n" * text[: fence.start(2)].count("\n") + fence[2]) for fence in _FENCE.finditer(text)
     ]
+
+
+def _run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs `hf-rtl` or a recipe in this process, which has imported everything."""
+    program, *arguments = shlex.split(line)
+    if program == "hf-rtl":
+        assert main(arguments) == 0
+    else:
+        assert program == "python"
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
 def _prose(text: str) -> str:
@@ -60,19 +77,23 @@ def _id(page: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=_id)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": f"docs_{page.stem}"}
     text = page.read_text()
     for part, shorter in SHORTER.get(_id(page), {}).items():
         assert text.count(part) == 1, f"{_id(page)} has no {part!r}, or several"
         text = text.replace(part, shorter)
-    for info, code in _python_blocks(text):
-        assert info in ("python", "python no-run"), f"{_id(page)} has a block fenced as {info!r}"
-        compiled = compile(code, str(page), "exec")
-        if info == "python":
-            with contextlib.redirect_stdout(io.StringIO()), units_found_once(modeling_rtl):
-                exec(compiled, namespace)
+    for info, code in _blocks(text):
+        assert info in ("", "python", "python no-run", "bash"), f"{_id(page)} has a block fenced as {info!r}"
+        with contextlib.redirect_stdout(io.StringIO()), units_found_once(modeling_rtl):
+            if info.startswith("python"):
+                compiled = compile(code, str(page), "exec")
+                if info == "python":
+                    exec(compiled, namespace)
+            elif info == "bash" and page.name == "tutorial.md":
+                for line in code.strip().splitlines():
+                    _run_command(line, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
