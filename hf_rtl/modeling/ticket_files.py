@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +218,14 @@ class _TicketFolder:
     def damaged(self, file: str) -> ValueError:
         return ValueError(f"{file} of {self.name!r} is damaged.")
 
+    @contextlib.contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Names the file whose content is refused within the context."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{file} of {self.name!r} is damaged: {error}") from error
+
 
 def _is_whole(index: Mapping[str, Any]) -> bool:
     """Whether an index has all entries, with the types that `save_tickets` writes."""
@@ -359,11 +368,12 @@ def _read_ticket(model: RoutedModel, folder: _TicketFolder, entry: Mapping[str, 
     tensors = read_tensors(folder.path(entry["file"]))
     if tensors is None:
         raise folder.damaged(entry["file"])
-    masks = decode_mask(entry["coding"]["mask"], tensors["mask"], model.mask_bank)
-    added, values = [torch.zeros_like(mask) for mask in masks], torch.empty(0)
-    if entry["added"]:
-        added = decode_bits(entry["coding"]["added"], tensors["added"], model.mask_bank)
-        values = tensors["values"]
+    with folder.reading(entry["file"]):
+        masks = decode_mask(entry["coding"]["mask"], tensors["mask"], model.mask_bank)
+        added, values = [torch.zeros_like(mask) for mask in masks], torch.empty(0)
+        if entry["added"]:
+            added = decode_bits(entry["coding"]["added"], tensors["added"], model.mask_bank)
+            values = tensors["values"]
     counts = [int(mask.sum()) for mask in added]
     num_kept = sum(int(mask.sum()) for mask in masks)
     if (num_kept, sum(counts), sum(counts)) != (entry["kept"], entry["added"], len(values)) or any(
@@ -384,7 +394,8 @@ def _read_rows(
         flat, sizes = tensors.get(key, torch.empty(0)), [row.numel() for row in rows]
         if key == "private" and "private_kept" in entry["coding"]:
             coding, coded = entry["coding"]["private_kept"], tensors["private_kept"]
-            parts[key] = iter(decode_rows(coding, coded, [row.shape for row in rows], flat))
+            with folder.reading(entry["file"]):
+                parts[key] = iter(decode_rows(coding, coded, [row.shape for row in rows], flat))
             continue
         if len(flat) != sum(sizes):
             raise folder.damaged(entry["file"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from hf_rtl import RTLModel, RTLModelForImageClassification, RTLModelForMaskedLM, RTLModelForSequenceClassification
 from hf_rtl.model_card.readme import Readme
 from hf_rtl.model_card.ticket_page import tickets_page
+from hf_rtl.modeling.files import write_tensors
 from hf_rtl.modeling.mask_coding import decode
 from hf_rtl.modeling.ticket_files import read_index
 from tests.training.small_runs import SMALL_NET
@@ -492,6 +493,9 @@ def test_damaged_files_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="ticket-001.safetensors of .* is damaged"):
             user.load_tickets(tmp_path / "tickets")
+    write_tensors(file, {**tensors, "mask": tensors["mask"].double()})  # whole, but of another kind
+    with pytest.raises(ValueError, match="ticket-001.safetensors of .* is damaged: a coded mask must be torch.uint8"):
+        user.load_tickets(tmp_path / "tickets")
     save_file(tensors, file)  # whole, but without the hash that hf_rtl writes
     with pytest.raises(ValueError, match="ticket-001.safetensors of .* is damaged"):
         user.load_tickets(tmp_path / "tickets")
