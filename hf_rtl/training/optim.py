@@ -97,9 +97,10 @@ class MaskedAdamW(_MaskedOptimizer):
     Args:
         params (`Iterable`): parameters or parameter groups.
         model ([`RTLModel`]): knows which weights are masked, and which routes were trained since the last step.
-        lr (`float`, *optional*, defaults to 1e-3), betas (`tuple`, *optional*, defaults to `(0.9, 0.999)`), eps
-            (`float`, *optional*, defaults to 1e-8), weight_decay (`float`, *optional*, defaults to 0.0): as in torch,
-            except for the default of `weight_decay`.
+        lr (`float`, *optional*, defaults to 1e-3): the learning rate.
+        betas (`tuple`, *optional*, defaults to `(0.9, 0.999)`): as in torch.
+        eps (`float`, *optional*, defaults to 1e-8): as in torch.
+        weight_decay (`float`, *optional*, defaults to 0.0): as in torch, which has another default.
     """
 
     # correction1 = 1 − β1^t and correction2 = 1 − β2^t follow the recurrence of the moments, with gradients of 1.
@@ -183,8 +184,10 @@ class MaskedSGD(_MaskedOptimizer):
     Args:
         params (`Iterable`): parameters or parameter groups.
         model ([`RTLModel`]): knows which weights are masked, and which routes were trained since the last step.
-        lr (`float`, *optional*, defaults to 1e-3), momentum (`float`, *optional*, defaults to 0.0), weight_decay
-            (`float`, *optional*, defaults to 0.0), nesterov (`bool`, *optional*, defaults to `False`): as in torch.
+        lr (`float`, *optional*, defaults to 1e-3): the learning rate.
+        momentum (`float`, *optional*, defaults to 0.0): as in torch.
+        weight_decay (`float`, *optional*, defaults to 0.0): as in torch.
+        nesterov (`bool`, *optional*, defaults to `False`): as in torch.
     """
 
     _state_names = ("momentum_buffer",)

@@ -345,7 +345,8 @@ class RTLTrainer(RouteTrainer):
         Raises:
             TypeError, ValueError: the name is taken, the data do not suit, or all tickets share running statistics.
             FloatingPointError: a loss became NaN or infinite, or pruning cut the ticket's output from its input.
-            These errors leave the model unchanged. An error of the new router comes after the ticket has been added.
+
+        These errors leave the model unchanged. An error of the new router comes after the ticket has been added.
         """
         self._align_tokens()
         self.model.check_savable()

@@ -119,7 +119,7 @@ def test_what_a_launcher_starts_has_the_hf_rtl_of_this_checkout(printed: list[st
 
 
 def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(printed: list[str]) -> None:
-    """If this fails, accelerate has changed: update README.md, docs/how-to.md and recipes/accelerate/cpu.yaml."""
+    """If this fails, accelerate has changed: update README.md, docs/how-to/ and recipes/accelerate/cpu.yaml."""
     assert [line for line in printed if line.startswith("processes")] == ["processes 1"]
 
 

@@ -25,7 +25,7 @@ from tests.modeling.small_backbones import units_found_once
 from tests.training.small_runs import arguments, make_trainer
 
 
-REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "arguments.md"
 BERT = BertConfig(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20, num_labels=2
 )
