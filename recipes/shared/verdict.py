@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t
 
-from .one_pass import DENSE, OTHER, RANDOM, TICKETS, middle
+from .one_pass import DENSE, OTHER, RANDOM, TICKETS, TICKETS_REFIT, middle
 from .report import over_seeds
 from .round_methods import SHUFFLED
 
@@ -164,10 +164,15 @@ class Comparison:
         configurations = dict.fromkeys(Configuration(run.method, run.sparsity) for run in ordered)
         return {at: [run for run in ordered if (run.method, run.sparsity) == at] for at in configurations}
 
+    @cached_property
+    def own(self) -> str:
+        """The tickets whose lead is asked for: where some have a refit, these, since rivals may have one too."""
+        return TICKETS_REFIT if any(run.method == TICKETS_REFIT for run in self.figures) else TICKETS
+
     @property
     def sparsities(self) -> list[float]:
         """Those of the tickets, ascending."""
-        return [at.sparsity for at in self.runs if at.method == TICKETS]
+        return [at.sparsity for at in self.runs if at.method == self.own]
 
     def qualities(self, at: Configuration) -> dict[str, list[float]]:
         """The mean over routes and the worst route, by title, of every seed."""
@@ -180,7 +185,7 @@ class Comparison:
         Two leads of tickets at `sparsity` over a rival, by title: of the mean over routes, and of the worst route,
         which every method has for itself in every seed. For `num_rivals` see `lead_of`.
         """
-        pair = self.qualities(Configuration(TICKETS, sparsity)), self.qualities(rival)
+        pair = self.qualities(Configuration(self.own, sparsity)), self.qualities(rival)
         better, worse = reversed(pair) if self.less_is_better else pair
         return {title: lead_of([*map(sub, better[title], worse[title])], num_rivals) for title in better}
 
@@ -190,7 +195,7 @@ class Comparison:
 
         Up to 5 % more are as much, since two measurements of one network differ too. Rivals are all methods at all
         sparsities: who can afford tickets can afford each of these, and would take the best. Only controls are none,
-        which nobody would serve. The strongest rival has the best mean quality over
+        which nobody would serve, and tickets of another kind. The strongest rival has the best mean quality over
         seeds and routes; among equals, it is the cheapest. Tickets have no such choice, which favours rivals. The
         worst route is compared with that of the same rival. For the correction for the choice see `lead_of`.
 
@@ -199,10 +204,11 @@ class Comparison:
             sparsity (`float`, *optional*): that of the tickets. By default it is the middle one (of two in the middle,
                 the higher): one chosen by quality would flatter tickets.
         """
-        own = Configuration(TICKETS, middle(self.sparsities) if sparsity is None else sparsity)
+        own = Configuration(self.own, middle(self.sparsities) if sparsity is None else sparsity)
         figure, adjective = BUDGETS[budget]
         costs = {at: mean(getattr(run, figure) for run in runs) for at, runs in self.runs.items()}
-        rivals = [at for at in costs if at.method not in (TICKETS, *CONTROLS) and costs[at] <= 1.05 * costs[own]]
+        no_rivals = (TICKETS, TICKETS_REFIT, *CONTROLS)
+        rivals = [at for at in costs if at.method not in no_rivals and costs[at] <= 1.05 * costs[own]]
         if not rivals:
             return Verdict(f"At equal {budget}, it is not decided: no rival is as {adjective} as {own}.")
         alone = {at: self.paired(own.sparsity, at)[self.unit] for at in rivals}
@@ -229,9 +235,9 @@ class Comparison:
     def difference_rows(self) -> list[dict[str, Any]]:
         """Leads over every method that is as sparse or not pruned, controls too; without correction for a choice."""
         return [
-            {"method": f"{TICKETS} over {at.method}", "sparsity": own, **_cells(self.paired(own, at))}
+            {"method": f"{self.own} over {at.method}", "sparsity": own, **_cells(self.paired(own, at))}
             for own, at in product(self.sparsities, self.runs)
-            if at.method != TICKETS and at.sparsity in (own, 0)
+            if at.method != self.own and at.sparsity in (own, 0)
         ]
 
     def verdict_rows(self) -> list[dict[str, Any]]:
@@ -239,7 +245,7 @@ class Comparison:
         lines: list[dict[str, Any]] = []
         for budget, sparsity in product(BUDGETS, self.sparsities):
             found = self.verdict(budget, sparsity)
-            line = {"method": TICKETS, "sparsity": sparsity, "at equal": budget, "rival": str(found.rival or "none")}
+            line = {"method": self.own, "sparsity": sparsity, "at equal": budget, "rival": str(found.rival or "none")}
             lines.append({**line, "verdict": found.kind, "worst route": found.worst_kind, **_cells(found.leads)})
         return lines
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.one_pass import DENSE, ONE, OTHER, RANDOM, TICKETS, UNION
+from shared.one_pass import DENSE, ONE, ONE_REFIT, OTHER, RANDOM, TICKETS, TICKETS_REFIT, UNION
 from shared.report import table
 from shared.verdict import AHEAD, BEHIND, UNDECIDED, Comparison, Configuration, Figures, lead_of
 
@@ -42,6 +42,17 @@ def test_an_interval_is_that_of_a_table_of_students_t() -> None:
     assert lead.interval == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
     # With two degrees of freedom, quantile p is (2p - 1) / √(2p(1 - p)): 6.205347 at 1 - 0.025 / 2.
     assert lead_of([1.0, 2.0, 3.0], num_rivals=2).interval == pytest.approx((2 - 2.484138, 2 + 3.582659), abs=1e-6)
+
+
+def test_tickets_with_a_refit_stand_against_rivals_with_one() -> None:
+    figures = [*at(TICKETS, around(0.6)), *at(ONE, around(0.5)), *at(ONE_REFIT, around(0.7))]
+    assert Comparison(figures).verdict("time").kind == BEHIND
+    comparison = Comparison([*figures, *at(TICKETS_REFIT, around(0.8), size=3000)])
+    for budget in BUDGETS:
+        verdict = comparison.verdict(budget)
+        assert (verdict.kind, verdict.rival) == (AHEAD, Configuration(ONE_REFIT, 0.5))
+    assert comparison.difference_rows()[0]["method"] == f"{TICKETS_REFIT} over {TICKETS}"
+    assert {line["method"] for line in comparison.verdict_rows()} == {TICKETS_REFIT}
 
 
 @pytest.mark.parametrize("less_is_better", [False, True])
