@@ -22,7 +22,7 @@ demo: $(VENV)/.hf_rtl-plots  ## Prune tickets for scikit-learn's digits, offline
 bench: export OMP_NUM_THREADS = 1
 bench: export PYTHONPATH = recipes
 bench: $(VENV)/.hf_rtl-bench  ## Measure time and memory beside rivals, in a quarter of an hour, and write docs/benchmarks.md
-	$(PYTHON) -m benchmarks --output model_cards/benchmarks-results.json
+	$(PYTHON) -m benchmarks --turns 5 --full --output model_cards/benchmarks-results.json
 	$(PYTHON) -m pages.benchmarks
 
 # MkDocs 1 is what the extra asks for, so its notice of MkDocs 2 says nothing.
