@@ -197,7 +197,10 @@ def check_sizes(model: RoutedModel, files: Sequence[str], name: Any) -> None:
         except OSError as error:  # the index of files may name a folder
             raise ValueError(f"{file!r}, of the checkpoint {str(name)!r}, cannot be read: {error}.") from error
     left_out = set(model.all_tied_weights_keys)
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    # A module that is registered twice has two names for a tensor, and its file has one.
+    given = {id(tensor) for key, tensor in state.items() if key in found}
+    left_out |= {key for key, tensor in state.items() if key not in found and id(tensor) in given}
     if model.config.compact is not None:
         left_out |= {f"backbone.{weight}" for weight in model.mask_bank.weight_names}
         left_out |= {key for key in state if key.startswith(("mask_bank.", "private_parameters."))}

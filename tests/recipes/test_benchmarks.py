@@ -250,7 +250,7 @@ def test_a_child_runs_a_function_of_the_benchmarks(monkeypatch: pytest.MonkeyPat
 def test_a_process_knows_its_memory() -> None:
     child.forget_peak()
     before = child.memory()
-    block = torch.ones(2**23)
+    block = torch.ones(2**24)  # more than the C library takes from memory that was freed before
     assert child.peak_memory() - before >= 0.9 * block.nbytes
 
 
