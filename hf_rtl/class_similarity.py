@@ -70,8 +70,8 @@ def wordnet_similarity(folder: str | os.PathLike, route_names: Sequence[str]) ->
     hypernyms of nouns, instance hypernyms included); 0 if nothing is above both.
 
     A name stands for the first, most frequent sense of its noun: in lower case, with `_` for spaces (`aquarium_fish`).
-    Of `T-shirt/top` the first part that WordNet knows is taken; if it knows none, the last word of the first part (the
-    head of a compound: `boot` of `Ankle boot`). So read, WordNet 3.0 gives the values that are published for CIFAR-10;
+    A name such as `T-shirt/top` stands for its first part that WordNet knows; if it knows none, for the last word of the
+    first part (the head of a compound: `boot` of `Ankle boot`). So read, WordNet 3.0 gives the values that are published for CIFAR-10;
     the most similar of all senses does not: it takes a cat for a tractor of that name.
 
     Args:

@@ -143,8 +143,8 @@ def layer_profile(per_layer: Tensor, chance: Tensor, names: Sequence[str], file:
 
 def layer_densities(density: Tensor, names: Sequence[str], route_names: Sequence[str], file: Path) -> None:
     """
-    Draws the density of every ticket in each prunable weight, as a PNG: a line per ticket. Of more than 24 tickets the
-    lines are grey, with their mean in black. `file` is never half-written.
+    Draws the density of every ticket in each prunable weight, as a PNG: a line per ticket. The lines of more than
+    24 tickets are grey, with their mean in black. `file` is never half-written.
 
     Args:
         density (`Tensor`): `[L, K]`, from `MaskBank.density(per_layer=True)`.

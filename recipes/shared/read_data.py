@@ -173,7 +173,7 @@ def _table_files(root: Path, arguments: DataArguments, builder: str) -> dict[str
 
 
 def _separator(file: str | Path) -> str:
-    """What separates the columns of a csv file: of comma, semicolon and tab, that of which the titles have most."""
+    """What separates the columns of a csv file: comma, semicolon or tab, whichever its titles have most of."""
     with Path(file).open(encoding="utf-8-sig", errors="replace") as opened:
         titles = opened.readline()
     return max(",;\t", key=titles.count)
