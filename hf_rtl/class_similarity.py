@@ -70,9 +70,9 @@ def wordnet_similarity(folder: str | os.PathLike, route_names: Sequence[str]) ->
     hypernyms of nouns, instance hypernyms included); 0 if nothing is above both.
 
     A name stands for the first, most frequent sense of its noun: in lower case, with `_` for spaces (`aquarium_fish`).
-    A name such as `T-shirt/top` stands for its first part that WordNet knows; if it knows none, for the last word of the
-    first part (the head of a compound: `boot` of `Ankle boot`). So read, WordNet 3.0 gives the values that are published for CIFAR-10;
-    the most similar of all senses does not: it takes a cat for a tractor of that name.
+    A name such as `T-shirt/top` stands for its first part that WordNet knows; if it knows none, for the last word of
+    the first part (the head of a compound: `boot` of `Ankle boot`). So read, WordNet 3.0 gives the values that are
+    published for CIFAR-10; the most similar of all senses does not: it takes a cat for a tractor of that name.
 
     Args:
         folder (`str` or path): the `dict` folder of WordNet 3.0, with `index.noun` and `data.noun`; Debian's package
