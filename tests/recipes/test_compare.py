@@ -217,6 +217,24 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
         ]
         balanced = np.mean([(right + 1 - wrong) / 2 for right, wrong in halves])
         assert float(decided[method]["bal. acc."]) == pytest.approx(balanced, abs=0.03)
+    # Each of several logits may decide alone, and is the score then.
+    network = single.extract_ticket(0)
+    of_routes, metrics = Quality(prepared, batch_size=8)(Served([network] * 2, 0, each_alone=True))
+    logits = [network(input_ids=row).logits[0].tolist() for row in rows]
+    for route, name in enumerate(prepared.rows.route_names):
+        own = [
+            (logits[i][route], logits[j][route]) for i in range(20) for j in range(20) if homes[i] == route != homes[j]
+        ]
+        expected = np.mean([(mine > other) + (mine == other) / 2 for mine, other in own])
+        assert of_routes[name]["AUROC"] == pytest.approx(expected, abs=0.02)
+    recalls = [np.mean([logits[i][k] > 0 for i in range(20) if homes[i] == k]) for k in range(2)]
+    assert metrics["recall"] == pytest.approx(np.mean(recalls))
+    # Where the highest decides, what is added to all changes nothing.
+    before = Quality(prepared, batch_size=8)(Served([network] * 2, 0))[1]
+    with torch.no_grad():
+        network.classifier.bias.add_(5)
+    after = Quality(prepared, batch_size=8)(Served([network] * 2, 0))[1]
+    assert after["recall"] == before["recall"] < 1
     # As many weights as the one mask; the same number in every layer as the tickets.
     assert (
         figures_of(results, "one mask, each logit alone")["stored_bytes"]
