@@ -265,8 +265,8 @@ class MaskBank(nn.Module):
                 raise ValueError(f"mask buffer m{layer:04d} ({self.weight_names[layer]}) has padding bits set.")
         if fingerprint is not None and fingerprint != self.fingerprint():
             raise ValueError(
-                f"the masks have the fingerprint {self.fingerprint()[:16]}…, but `mask_fingerprint` of the configuration "
-                f"is {fingerprint[:16]}…: the masks belong to another model or the file is damaged."
+                f"the masks have the fingerprint {self.fingerprint()[:16]}…, but `mask_fingerprint` of the "
+                f"configuration is {fingerprint[:16]}…: the masks belong to another model or the file is damaged."
             )
 
     def extra_repr(self) -> str:
