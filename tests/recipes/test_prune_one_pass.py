@@ -124,7 +124,7 @@ def test_a_run_in_one_pass_ends_as_a_run_of_rounds(
 @pytest.mark.slow
 def test_units_are_those_that_do_most_in_the_dense_network(texts: tuple[str, Path, dict[str, Any]]) -> None:
     data, output_dir, results = texts
-    # Of 24 neurons; what is asked is rounded to a multiple of 4.
+    # The layer has 24 neurons; what is asked is rounded to a multiple of 4.
     for report, kept in zip(results["rounds"], (16, 8), strict=True):
         assert report["units"]["kept"] == dict.fromkeys(DOMAINS, kept) and report["steps"] == 0
     expected = found_in(output_dir, data, 0.6, refit=True)
@@ -193,7 +193,7 @@ def test_a_trained_language_model_is_taken_as_it_is(tmp_path: Path, capsys: pyte
     model = RTLModelForCausalLM.from_pretrained(tmp_path / "run/final")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.backbone.state_dict().items())
     (found,) = results["rounds"]
-    # Of 64 neurons.
+    # The layer has 64 neurons.
     assert found["units"]["kept"] == {"a": 32, "b": 32}
     assert_evaluates_to_the_same(tmp_path / "run")
 
@@ -210,7 +210,7 @@ def test_the_decoder_of_a_seq2seq_model_reads_what_is_written(tmp_path: Path) ->
     values = {"route_column": "site", "task": "seq2seq", "target_column": "answer", "max_length": 8, "max_steps": 1}
     backbone = save_backbone("seq2seq", tmp_path / "t5")
     (found,) = run(save_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "run", backbone=backbone, **values)["rounds"]
-    # Of 24 neurons in the encoder and as many in the decoder, in multiples of 8.
+    # Encoder and decoder have 24 neurons each, which are kept in multiples of 8.
     assert found["units"]["number"] == 48 and set(found["units"]["kept"].values()) == {32}
 
 

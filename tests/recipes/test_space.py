@@ -264,7 +264,7 @@ def test_examples_are_files_of_images_or_texts_in_order(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", SHOWN)
 def test_the_page_is_built_and_answers(task, saved, given, tmp_path):
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", reason="gradio is in the extra `app`, and not in `dev`: it takes 120 MB")
     folder = saved(task)
     value = given(task)
     (tmp_path / "one.txt").write_text(value)
@@ -279,7 +279,7 @@ def test_the_page_is_built_and_answers(task, saved, given, tmp_path):
 
 @pytest.mark.slow
 def test_the_page_of_a_model_that_it_cannot_show_says_why(tmp_path):
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", reason="gradio is in the extra `app`, and not in `dev`: it takes 120 MB")
     page = app.build(str(tmp_path / "<none>"))
     (said,) = [component["props"]["value"] for component in page.config["components"] if component["type"] == "html"]
     assert "&lt;none&gt; cannot be shown</h1>" in said and "there is no folder" in said
