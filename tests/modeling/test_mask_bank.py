@@ -472,7 +472,9 @@ def test_validate():
     bank, _ = random_bank(3)
     bank.validate()
     bank.validate(bank.fingerprint())
-    with pytest.raises(ValueError, match="`mask_fingerprint` of the configuration is 0{16}…: the masks belong to another model"):
+    with pytest.raises(
+        ValueError, match="`mask_fingerprint` of the configuration is 0{16}…: the masks belong to another model"
+    ):
         bank.validate("0" * 64)
     good = bank.m0000
     for bad, message in (

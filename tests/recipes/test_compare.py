@@ -79,7 +79,7 @@ def runs_of_texts(folder: Path, prepared: Prepared) -> round_methods.RoundMethod
     """The finished runs of seed 0."""
     saved = json.loads((folder / "run/seed-0/tickets/final/training_args.json").read_text())
     names = ("target_sparsity", "prune_schedule", "prune_amount", "extraction_steps", "learning_rate", "prune_scope")
-    same = {name: saved[name] for name in (*names, "route_batch_size", "num_train_epochs", "use_cpu")}
+    same = {name: saved[name] for name in (*names, "route_batch_size", "num_train_epochs", "max_steps", "use_cpu")}
     args = RTLTrainingArguments(
         output_dir=str(folder), seed=0, save_strategy="no", logging_strategy="no", report_to=[], **same
     )
@@ -240,6 +240,10 @@ def test_membership_tickets_are_ranked_against_all_other_samples(encoder: str, t
         figures_of(results, "one mask, each logit alone")["stored_bytes"]
         == figures_of(results, "one mask")["stored_bytes"]
     )
+    alone = runs_of_texts(tmp_path, prepared).serve("one mask, each logit alone", 0).models[0]
+    for name, mask in zip(single.mask_bank.weight_names, single.mask_bank[0], strict=True):
+        assert torch.count_nonzero(alone.get_parameter(name)[~mask]) == 0
+        assert not torch.equal(alone.get_parameter(name), network.get_parameter(name))
     shuffled = RTLModelForSequenceClassification.from_pretrained(
         tmp_path / "run/seed-0/tickets/layer-shuffled-tickets-sparsity-0.5"
     )
